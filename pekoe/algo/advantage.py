@@ -1,0 +1,62 @@
+"""From rewards to advantages. With gamma = lambda = 1 and no critic, every token of a response has one advantage.
+
+All in float64 on host memory: N responses, each with a reward, a length in tokens and a group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+
+
+def global_normalised(rewards: Floats, lengths: Ints, groups: Ints) -> Floats:
+    """The release: A = R at every response token, normalised over all response tokens of the whole batch.
+
+    mean and (biased) variance weigh each response by its tokens; (A - mean) / (std + 1e-5). AReaL v0.2, PPO
+    `adv_norm`. Groups are not looked at. Returns [N].
+    """
+    weights = lengths / lengths.sum()
+    mean = (weights * rewards).sum()
+    std = np.sqrt((weights * (rewards - mean) ** 2).sum())
+    return (rewards - mean) / (std + 1e-5)
+
+
+def grpo(rewards: Floats, lengths: Ints, groups: Ints) -> Floats:
+    """GRPO (DeepSeekMath, arXiv:2402.03300, section 4.1.2): (R - group mean) / (group std + 1e-4). Returns [N]."""
+    mean, std, _ = _group_moments(rewards, groups)
+    return (rewards - mean) / (std + 1e-4)
+
+
+def dr_grpo(rewards: Floats, lengths: Ints, groups: Ints) -> Floats:
+    """Dr. GRPO (arXiv:2503.20783): R - group mean, without the division that favours easy and hard problems."""
+    mean, _, _ = _group_moments(rewards, groups)
+    return rewards - mean
+
+
+def rloo(rewards: Floats, lengths: Ints, groups: Ints) -> Floats:
+    """RLOO (arXiv:2402.14740): R - the mean of the group's other responses. Groups of one get 0. Returns [N]."""
+    mean, _, size = _group_moments(rewards, groups)
+    return (rewards - mean) * size / np.maximum(size - 1, 1)
+
+
+ADVANTAGES: dict[str, Callable[[Floats, Ints, Ints], Floats]] = {
+    "global": global_normalised,
+    "grpo": grpo,
+    "dr_grpo": dr_grpo,
+    "rloo": rloo,
+}
+
+
+def _group_moments(rewards: Floats, groups: Ints) -> tuple[Floats, Floats, Floats]:
+    """Mean, sample standard deviation (0 for a group of one) and size of each response's group, each [N]."""
+    _, index = np.unique(groups, return_inverse=True)
+    size = np.bincount(index).astype(np.float64)
+    mean = np.bincount(index, rewards) / size
+    squares = np.bincount(index, (rewards - mean[index]) ** 2)
+    std = np.sqrt(squares / np.maximum(size - 1, 1))
+    return mean[index], std[index], size[index]

@@ -1,0 +1,85 @@
+"""Losses over the N trained tokens of a micro-batch. Each returns sums, never means.
+
+The trainer divides by one denominator for the whole optimizer step, summed over every micro-batch and rank (I3),
+so a loss here must not know how many tokens there are.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from pekoe.algo.packing import MicroBatch
+from pekoe.core.config import AlgoSection
+
+Sums = dict[str, Tensor]  # statistic -> its sum over the N tokens (`*_max`: its maximum), detached scalars
+
+CHUNK_VALUES = 1 << 24  # logits held at once: 64 MiB in float32
+
+
+def chosen_logprobs(hidden: Tensor, head: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """Log-probability of each target at the sampling temperature, and the entropy of its distribution.
+
+    The same quantity that engines return (I1). Logits are made in chunks over tokens and recomputed in backward where
+    there are too many to hold.
+
+    Args:
+        hidden: [N, C] at the positions that predict; head: [V, C] the output embedding; targets: [N].
+
+    Returns:
+        log-probs [N] in the head's dtype or float32, whichever is wider; entropies [N], without gradient.
+    """
+
+    def piece(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        logits = hidden @ head.T
+        if logits.dtype in (torch.bfloat16, torch.float16):
+            logits = logits.float()
+        logprobs = torch.log_softmax(logits / temperature, dim=-1)
+        with torch.no_grad():
+            entropy = -(logprobs.exp() * logprobs).sum(-1)
+        return logprobs.gather(-1, targets[:, None])[:, 0], entropy
+
+    chunk = max(1, CHUNK_VALUES // head.shape[0])
+    if len(targets) <= chunk:
+        return piece(hidden, targets)
+    parts = [
+        checkpoint(piece, h, t, use_reentrant=False)
+        for h, t in zip(hidden.split(chunk), targets.split(chunk), strict=True)
+    ]
+    return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
+
+
+def ppo(logprobs: Tensor, entropy: Tensor, batch: MicroBatch, algo: AlgoSection) -> tuple[Tensor, Sums]:
+    """Sum over tokens of max(-A r, -A clip(r, 1 - clip_low, 1 + clip_high)) (+ kl x k3), with its statistics.
+
+    r = exp(log pi - log pi_old), pi_old the engine's log-probs (AReaL v0.2), or the trainer's recomputed ones where
+    the batch carries them. PPO: arXiv:1707.06347, eq. 7. Asymmetric clip: DAPO, arXiv:2503.14476, eq. 8.
+    KL: the k3 estimator exp(d) - d - 1 with d = log pi_ref - log pi (Schulman 2020; GRPO eq. 4).
+    """
+    old = batch.behaviour_logprobs if batch.proximal_logprobs is None else batch.proximal_logprobs
+    log_ratio = logprobs - old
+    ratio = log_ratio.exp()
+    clipped = ratio.clamp(1 - algo.clip_low, 1 + algo.clip_high)
+    plain_loss, clipped_loss = -batch.advantages * ratio, -batch.advantages * clipped
+    loss = torch.maximum(plain_loss, clipped_loss).sum()
+    mismatch = (logprobs - batch.behaviour_logprobs).detach().abs()
+    sums = {
+        "entropy": entropy.sum(),
+        "ratio": ratio.detach().sum(),
+        "clip_fraction": (clipped_loss > plain_loss).sum(),
+        "approx_kl": (ratio - 1 - log_ratio).detach().sum(),
+        "logprob_diff": mismatch.sum(),
+        "logprob_diff_max": mismatch.max(),
+    }
+    if batch.reference_logprobs is not None:
+        delta = batch.reference_logprobs - logprobs
+        k3 = (delta.exp() - delta - 1).sum()
+        loss = loss + algo.kl * k3
+        sums["reference_kl"] = k3.detach()
+    return loss, sums
+
+
+def cross_entropy(logprobs: Tensor, entropy: Tensor, batch: MicroBatch) -> tuple[Tensor, Sums]:
+    """SFT: the sum of -log pi over the response tokens."""
+    return -logprobs.sum(), {"entropy": entropy.sum()}

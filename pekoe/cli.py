@@ -1,0 +1,203 @@
+"""Floor 4: the command line. Reads the user's words, calls one room, turns errors into messages and exit codes.
+
+Commands import what they need when they run: `pekoe --help` and a misspelt key must not wait for torch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import typer
+from rich.console import Console
+
+from pekoe import __version__
+from pekoe.core.config import Config, EvalConfig, RLConfig, SFTConfig, dump_config, load_config
+from pekoe.core.errors import Interrupted, RunError, UserError, nearest
+from pekoe.core.view import View
+from pekoe.report import LiveView, PlainView, make_view
+
+app = typer.Typer(
+    name="pekoe",
+    help="Train language models to reason, by reinforcement learning on rewards that can be checked.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+C = TypeVar("C", bound=Config)
+
+Recipe = Annotated[str, typer.Argument(metavar="RECIPE.toml", help="the recipe")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[section.key=value]...", help="change keys of the recipe, such as optim.lr=1e-4"),
+]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="print the resolved recipe and stop")]
+
+
+@contextlib.contextmanager
+def viewing() -> Iterator[View]:
+    """The live view, closed whatever happens."""
+    view: LiveView | PlainView = make_view()
+    with view if isinstance(view, LiveView) else contextlib.nullcontext():
+        yield view
+
+
+def read_recipe(recipe: str, overrides: list[str] | None, kind: type[C], dry_run: bool) -> C:
+    """The config of a command; with --dry-run it is printed, and the command ends."""
+    config = load_config(recipe, overrides or (), kind)
+    if dry_run:
+        typer.echo(dump_config(config), nl=False)
+        raise typer.Exit()
+    return config
+
+
+@app.command()
+def rl(recipe: Recipe, overrides: Overrides = None, dry_run: DryRun = False) -> None:
+    """Reinforcement learning on verified rewards.
+
+    A run found in run.dir goes on from its last checkpoint. Ctrl-C keeps the last complete step.
+    """
+    config = read_recipe(recipe, overrides, RLConfig, dry_run)
+    from pekoe.run.build import build_rl
+    from pekoe.run.control import Stop
+    from pekoe.run.rl import run_rl
+
+    stop = Stop()
+    with stop.listening(), viewing() as view, contextlib.ExitStack() as stack:
+        run_rl(build_rl(config, view, stop, stack))
+    typer.echo(f"done: {config.num_steps} steps; the model is in {config.run.dir}/model")
+
+
+@app.command()
+def sft(recipe: Recipe, overrides: Overrides = None, dry_run: DryRun = False) -> None:
+    """Supervised fine-tuning on worked solutions. A run found in run.dir goes on from its last checkpoint."""
+    config = read_recipe(recipe, overrides, SFTConfig, dry_run)
+    from pekoe.run.sft import run_sft
+
+    with viewing() as view:
+        run_sft(config, view)
+    typer.echo(f"done: the model is in {config.run.dir}/model")
+
+
+@app.command("eval")
+def evaluate(
+    recipe: Annotated[str | None, typer.Argument(metavar="[RECIPE.toml]", help="the recipe")] = None,
+    overrides: Overrides = None,
+    model: Annotated[str | None, typer.Option(help="model directory, in place of a recipe")] = None,
+    data: Annotated[str | None, typer.Option(help="problem file, in place of a recipe")] = None,
+    dry_run: DryRun = False,
+) -> None:
+    """Measure pass@1 with its 95 % interval: 32 samples a problem, judged.
+
+    Takes a recipe, or --model DIR --data FILE.jsonl. Prints the result as JSON.
+    """
+    words = [*([recipe] if recipe and "=" in recipe else []), *(overrides or [])]
+    if recipe and "=" not in recipe:
+        config = read_recipe(recipe, words, EvalConfig, dry_run)
+    elif model and data:
+        tree: dict[str, Any] = {"run": {"dir": "unused"}, "model": {"path": model}, "eval": {"data": data}}
+        config = load_config(tree, words, EvalConfig)
+        if dry_run:
+            typer.echo(dump_config(config), nl=False)
+            raise typer.Exit()
+    else:
+        raise UserError("eval: expected a recipe, or both --model DIR and --data FILE.jsonl")
+    from pekoe.run.evaluate import run_eval
+
+    with viewing() as view:
+        result = run_eval(config, view)
+    typer.echo(json.dumps(result.as_dict(), indent=2))
+
+
+@app.command()
+def demo(
+    out: Annotated[str, typer.Option(help="directory of the demo's files")] = "runs/demo",
+    seed: Annotated[int, typer.Option(help="seed of everything that is drawn")] = 0,
+    control: Annotated[
+        bool, typer.Option("--control", help="draw verdicts at random: the pass rate must then not rise")
+    ] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="remove what an earlier demo left in the directory")] = False,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="a minute's smoke test of every stage; learns nothing")
+    ] = False,
+) -> None:
+    """The whole story on a laptop: a small model from nothing, taught by SFT, improved by RL on verified answers."""
+    from pekoe.run.demo import run_demo
+
+    console = Console()
+    with viewing() as view:
+        story = run_demo(Path(out), seed, control, fresh, quick, view)
+    console.print(story, markup=False, highlight=False, soft_wrap=True)
+
+
+@app.command()
+def verify(
+    cases: Annotated[str, typer.Argument(metavar="CASES.jsonl", help='lines {"id"?, "response", "gold", "kind"?}')],
+) -> None:
+    """Judge responses: prints one JSON verdict a line, in input order."""
+    from pekoe.verify import JudgePool
+
+    lines = _read_cases(Path(cases))
+    with JudgePool() as pool:
+        verdicts = pool.judge_many((case["response"], case["gold"], case.get("kind", "math")) for case in lines)
+        for number, (case, verdict) in enumerate(zip(lines, verdicts, strict=True), 1):
+            typer.echo(json.dumps({"id": case.get("id", number), **asdict(verdict)}))
+
+
+def _read_cases(path: Path) -> list[dict[str, Any]]:
+    if not path.is_file():
+        siblings = [p.name for p in path.parent.glob("*.jsonl")] if path.parent.is_dir() else []
+        raise UserError(f"{path}: expected a JSONL file, found none.{nearest(path.name, siblings)}")
+    cases: list[dict[str, Any]] = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            case = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise UserError(f"{path}:{number}: expected a JSON object, got {error}") from None
+        for key in ("response", "gold"):
+            if not isinstance(case, dict) or key not in case:
+                names = case if isinstance(case, dict) else []
+                raise UserError(f"{path}:{number}: expected the key {key!r}, got {sorted(names)}")
+        cases.append(case)
+    return cases
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(__version__)
+        raise typer.Exit()
+
+
+@app.callback()
+def _main(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="print it")] = False,
+) -> None: ...
+
+
+def main() -> None:
+    """Entry point. Exit status: 0 done, 1 the run failed, 2 the user's input is wrong, 130 interrupted."""
+    try:
+        app(prog_name="pekoe")
+    except UserError as error:
+        _fail(str(error), 2)
+    except RunError as error:
+        _fail(str(error), 1)
+    except Interrupted as error:
+        _fail(str(error), 130)
+    except KeyboardInterrupt:
+        _fail("interrupted; the last checkpoint is kept. Run the same command again to go on from there", 130)
+
+
+def _fail(message: str, status: int) -> None:
+    print(f"pekoe: {message}", file=sys.stderr)
+    raise SystemExit(status)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,77 @@
+"""The journal and the ledger: append-only JSON lines, one object an event.
+
+A run killed in mid-write leaves at most one torn last line. Readers drop it; a resumed run cuts the file back to the
+byte offset its checkpoint recorded, so that what follows is exactly what an unbroken run would have written.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+Event = dict[str, Any]
+Listener = Callable[[Event], None]
+
+
+class JsonLines:
+    """An append-only file of JSON objects. Each line is flushed when written, and on disk after `sync`."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = path.open("ab")
+
+    def append(self, event: Event) -> None:
+        self._file.write(json.dumps(event, allow_nan=True, separators=(",", ":")).encode() + b"\n")
+        self._file.flush()
+
+    def sync(self) -> int:
+        """Bring everything to disk and return the file's length in bytes."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        return self._file.tell()
+
+    def cut(self, offset: int, discarded: Path) -> int:
+        """Move all bytes after `offset` to the file `discarded` (appending), and return how many there were."""
+        self._file.close()
+        with self.path.open("rb+") as file:
+            file.seek(offset)
+            tail = file.read()
+            if tail:
+                discarded.parent.mkdir(parents=True, exist_ok=True)
+                with discarded.open("ab") as bin_:
+                    bin_.write(tail)
+                file.truncate(offset)
+                file.flush()
+                os.fsync(file.fileno())
+        self._file = self.path.open("ab")
+        return len(tail)
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class Journal(JsonLines):
+    """The run's log of events. Listeners (the live view, trackers) hear each event as it is written."""
+
+    def __init__(self, path: Path, listeners: tuple[Listener, ...] = ()) -> None:
+        super().__init__(path)
+        self._listeners = listeners
+
+    def write(self, event: str, **fields: Any) -> None:
+        record = {"event": event, "time": round(time.time(), 3), **fields}
+        self.append(record)
+        for listener in self._listeners:
+            listener(record)
+
+
+def read_lines(path: Path) -> Iterator[Event]:
+    """Yield the objects of a JSON-lines file; a torn last line (no newline, not JSON) is dropped."""
+    with path.open("rb") as file:
+        for line in file:
+            if line.endswith(b"\n"):
+                yield json.loads(line)

@@ -1,0 +1,80 @@
+"""A model's dimensions, and the parameters, FLOPs and bytes that follow from them. No torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Family = Literal["qwen2", "qwen3", "llama"]
+RopeKind = Literal["default", "linear", "dynamic", "llama3", "yarn"]
+
+
+@dataclass(frozen=True, slots=True)
+class RopeSpec:
+    """Rotary embedding. Fields beyond `theta` are used by the kinds that name them (see `model.rope`)."""
+
+    theta: float = 10_000.0
+    kind: RopeKind = "default"
+    factor: float = 1.0
+    original_max_positions: int | None = None
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float | None = None
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+    truncate: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSpec:
+    """The shape of a decoder. Letters beside shapes: V vocabulary, C hidden, H heads, K key/value heads, D head."""
+
+    family: Family
+    vocab_size: int  # V
+    hidden_size: int  # C
+    num_layers: int
+    num_heads: int  # H
+    num_kv_heads: int  # K
+    head_dim: int  # D
+    intermediate_size: int
+    max_positions: int
+    rope: RopeSpec = RopeSpec()
+    norm_eps: float = 1e-6
+    tied_embeddings: bool = False
+    qkv_bias: bool = False
+    out_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+
+    def __post_init__(self) -> None:
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"num_heads: expected a multiple of num_kv_heads ({self.num_kv_heads}), got {self.num_heads}"
+            )
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim: expected an even number (rotary pairs), got {self.head_dim}")
+
+    @property
+    def num_layer_parameters(self) -> int:
+        c, q, kv, m = self.hidden_size, self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim, 0
+        m = c * (q + 2 * kv) + q * c + 3 * c * self.intermediate_size + 2 * c
+        m += (q + 2 * kv) * self.qkv_bias + c * self.out_bias + (2 * self.intermediate_size + c) * self.mlp_bias
+        return m + 2 * self.head_dim * self.qk_norm
+
+    @property
+    def num_parameters(self) -> int:
+        embeddings = self.vocab_size * self.hidden_size * (1 if self.tied_embeddings else 2)
+        return embeddings + self.num_layers * self.num_layer_parameters + self.hidden_size
+
+    @property
+    def kv_values_per_token(self) -> int:
+        """Numbers (not bytes) that one token leaves in the KV cache, over all layers."""
+        return 2 * self.num_layers * self.num_kv_heads * self.head_dim
+
+    def forward_flops(self, num_tokens: int, context: float) -> float:
+        """Multiply-adds counted as 2 FLOPs: `num_tokens` tokens, each attending to `context` tokens on average."""
+        weights = self.num_layers * self.num_layer_parameters + self.vocab_size * self.hidden_size
+        attention = 4.0 * self.num_layers * self.num_heads * self.head_dim * context
+        return num_tokens * (2.0 * weights + attention)

@@ -1,0 +1,63 @@
+"""The protocol of every engine, embedded or a server."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from pekoe.core.types import Prompt, Rollout, SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """Counters since the engine was made."""
+
+    num_prefill_tokens: int = 0  # context tokens computed
+    num_cached_tokens: int = 0  # context tokens found in the prefix cache instead
+    num_shared_tokens: int = 0  # context tokens that samples got from their group's one prefill
+    num_decode_tokens: int = 0  # response tokens sampled
+    num_forwards: int = 0
+    num_preemptions: int = 0
+
+
+class Generator(Protocol):
+    """Samples responses to prompts, at a known version of the weights."""
+
+    @property
+    def version(self) -> int:
+        """The policy version of the weights now sampling."""
+        ...
+
+    def generate(self, prompts: list[Prompt], params: SamplingParams) -> Iterator[Rollout]:
+        """Sample `params.n` responses to each prompt; yield each as it finishes, in any order.
+
+        Wrong input (an empty prompt, an unknown token, a sequence longer than the context) raises UserError at the
+        call, before anything is sampled. Closing the iterator early aborts what is unfinished.
+        """
+        ...
+
+    def abort(self, uids: Iterable[str] | None = None) -> None:
+        """End unfinished responses of these problems (None: of all); they are yielded with reason `abort`."""
+        ...
+
+    def update_weights(self, source: Any, version: int) -> None:
+        """Sample from other weights from now on. Flushes every cached KV (I4).
+
+        Responses in flight go on under the new version, their KV recomputed, their `versions` telling where.
+        """
+        ...
+
+    def pause(self) -> None:
+        """Stop sampling until `resume`; what is in flight stays."""
+        ...
+
+    def resume(self) -> None: ...
+
+    def health(self) -> bool: ...
+
+    def stats(self) -> EngineStats: ...
+
+    def close(self) -> None:
+        """Free everything. Safe to call twice."""
+        ...

@@ -1,0 +1,110 @@
+"""The prefix tree: which KV blocks hold which token prefixes, for reuse within one version of the weights.
+
+A node is one full block; the path from the root spells its tokens. Only full blocks are shared, so a block in the
+tree is never written again. Leaves that no sequence uses are given back in least-recently-used order.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterator
+
+from pekoe.core.types import IntArray
+from pekoe.engine.blocks import BlockPool
+
+Key = bytes  # the tokens of one block
+
+
+class Node:
+    """One block of a prefix."""
+
+    __slots__ = ("block", "children", "key", "last_used", "parent")
+
+    def __init__(self, key: Key, block: int, parent: Node | None) -> None:
+        self.key, self.block, self.parent = key, block, parent
+        self.children: dict[Key, Node] = {}
+        self.last_used = 0
+
+
+class PrefixTree:
+    """Prefixes by whole blocks. Becomes the pool's `evict`."""
+
+    def __init__(self, pool: BlockPool, block_tokens: int) -> None:
+        self._pool, self._block_tokens = pool, block_tokens
+        self._root = Node(b"", -1, None)
+        self._clock = 0
+        pool.evict = self.evict
+
+    def match(self, tokens: IntArray) -> list[int]:
+        """Blocks of the longest known prefix of `tokens`, each with one more user. The caller releases them."""
+        blocks: list[int] = []
+        for node in self._walk(tokens):
+            self._touch(node)
+            blocks.append(node.block)
+        self._pool.retain(blocks)
+        return blocks
+
+    def insert(self, tokens: IntArray, blocks: list[int]) -> None:
+        """Remember that `blocks` hold the full blocks of `tokens`. Where a prefix is known already, its first block
+        stays and the caller's is not remembered."""
+        node = self._root
+        for position, key in enumerate(self._keys(tokens)):
+            child = node.children.get(key)
+            if child is None:
+                child = node.children[key] = Node(key, blocks[position], node)
+                self._pool.tree_holds(blocks[position])
+            self._touch(child)
+            node = child
+
+    def evict(self, count: int) -> None:
+        """Give back at least `count` unused blocks, leaves first, least recently used first, as far as there are."""
+        leaves = [(n.last_used, n.block, n) for n in self._nodes() if self._is_idle_leaf(n)]
+        heapq.heapify(leaves)
+        while count > 0 and leaves:
+            _, _, node = heapq.heappop(leaves)
+            parent = node.parent
+            assert parent is not None
+            del parent.children[node.key]
+            self._pool.tree_drops(node.block)
+            count -= 1
+            if parent is not self._root and self._is_idle_leaf(parent):
+                heapq.heappush(leaves, (parent.last_used, parent.block, parent))
+
+    def flush(self) -> None:
+        """Forget everything: the weights have changed. Blocks that sequences use stay theirs."""
+        for node in self._nodes():
+            self._pool.tree_drops(node.block)
+        self._root.children.clear()
+
+    def blocks(self) -> set[int]:
+        return {node.block for node in self._nodes()}
+
+    def _is_idle_leaf(self, node: Node) -> bool:
+        return not node.children and self._pool.num_users(node.block) == 0
+
+    def _touch(self, node: Node) -> None:
+        self._clock += 1
+        node.last_used = self._clock
+
+    def _keys(self, tokens: IntArray) -> Iterator[Key]:
+        size = self._block_tokens
+        for start in range(0, len(tokens) - size + 1, size):
+            yield tokens[start : start + size].tobytes()
+
+    def _walk(self, tokens: IntArray) -> Iterator[Node]:
+        node = self._root
+        for key in self._keys(tokens):
+            child = node.children.get(key)
+            if child is None:
+                return
+            yield child
+            node = child
+
+    def _nodes(self) -> list[Node]:
+        """All nodes but the root, without recursion: a prefix may be thousands of blocks long."""
+        found, stack = [], list(self._root.children.values())
+        while stack:
+            node = stack.pop()
+            found.append(node)
+            stack.extend(node.children.values())
+        return found

@@ -1,0 +1,160 @@
+"""The live view: a table of the last steps and the bar of the phase in hand; plain lines where there is no terminal."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from pekoe.core.journal import Event
+
+_KEPT_ROWS = 12
+
+
+def _count(value: float) -> str:
+    return f"{value / 1000:.1f}k" if value >= 1000 else f"{value:.0f}"
+
+
+def _seconds(event: Event) -> str:
+    phases = event.get("seconds", {})
+    return " ".join(f"{name} {value:.1f}" for name, value in phases.items() if value >= 0.05)
+
+
+# (header, journal key or function of the event, format). A column shows where the step has the key.
+Column = tuple[str, str | Callable[[Event], str], Callable[[Any], str]]
+COLUMNS: tuple[Column, ...] = (
+    ("step", "step", str),
+    ("reward", "reward", "{:+.2f}".format),
+    ("pass", "pass_rate", "{:.1%}".format),
+    ("length", "response_tokens", "{:.0f}".format),
+    ("cut", "truncation_rate", "{:.1%}".format),
+    ("loss", "loss", "{:.4f}".format),
+    ("entropy", "entropy", "{:.3f}".format),
+    ("clip", "clip_fraction", "{:.1%}".format),
+    ("Δ logp", "logprob_diff_max", "{:.0e}".format),
+    ("rollout tok/s", "rollout_tokens_per_s", _count),
+    ("train tok/s", "train_tokens_per_s", _count),
+    ("seconds", _seconds, str),
+)
+
+
+def cells(event: Event) -> dict[str, str]:
+    """What the table shows of a `step` event: column header -> text; columns that the step has no value for are
+    absent."""
+    row: dict[str, str] = {}
+    for header, key, form in COLUMNS:
+        value = key(event) if callable(key) else event.get(key)
+        if value is not None:
+            row[header] = form(value)
+    return row
+
+
+def _eval_line(event: Event) -> str:
+    low, high = event["ci95"]
+    return (
+        f"step {event['step']}: pass@1 {event['pass_at_1']:.1%} [{low:.1%}, {high:.1%}] on {event['num_problems']} "
+        f"held-out problems x {event['samples_per_problem']} samples"
+    )
+
+
+class PlainView:
+    """One line an event, for logs and pipes. `every` thins out step lines in long runs with short steps."""
+
+    def __init__(self, console: Console, min_interval_s: float = 0.0) -> None:
+        self._console, self._interval, self._last = console, min_interval_s, -1e9
+
+    def begin(self, phase: str, total: int | None) -> None: ...
+
+    def advance(self, done: int = 1) -> None: ...
+
+    def end(self) -> None: ...
+
+    def event(self, event: Event) -> None:
+        if event["event"] == "step":
+            if time.monotonic() - self._last >= self._interval or "skipped" in event:
+                self._last = time.monotonic()
+                line = "  ".join(f"{header} {text}" for header, text in cells(event).items())
+                self.say(line + (f"  skipped: {event['skipped']}" if "skipped" in event else ""))
+        elif event["event"] == "eval":
+            self.say(_eval_line(event))
+        elif event["event"] == "resumed":
+            self.say(f"resumed after step {event['step']}")
+
+    def say(self, text: str) -> None:
+        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+class LiveView:
+    """A table of the last steps above the progress bar of the phase in hand. Use as a context manager."""
+
+    def __init__(self, console: Console) -> None:
+        self._rows: deque[dict[str, str]] = deque(maxlen=_KEPT_ROWS)
+        self._progress = Progress(
+            TextColumn("{task.description:<10}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[rate]}"),
+            TimeRemainingColumn(),
+            console=console,
+        )
+        self._tasks: list[tuple[TaskID, float]] = []  # phases may nest
+        self._live = Live(get_renderable=self._draw, console=console, refresh_per_second=4, transient=True)
+
+    def __enter__(self) -> LiveView:
+        self._live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._live.stop()
+        if self._rows:
+            self._live.console.print(self._table())
+
+    def begin(self, phase: str, total: int | None) -> None:
+        self._tasks.append((self._progress.add_task(phase, total=total, rate=""), time.monotonic()))
+
+    def advance(self, done: int = 1) -> None:
+        if self._tasks:
+            task, start = self._tasks[-1]
+            self._progress.advance(task, done)
+            completed = self._progress.tasks[self._progress.task_ids.index(task)].completed
+            self._progress.update(task, rate=f"{completed / max(1e-9, time.monotonic() - start):.0f}/s")
+
+    def end(self) -> None:
+        if self._tasks:
+            self._progress.remove_task(self._tasks.pop()[0])
+
+    def event(self, event: Event) -> None:
+        if event["event"] == "step":
+            self._rows.append(cells(event))
+        elif event["event"] == "eval":
+            self.say(_eval_line(event))
+        elif event["event"] == "resumed":
+            self.say(f"resumed after step {event['step']}")
+
+    def say(self, text: str) -> None:
+        self._live.console.print(text, markup=False, highlight=False)
+
+    def _draw(self) -> Group:
+        return Group(self._table(), self._progress) if self._rows else Group(self._progress)
+
+    def _table(self) -> Table:
+        table = Table(box=None, pad_edge=False, padding=(0, 1))
+        headers = [header for header, _, _ in COLUMNS if any(header in row for row in self._rows)]
+        width = self._live.console.width
+        for header in headers[: max(3, width // 9)]:  # a narrow terminal shows the first columns
+            table.add_column(header, justify="left" if header == "seconds" else "right", no_wrap=True)
+        for row in self._rows:
+            table.add_row(*(row.get(header, "") for header in headers[: len(table.columns)]))
+        return table
+
+
+def make_view(console: Console | None = None) -> LiveView | PlainView:
+    """The live view on a terminal, plain lines elsewhere."""
+    console = console or Console()
+    return LiveView(console) if console.is_terminal else PlainView(console)

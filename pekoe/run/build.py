@@ -1,0 +1,172 @@
+"""From a config to the objects that a loop is given. Laptop, GPU and cluster differ here and nowhere else."""
+
+from __future__ import annotations
+
+import os
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from pekoe.core.config import EngineSection, ModelSection, RLConfig, RolloutSection, RunSection, VerifySection
+from pekoe.core.errors import UserError
+from pekoe.core.types import Problem, Prompt, SamplingParams
+from pekoe.core.view import View
+from pekoe.data.order import DataOrder
+from pekoe.data.problems import read_problems
+from pekoe.data.tokenizer import Tokenizer
+from pekoe.engine import EmbeddedEngine
+from pekoe.model import Decoder, load_model
+from pekoe.run.control import Stop
+from pekoe.run.judging import make_judge
+from pekoe.run.rollout import Sampler
+from pekoe.run.state import RunDir
+from pekoe.run.sync import InProcessSync
+from pekoe.train import Trainer
+
+
+@dataclass(slots=True)
+class RLParts:
+    """What `run_rl` works with."""
+
+    config: RLConfig
+    problems: list[Problem]
+    held_out: list[Problem]
+    order: DataOrder
+    tokenizer: Tokenizer
+    trainer: Trainer
+    reference: Decoder | None
+    sampler: Sampler
+    sync: InProcessSync
+    run: RunDir
+    view: View
+    stop: Stop
+
+
+def set_threads(run: RunSection) -> None:
+    torch.set_num_threads(run.threads or os.cpu_count() or 1)
+
+
+def open_model(model: ModelSection) -> tuple[Decoder, Tokenizer, torch.dtype]:
+    """Load weights and tokenizer; returns them with the dtype of the matrix products."""
+    name = ("cuda" if torch.cuda.is_available() else "cpu") if model.device == "auto" else model.device
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("model.device: expected a CUDA device, found none on this machine; nearest: 'cpu'")
+    decoder = load_model(model.path, torch.float32, name)
+    return decoder, Tokenizer.load(Path(model.path)), getattr(torch, model.dtype)
+
+
+def open_problems(path: str, tokenizer: Tokenizer, max_prompt_tokens: int, skip: bool, view: View) -> list[Problem]:
+    """Read problems whose prompts fit. One that does not is an error, or skipped and reported."""
+    file = read_problems(Path(path), skip_malformed=skip)
+    kept, too_long = [], []
+    for problem in file.problems:
+        size = len(tokenizer.encode_prompt(problem.messages))
+        if size <= max_prompt_tokens:
+            kept.append(problem)
+        elif skip:
+            too_long.append(problem.uid)
+        else:
+            raise UserError(
+                f"{path}: problem {problem.uid!r}: expected a prompt of at most {max_prompt_tokens} tokens "
+                f"(max_prompt_tokens), got {size}; raise the limit, or set data.skip_malformed = true"
+            )
+    if file.skipped or too_long:
+        view.say(f"{path}: skipped {len(file.skipped)} malformed lines and {len(too_long)} prompts too long")
+    if not kept:
+        raise UserError(f"{path}: expected problems, got none that can be used")
+    return kept
+
+
+def check_context(model: Decoder, max_prompt_tokens: int, max_new_tokens: int) -> None:
+    longest, context = max_prompt_tokens + max_new_tokens, model.spec.max_positions
+    if longest > context:
+        raise UserError(
+            f"context: expected prompt and response to fit the model's {context} positions, got max_prompt_tokens "
+            f"{max_prompt_tokens} + max_new_tokens {max_new_tokens} = {longest}; "
+            f"most new tokens that fit: {context - max_prompt_tokens}"
+        )
+
+
+def sampling(rollout: RolloutSection, tokenizer: Tokenizer, seed: int) -> SamplingParams:
+    return SamplingParams(
+        n=rollout.samples_per_prompt,
+        temperature=rollout.temperature,
+        top_p=rollout.top_p,
+        top_k=rollout.top_k,
+        min_new_tokens=rollout.min_new_tokens,
+        max_new_tokens=rollout.max_new_tokens,
+        stop_token_ids=tokenizer.stop_token_ids,
+        seed=seed,
+        stream="train",
+    )
+
+
+def open_sampler(
+    model: Decoder,
+    tokenizer: Tokenizer,
+    engine: EngineSection,
+    verify: VerifySection,
+    longest: int,
+    dtype: torch.dtype,
+    seed: int,
+    view: View,
+    stop: Stop,
+    stack: ExitStack,
+) -> tuple[EmbeddedEngine, Sampler]:
+    """An engine and judges, closed with `stack`."""
+    embedded = EmbeddedEngine(model, engine, longest, dtype)
+    stack.callback(embedded.close)
+    judge = make_judge(verify, tokenizer, seed)
+    stack.callback(judge.close)
+    return embedded, Sampler(embedded, tokenizer, judge, view, stop)
+
+
+def build_rl(config: RLConfig, view: View, stop: Stop, stack: ExitStack) -> RLParts:
+    """Everything for `pekoe rl`. What must be closed is pushed on `stack`."""
+    set_threads(config.run)
+    data, rollout = config.data, config.rollout
+    model, tokenizer, dtype = open_model(config.model)
+    check_context(model, data.max_prompt_tokens, rollout.max_new_tokens)
+    problems = open_problems(data.train, tokenizer, data.max_prompt_tokens, data.skip_malformed, view)
+    held_out: list[Problem] = []
+    if config.eval.data and config.eval.every:
+        held_out = open_problems(config.eval.data, tokenizer, data.max_prompt_tokens, data.skip_malformed, view)
+    if len(problems) < rollout.prompts_per_step:
+        raise UserError(
+            f"rollout.prompts_per_step: expected at most the {len(problems)} problems of {data.train}, "
+            f"got {rollout.prompts_per_step}"
+        )
+    run = stack.enter_context(RunDir(config, (view.event,)))
+    trainer = Trainer(
+        model,
+        config.optim,
+        config.train.token_budget,
+        config.num_steps * config.algo.minibatches,
+        rollout.temperature,
+        dtype,
+    )
+    longest = data.max_prompt_tokens + max(rollout.max_new_tokens, config.eval.max_new_tokens or 0)
+    engine, sampler = open_sampler(
+        model, tokenizer, config.engine, config.verify, longest, dtype, config.run.seed, view, stop, stack
+    )
+    view.say(f"KV cache: {engine.kv_bytes / 2**20:.0f} MiB for {engine.num_kv_tokens:,} tokens")
+    canary = Prompt("canary", 0, tokenizer.encode_prompt(problems[0].messages))
+    reference = None
+    if config.algo.kl:
+        reference = load_model(config.model.path, torch.float32, str(trainer.device)).requires_grad_(False)
+    return RLParts(
+        config=config,
+        problems=problems,
+        held_out=held_out,
+        order=DataOrder([p.uid for p in problems], config.run.seed),
+        tokenizer=tokenizer,
+        trainer=trainer,
+        reference=reference,
+        sampler=sampler,
+        sync=InProcessSync(trainer, engine, canary),
+        run=run,
+        view=view,
+        stop=stop,
+    )

@@ -1,0 +1,65 @@
+"""Stopping and timing: what every loop needs and no algorithm should see."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from pekoe.core.view import NoView, View, phase
+
+
+class StopRequested(Exception):
+    """Ctrl-C arrived and the work in hand can be dropped without loss."""
+
+
+class Stop:
+    """Ctrl-C as a request: the loop drops what is unfinished, saves the last complete step, and ends.
+
+    While it listens, the first SIGINT or SIGTERM sets the request; a second one interrupts at once.
+    """
+
+    def __init__(self) -> None:
+        self.requested = False
+
+    def check(self) -> None:
+        """Raise StopRequested if the user asked to stop. Called only where nothing is half done."""
+        if self.requested:
+            raise StopRequested
+
+    @contextmanager
+    def listening(self) -> Iterator[Stop]:
+        if threading.current_thread() is not threading.main_thread():
+            yield self  # only the main thread can hear signals
+            return
+
+        def hear(number: int, frame: object) -> None:
+            if self.requested:
+                raise KeyboardInterrupt
+            self.requested = True
+
+        before = {number: signal.signal(number, hear) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield self
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+class Clock:
+    """Seconds spent in each named phase of one step, shown to `view` where there is one."""
+
+    def __init__(self, view: View | None = None) -> None:
+        self.seconds: dict[str, float] = {}
+        self._view = view or NoView()
+
+    @contextmanager
+    def __call__(self, name: str, total: int | None = None) -> Iterator[None]:
+        start = time.perf_counter()
+        with phase(self._view, name, total):
+            try:
+                yield
+            finally:
+                self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start

@@ -1,0 +1,307 @@
+"""The story of the release on a laptop: from nothing to a reasoner.
+
+A tokenizer and a small decoder are made from scratch, taught by worked solutions (SFT), measured on held-out
+problems, improved by RL on verified answers alone, and measured again. Every stage is the same code that a recipe
+runs; a stage that is finished is not run again, and one that was interrupted goes on.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from pekoe.core.config import EvalConfig, RLConfig, SFTConfig, load_config
+from pekoe.core.errors import UserError
+from pekoe.core.journal import read_lines
+from pekoe.core.spec import ModelSpec
+from pekoe.core.view import View
+from pekoe.data.char_tokenizer import make_char_tokenizer
+from pekoe.data.gym import ARITHMETIC_ALPHABET, make_arithmetic
+from pekoe.data.problems import write_problems
+from pekoe.data.sft_data import Demonstration, write_demonstrations
+from pekoe.data.tokenizer import Tokenizer
+from pekoe.model import Decoder, save_model
+from pekoe.run.build import build_rl
+from pekoe.run.control import Stop
+from pekoe.run.evaluate import run_eval
+from pekoe.run.rl import run_rl
+from pekoe.run.sft import run_sft
+
+NUM_HELD_OUT, NUM_DEMONSTRATIONS, NUM_PROBLEMS = 128, 4096, 8192
+TASK: dict[str, Any] = {"num_terms": (4, 6), "num_digits": (1, 1)}
+CONTEXT = 128
+STAGES = "stages.json"
+
+
+def model_spec(vocab_size: int) -> ModelSpec:
+    """A Qwen2 decoder of 1.2 million parameters."""
+    return ModelSpec(
+        family="qwen2",
+        vocab_size=vocab_size,
+        hidden_size=160,
+        num_layers=4,
+        num_heads=5,
+        num_kv_heads=1,
+        head_dim=32,
+        intermediate_size=480,
+        max_positions=CONTEXT,
+        qkv_bias=True,
+        tied_embeddings=True,
+    )
+
+
+def sft_recipe(out: Path, seed: int) -> dict[str, Any]:
+    return {
+        "run": {"dir": str(out / "sft"), "seed": seed},
+        "model": {"path": str(out / "start"), "device": "cpu"},
+        "data": {"train": str(out / "data" / "demonstrations.jsonl")},
+        "sft": {"epochs": 4, "batch_size": 64},
+        "optim": {"lr": 2e-3, "warmup_fraction": 0.1, "schedule": "cosine"},
+        "train": {"token_budget": 8192, "save_every": 200, "keep_checkpoints": 1},
+    }
+
+
+def rl_recipe(out: Path, seed: int) -> dict[str, Any]:
+    """`recipes/laptop.toml` says the same (a test compares them)."""
+    return {
+        "num_steps": 150,
+        "run": {"dir": str(out / "rl"), "seed": seed},
+        "model": {"path": str(out / "sft" / "model"), "device": "cpu"},
+        "data": {"train": str(out / "data" / "train.jsonl"), "max_prompt_tokens": 24},
+        "rollout": {"prompts_per_step": 32, "samples_per_prompt": 8, "max_new_tokens": 80},
+        "optim": {"lr": 3e-4, "warmup_fraction": 0.02},
+        "train": {"token_budget": 8192, "save_every": 25, "keep_checkpoints": 1},
+        "verify": {"workers": 1},
+    }
+
+
+def eval_recipe(out: Path, stage: str, seed: int) -> dict[str, Any]:
+    return {
+        "run": {"dir": str(out / stage), "seed": seed},
+        "model": {"path": str(out / stage / "model"), "device": "cpu"},
+        "max_prompt_tokens": 24,
+        "rollout": {"max_new_tokens": 80},
+        "eval": {"data": str(out / "data" / "held_out.jsonl"), "samples": 32},
+        "verify": {"workers": 1},
+    }
+
+
+# A smoke test of every stage in under a minute. It learns nothing worth the name.
+QUICK_SFT = ("sft.epochs=1", "sft.batch_size=128")
+QUICK_RL = ("num_steps=2", "rollout.prompts_per_step=8", "rollout.max_new_tokens=48")
+QUICK_EVAL = ("eval.samples=2", "rollout.max_new_tokens=48")
+
+
+def run_demo(out: Path, seed: int, control: bool, fresh: bool, quick: bool, view: View) -> str:
+    """Run the stages that are not finished yet, write summary.json, and return the story to print."""
+    if fresh and out.exists():
+        _remove(out)
+    stages = Stages(out, {"seed": seed, "control": control, "quick": quick}, view)
+    stages.run("data", lambda: make_data(out, seed))
+    stages.run("sft", lambda: _sft(out, seed, quick, view))
+    stages.run("measure_sft", lambda: _measure(out, "sft", seed, quick, view))
+    stages.run("rl", lambda: _rl(out, seed, control, quick, view))
+    stages.run("measure_rl", lambda: _measure(out, "rl", seed, quick, view))
+    summary = summarise(stages)
+    (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    return tell(out, summary, stages.results, control)
+
+
+class Stages:
+    """What is finished, in stages.json: each stage's seconds and result. A finished stage is not run again."""
+
+    def __init__(self, out: Path, settings: dict[str, Any], view: View) -> None:
+        self.results: dict[str, Any] = {}
+        self.seconds: dict[str, float] = {}
+        self.settings = settings
+        self._file, self._view = out / STAGES, view
+        if self._file.exists():
+            found = json.loads(self._file.read_text(encoding="utf-8"))
+            if found["settings"] != settings:
+                raise UserError(
+                    f"{out}: holds a demo with {found['settings']}, got {settings}; "
+                    "add --fresh to remove it, or choose another --out"
+                )
+            self.results, self.seconds = found["results"], found["seconds"]
+        else:
+            try:
+                out.mkdir(parents=True, exist_ok=True)
+                self._write()
+            except OSError as error:
+                raise UserError(f"{out}: expected a directory that can be written: {error.strerror}") from None
+
+    def run(self, name: str, work: Callable[[], Any]) -> None:
+        if name in self.results:
+            self._view.say(f"{name}: done before, in {self.seconds[name]:.0f} s (--fresh starts anew)")
+            return
+        self._view.say(f"{name}: ...")
+        start = time.perf_counter()
+        self.results[name] = work()
+        self.seconds[name] = round(time.perf_counter() - start, 2)
+        self._write()
+
+    def _write(self) -> None:
+        content = {"settings": self.settings, "seconds": self.seconds, "results": self.results}
+        self._file.write_text(json.dumps(content, indent=1), encoding="utf-8")
+
+
+def make_data(out: Path, seed: int) -> dict[str, int]:
+    """Held-out problems first, then demonstrations and RL problems that share no prompt with them or each other."""
+    held_out = make_arithmetic(NUM_HELD_OUT, 3 * seed, **TASK)
+    taken = {_prompt(problem) for problem, _ in held_out}
+    worked = make_arithmetic(NUM_DEMONSTRATIONS, 3 * seed + 1, exclude=taken, **TASK)
+    taken |= {_prompt(problem) for problem, _ in worked}
+    problems = make_arithmetic(NUM_PROBLEMS, 3 * seed + 2, exclude=taken, **TASK)
+    sets = [{_prompt(problem) for problem, _ in part} for part in (held_out, worked, problems)]
+    assert len(set.union(*sets)) == sum(map(len, sets)), "held-out, SFT and RL problems must be disjoint"
+    folder = out / "data"
+    folder.mkdir(exist_ok=True)
+    write_problems(folder / "held_out.jsonl", [problem for problem, _ in held_out])
+    write_problems(folder / "train.jsonl", [problem for problem, _ in problems])
+    demonstrations = [Demonstration(problem.messages, solution) for problem, solution in worked]
+    write_demonstrations(folder / "demonstrations.jsonl", demonstrations)
+    files = make_char_tokenizer(ARITHMETIC_ALPHABET)
+    model = Decoder(model_spec(Tokenizer(files).vocab_size))
+    model.init_weights(seed)
+    model.assets = dict(files)
+    save_model(model, out / "start")
+    return {
+        "num_parameters": model.spec.num_parameters,
+        "num_demonstrations": len(worked),
+        "num_problems": len(problems),
+        "num_held_out": len(held_out),
+    }
+
+
+def _prompt(problem: Any) -> str:
+    return problem.messages[-1]["content"]
+
+
+def _sft(out: Path, seed: int, quick: bool, view: View) -> dict[str, Any]:
+    run_sft(load_config(sft_recipe(out, seed), QUICK_SFT if quick else (), SFTConfig), view)
+    return {"loss": _steps(out / "sft")[-1]["loss"]}
+
+
+def _rl(out: Path, seed: int, control: bool, quick: bool, view: View) -> dict[str, Any]:
+    overrides = [*(QUICK_RL if quick else ()), *(["verify.random=true"] if control else [])]
+    config = load_config(rl_recipe(out, seed), overrides, RLConfig)
+    stop = Stop()
+    with stop.listening(), ExitStack() as stack:
+        run_rl(build_rl(config, view, stop, stack))
+    steps = _steps(out / "rl")
+    return {
+        "reward": [round(step["reward"], 3) for step in steps],
+        "logprob_diff_max": max(step.get("logprob_diff_max", 0.0) for step in steps),
+        "seconds": _sum_phases(steps),
+    }
+
+
+def _measure(out: Path, stage: str, seed: int, quick: bool, view: View) -> dict[str, Any]:
+    config = load_config(eval_recipe(out, stage, seed), QUICK_EVAL if quick else (), EvalConfig)
+    result = run_eval(config, view)
+    return {**result.as_dict(), "examples": result.examples}
+
+
+def summarise(stages: Stages) -> dict[str, Any]:
+    """The figures of the story."""
+    before, after = stages.results["measure_sft"], stages.results["measure_rl"]
+    return {
+        "sft": {"pass_at_1": before["pass_at_1"], "ci95": list(before["ci95"])},
+        "rl": {"pass_at_1": after["pass_at_1"], "ci95": list(after["ci95"])},
+        "seconds": stages.seconds,
+        "seed": stages.settings["seed"],
+        "control": stages.settings["control"],
+        "num_problems": before["num_problems"],
+        "samples_per_problem": before["samples_per_problem"],
+    }
+
+
+def tell(out: Path, summary: dict[str, Any], results: dict[str, Any], control: bool) -> str:
+    """What the demo prints in the end."""
+    data, rl = results["data"], results["rl"]
+    lines = [
+        "",
+        f"A decoder of {data['num_parameters'] / 1e6:.1f}M parameters, from random weights, on two kinds of teaching:",
+        f"  SFT on {data['num_demonstrations']} worked solutions, then RL on {data['num_problems']} problems whose "
+        + ("verdicts were DRAWN AT RANDOM (control)" if control else "answers were only verified"),
+        "",
+        f"  pass@1 on {summary['num_problems']} held-out problems x {summary['samples_per_problem']} samples "
+        "(temperature 1.0), with 95 % intervals over problems:",
+        f"    after SFT  {_figure(summary['sft'])}",
+        f"    after RL   {_figure(summary['rl'])}",
+        "",
+        f"  reward over the RL steps  {_sparkline(rl['reward'])}  {rl['reward'][0]:+.1f} -> {rl['reward'][-1]:+.1f}",
+        f"  largest difference between sampling and training log-probs: {rl['logprob_diff_max']:.0e}",
+        "",
+        "  where the time went (s): "
+        + ", ".join(f"{name} {seconds:.0f}" for name, seconds in summary["seconds"].items())
+        + f"; total {sum(summary['seconds'].values()):.0f}",
+        "  within RL (s): " + ", ".join(f"{name} {seconds:.0f}" for name, seconds in rl["seconds"].items()),
+        "",
+    ]
+    for before, after in _contrast(results["measure_sft"]["examples"], results["measure_rl"]["examples"]):
+        lines += [f"  {before['prompt']}   (answer {before['gold']})"]
+        lines += [
+            f"    {name}: {_one_line(e['response'])}  {e['label']}" for name, e in (("SFT", before), ("RL ", after))
+        ]
+    return "\n".join(
+        [
+            *lines,
+            "",
+            "What to try next:",
+            f"  look at the rollouts        zstd -dc {out}/rl/rollouts/step-000001.jsonl.zst | head -n 3",
+            "  the RL stage with your lr   pekoe rl recipes/laptop.toml run.dir=runs/mine optim.lr=1e-3",
+            "  the control                 pekoe demo --control --out runs/control",
+            f"  use the model               AutoModelForCausalLM.from_pretrained('{out}/rl/model')",
+        ]
+    )
+
+
+def _contrast(before: list[Any], after: list[Any]) -> list[tuple[Any, Any]]:
+    """Up to two examples, those first that RL put right."""
+    pairs = list(zip(before, after, strict=True))
+    return sorted(pairs, key=lambda p: (p[1]["label"] != "correct", p[0]["label"] == "correct"))[:2]
+
+
+def _figure(measured: dict[str, Any]) -> str:
+    low, high = measured["ci95"]
+    return f"{measured['pass_at_1']:6.1%}  [{low:.1%}, {high:.1%}]"
+
+
+def _one_line(text: str) -> str:
+    return text.replace("\n", "  ")[:120]
+
+
+def _sparkline(values: list[float], width: int = 40) -> str:
+    """Means of `width` stretches, as bars from the smallest to the largest."""
+    width = min(width, len(values))
+    means = [sum(part) / len(part) for i in range(width) if (part := _stretch(values, i, width))]
+    low, span = min(means), (max(means) - min(means)) or 1.0
+    return "".join("▁▂▃▄▅▆▇█"[min(7, int(8 * (mean - low) / span))] for mean in means)
+
+
+def _stretch(values: list[float], i: int, width: int) -> list[float]:
+    return values[i * len(values) // width : (i + 1) * len(values) // width]
+
+
+def _steps(run: Path) -> list[dict[str, Any]]:
+    return [event for event in read_lines(run / "journal.jsonl") if event["event"] == "step"]
+
+
+def _sum_phases(steps: list[dict[str, Any]]) -> dict[str, float]:
+    total: dict[str, float] = {}
+    for step in steps:
+        for name, seconds in step["seconds"].items():
+            total[name] = round(total.get(name, 0.0) + seconds, 2)
+    return total
+
+
+def _remove(out: Path) -> None:
+    if any(out.iterdir()) and not (out / STAGES).exists():
+        raise UserError(f"{out}: --fresh removes an earlier demo; this directory holds something else")
+    shutil.rmtree(out)

@@ -1,0 +1,75 @@
+"""From rollouts to verdicts: responses go to the judges as they finish, while others are still being sampled."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeout
+from typing import Protocol
+
+from pekoe.core.config import VerifySection
+from pekoe.core.errors import RunError
+from pekoe.core.types import Problem, Rollout, Verdict
+from pekoe.data.tokenizer import Tokenizer
+from pekoe.verify import JudgePool
+
+
+class Judge(Protocol):
+    """Judges one rollout; the verdict comes later. `limit_s` bounds how long one verdict can take, with retries."""
+
+    limit_s: float
+
+    def submit(self, problem: Problem, rollout: Rollout) -> Future[Verdict]: ...
+
+    def close(self) -> None: ...
+
+
+class PoolJudge:
+    """The real one: the response's text against the reference answer, in killable processes."""
+
+    def __init__(self, verify: VerifySection, tokenizer: Tokenizer) -> None:
+        self._pool = JudgePool(num_workers=verify.workers, time_limit_s=verify.time_limit_s)
+        self._tokenizer = tokenizer
+        # An item is tried twice and its reference once (I9); the rest is start-up of replaced workers and queueing.
+        self.limit_s = 60 + 10 * verify.time_limit_s
+
+    def submit(self, problem: Problem, rollout: Rollout) -> Future[Verdict]:
+        text = self._tokenizer.decode(rollout.payload.resolve().tokens, skip_special_tokens=True)
+        return self._pool.submit(text, problem.gold, problem.kind)
+
+    def close(self) -> None:
+        self._pool.close()
+
+
+class RandomJudge:
+    """A control: CORRECT or WRONG by the toss of a coin, whatever the response says."""
+
+    limit_s = 1.0
+
+    def __init__(self, seed: int) -> None:
+        self._seed = seed
+
+    def submit(self, problem: Problem, rollout: Rollout) -> Future[Verdict]:
+        text = f"{self._seed}\0{problem.uid}\0{rollout.draw}\0{rollout.sample_index}"
+        heads = hashlib.blake2b(text.encode(), digest_size=1).digest()[0] < 128
+        future: Future[Verdict] = Future()
+        future.set_result(Verdict("correct" if heads else "wrong", None, "control: drawn at random"))
+        return future
+
+    def close(self) -> None: ...
+
+
+def make_judge(verify: VerifySection, tokenizer: Tokenizer, seed: int) -> Judge:
+    return RandomJudge(seed) if verify.random else PoolJudge(verify, tokenizer)
+
+
+def await_verdicts(futures: Sequence[Future[Verdict]], judge: Judge) -> list[Verdict]:
+    """Wait for verdicts in order. RunError where one takes longer than the judge's own limits allow."""
+    verdicts = []
+    for future in futures:
+        try:
+            verdicts.append(future.result(timeout=judge.limit_s))
+        except FutureTimeout:
+            raise RunError(f"waited {judge.limit_s:.0f} s for a verdict: the judge pool does not answer") from None
+    return verdicts

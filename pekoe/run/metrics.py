@@ -1,0 +1,75 @@
+"""The metrics of a step, by the names that journal, live view, report and trackers all use."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from pekoe.algo.scoring import Scored, reward_of
+from pekoe.core.config import RLConfig
+from pekoe.run.rollout import Batch
+from pekoe.train import StepStats
+
+
+def step_metrics(
+    step: int,
+    batch: Batch,
+    scored: Scored,
+    stats: Sequence[StepStats],
+    config: RLConfig,
+    seconds: dict[str, float],
+) -> dict[str, Any]:
+    """Everything measured in one step. Rates are per rollout, `*_tokens_per_s` per second of their phase.
+
+    `logprob_diff` and `logprob_diff_max` (I1) are of the first minibatch, whose forward runs on the very weights that
+    sampled it.
+    """
+    pairs = [(r, v) for group, vs in batch.everything() for r, v in zip(group.rollouts, vs, strict=True)]
+    judged = [(r, v) for r, v in pairs if v.label != "fault"]
+    lengths = np.array([r.num_tokens for r, _ in pairs])
+    prompt_tokens = sum(r.num_prompt_tokens for r, _ in pairs)
+    metrics: dict[str, Any] = {
+        "step": step,
+        "num_prompts": len(batch.groups) + len(batch.dropped),
+        "num_rollouts": len(pairs),
+        "num_samples": len(scored.samples),
+        "num_dropped_groups": len(batch.dropped) + len(scored.dropped),
+        "reward": _mean([reward_of(v, config.algo.reward) for _, v in judged]),
+        "pass_rate": _mean([v.label == "correct" for _, v in judged]),
+        "unparsed_rate": _mean([v.label == "unparsed" for _, v in judged]),
+        "fault_rate": 1 - len(judged) / max(1, len(pairs)),
+        "response_tokens": _mean(lengths),
+        "response_tokens_max": int(lengths.max(initial=0)),
+        "truncation_rate": _mean([r.finish_reason == "length" for r, _ in pairs]),
+        "rollout_tokens_per_s": float(lengths.sum() / seconds["rollout"]),
+        "seconds": {name: round(value, 4) for name, value in seconds.items()},
+        "step_s": round(sum(seconds.values()), 4),
+    }
+    if not stats:
+        return metrics | {"skipped": "all advantages are 0"}
+    targets = sum(s.num_targets for s in stats)
+    first = stats[0].means
+    metrics |= {
+        "loss": _mean([s.loss for s in stats]),
+        "grad_norm": _mean([s.grad_norm for s in stats]),
+        "lr": stats[-1].lr,
+        "entropy": sum(s.means["entropy"] * s.num_targets for s in stats) / targets,
+        "clip_fraction": sum(s.means["clip_fraction"] * s.num_targets for s in stats) / targets,
+        "ratio": sum(s.means["ratio"] * s.num_targets for s in stats) / targets,
+        "approx_kl": sum(s.means["approx_kl"] * s.num_targets for s in stats) / targets,
+        "logprob_diff": first["logprob_diff"],
+        "logprob_diff_max": first["logprob_diff_max"],
+        "num_microbatches": sum(s.num_microbatches for s in stats),
+        "num_prompt_tokens": prompt_tokens,
+        "train_tokens_per_s": sum(s.num_tokens for s in stats) / seconds["train"],
+    }
+    if "reference_kl" in first:
+        metrics["reference_kl"] = sum(s.means["reference_kl"] * s.num_targets for s in stats) / targets
+    skipped = [s.skipped for s in stats if s.skipped]
+    return metrics | ({"skipped": "; ".join(skipped)} if skipped else {})
+
+
+def _mean(values: Any) -> float:
+    return float(np.mean(values)) if len(values) else 0.0

@@ -1,0 +1,144 @@
+"""The loop of reinforcement learning on verified rewards. `run_rl` is the algorithm, on one screen.
+
+Only the objects in `parts` differ between a laptop, a GPU and a cluster.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from pekoe.algo.loss import ppo
+from pekoe.algo.packing import split_minibatches
+from pekoe.algo.scoring import Scored, score
+from pekoe.core.errors import Interrupted
+from pekoe.core.types import Sample
+from pekoe.run.build import RLParts, sampling
+from pekoe.run.control import Clock, StopRequested
+from pekoe.run.evaluate import evaluate, sampling_for
+from pekoe.run.metrics import step_metrics
+from pekoe.run.rollout import Batch, check_faults, is_useless, rollout_lines
+from pekoe.run.state import Progress
+from pekoe.train import StepStats
+
+
+def run_rl(parts: RLParts) -> None:
+    """Train until `num_steps`. Ctrl-C keeps the last complete step and raises Interrupted."""
+    config = parts.config
+    progress: Progress = parts.run.resume(parts.trainer) or {"step": 0, "order": parts.order.state()}
+    parts.order.restore(progress["order"])
+    parts.sync(progress["step"])
+    try:
+        while progress["step"] < config.num_steps:
+            step, clock = progress["step"] + 1, Clock(parts.view)
+            batch = collect(parts, clock)
+            scored = score(batch.groups, batch.verdicts, config.algo)
+            stats = train(parts, scored, step, clock)
+            with clock("sync"):
+                synced = parts.sync(step)
+            progress = {"step": step, "order": parts.order.state()}
+            commit(parts, step, batch, scored, stats, {"sync_canary_diff": synced.canary_diff}, clock)
+            if config.eval.every and step % config.eval.every == 0:
+                measure(parts, step)
+            if step % config.train.save_every == 0:
+                save(parts, progress)
+    except StopRequested:
+        save(parts, progress)
+        raise Interrupted(
+            f"stopped after step {progress['step']} of {config.num_steps}, which is saved; "
+            f"run the same command again to go on from there"
+        ) from None
+    save(parts, progress)
+
+
+def collect(parts: RLParts, clock: Clock) -> Batch:
+    """Draw problems, sample and judge. With dynamic sampling, draw again for groups that teach nothing (DAPO)."""
+    rollout, batch = parts.config.rollout, Batch()
+    params = sampling(rollout, parts.tokenizer, parts.config.run.seed)
+    while len(batch.groups) < rollout.prompts_per_step and batch.num_rounds <= rollout.dynamic_rounds:
+        missing = rollout.prompts_per_step - len(batch.groups)
+        drawn = [(parts.problems[i], epoch) for i, epoch in parts.order.draw(missing)]
+        for group, verdicts in parts.sampler(drawn, params, clock):
+            reason = is_useless(verdicts) if rollout.dynamic_rounds else None
+            if reason:
+                batch.dropped.append((group, verdicts, reason))
+            else:
+                batch.groups.append(group)
+                batch.verdicts.append(verdicts)
+        batch.num_rounds += 1
+    check_faults((v for _, vs in batch.everything() for v in vs), parts.config.verify.max_fault_rate)
+    return batch
+
+
+def train(parts: RLParts, scored: Scored, step: int, clock: Clock) -> list[StepStats]:
+    """One optimizer step for each minibatch. None where all advantages are 0: there is nothing to learn."""
+    config, algo, trainer = parts.config, parts.config.algo, parts.trainer
+    samples: Sequence[Sample] = scored.samples
+    if not samples or scored.advantage_std == 0:
+        trainer.num_updates += algo.minibatches  # the schedule goes on
+        return []
+    if algo.proximal == "recompute":
+        with clock("recompute"):
+            samples = [s.with_proximal(p) for s, p in zip(samples, trainer.logprobs(samples), strict=True)]
+    rng = np.random.default_rng([config.run.seed, step])
+    minibatches = split_minibatches(samples, algo.minibatches, rng)
+    stats = []
+    with clock("train", len(minibatches)):
+        for minibatch in minibatches:
+            references = trainer.logprobs(minibatch, parts.reference) if parts.reference else None
+            fixed = float(len(minibatch) * config.rollout.max_new_tokens)
+            stats.append(
+                trainer.step(
+                    minibatch,
+                    partial(ppo, algo=algo),
+                    references,
+                    fixed if algo.normalise == "max_length" else None,
+                    algo.max_mean_ratio,
+                )
+            )
+            parts.view.advance()
+    return stats
+
+
+def commit(
+    parts: RLParts,
+    step: int,
+    batch: Batch,
+    scored: Scored,
+    stats: list[StepStats],
+    extra: dict[str, Any],
+    clock: Clock,
+) -> None:
+    """Write the step down: rollouts, what became of every prompt drawn, metrics."""
+    lines = rollout_lines(batch, scored, parts.config.algo.reward, parts.tokenizer)
+    parts.run.write_rollouts(step, lines)
+    for position, group in enumerate(batch.groups):
+        reason = scored.dropped.get(position) or (None if stats else "all advantages are 0")
+        account(parts, step, group.problem.uid, group.draw, reason)
+    for group, _, reason in batch.dropped:
+        account(parts, step, group.problem.uid, group.draw, reason)
+    parts.run.journal.write("step", **step_metrics(step, batch, scored, stats, parts.config, clock.seconds), **extra)
+
+
+def account(parts: RLParts, step: int, uid: str, draw: int, reason: str | None) -> None:
+    """One line of the ledger: a prompt drawn was trained on, or dropped with a reason (I6)."""
+    outcome = {"outcome": "dropped", "reason": reason} if reason else {"outcome": "trained"}
+    parts.run.ledger.append({"step": step, "uid": uid, "draw": draw, **outcome})
+
+
+def measure(parts: RLParts, step: int) -> None:
+    """Evaluate on the held-out problems, and journal it."""
+    clock = Clock(parts.view)
+    params = sampling_for(parts.config.eval, parts.config.rollout, parts.tokenizer, parts.config.run.seed)
+    result = evaluate(parts.sampler, parts.held_out, params, clock)
+    parts.run.journal.write("eval", step=step, seconds=clock.seconds, **result.as_dict())
+
+
+def save(parts: RLParts, progress: Progress) -> None:
+    clock = Clock(parts.view)
+    with clock("save"):
+        parts.run.save(parts.trainer, progress, parts.config.train.keep_checkpoints)
+    parts.view.say(f"saved step {progress['step']} in {clock.seconds['save']:.1f} s")

@@ -1,0 +1,119 @@
+"""One rollout batch: draw problems, sample groups, judge them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from pekoe.algo.scoring import Scored, all_alike, reward_of
+from pekoe.core.errors import RunError
+from pekoe.core.types import Group, Problem, Prompt, Rollout, SamplingParams, Verdict
+from pekoe.core.view import View
+from pekoe.data.tokenizer import Tokenizer
+from pekoe.engine import Generator
+from pekoe.run.control import Clock, Stop
+from pekoe.run.judging import Judge, await_verdicts
+
+
+@dataclass(slots=True)
+class Batch:
+    """Groups with their verdicts, in order of drawing, and the groups that dynamic sampling dropped."""
+
+    groups: list[Group] = field(default_factory=list)
+    verdicts: list[list[Verdict]] = field(default_factory=list)
+    dropped: list[tuple[Group, list[Verdict], str]] = field(default_factory=list)
+    num_rounds: int = 0
+
+    def everything(self) -> Iterator[tuple[Group, list[Verdict]]]:
+        yield from zip(self.groups, self.verdicts, strict=True)
+        yield from ((group, verdicts) for group, verdicts, _ in self.dropped)
+
+
+@dataclass(frozen=True, slots=True)
+class Sampler:
+    """Problems in, groups with verdicts out. `evaluate` and `curate` walk the same path as `rl`."""
+
+    engine: Generator
+    tokenizer: Tokenizer
+    judge: Judge
+    view: View
+    stop: Stop
+
+    def __call__(
+        self, drawn: list[tuple[Problem, int]], params: SamplingParams, clock: Clock
+    ) -> list[tuple[Group, list[Verdict]]]:
+        """Sample `params.n` responses to each (problem, draw), and judge each as it finishes."""
+        by_uid = {(problem.uid, draw): i for i, (problem, draw) in enumerate(drawn)}
+        prompts = [Prompt(p.uid, draw, self.tokenizer.encode_prompt(p.messages)) for p, draw in drawn]
+        rollouts: list[list[Rollout | None]] = [[None] * params.n for _ in drawn]
+        futures: list[list[Future[Verdict] | None]] = [[None] * params.n for _ in drawn]
+        with clock("rollout", len(drawn) * params.n):
+            stream = self.engine.generate(prompts, params)
+            for rollout in stream:
+                row = by_uid[rollout.uid, rollout.draw]
+                rollouts[row][rollout.sample_index] = rollout
+                futures[row][rollout.sample_index] = self.judge.submit(drawn[row][0], rollout)
+                self.view.advance()
+                self.stop.check()
+        groups: list[tuple[Group, list[Verdict]]] = []
+        with clock("verify", len(drawn)):
+            for (problem, draw), row, waiting in zip(drawn, rollouts, futures, strict=True):
+                complete = [r for r in row if r is not None]
+                assert len(complete) == params.n, f"{problem.uid}: the engine lost {params.n - len(complete)} rollouts"
+                verdicts = await_verdicts([f for f in waiting if f is not None], self.judge)
+                groups.append((Group(problem, draw, tuple(complete)), verdicts))
+                self.view.advance()
+                self.stop.check()
+        return groups
+
+
+def check_faults(verdicts: Iterable[Verdict], max_rate: float) -> float:
+    """Return the share of FAULT verdicts; RunError where it is above `max_rate` (I9)."""
+    verdicts = list(verdicts)
+    faults = [v for v in verdicts if v.label == "fault"]
+    rate = len(faults) / max(1, len(verdicts))
+    if rate > max_rate:
+        raise RunError(
+            f"verifier: {len(faults)} of {len(verdicts)} verdicts are FAULT ({rate:.1%}), more than "
+            f"verify.max_fault_rate = {max_rate:.1%} allows. The first: {faults[0].why}"
+        )
+    return rate
+
+
+def is_useless(verdicts: list[Verdict]) -> str | None:
+    """Why dynamic sampling drops a group, or None."""
+    if not all_alike(verdicts):
+        return None
+    right = any(v.label == "correct" for v in verdicts)
+    return "dynamic sampling: all right" if right else "dynamic sampling: none right"
+
+
+def rollout_lines(batch: Batch, scored: Scored, reward: float, tokenizer: Tokenizer) -> Iterator[dict[str, Any]]:
+    """What the rollouts file says of each response."""
+    advantages = {(sample.group, sample.tokens.tobytes()): float(sample.advantages[-1]) for sample in scored.samples}
+    for position, (group, verdicts) in enumerate(batch.everything()):
+        for rollout, verdict in zip(group.rollouts, verdicts, strict=True):
+            payload = rollout.payload.resolve()
+            whole = np.concatenate([payload.prompt_tokens, payload.tokens]).tobytes()
+            yield {
+                "uid": rollout.uid,
+                "draw": rollout.draw,
+                "sample": rollout.sample_index,
+                "finish_reason": rollout.finish_reason,
+                "versions": rollout.versions,
+                "label": verdict.label,
+                "extracted": verdict.extracted,
+                "why": verdict.why,
+                "gold": group.problem.gold,
+                "reward": None if verdict.label == "fault" else reward_of(verdict, reward),
+                "advantage": advantages.get((position, whole)),
+                "prompt": tokenizer.decode(payload.prompt_tokens, skip_special_tokens=False),
+                "text": tokenizer.decode(payload.tokens, skip_special_tokens=False),
+                "prompt_tokens": payload.prompt_tokens.tolist(),
+                "tokens": payload.tokens.tolist(),
+                "logprobs": [round(float(x), 6) for x in payload.logprobs],
+            }

@@ -1,0 +1,117 @@
+"""Supervised fine-tuning on worked solutions: loss on the response alone, packed, one token denominator a step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from pekoe.algo.loss import cross_entropy
+from pekoe.core.config import SFTConfig
+from pekoe.core.errors import Interrupted, UserError
+from pekoe.core.types import Sample
+from pekoe.core.view import View
+from pekoe.data.order import DataOrder
+from pekoe.data.sft_data import Demonstration, read_demonstrations
+from pekoe.data.tokenizer import Tokenizer
+from pekoe.run.build import open_model, set_threads
+from pekoe.run.control import Clock, Stop, StopRequested
+from pekoe.run.state import Progress, RunDir
+from pekoe.train import Trainer
+
+
+def run_sft(config: SFTConfig, view: View) -> None:
+    """Train on `data.train` for `sft.epochs`. Ctrl-C keeps the last complete step and raises Interrupted."""
+    set_threads(config.run)
+    model, tokenizer, dtype = open_model(config.model)
+    samples = open_demonstrations(config, tokenizer, model.spec.max_positions, view)
+    per_epoch = -(-len(samples) // config.sft.batch_size)
+    total = per_epoch * config.sft.epochs
+    trainer = Trainer(model, config.optim, config.train.token_budget, total, compute_dtype=dtype)
+    order = DataOrder([str(i) for i in range(len(samples))], config.run.seed)
+    stop = Stop()
+    with stop.listening(), RunDir(config, (view.event,)) as run:
+        progress: Progress = run.resume(trainer) or {"step": 0, "order": order.state()}
+        order.restore(progress["order"])
+        view.begin("sft", total)
+        view.advance(progress["step"])
+        try:
+            while progress["step"] < total:
+                stop.check()
+                step = progress["step"] + 1
+                last_of_epoch = step % per_epoch == 0
+                size = len(samples) - (per_epoch - 1) * config.sft.batch_size if last_of_epoch else None
+                batch = [samples[i] for i, _ in order.draw(size or config.sft.batch_size)]
+                train_one(trainer, batch, step, run, view)
+                progress = {"step": step, "order": order.state()}
+                if step % config.train.save_every == 0:
+                    save(run, trainer, progress, config)
+        except StopRequested:
+            save(run, trainer, progress, config)
+            raise Interrupted(
+                f"stopped after step {progress['step']} of {total}, which is saved; "
+                "run the same command again to go on from there"
+            ) from None
+        finally:
+            view.end()
+        save(run, trainer, progress, config)
+
+
+def train_one(trainer: Trainer, batch: Sequence[Sample], step: int, run: RunDir, view: View) -> None:
+    clock = Clock()
+    with clock("train"):
+        stats = trainer.step(batch, cross_entropy)
+    view.advance()
+    run.journal.write(
+        "step",
+        step=step,
+        loss=stats.loss,
+        grad_norm=stats.grad_norm,
+        lr=stats.lr,
+        entropy=stats.means["entropy"],
+        num_samples=len(batch),
+        num_targets=stats.num_targets,
+        num_microbatches=stats.num_microbatches,
+        train_tokens_per_s=stats.num_tokens / clock.seconds["train"],
+        seconds=clock.seconds,
+        **({"skipped": stats.skipped} if stats.skipped else {}),
+    )
+
+
+def save(run: RunDir, trainer: Trainer, progress: Progress, config: SFTConfig) -> None:
+    run.save(trainer, progress, config.train.keep_checkpoints)
+
+
+def open_demonstrations(config: SFTConfig, tokenizer: Tokenizer, context: int, view: View) -> list[Sample]:
+    """Read demonstrations as samples; one longer than the token budget or the context is an error, or skipped."""
+    data = config.data
+    file = read_demonstrations(Path(data.train), skip_malformed=data.skip_malformed)
+    limit = min(config.train.token_budget, context)
+    samples: list[Sample] = []
+    for number, demonstration in enumerate(file.demonstrations, 1):
+        sample = to_sample(demonstration, tokenizer)
+        if len(sample) <= limit:
+            samples.append(sample)
+        elif not data.skip_malformed:
+            raise UserError(
+                f"{data.train}: demonstration {number}: expected at most {limit} tokens "
+                f"(train.token_budget {config.train.token_budget}, context {context}), got {len(sample)}; "
+                "raise train.token_budget, or set data.skip_malformed = true"
+            )
+    skipped = len(file.demonstrations) - len(samples) + len(file.skipped)
+    if skipped:
+        view.say(f"{data.train}: skipped {skipped} demonstrations, malformed or longer than {limit} tokens")
+    if not samples:
+        raise UserError(f"{data.train}: expected demonstrations, got none that can be used")
+    return samples
+
+
+def to_sample(demonstration: Demonstration, tokenizer: Tokenizer) -> Sample:
+    """Prompt and response end to end; only the response, its stop token included, is trained on."""
+    prompt = tokenizer.encode_prompt(demonstration.messages)
+    response = tokenizer.encode_response(demonstration.response)
+    tokens = np.concatenate([prompt, response])
+    mask = np.arange(len(tokens)) >= len(prompt)
+    zeros = np.zeros(len(tokens), np.float32)
+    return Sample(tokens, mask, zeros, mask.astype(np.float32))

@@ -1,0 +1,161 @@
+"""A run directory: what is in it, how a step is committed to it, and how a stopped run goes on from it.
+
+    config.toml            the resolved recipe
+    journal.jsonl          events; `step` events carry all metrics
+    ledger.jsonl           what became of every prompt drawn
+    rollouts/              one compressed JSONL a step
+    checkpoints/           trainer state by torch.distributed.checkpoint, and state.json with everything else
+    model/                 the last saved version in Hugging Face format
+    discarded/             what a resumed run took back
+
+A checkpoint is written under a temporary name, brought to disk, and renamed; it stores the byte offsets of journal
+and ledger, so that a resumed run takes back exactly what came after it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch.distributed.checkpoint as dcp
+import zstandard
+
+from pekoe.core.config import Config, dump_config, load_config
+from pekoe.core.errors import UserError
+from pekoe.core.journal import Journal, JsonLines, Listener
+from pekoe.model import save_model
+from pekoe.train import Trainer
+
+Progress = dict[str, Any]  # what a loop needs to go on: plain JSON values
+
+# Keys that may differ between a run and its continuation: they change how long or how it is watched, not what it is.
+MAY_CHANGE = {"num_steps", "run.threads", "train.save_every", "train.keep_checkpoints", "verify.workers"}
+
+
+class RunDir:
+    """An open run directory. Use as a context manager."""
+
+    def __init__(self, config: Config, listeners: tuple[Listener, ...] = ()) -> None:
+        self.path = Path(config.run.dir)
+        self._config = config
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            probe = self.path / ".writable"
+            probe.touch()
+            probe.unlink()
+        except OSError as error:
+            raise UserError(
+                f"run.dir: expected a directory that can be written, got {self.path}: {error.strerror}"
+            ) from None
+        self._claim()
+        self.journal = Journal(self.path / "journal.jsonl", listeners)
+        self.ledger = JsonLines(self.path / "ledger.jsonl")
+
+    def __enter__(self) -> RunDir:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.journal.close()
+        self.ledger.close()
+
+    def _claim(self) -> None:
+        """Write config.toml, or check that the one there is of the same run."""
+        file = self.path / "config.toml"
+        if file.exists():
+            before = _flat(load_config(file, kind=type(self._config)).model_dump())
+            now = _flat(self._config.model_dump())
+            differ = [k for k in now if now[k] != before.get(k) and k not in MAY_CHANGE]
+            if differ and any((self.path / "checkpoints").glob("step-*")):
+                key = differ[0]
+                raise UserError(
+                    f"{self.path}: holds a run with {key} = {before.get(key)!r}, got {now[key]!r}; "
+                    "go on with the same recipe, or choose another run.dir"
+                )
+        file.write_text(dump_config(self._config), encoding="utf-8")
+
+    def resume(self, trainer: Trainer) -> Progress | None:
+        """Go back to the newest checkpoint: load the trainer, take back what came later, return the progress.
+
+        None where there is no checkpoint: then everything found is taken back, and the run starts anew.
+        """
+        found = self._checkpoints()
+        progress: Progress | None = None
+        offsets = {"journal": 0, "ledger": 0}
+        if found:
+            state = json.loads((found[-1] / "state.json").read_text(encoding="utf-8"))
+            progress, offsets = state["progress"], state["offsets"]
+            tensors = trainer.state_dict()
+            dcp.load(tensors, checkpoint_id=str(found[-1] / "trainer"))
+            trainer.load_state_dict(tensors)
+        step = progress["step"] if progress else 0
+        taken = self.journal.cut(offsets["journal"], self.path / "discarded" / "journal.jsonl")
+        taken += self.ledger.cut(offsets["ledger"], self.path / "discarded" / "ledger.jsonl")
+        for file in sorted((self.path / "rollouts").glob("step-*.jsonl.zst")):
+            if int(file.name[5:11]) > step:
+                os.replace(file, self.path / "discarded" / file.name)
+                taken += 1
+        if progress or taken:
+            self.journal.write("resumed", step=step, discarded_bytes=taken)
+        return progress
+
+    def save(self, trainer: Trainer, progress: Progress, keep: int) -> Path:
+        """Write a checkpoint of `progress["step"]` and the model directory; remove checkpoints beyond `keep`."""
+        target = self.path / "checkpoints" / f"step-{progress['step']:06d}"
+        if target.exists():
+            return target
+        partial = target.with_name(f".partial-{target.name}")
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        dcp.save(trainer.state_dict(), checkpoint_id=str(partial / "trainer"))
+        offsets = {"journal": self.journal.sync(), "ledger": self.ledger.sync()}
+        state = json.dumps({"progress": progress, "offsets": offsets}, indent=1)
+        (partial / "state.json").write_text(state, encoding="utf-8")
+        _to_disk(partial)
+        os.replace(partial, target)
+        _fsync(target.parent)
+        for old in self._checkpoints()[:-keep]:
+            shutil.rmtree(old)
+        save_model(trainer.model, self.path / "model")
+        return target
+
+    def write_rollouts(self, step: int, lines: Iterable[Mapping[str, Any]]) -> None:
+        """Write a step's rollouts, compressed."""
+        file = self.path / "rollouts" / f"step-{step:06d}.jsonl.zst"
+        file.parent.mkdir(exist_ok=True)
+        text = "".join(json.dumps(line, separators=(",", ":")) + "\n" for line in lines)
+        file.write_bytes(zstandard.ZstdCompressor(level=3).compress(text.encode()))
+
+    def _checkpoints(self) -> list[Path]:
+        return sorted((self.path / "checkpoints").glob("step-*"))
+
+
+def read_rollouts(file: Path) -> list[dict[str, Any]]:
+    """The lines of one rollouts file."""
+    text = zstandard.ZstdDecompressor().decompress(file.read_bytes())
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
+    return flat
+
+
+def _to_disk(folder: Path) -> None:
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            _fsync(path)
+    _fsync(folder)
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

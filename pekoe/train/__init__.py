@@ -1,0 +1,5 @@
+"""Floor 2: training. `trainer.py` holds the only backward(); nothing here knows of rollouts or engines."""
+
+from pekoe.train.trainer import StepStats, Trainer
+
+__all__ = ["StepStats", "Trainer"]

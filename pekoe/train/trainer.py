@@ -1,0 +1,165 @@
+"""The trainer: samples in, one optimizer step out. The only backward() of the house."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pekoe.algo.loss import Sums, chosen_logprobs
+from pekoe.algo.packing import MicroBatch, allocate, pack
+from pekoe.core.config import OptimSection
+from pekoe.core.types import FloatArray, Sample
+from pekoe.model import Decoder, PackedAttention
+from pekoe.train.optim import learning_rate, make_optimizer
+
+Objective = Callable[[Tensor, Tensor, MicroBatch], tuple[Tensor, Sums]]
+
+
+@dataclass(frozen=True, slots=True)
+class StepStats:
+    """One optimizer step. `means` are per trained token; `skipped` says why no update was made."""
+
+    loss: float
+    grad_norm: float
+    lr: float
+    num_tokens: int  # all tokens computed, prompts too
+    num_targets: int  # tokens trained on: the denominator
+    num_microbatches: int
+    means: dict[str, float]
+    skipped: str | None = None
+
+
+class Trainer:
+    """Owns the weights and the optimizer.
+
+    Args:
+        model: the decoder; its parameters are updated in place, so an engine that shares them needs no copy.
+        optim: optimizer settings.
+        token_budget: most tokens of a micro-batch.
+        total_updates: optimizer steps of the whole run (the schedule's length).
+        temperature: log-probs are of the distribution at this temperature.
+        compute_dtype: dtype of the matrix products (autocast); weights stay as they are.
+    """
+
+    def __init__(
+        self,
+        model: Decoder,
+        optim: OptimSection,
+        token_budget: int,
+        total_updates: int,
+        temperature: float = 1.0,
+        compute_dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self.model = model
+        self.optimizer = make_optimizer(model, optim)
+        self.num_updates = 0
+        self._optim, self._total = optim, total_updates
+        self._token_budget, self.temperature, self.compute_dtype = token_budget, temperature, compute_dtype
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    def step(
+        self,
+        samples: Sequence[Sample],
+        objective: Objective,
+        references: Sequence[FloatArray] | None = None,
+        denominator: float | None = None,
+        max_mean_ratio: float | None = None,
+    ) -> StepStats:
+        """Make one optimizer step on a minibatch, in as many micro-batches as the token budget asks for.
+
+        Args:
+            samples: the minibatch.
+            objective: sum over tokens of the loss, and statistics (see `algo.loss`).
+            references: the reference model's log-probs of each sample [L], where the objective wants them.
+            denominator: what the summed loss is divided by; by default the minibatch's trained tokens (I3).
+            max_mean_ratio: with a mean importance ratio above this no update is made.
+        """
+        bins = allocate([len(sample) for sample in samples], self._token_budget)
+        num_targets = int(sum(sample.loss_mask.sum() for sample in samples))
+        divisor = float(denominator or num_targets)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss_sum, sums = torch.zeros((), dtype=torch.float64), {}
+        for members in bins:
+            picked = [references[i] for i in members] if references else None
+            batch = pack([samples[i] for i in members], picked).to(self.device)
+            loss, parts = objective(*self._logprobs(batch), batch)
+            (loss / divisor).backward()
+            loss_sum += loss.detach().double().cpu()
+            _accumulate(sums, parts)
+        means = {k: float(v) if k.endswith("_max") else float(v) / num_targets for k, v in sums.items()}
+        lr = learning_rate(self._optim, self.num_updates, self._total)
+        grad_norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), self._optim.grad_clip))
+        skipped = None
+        if not np.isfinite(grad_norm):
+            skipped = f"gradient norm is {grad_norm}"
+        elif max_mean_ratio is not None and means["ratio"] > max_mean_ratio:
+            skipped = f"mean importance ratio {means['ratio']:.2f} above {max_mean_ratio}"
+        else:
+            for group in self.optimizer.param_groups:
+                group["lr"] = lr
+            self.optimizer.step()
+        self.num_updates += 1
+        self.optimizer.zero_grad(set_to_none=True)
+        num_tokens = sum(len(sample) for sample in samples)
+        loss_mean = float(loss_sum) / divisor
+        return StepStats(loss_mean, grad_norm, lr, num_tokens, num_targets, len(bins), means, skipped)
+
+    @torch.no_grad()
+    def logprobs(self, samples: Sequence[Sample], model: Decoder | None = None) -> list[FloatArray]:
+        """Log-probs [L] of each sample's trained tokens (0 elsewhere), by `model` or, by default, the trainer's own."""
+        out = [np.zeros(len(sample), np.float32) for sample in samples]
+        for members in allocate([len(sample) for sample in samples], self._token_budget):
+            picked = [samples[i] for i in members]
+            batch = pack(picked).to(self.device)
+            flat = np.zeros(len(batch.tokens), np.float32)
+            flat[batch.targets.cpu().numpy()] = self._logprobs(batch, model)[0].float().cpu().numpy()
+            offsets = batch.cu_seqlens.cpu().numpy()
+            for i, start, stop in zip(members, offsets[:-1], offsets[1:], strict=True):
+                out[i] = flat[start:stop]
+        return out
+
+    @torch.no_grad()
+    def evaluate(self, samples: Sequence[Sample]) -> float:
+        """Mean of -log pi over the samples' trained tokens."""
+        total = sum(float(array.sum()) for array in self.logprobs(samples))
+        return -total / sum(int(sample.loss_mask.sum()) for sample in samples)
+
+    def _logprobs(self, batch: MicroBatch, model: Decoder | None = None) -> tuple[Tensor, Tensor]:
+        """Log-probs and entropies [N] of the batch's targets."""
+        model = model or self.model
+        mixed = self.compute_dtype is not torch.float32
+        with torch.autocast(self.device.type, self.compute_dtype, enabled=mixed):
+            hidden = model(batch.tokens, batch.positions, PackedAttention(batch.cu_seqlens))
+            head = model.head_weight
+            return chosen_logprobs(hidden[batch.targets - 1], head, batch.tokens[batch.targets], self.temperature)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that decides the trainer's future."""
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "num_updates": self.num_updates,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.num_updates = state["num_updates"]
+
+
+def _accumulate(sums: Sums, parts: Sums) -> None:
+    for name, value in parts.items():
+        if name not in sums:
+            sums[name] = value
+        elif name.endswith("_max"):
+            sums[name] = torch.maximum(sums[name], value)
+        else:
+            sums[name] = sums[name] + value
