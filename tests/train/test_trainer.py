@@ -179,7 +179,6 @@ def test_state_goes_round(make_model: MakeModel):
     a = Trainer(make_model(seed=1), OPTIM, 1000, 10)
     a.step(samples, PPO)
     b = Trainer(make_model(seed=2), OPTIM, 1000, 10)
-    state = {k: v for k, v in a.state_dict().items()}
-    b.load_state_dict(state)
+    b.load_state_dict(a.state_dict())
     assert b.num_updates == 1
     assert a.step(samples, PPO) == b.step(samples, PPO)

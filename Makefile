@@ -1,0 +1,72 @@
+# Every target sets up what it needs in $(VENV) by plain pip, once: a stamp says that it is done, a changed
+# pyproject.toml undoes it, and an environment that is broken, half made or moved is made again.
+
+VENV   ?= .venv
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
+             $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; exit; }; done; echo python3)
+ARGS   ?=
+
+BIN := $(VENV)/bin
+PY  := $(BIN)/python
+PIP := $(PY) -m pip --disable-pip-version-check install $(if $(CI),--quiet --progress-bar off)
+
+# pyright: the Node.js that came with it, no look-ups for newer versions.
+export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
+export PYRIGHT_PYTHON_GLOBAL_NODE := 0
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-slow check format clean FORCE
+
+help: ## Show this list
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(firstword $(MAKEFILE_LIST)) | column -t -s '|'
+
+demo: $(VENV)/.stamp-demo ## Train a small model to reason, here and now: make demo ARGS="--seed 1"
+	$(BIN)/pekoe demo $(ARGS)
+
+test: $(VENV)/.stamp-test ## Run the tests: make test ARGS="tests/data -x"
+	$(PY) -m pytest $(ARGS)
+
+test-slow: $(VENV)/.stamp-test ## Run the tests that take long
+	$(PY) -m pytest -m slow --timeout 3600 $(ARGS)
+
+check: $(VENV)/.stamp-dev ## Check format, lint, types and floors
+	@failed=; \
+	step() { echo "== $$*"; "$(BIN)/$$@" || failed="$$failed $$1"; }; \
+	step ruff format --check .; step ruff check .; step pyright; step lint-imports; \
+	if [ -n "$$failed" ]; then echo "make check: failed:$$failed" >&2; exit 1; fi
+
+format: $(VENV)/.stamp-dev ## Format the code and mend what lint can mend
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean: ## Remove the virtual environment and every cache; runs/ stays
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	find pekoe tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# An environment is sound when its stamp names this directory and its own Python still runs, and is new enough.
+# One without a stamp is taken over if its pip works, else (half made, broken, moved here) made again.
+NEW_ENOUGH := -c 'import sys; sys.exit(sys.version_info < (3, 11))'
+SOUND := $(shell [ "$$(cat $(VENV)/.stamp-venv 2>/dev/null)" = "$(CURDIR)" ] && $(PY) $(NEW_ENOUGH) 2>/dev/null && echo yes)
+
+$(VENV)/.stamp-venv: $(if $(SOUND),,FORCE)
+	@if [ -e $@ ] || ! $(PY) $(NEW_ENOUGH) 2>/dev/null || ! $(PY) -m pip --version >/dev/null 2>&1; then \
+	  $(PYTHON) $(NEW_ENOUGH) 2>/dev/null || { \
+	    echo "Pekoe needs Python 3.11 to 3.13; '$(PYTHON)' is: $$($(PYTHON) --version 2>&1 | tail -1)" >&2; \
+	    echo "Name another one: make PYTHON=/path/to/python3.12 $(MAKECMDGOALS)" >&2; exit 1; }; \
+	  echo "Making a virtual environment in $(VENV) with $$($(PYTHON) --version)"; \
+	  rm -rf $(VENV); \
+	  $(PYTHON) -m venv $(VENV) || { \
+	    echo "$(PYTHON) cannot make virtual environments (on Debian and Ubuntu: apt install python3-venv)" >&2; exit 1; }; \
+	fi
+	@printf '%s' "$(CURDIR)" > $@
+
+# Older stamps of the same environment are older than .stamp-venv, so a new environment is filled anew.
+$(VENV)/.stamp-demo: EXTRA := demo
+$(VENV)/.stamp-test: EXTRA := test
+$(VENV)/.stamp-dev:  EXTRA := dev
+$(VENV)/.stamp-demo $(VENV)/.stamp-test $(VENV)/.stamp-dev: $(VENV)/.stamp-venv pyproject.toml
+	@echo "Installing pekoe[$(EXTRA)] and what it needs (minutes, the first time)"
+	@$(PIP) -e ".[$(EXTRA)]"
+	@touch $@
+
+FORCE:

@@ -1,0 +1,22 @@
+"""Floor 1: problems and worked solutions read from files or made, the order they are drawn in, tokens. No torch."""
+
+from pekoe.data.char_tokenizer import make_char_tokenizer
+from pekoe.data.gym import make_arithmetic
+from pekoe.data.order import DataOrder
+from pekoe.data.problems import ProblemFile, read_problems, write_problems
+from pekoe.data.sft_data import Demonstration, DemonstrationFile, read_demonstrations, write_demonstrations
+from pekoe.data.tokenizer import Tokenizer
+
+__all__ = [
+    "DataOrder",
+    "Demonstration",
+    "DemonstrationFile",
+    "ProblemFile",
+    "Tokenizer",
+    "make_arithmetic",
+    "make_char_tokenizer",
+    "read_demonstrations",
+    "read_problems",
+    "write_demonstrations",
+    "write_problems",
+]

@@ -1,0 +1,187 @@
+"""Rows of JSON in files that a user brought. Every refusal says where, what was expected and what was found."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pekoe.core.errors import UserError, nearest
+
+T = TypeVar("T")
+Messages = tuple[dict[str, str], ...]
+Skipped = tuple[int, str]  # the row's line from 1 (in a `.json` array: its item), and why it was left out
+
+# Two roles beside those of chat templates, each only in a conversation of one message.
+PLAIN = "prompt"  # a question as bare text: a user turn where the model has a chat template, used as it is elsewhere
+RAW = "raw"  # text that already carries a chat's markers: used as it is with every model
+CHAT_ROLES = ("system", "user", "assistant", "tool")
+
+_KINDS: dict[type[Any], str] = {
+    dict: "an object",
+    list: "an array",
+    str: "a string",
+    bool: "a boolean",
+    type(None): "null",
+}
+
+
+class Malformed(ValueError):
+    """A row that cannot be used. `parse_rows` adds the file and the line, then raises or skips."""
+
+
+def parse_rows(
+    path: str | Path, parse: Callable[[Any, int], T], skip_malformed: bool
+) -> tuple[tuple[T, ...], tuple[Skipped, ...]]:
+    """Read a JSONL file (or a `.json` file holding one array) and `parse(value, line)` every row of it.
+
+    `parse` raises Malformed for a row it refuses. Raises UserError at the first such row unless `skip_malformed`,
+    for a file that cannot be read, and for one without a single usable row.
+    """
+    path = Path(path)
+    whole = path.suffix == ".json"
+    text = _read_text(path)
+    rows: list[T] = []
+    skipped: list[Skipped] = []
+    # JSON strings may hold U+2028 and other characters that `splitlines` cuts at: only a newline ends a row.
+    for line, source in enumerate(_array(path, text) if whole else text.split("\n"), 1):
+        if not whole and not source.strip():
+            continue
+        try:
+            rows.append(parse(source if whole else _loads(source), line))
+        except Malformed as error:
+            if not skip_malformed:
+                raise UserError(f"{path}{', item ' if whole else ':'}{line}: {error}") from None
+            skipped.append((line, str(error)))
+    if not rows:
+        got = f"{len(skipped)} malformed ones (row {skipped[0][0]}: {skipped[0][1]})" if skipped else "an empty file"
+        raise UserError(f"{path}: expected at least one row, got {got}")
+    return tuple(rows), tuple(skipped)
+
+
+def write_rows(path: str | Path, rows: Iterable[dict[str, Any]]) -> None:
+    """Write JSONL whole or not at all: to a temporary name beside `path`, then renamed."""
+    path = Path(path)
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        with partial.open("w", encoding="utf-8", newline="\n") as file:
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        os.replace(partial, path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot write ({error.strerror})") from None
+    finally:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+
+
+def missing(path: Path, what: str) -> UserError:
+    """A UserError for a path that does not exist, naming the nearest sibling of the same kind."""
+    siblings = [p.name for p in path.parent.iterdir() if p.suffix == path.suffix] if path.parent.is_dir() else []
+    hint = nearest(path.name, siblings)
+    return UserError(f"{path}: expected {what}, got no such file or directory.{hint if len(hint) < 200 else ''}")
+
+
+def _read_text(path: Path) -> str:
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        raise missing(path, "a JSONL file") from None
+    except OSError as error:
+        raise UserError(f"{path}: expected a JSONL file, got: {error.strerror}") from None
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        got = f"byte 0x{data[error.start]:02x} at offset {error.start}"
+        raise UserError(f"{path}:{line}: expected UTF-8 text, got {got} (Parquet, or a compressed file?)") from None
+
+
+def _array(path: Path, text: str) -> list[Any]:
+    try:
+        return expect(_loads(text), list, "the file")
+    except Malformed as error:
+        raise UserError(f"{path}: {error} (a file of one object a line is named .jsonl)") from None
+
+
+def _loads(text: str) -> Any:
+    try:
+        value = json.loads(text)
+        if "\\u" in text:
+            json.dumps(value, ensure_ascii=False).encode()
+        return value
+    except UnicodeEncodeError:
+        raise Malformed("expected Unicode text, got half of a surrogate pair (\\ud800 to \\udfff)") from None
+    except (ValueError, RecursionError) as error:
+        raise Malformed(f"expected JSON, got {str(error) or 'nothing that parses'}") from None
+
+
+def kind_of(value: Any) -> str:
+    """A JSON value's kind in the user's words."""
+    return "an empty array" if value == [] else _KINDS.get(type(value), f"the number {value}")
+
+
+def expect(value: Any, kind: type[T], what: str) -> T:
+    """`value`, which has to be of `kind`, and if text or an array then not empty."""
+    if not isinstance(value, kind):
+        raise Malformed(f"{what}: expected {_KINDS[kind]}, got {kind_of(value)}")
+    if (isinstance(value, str) and not value.strip()) or value == []:
+        raise Malformed(f"{what}: expected {_KINDS[kind]} with something in it, got an empty one")
+    return value
+
+
+def text_of(row: dict[str, Any], key: str) -> str:
+    """`row[key]`, which has to be a string with something in it."""
+    return expect(row.get(key), str, repr(key))
+
+
+def closed(row: dict[str, Any], valid: set[str]) -> None:
+    """Refuse keys that nobody reads: a misspelt key would otherwise be dropped in silence."""
+    for key in row:
+        if key not in valid:
+            raise Malformed(f"unknown key {key!r}.{nearest(key, valid)}")
+
+
+def one_of(row: dict[str, Any], first: str, second: str) -> str:
+    """Which of two keys the row has. It has to have exactly one."""
+    if (first in row) == (second in row):
+        raise Malformed(f"expected one of {first!r} and {second!r}, got {'both' if first in row else 'neither'}")
+    return first if first in row else second
+
+
+def answer_text(value: Any) -> str:
+    """A reference answer as text: strings stripped, whole floats without their `.0`."""
+    if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+        return str(int(value)) if value == int(value) else repr(value)
+    return expect(value, str, "answer").strip()
+
+
+def prompt_of(row: dict[str, Any]) -> Messages:
+    """The messages of a row with exactly one of `prompt` (text, or messages) and `messages`."""
+    value = row[one_of(row, "prompt", "messages")]
+    return ({"role": PLAIN, "content": text_of(row, "prompt")},) if isinstance(value, str) else messages_of(value)
+
+
+def messages_of(value: Any) -> Messages:
+    """Chat messages `[{"role", "content"}, ...]`."""
+    return tuple(_message(item, number, len(value)) for number, item in enumerate(expect(value, list, "'messages'"), 1))
+
+
+def _message(item: Any, number: int, of: int) -> dict[str, str]:
+    message = expect(item, dict, f"message {number}")
+    role, content = message.get("role"), message.get("content")
+    if role not in (*CHAT_ROLES, PLAIN, RAW):
+        raise Malformed(f"message {number} 'role': got {role!r}.{nearest(str(role), CHAT_ROLES)}")
+    if role in (PLAIN, RAW) and of > 1:
+        raise Malformed(f"message {number} 'role': expected {role!r} only in a conversation of one message")
+    if not isinstance(content, str):
+        raise Malformed(f"message {number} 'content': expected a string, got {kind_of(content)}")
+    return {"role": str(role), "content": content}
+
+
+def question(text: str) -> Messages:
+    """One user turn."""
+    return ({"role": "user", "content": text},)

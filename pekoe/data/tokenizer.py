@@ -1,0 +1,181 @@
+"""Text to token ids and back, with a model directory's own tokenizer and chat template."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tokenizers
+
+from pekoe.core.errors import UserError
+from pekoe.core.types import IntArray
+from pekoe.data.chat import ChatTemplate
+from pekoe.data.rows import PLAIN, RAW, missing
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+
+
+class Tokenizer:
+    """A model directory's tokenizer. Ids are those that `transformers` gives for the same files.
+
+    `files` are the directory's tokenizer files as bytes, to be written unchanged beside trained weights.
+    """
+
+    def __init__(self, files: Mapping[str, bytes], model_config: bytes = b"{}", origin: str = "tokenizer") -> None:
+        """`model_config` is config.json, which may name stop tokens. Raises UserError for files that do not parse."""
+        self.files = dict(files)
+        self._origin = origin
+        try:
+            self._tokenizer = tokenizers.Tokenizer.from_buffer(self.files["tokenizer.json"])
+        except Exception as error:  # the library raises bare Exception
+            raise UserError(f"{origin}: expected a tokenizer.json of the tokenizers library, got {error}") from None
+        self._tokenizer.no_truncation()  # saved files may carry the limits of whoever saved them
+        self._tokenizer.no_padding()
+        self._config = self._json("special_tokens_map.json") | self._json("tokenizer_config.json")
+        self._special = {
+            key: text for key, value in self._config.items() if key.endswith("_token") and (text := _token_text(value))
+        }
+        self._template = self._load_template()
+        self._stop_token_ids = self._find_stop_tokens(_parse_json(model_config, f"{origin}/config.json"))
+
+    @classmethod
+    def load(cls, model_dir: str | Path) -> Tokenizer:
+        """Read a Hugging Face model directory. Raises UserError where it, or its tokenizer.json, is missing."""
+        path = Path(model_dir)
+        if not path.is_dir():
+            raise missing(path, "a model directory")
+        files = {name: (path / name).read_bytes() for name in TOKENIZER_FILES if (path / name).is_file()}
+        if "tokenizer.json" not in files:
+            got = ", ".join(sorted(entry.name for entry in path.iterdir())[:20]) or "an empty directory"
+            raise UserError(
+                f"{path}: expected tokenizer.json, got {got}. "
+                "AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR) of transformers writes one."
+            )
+        config = path / "config.json"
+        return cls(files, config.read_bytes() if config.is_file() else b"{}", str(path))
+
+    @property
+    def vocab_size(self) -> int:
+        """Ids the tokenizer knows, added tokens included (a model's embedding may have more rows)."""
+        return self._tokenizer.get_vocab_size(with_added_tokens=True)
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether conversations can be rendered."""
+        return self._template is not None
+
+    @property
+    def stop_token_ids(self) -> tuple[int, ...]:
+        """Every end of sequence named by generation_config.json, config.json and the tokenizer, ascending."""
+        return self._stop_token_ids
+
+    @property
+    def eos_token_id(self) -> int:
+        """The token that ends a response we train on: the tokenizer's own, else the first stop token."""
+        own = self._tokenizer.token_to_id(self._special.get("eos_token", ""))
+        if own is None and not self._stop_token_ids:
+            raise UserError(f"{self._origin}: expected an eos_token in tokenizer_config.json, got none")
+        return self._stop_token_ids[0] if own is None else own
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of `text`; special tokens written in it are recognised, none are added.
+
+        Raises UserError for a character that the vocabulary cannot write: it would otherwise be dropped or blurred.
+        """
+        try:
+            return self._tokenizer.encode(text, add_special_tokens=False).ids
+        except Exception:  # a word-level model without an unknown token; the library raises bare Exception
+            added = (re.escape(token.content) for token in self._tokenizer.get_added_tokens_decoder().values())
+            rest = re.sub("|".join(added), "", text)
+            unknown = sorted({char for char in rest if self._tokenizer.token_to_id(char) is None})
+            raise UserError(
+                f"{self._origin}: expected characters of its vocabulary, got {unknown} in {text[:80]!r}"
+            ) from None
+
+    def decode(self, ids: Sequence[int] | IntArray, skip_special_tokens: bool = False) -> str:
+        """The text of `ids`, with special tokens spelt out or left out."""
+        return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=skip_special_tokens)
+
+    def apply_chat_template(self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool = True) -> str:
+        """Render a conversation. Raises UserError when the model has no chat template, or it refuses."""
+        if self._template is None:
+            raise UserError(
+                f"{self._origin}: expected a chat template (chat_template.jinja), got none. Add one to the model "
+                "directory, or give each problem a plain 'prompt' string, which is used as it is."
+            )
+        turns = [{**message, "role": "user"} if message["role"] == PLAIN else message for message in messages]
+        return self._template.render(turns, add_generation_prompt)
+
+    def encode_prompt(self, messages: Sequence[Mapping[str, str]]) -> IntArray:
+        """The tokens [P] to sample a response from, for `Problem.messages`.
+
+        A chat goes through the template. One message of role "raw", or of role "prompt" on a model without a
+        template, is used as it is, after whatever the tokenizer puts before plain text (a BOS token, mostly).
+        """
+        role = messages[0]["role"]
+        if role == RAW or (role == PLAIN and not self.has_chat_template):
+            return np.array(self._encode_plain(messages[0]["content"]), dtype=np.int64)
+        return np.array(self.encode(self.apply_chat_template(messages)), dtype=np.int64)
+
+    def encode_response(self, response: str) -> IntArray:
+        """The tokens [R] of a demonstrated response, its stop token last."""
+        return np.array([*self.encode(response), self.eos_token_id], dtype=np.int64)
+
+    def _encode_plain(self, text: str) -> list[int]:
+        ids = self.encode(text)
+        bos = self._tokenizer.token_to_id(self._special.get("bos_token", ""))
+        if bos is None or ids[:1] == [bos]:
+            return ids
+        probe = self._tokenizer.encode("", add_special_tokens=True).ids
+        adds_bos = self._config.get("add_bos_token", probe[:1] == [bos])
+        return [bos, *ids] if adds_bos else ids
+
+    def _load_template(self) -> ChatTemplate | None:
+        source: Any = self._config.get("chat_template")
+        if "chat_template.jinja" in self.files:
+            source = self.files["chat_template.jinja"].decode()
+        if isinstance(source, list):  # several named templates
+            source = {entry["name"]: entry["template"] for entry in source}.get("default")
+        return None if source is None else ChatTemplate(source, self._special, self._origin)
+
+    def _find_stop_tokens(self, model_config: dict[str, Any]) -> tuple[int, ...]:
+        found: set[int] = set()
+        for config in (self._json("generation_config.json"), model_config):
+            eos = config.get("eos_token_id")
+            found |= {eos} if isinstance(eos, int) else set(eos or ())
+        eos_token = self._special.get("eos_token")
+        own = None if eos_token is None else self._tokenizer.token_to_id(eos_token)
+        return tuple(sorted(found | ({own} if own is not None else set())))
+
+    def _json(self, name: str) -> dict[str, Any]:
+        return _parse_json(self.files.get(name, b"{}"), f"{self._origin}/{name}")
+
+
+def _parse_json(data: bytes, origin: str) -> dict[str, Any]:
+    try:
+        value = json.loads(data)
+    except ValueError as error:
+        raise UserError(f"{origin}: expected JSON, got {error}") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{origin}: expected a JSON object, got {type(value).__name__}")
+    return value
+
+
+def _token_text(value: Any) -> str | None:
+    """A special token is written as its text, or as an object with its text in `content`."""
+    text = value.get("content") if isinstance(value, dict) else value
+    return text if isinstance(text, str) else None

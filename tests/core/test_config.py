@@ -1,0 +1,108 @@
+"""Recipes: closed, typed, and every mistake with where, expected, got and the nearest valid name."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pekoe.core import EvalConfig, RLConfig, SFTConfig, UserError, dump_config, load_config
+from pekoe.core.config import Config, Section
+
+RECIPE: dict[str, Any] = {
+    "num_steps": 3,
+    "run": {"dir": "runs/x"},
+    "model": {"path": "m"},
+    "data": {"train": "t.jsonl"},
+}
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("algo.minibatchs=4", "unknown key 'algo.minibatchs'. Did you mean 'minibatches'?"),
+        ("algoo.minibatches=4", "unknown key 'algoo'. Did you mean 'algo'?"),
+        ('rollout.temperature="hot"', "rollout.temperature: expected a valid number, got 'hot'"),
+        ("rollout.temperature=hot", "rollout.temperature: expected a valid number, got 'hot'"),
+        ("rollout.prompts_per_step=1.5", "rollout.prompts_per_step: expected a valid integer, got 1.5"),
+        ('run.seed="1"', "run.seed: expected a valid integer, got '1'"),
+        ("rollout=3", "rollout: expected"),
+        ("model.device=tpu", "model.device: expected 'cpu', 'cuda' or 'auto', got 'tpu'"),
+        ("algo.advantage=gpro", "algo.advantage: expected 'global', 'grpo', 'dr_grpo' or 'rloo', got 'gpro'"),
+        ("optim.lr=-1", "optim.lr: expected greater than 0, got -1"),
+        ("rollout.prompts_per_step=13", "expected a multiple of algo.minibatches (4), got 13; nearest: 12"),
+        ("train.token_budget=100", "expected at least the longest sequence, .* = 2048, got 100; nearest: 2048"),
+        ("rollout.min_new_tokens=5000", "expected at most rollout.max_new_tokens (1024), got 5000"),
+        ("eval.every=5", "eval.data: expected a problem file"),
+        ("run.seed.x=5", "'seed' is a value, not a section"),
+        ("nonsense", "override 'nonsense': expected section.key=value"),
+    ],
+)
+def test_mistakes(override: str, message: str):
+    recipe = RECIPE | {"run": {"dir": "x", "seed": 0}}
+    with pytest.raises(UserError) as caught:
+        load_config(recipe, [override])
+    start, _, end = message.partition(".*")
+    assert start in str(caught.value)
+    assert end in str(caught.value)
+
+
+def test_several_mistakes_are_all_told():
+    with pytest.raises(UserError) as caught:
+        load_config({"run": {}, "model": {"path": "m"}, "data": {"train": "t"}})
+    assert "missing key 'num_steps'" in str(caught.value)
+    assert "missing key 'run.dir'" in str(caught.value)
+
+
+def test_group_advantages_need_groups():
+    with pytest.raises(UserError, match="samples_per_prompt: expected at least 2"):
+        load_config(RECIPE, ["algo.advantage=grpo", "rollout.samples_per_prompt=1"])
+
+
+def test_files(tmp_path: Path):
+    with pytest.raises(UserError, match="Did you mean 'laptop.toml'"):
+        (tmp_path / "laptop.toml").write_text("")
+        load_config(tmp_path / "latop.toml")
+    (tmp_path / "bad.toml").write_text("a = = 1")
+    with pytest.raises(UserError, match="expected TOML"):
+        load_config(tmp_path / "bad.toml")
+
+
+@pytest.mark.parametrize("kind", [RLConfig, SFTConfig, EvalConfig])
+def test_the_resolved_config_reads_back_equal(kind: type[Config], tmp_path: Path):
+    recipe = {k: v for k, v in RECIPE.items() if k in kind.model_fields}
+    if kind is EvalConfig:
+        recipe["eval"] = {"data": "d.jsonl"}
+    config = load_config(recipe, ["run.seed=7", "model.device=cpu"], kind)
+    (tmp_path / "config.toml").write_text(dump_config(config))
+    assert load_config(tmp_path / "config.toml", kind=kind) == config
+
+
+def test_configs_are_frozen():
+    config = load_config(RECIPE)
+    with pytest.raises(ValueError, match="frozen"):
+        config.num_steps = 5
+
+
+def test_every_key_is_documented():
+    def check(section: type[Section]) -> None:
+        for name, field in section.model_fields.items():
+            inner = field.annotation
+            if isinstance(inner, type) and issubclass(inner, Section):
+                check(inner)
+            else:
+                assert field.description, f"{section.__name__}.{name} has no docstring"
+
+    for kind in (RLConfig, SFTConfig, EvalConfig):
+        check(kind)
+
+
+def test_the_defaults_are_the_releases():
+    """AReaL v0.2, 7B recipe (shared facts): what a recipe does not say."""
+    config = load_config(RECIPE)
+    assert (config.rollout.prompts_per_step, config.rollout.samples_per_prompt) == (512, 16)
+    assert (config.algo.reward, config.algo.clip_low, config.algo.clip_high) == (5.0, 0.2, 0.2)
+    assert (config.algo.minibatches, config.algo.kl, config.algo.max_mean_ratio) == (4, 0.0, 5.0)
+    optim = config.optim
+    assert (optim.lr, optim.beta1, optim.beta2, optim.eps) == (2e-5, 0.9, 0.95, 1e-5)
+    assert (optim.weight_decay, optim.grad_clip, optim.warmup_fraction) == (0.05, 1.0, 0.001)
+    assert config.train.token_budget == 30720

@@ -1,0 +1,142 @@
+"""The house's own rules: small files, small functions, a word at every door, and no torch where none belongs."""
+
+from __future__ import annotations
+
+import ast
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).resolve().parent.parent / "pekoe"
+SOURCES = sorted(PACKAGE.rglob("*.py"))
+ROOMS = ["core", "data", "verify", "algo", "model", "engine", "train", "run", "report"]
+MAX_FILE_LINES, MAX_FUNCTION_LINES = 500, 80
+
+
+def name_of(path: Path) -> str:
+    return str(path.relative_to(PACKAGE.parent))
+
+
+def functions(source: str) -> Iterator[tuple[str, int]]:
+    """Every function and method with its lines, from `def` to its end (decorators left out)."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            assert node.end_lineno is not None
+            yield node.name, node.end_lineno - node.lineno + 1
+
+
+def test_files_are_small():
+    lines = {name_of(path): len(path.read_text(encoding="utf-8").splitlines()) for path in SOURCES}
+    assert len(lines) > 20
+    assert {name: number for name, number in lines.items() if number > MAX_FILE_LINES} == {}
+
+
+def test_functions_are_small():
+    found = [(name_of(path), *each) for path in SOURCES for each in functions(path.read_text(encoding="utf-8"))]
+    assert len(found) > 100
+    assert [each for each in found if each[-1] > MAX_FUNCTION_LINES] == []
+
+
+def test_a_long_function_would_be_found():
+    body = "        x = 1\n" * MAX_FUNCTION_LINES
+    source = f"class A:\n    @decorated\n    async def long(self):\n        def short(): ...\n{body}"
+    assert ("long", MAX_FUNCTION_LINES + 2) in list(functions(source))
+
+
+def test_every_public_module_says_what_it_is():
+    public = [path for path in SOURCES if not path.stem.startswith("_") or path.stem.endswith("__")]
+    silent = [path for path in public if not ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))]
+    assert [name_of(path) for path in silent] == []
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_every_room_has_a_door(room: str):
+    assert (PACKAGE / room / "__init__.py").is_file()
+
+
+def test_no_room_is_missing_from_the_plan():
+    found = {path.parent.name for path in PACKAGE.glob("*/*.py")}
+    assert found == set(ROOMS)
+
+
+@pytest.mark.parametrize("module", ["pekoe.core", "pekoe.data", "pekoe.verify", "pekoe.report", "pekoe.cli"])
+def test_imports_without_torch(module: str):
+    code = f"import sys, {module}; sys.exit(3 if 'torch' in sys.modules else 0)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=PACKAGE.parent)
+    assert done.returncode != 3, f"{module} brought torch along"
+    assert done.returncode == 0, done.stderr
+
+
+class TestMakefile:
+    """The set-up's way out of trouble, without installing anything: `make -n` prints what it would do."""
+
+    @pytest.fixture
+    def clone(self, tmp_path: Path, repository: Path) -> Path:
+        if shutil.which("make") is None:
+            pytest.skip("make is not installed")
+        for name in ("Makefile", "pyproject.toml"):
+            shutil.copy(repository / name, tmp_path)
+        return tmp_path
+
+    def make(self, clone: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(["make", "-C", str(clone), *arguments], capture_output=True, text=True)
+
+    def script(self, path: Path, body: str) -> Path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"#!/bin/sh\n{body}\n")
+        path.chmod(0o755)
+        return path
+
+    def sound(self, clone: Path) -> None:
+        """An environment as a finished installation leaves it."""
+        self.script(clone / ".venv/bin/python", f'exec {sys.executable} "$@"')
+        (clone / ".venv/.stamp-venv").write_text(str(clone))
+        (clone / ".venv/.stamp-test").touch()
+
+    def test_help_lists_the_targets(self, clone: Path):
+        out = self.make(clone, "help").stdout
+        assert all(f"make {target}" in out for target in ("demo", "test", "test-slow", "check", "format", "clean"))
+
+    def test_old_python_is_told_so(self, clone: Path):
+        old = self.script(clone / "old", '[ "$1" = --version ] && echo "Python 3.9.2" && exit 0; exit 1')
+        done = self.make(clone, "test", f"PYTHON={old}")
+        assert done.returncode != 0
+        assert "Pekoe needs Python 3.11 to 3.13" in done.stderr
+        assert "Python 3.9.2" in done.stderr
+        assert not (clone / ".venv").exists()
+
+    def test_second_call_installs_nothing(self, clone: Path):
+        self.sound(clone)
+        assert "pip" not in self.make(clone, "-n", "test").stdout
+
+    def test_changed_pyproject_installs_again(self, clone: Path):
+        self.sound(clone)
+        newer = (clone / ".venv/.stamp-test").stat().st_mtime + 5
+        os.utime(clone / "pyproject.toml", (newer, newer))
+        out = self.make(clone, "-n", "test").stdout
+        assert '-e ".[test]"' in out
+        assert "-m venv" not in out
+
+    def test_demo_installs_only_what_it_needs(self, clone: Path):
+        self.sound(clone)
+        out = self.make(clone, "-n", "demo", "ARGS=--seed 1").stdout
+        assert '-e ".[demo]"' in out
+        assert "pekoe demo --seed 1" in out
+
+    @pytest.mark.parametrize("trouble", ["dead python", "moved", "no stamp"])
+    def test_unsound_environment_is_looked_at_again(self, clone: Path, trouble: str):
+        self.sound(clone)
+        if trouble == "dead python":
+            self.script(clone / ".venv/bin/python", "exit 127")
+        elif trouble == "moved":
+            (clone / ".venv/.stamp-venv").write_text("/somewhere/else")
+        else:
+            (clone / ".venv/.stamp-venv").unlink()
+        out = self.make(clone, "-n", "test").stdout
+        assert "-m venv" in out
+        assert '-e ".[test]"' in out
