@@ -17,7 +17,9 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +91,8 @@ class RunDir:
             state = json.loads((found[-1] / "state.json").read_text(encoding="utf-8"))
             progress, offsets = state["progress"], state["offsets"]
             tensors = trainer.state_dict()
-            dcp.load(tensors, checkpoint_id=str(found[-1] / "trainer"))
+            with _one_process():
+                dcp.load(tensors, checkpoint_id=str(found[-1] / "trainer"))
             trainer.load_state_dict(tensors)
         step = progress["step"] if progress else 0
         taken = self.journal.cut(offsets["journal"], self.path / "discarded" / "journal.jsonl")
@@ -110,7 +113,8 @@ class RunDir:
         partial = target.with_name(f".partial-{target.name}")
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        dcp.save(trainer.state_dict(), checkpoint_id=str(partial / "trainer"))
+        with _one_process():
+            dcp.save(trainer.state_dict(), checkpoint_id=str(partial / "trainer"))
         offsets = {"journal": self.journal.sync(), "ledger": self.ledger.sync()}
         state = json.dumps({"progress": progress, "offsets": offsets}, indent=1)
         (partial / "state.json").write_text(state, encoding="utf-8")
@@ -137,6 +141,14 @@ def read_rollouts(file: Path) -> list[dict[str, Any]]:
     """The lines of one rollouts file."""
     text = zstandard.ZstdDecompressor().decompress(file.read_bytes())
     return [json.loads(line) for line in text.splitlines()]
+
+
+@contextmanager
+def _one_process() -> Iterator[None]:
+    """A checkpoint of a single process is meant, not a forgotten process group, of which DCP warns."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
+        yield
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -18,7 +18,16 @@ def make_optimizer(model: nn.Module, optim: OptimSection) -> torch.optim.AdamW:
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
-    return torch.optim.AdamW(groups, lr=optim.lr, betas=(optim.beta1, optim.beta2), eps=optim.eps, fused=True)
+    adamw = torch.optim.AdamW(groups, lr=optim.lr, betas=(optim.beta1, optim.beta2), eps=optim.eps, fused=True)
+    for parameter in parameters:
+        # AdamW's own start, made now and not at the first step: a checkpoint is loaded into what is there, so a
+        # fresh optimizer without state would silently load none.
+        adamw.state[parameter] = {
+            "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
+            "exp_avg": torch.zeros_like(parameter),
+            "exp_avg_sq": torch.zeros_like(parameter),
+        }
+    return adamw
 
 
 def learning_rate(optim: OptimSection, update: int, total: int) -> float:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 from pekoe.algo.loss import Sums, chosen_logprobs
 from pekoe.algo.packing import MicroBatch, allocate, pack
@@ -142,16 +143,14 @@ class Trainer:
             return chosen_logprobs(hidden[batch.targets - 1], head, batch.tokens[batch.targets], self.temperature)
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that decides the trainer's future."""
-        return {
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "num_updates": self.num_updates,
-        }
+        """Everything that decides the trainer's future, in the layout-free form of torch.distributed.checkpoint."""
+        model, optimizer = get_state_dict(self.model, self.optimizer)
+        return {"model": model, "optimizer": optimizer, "num_updates": self.num_updates}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        set_state_dict(
+            self.model, self.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"]
+        )
         self.num_updates = state["num_updates"]
 
 

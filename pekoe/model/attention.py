@@ -1,0 +1,112 @@
+"""Causal attention within each packed document, and the seam where engines bring their own.
+
+Shapes: [T] packed tokens, [B] documents, [L] one document's padded length, [H] query heads, [K] key/value heads,
+[D] head dimension.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections import defaultdict
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.attention.varlen import varlen_attn
+
+# Documents are padded to a multiple of this and batched with others of the same padded length. Larger wastes work on
+# padding, smaller leaves more calls; and as a document's padded length depends on nothing but its own length, the CPU
+# kernel computes the same bits for it whatever is packed beside it.
+_LENGTH_STEP = 8
+
+# torch 2.11's varlen_attn takes fewer key/value heads without being told; later ones want to be told.
+_VARLEN_GQA: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+
+
+class Attention(Protocol):
+    """How the tokens of one forward see each other. The decoder calls it once per layer, in order.
+
+    It may read and write caches of its own (an engine's paged KV); the decoder knows nothing of them.
+    """
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attend with q [T, H, D], already rotated, over k and v [T, K, D]. Returns [T, H, D]."""
+        ...
+
+
+class PackedAttention:
+    """Causal attention within each of the B documents that `cu_seqlens` [B + 1] delimits in a packed row.
+
+    Query heads share key/value heads in order: head h reads key/value head h // (H / K).
+    bf16 and fp16 on CUDA use torch's variable-length flash kernel. Everything else uses SDPA, one call for all
+    documents of similar length. Nothing is kept between calls but index tensors, so one object serves every layer,
+    forward and backward, of its micro-batch.
+
+    Raises ValueError unless `cu_seqlens` starts with 0 and increases.
+    """
+
+    def __init__(self, cu_seqlens: Tensor | Sequence[int]) -> None:
+        bounds = cu_seqlens.tolist() if isinstance(cu_seqlens, Tensor) else list(cu_seqlens)
+        lengths = [end - start for start, end in pairwise(bounds)]
+        if not lengths or bounds[0] != 0 or min(lengths) < 1:
+            raise ValueError(f"cu_seqlens: expected 0 followed by increasing numbers, got {bounds[:9]}")
+        self.num_tokens: int = bounds[-1]
+        self.max_length: int = max(lengths)
+        self._bounds = bounds
+        self._batches, self._slots = _plan_batches(lengths)  # [(B, L)], [T]
+        self._cu_seqlens: Tensor | None = None  # [B + 1] int32, on the device of the last flash call
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """q [T, H, D], k and v [T, K, D] -> [T, H, D]."""
+        if q.shape[0] != self.num_tokens:
+            raise ValueError(f"attention: expected {self.num_tokens} tokens (cu_seqlens[-1]), got {q.shape[0]}")
+        if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
+            return self._flash(q, k, v)
+        return self._sdpa(q, k, v)
+
+    def _flash(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if self._cu_seqlens is None or self._cu_seqlens.device != q.device:
+            self._cu_seqlens = torch.tensor(self._bounds, dtype=torch.int32, device=q.device)
+        cu, longest = self._cu_seqlens, self.max_length
+        out = varlen_attn(q, k, v, cu, cu, longest, longest, window_size=(-1, 0), **_VARLEN_GQA)
+        assert isinstance(out, Tensor)  # a pair only where return_aux asks for one
+        return out
+
+    def _sdpa(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        # Padding goes to the right, where causality hides it from every real token: no mask, and no gradient from it.
+        self._slots = self._slots.to(q.device)
+        sizes = [num_docs * length for num_docs, length in self._batches]
+        total = sum(sizes)
+
+        def padded(x: Tensor) -> tuple[Tensor, ...]:
+            return x.new_zeros(total, *x.shape[1:]).index_copy_(0, self._slots, x).split(sizes)
+
+        outs: list[Tensor] = []
+        for shape, *qkv in zip(self._batches, padded(q), padded(k), padded(v), strict=True):
+            qs, ks, vs = (x.unflatten(0, shape).transpose(1, 2) for x in qkv)  # [B, H or K, L, D]
+            out = F.scaled_dot_product_attention(qs, ks, vs, is_causal=True, enable_gqa=True)
+            outs.append(out.transpose(1, 2).flatten(0, 1))
+        return torch.cat(outs).index_select(0, self._slots)
+
+
+def _plan_batches(lengths: Sequence[int]) -> tuple[list[tuple[int, int]], Tensor]:
+    """Return the padded batches as (B, L) pairs, and each packed token's row [T] when they lie one after another."""
+    by_padded: dict[int, list[int]] = defaultdict(list)
+    for doc, length in enumerate(lengths):
+        by_padded[-(-length // _LENGTH_STEP) * _LENGTH_STEP].append(doc)
+
+    first_slot = [0] * len(lengths)
+    batches: list[tuple[int, int]] = []
+    offset = 0
+    for padded, docs in sorted(by_padded.items()):
+        for row, doc in enumerate(docs):
+            first_slot[doc] = offset + row * padded
+        batches.append((len(docs), padded))
+        offset += len(docs) * padded
+
+    sizes = torch.tensor(lengths)
+    shift = torch.tensor(first_slot) - (sizes.cumsum(0) - sizes)  # [B] from packed place to padded place
+    return batches, torch.arange(int(sizes.sum())) + shift.repeat_interleave(sizes)

@@ -1,0 +1,274 @@
+"""Hugging Face checkpoint directories, in and out: config.json, *.safetensors, tokenizer files.
+
+A model directory is not trusted. Nothing in it is unpickled, an index may name only files beside itself, and every
+tensor is checked by name and shape, from the file headers, before memory is taken for any.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from pekoe.core.errors import UserError, nearest
+from pekoe.model.decoder import Decoder
+from pekoe.model.hf_config import hf_config_to_spec, spec_to_hf_config
+
+ASSET_NAMES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+MAX_SHARD_BYTES = 5_000_000_000
+
+_CONFIG, _WEIGHTS, _INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+_EMBED, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
+_FLOAT_TYPES = ("F64", "F32", "F16", "BF16")
+
+
+@dataclass(frozen=True, slots=True)
+class _Stored:
+    """Where one tensor lies, and what its file's header says of it."""
+
+    file: Path
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+
+    def read(self) -> Tensor:
+        with _open(self.file) as handle:
+            return handle.get_tensor(self.name)
+
+
+def load_model(
+    path: str | os.PathLike[str], dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
+) -> Decoder:
+    """Load the checkpoint directory `path`, one tensor at a time, converting to `dtype` on `device`.
+
+    The model keeps the directory's config (`hf_config`) and tokenizer files (`assets`), so that `save_model` writes
+    a complete directory. Raises UserError for whatever is missing, malformed, mismatched or not supported.
+    """
+    directory = _existing_directory(Path(path))
+    config = _read_json(directory / _CONFIG)
+    spec = hf_config_to_spec(config, str(directory / _CONFIG))
+    stored = _headers(_weight_files(directory))
+    last_layer = f"model.layers.{spec.num_layers - 1}.input_layernorm.weight"
+    if last_layer not in stored:  # before a config's absurd depth costs us memory
+        raise UserError(f"{directory}: lacks tensor {last_layer} (num_hidden_layers = {spec.num_layers})")
+
+    with torch.device("meta"):
+        model = Decoder(spec).to(dtype)
+    if spec.tied_embeddings:
+        _settle_tied_head(stored, directory)
+    _check_tensors(model, stored, directory)
+    model.to_empty(device=device)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(stored[name].read())
+    model.hf_config = config
+    model.assets = {name: (directory / name).read_bytes() for name in ASSET_NAMES if (directory / name).is_file()}
+    return model
+
+
+def save_model(model: Decoder, path: str | os.PathLike[str], max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
+    """Write `model` as a Hugging Face checkpoint directory, whole or not at all.
+
+    Everything is written and synced under a temporary name beside `path`, then renamed into place. A model directory
+    that is already there is replaced; a crash between the two renames leaves it as `.<name>.old`.
+    Raises UserError if `path` is anything else that exists, or holds files that this function does not write.
+    """
+    target = Path(os.path.abspath(path))
+    _check_replaceable(target)
+    partial, old = (target.with_name(f".{target.name}.{suffix}") for suffix in ("partial", "old"))
+    shutil.rmtree(partial, ignore_errors=True)  # of a save that was killed
+    try:
+        partial.mkdir(parents=True)
+        _write_directory(model, partial, max_shard_bytes)
+        if target.exists():
+            shutil.rmtree(old, ignore_errors=True)  # not sooner: it may be the only whole copy
+            target.rename(old)
+        partial.rename(target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    _sync(target.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+# Reading
+
+
+def _existing_directory(path: Path) -> Path:
+    if path.is_dir():
+        return path
+    siblings = [p.name for p in path.parent.iterdir() if (p / _CONFIG).is_file()] if path.parent.is_dir() else []
+    got = "a file" if path.exists() else "nothing there"
+    raise UserError(f"{path}: expected a model directory, got {got}.{nearest(path.name, siblings)}")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise UserError(f"{path}: missing; a model directory holds config.json and *.safetensors")
+    try:
+        value = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: expected JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: expected a JSON object, got {type(value).__name__}")
+    return value
+
+
+def _weight_files(directory: Path) -> list[Path]:
+    if (directory / _WEIGHTS).is_file():
+        return [directory / _WEIGHTS]
+    if not (directory / _INDEX).is_file():
+        if pickled := sorted(p.name for p in directory.iterdir() if p.suffix in (".bin", ".pt", ".pth")):
+            raise UserError(
+                f"{directory}: expected {_WEIGHTS}, got {pickled[0]}. Pickled weights can run code and are never "
+                "loaded: convert them to safetensors where you trust them (transformers: save_pretrained)"
+            )
+        raise UserError(f"{directory}: expected {_WEIGHTS} or {_INDEX}, got neither")
+    weight_map = _read_json(directory / _INDEX).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise UserError(
+            f"{directory / _INDEX}: weight_map: expected tensor names to file names, got {weight_map!r:.80}"
+        )
+    names = {str(name) for name in weight_map.values()}
+    for name in sorted(names):
+        # A bare name, so that no index reaches out of its directory. (Links are fine: the hub's cache is made of them.)
+        if Path(name).name != name or not name.endswith(".safetensors"):
+            raise UserError(f"{directory / _INDEX}: expected the name of a .safetensors file beside it, got {name!r}")
+        if not (directory / name).is_file():
+            raise UserError(f"{directory / _INDEX}: names {name}, which is missing (an unfinished download?)")
+    return [directory / name for name in sorted(names)]
+
+
+@contextmanager
+def _open(file: Path) -> Generator[Any]:
+    try:
+        with safe_open(file, framework="pt", device="cpu") as handle:
+            yield handle
+    except SafetensorError as error:
+        raise UserError(f"{file}: not a readable safetensors file: {error}") from None
+
+
+def _headers(files: list[Path]) -> dict[str, _Stored]:
+    stored: dict[str, _Stored] = {}
+    for file in files:
+        with _open(file) as handle:
+            for name in handle.keys():  # noqa: SIM118 (a handle is no mapping)
+                if name in stored:
+                    raise UserError(f"{file}: tensor {name} is also in {stored[name].file.name}")
+                if not name.endswith(".rotary_emb.inv_freq"):  # old Llama checkpoints store it; it follows from config
+                    header = handle.get_slice(name)
+                    stored[name] = _Stored(file, name, tuple(header.get_shape()), header.get_dtype())
+    return stored
+
+
+def _settle_tied_head(stored: dict[str, _Stored], directory: Path) -> None:
+    """Reduce a tied pair to the embeddings, whichever of the two names (or both) the checkpoint stores it under."""
+    head = stored.pop(_HEAD, None)
+    if head is None:
+        return
+    if _EMBED not in stored:
+        stored[_EMBED] = head
+    elif not torch.equal(head.read(), stored[_EMBED].read()):
+        raise UserError(
+            f"{directory}: tie_word_embeddings is true, but {_HEAD} and {_EMBED} differ. "
+            "Set it to false in config.json if the head is meant to be its own"
+        )
+
+
+def _check_tensors(model: Decoder, stored: Mapping[str, _Stored], directory: Path) -> None:
+    expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    problems = [f"{name}: expected {list(expected[name])}, got nothing" for name in expected if name not in stored]
+    problems += [f"{name}: unexpected, {list(stored[name].shape)}" for name in stored if name not in expected]
+    for name in expected.keys() & stored.keys():
+        if stored[name].shape != expected[name]:
+            problems.append(f"{name}: expected {list(expected[name])}, got {list(stored[name].shape)}")
+        elif stored[name].dtype not in _FLOAT_TYPES:
+            problems.append(f"{name}: expected one of {', '.join(_FLOAT_TYPES)}, got {stored[name].dtype}")
+    if problems:
+        shown = "\n  ".join(sorted(problems)[:8])
+        more = f"\n  and {len(problems) - 8} more" if len(problems) > 8 else ""
+        raise UserError(f"{directory}: its tensors do not fit its config.json:\n  {shown}{more}")
+
+
+# Writing
+
+
+def _check_replaceable(target: Path) -> None:
+    if not target.exists() and not target.is_symlink():
+        return
+    if target.is_symlink() or not target.is_dir():
+        raise UserError(f"{target}: expected a new name or a model directory to replace, got a file or link")
+    entries = sorted(p.name for p in target.iterdir())
+    foreign = [name for name in entries if not _is_ours(target / name)]
+    if foreign or (entries and _CONFIG not in entries):
+        raise UserError(
+            f"{target}: expected a new name or a model directory to replace, "
+            f"got a directory with {', '.join((foreign or entries)[:4])}"
+        )
+
+
+def _is_ours(path: Path) -> bool:
+    return path.is_file() and (path.name in (_CONFIG, _INDEX, *ASSET_NAMES) or path.suffix == ".safetensors")
+
+
+def _write_directory(model: Decoder, directory: Path, max_shard_bytes: int) -> None:
+    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+    config = {**model.hf_config, **spec_to_hf_config(model.spec), "dtype": dtype, "torch_dtype": dtype}
+    (directory / _CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+    for name, content in model.assets.items():
+        (directory / name).write_bytes(content)
+
+    state = model.state_dict()
+    shards = _shards(state, max_shard_bytes)
+    weight_map: dict[str, str] = {}
+    for i, names in enumerate(shards, start=1):
+        file = _WEIGHTS if len(shards) == 1 else f"model-{i:05d}-of-{len(shards):05d}.safetensors"
+        tensors = {name: state[name].detach().cpu().contiguous() for name in names}
+        save_file(tensors, directory / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(names, file)
+    if len(shards) > 1:
+        total = sum(tensor.nbytes for tensor in state.values())
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (directory / _INDEX).write_text(json.dumps(index, indent=2) + "\n")
+    for path in (*directory.iterdir(), directory):
+        _sync(path)
+
+
+def _shards(state: Mapping[str, Tensor], max_bytes: int) -> list[list[str]]:
+    """Names in order, cut wherever the next tensor would pass `max_bytes` (a larger tensor lies alone)."""
+    shards: list[list[str]] = [[]]
+    size = 0
+    for name, tensor in state.items():
+        if shards[-1] and size + tensor.nbytes > max_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size += tensor.nbytes
+    return shards
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,158 @@
+"""`JudgePool`: many judgements at once in killable processes. What is asked twice is judged once."""
+
+from __future__ import annotations
+
+import atexit
+import hashlib
+import json
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+from pekoe.core.errors import RunError, UserError
+from pekoe.core.types import Label, Verdict
+from pekoe.verify.dispatch import Dispatcher, Limits, Task
+from pekoe.verify.kinds import find_kind
+from pekoe.verify.process import WORKER_COMMAND
+
+
+@dataclass(frozen=True, slots=True)
+class JudgeStats:
+    """What a pool has done. `num_limits` counts limits hit, `num_restarts` workers replaced for whatever reason."""
+
+    num_judged: int
+    num_memo_hits: int
+    num_faults: int
+    num_limits: int
+    num_restarts: int
+
+
+class JudgePool:
+    """Judges responses in worker processes, with limits on each item. Use it as a context manager, from any thread.
+
+    `time_limit_s` is wall-clock time, counted from when a ready worker takes the item; `start_limit_s` bounds the time
+    in which a worker imports. `memo_size` verdicts are remembered (0: none). Where workers cannot start, whatever waits
+    raises RunError.
+    """
+
+    def __init__(
+        self,
+        num_workers: int = 2,
+        time_limit_s: float = 5.0,
+        memory_limit_bytes: int = 1 << 30,
+        *,
+        start_limit_s: float = 60.0,
+        memo_size: int = 16_384,
+        _command: Sequence[str] = WORKER_COMMAND,
+    ) -> None:
+        if num_workers < 1 or time_limit_s <= 0 or memory_limit_bytes <= 0 or start_limit_s <= 0 or memo_size < 0:
+            raise UserError("judge pool: num_workers must be at least 1, limits above 0, memo_size at least 0")
+        self._lock = threading.Lock()
+        self._memo: OrderedDict[bytes, tuple[Label, str]] = OrderedDict()
+        self._memo_size = memo_size
+        self._in_flight: dict[bytes, Task] = {}
+        self._num_judged = self._num_memo_hits = self._num_faults = 0
+        self._error: str | None = None
+        self._owner_pid = os.getpid()
+        limits = Limits(num_workers, time_limit_s, memory_limit_bytes, start_limit_s)
+        self._dispatcher = Dispatcher(limits, _command, self._deliver, self._fail)
+        atexit.register(self.close)
+
+    @property
+    def usable(self) -> bool:
+        """Whether it still judges: it is not closed, its workers start, and this is the process that made it."""
+        return self._error is None and self._owner_pid == os.getpid()
+
+    def submit(self, response: str, gold: Any, kind: str = "math") -> Future[Verdict]:
+        """Begin to judge one response and return at once. The future cannot be cancelled.
+
+        Raises UserError for an unknown kind, and RunError where the pool is closed or its workers do not start.
+        """
+        self._check_usable()
+        prepared = find_kind(kind).prepare(response, gold)
+        future: Future[Verdict] = Future()
+        future.set_running_or_notify_cancel()
+        key = b"" if isinstance(prepared, Verdict) else _key(kind, prepared, gold)
+        with self._lock:
+            self._check_usable()
+            if isinstance(prepared, Verdict):
+                verdict = prepared
+                self._count([future], verdict)
+            elif key in self._memo:
+                self._memo.move_to_end(key)
+                verdict = Verdict(self._memo[key][0], prepared, self._memo[key][1])
+                self._num_memo_hits += 1
+                self._count([future], verdict)
+            elif key in self._in_flight:
+                self._num_memo_hits += 1
+                self._in_flight[key].futures.append(future)
+                return future
+            else:
+                self._in_flight[key] = task = Task(key, kind, prepared, gold, [future])
+                self._dispatcher.post(task)
+                return future
+        future.set_result(verdict)
+        return future
+
+    def judge_many(self, items: Iterable[tuple[str, Any, str]]) -> list[Verdict]:
+        """Judge (response, gold, kind) triples; the verdicts come back in the items' order. Raises as `submit` does."""
+        futures = [self.submit(response, gold, kind) for response, gold, kind in items]
+        return [future.result() for future in futures]
+
+    def stats(self) -> JudgeStats:
+        """Return the counts so far."""
+        with self._lock:
+            counts = (self._num_judged, self._num_memo_hits, self._num_faults)
+            return JudgeStats(*counts, self._dispatcher.num_limits, self._dispatcher.num_restarts)
+
+    def close(self) -> None:
+        """Kill the workers. What was not yet judged raises RunError. Closing twice is allowed."""
+        atexit.unregister(self.close)
+        if self._owner_pid == os.getpid():  # a forked child must not kill its parent's workers
+            self._dispatcher.close()
+
+    def __enter__(self) -> JudgePool:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+    def _check_usable(self) -> None:
+        if self._owner_pid != os.getpid():  # its lock may be held for ever here: look before taking it
+            raise RunError("the judge pool belongs to the process that this one was forked from")
+        if self._error is not None:
+            raise RunError(self._error)
+
+    def _count(self, futures: list[Future[Verdict]], verdict: Verdict) -> None:
+        self._num_judged += len(futures)
+        self._num_faults += len(futures) * (verdict.label == "fault")
+
+    def _deliver(self, task: Task, verdict: Verdict) -> None:
+        with self._lock:
+            del self._in_flight[task.key]
+            # A verdict on an answer is always the same. One that came of a limit, or a fault, may not be.
+            if verdict.label != "fault" and not task.limits_hit and self._memo_size:
+                self._memo[task.key] = (verdict.label, verdict.why)
+                if len(self._memo) > self._memo_size:
+                    self._memo.popitem(last=False)
+            self._count(task.futures, verdict)
+        for future in task.futures:
+            future.set_result(verdict)
+
+    def _fail(self, error: RunError) -> None:
+        with self._lock:
+            self._error = str(error)
+            tasks = list(self._in_flight.values())
+            self._in_flight.clear()
+        for future in [future for task in tasks for future in task.futures]:
+            future.set_exception(RunError(str(error)))
+
+
+def _key(kind: str, answer: str, gold: Any) -> bytes:
+    # A digest, because some answers are long, and the memo keeps thousands.
+    return hashlib.blake2b(json.dumps([kind, answer, gold]).encode(), digest_size=32).digest()

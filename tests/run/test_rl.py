@@ -1,0 +1,231 @@
+"""The loop: what it writes, how it stops and goes on, and that its parts change what they should."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from pekoe.core import Interrupted, RLConfig, RunError, UserError
+from pekoe.core.journal import read_lines
+from pekoe.core.types import Prompt, Rollout, SamplingParams
+from pekoe.model import load_model
+from pekoe.run.build import RLParts
+from pekoe.run.state import read_rollouts
+
+Build = Callable[..., RLConfig]
+Train = Callable[..., None]
+
+
+def steps_of(config: RLConfig) -> list[dict[str, Any]]:
+    return [e for e in read_lines(Path(config.run.dir) / "journal.jsonl") if e["event"] == "step"]
+
+
+def weights_of(config: RLConfig) -> torch.Tensor:
+    model = load_model(Path(config.run.dir) / "model")
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+def test_a_run_leaves_what_the_design_says(build: Build, train: Train):
+    config = build()
+    train(config)
+    run = Path(config.run.dir)
+    steps = steps_of(config)
+    assert [step["step"] for step in steps] == [1, 2, 3]
+    for step in steps:
+        assert step["num_rollouts"] == 16
+        assert step["logprob_diff_max"] <= 1e-4  # I1, on the very run
+        assert step["sync_canary_diff"] <= 1e-4
+        assert {"rollout", "verify", "train", "sync"} <= set(step["seconds"])
+    assert [p.name for p in sorted((run / "checkpoints").iterdir())] == ["step-000002", "step-000003"]
+    lines = read_rollouts(run / "rollouts" / "step-000002.jsonl.zst")
+    assert len(lines) == 16
+    for line in lines:
+        assert len(line["tokens"]) == len(line["logprobs"])
+        assert line["versions"] == [[1, 0]]
+        assert line["reward"] == (5.0 if line["label"] == "correct" else -5.0)
+        assert line["advantage"] is not None
+        assert (line["advantage"] > 0) == (line["label"] == "correct")
+
+
+def test_the_ledger_accounts_for_every_prompt_drawn(build: Build, train: Train):
+    config = build("num_steps=9")  # 36 draws of 18 problems: two epochs
+    train(config)
+    lines = list(read_lines(Path(config.run.dir) / "ledger.jsonl"))
+    drawn = [(line["uid"], line["draw"]) for line in lines]
+    assert len(drawn) == len(set(drawn)) == 36
+    assert {draw for _, draw in drawn} == {0, 1}
+    assert all(line["outcome"] == "trained" for line in lines)
+
+
+@pytest.mark.parametrize("stop_after", [0, 3, 20, 40])
+def test_ctrl_c_keeps_the_last_step_and_the_resumed_run_has_the_same_bits(
+    build: Build, train: Train, tmp_path: Path, stop_after: int
+):
+    unbroken = build("num_steps=4", f"run.dir={tmp_path / 'unbroken'}")
+    train(unbroken)
+    broken = build("num_steps=4", f"run.dir={tmp_path / 'broken'}")
+    seen = 0
+
+    def interrupt_rollouts(parts: RLParts) -> None:
+        generate = parts.sampler.engine.generate
+
+        def counted(prompts: list[Prompt], params: SamplingParams) -> Iterator[Rollout]:
+            nonlocal seen
+            for rollout in generate(prompts, params):
+                seen += params.stream == "train"
+                parts.stop.requested = parts.stop.requested or seen > stop_after
+                yield rollout
+
+        parts.sampler.engine.generate = counted  # type: ignore[method-assign]
+
+    with pytest.raises(Interrupted, match="run the same command again"):
+        train(broken, interrupt_rollouts)
+    train(broken)
+    assert torch.equal(weights_of(broken), weights_of(unbroken))
+    for name in ("journal.jsonl", "ledger.jsonl"):
+        a, b = (
+            [
+                {k: v for k, v in event.items() if not k.endswith(("_s", "time", "seconds"))}
+                for event in read_lines(Path(config.run.dir) / name)
+                if event.get("event") != "resumed"
+            ]
+            for config in (unbroken, broken)
+        )
+        assert a == b
+
+
+def test_a_crash_goes_back_to_the_checkpoint_and_sets_later_lines_aside(build: Build, train: Train, tmp_path: Path):
+    unbroken = build("num_steps=4", f"run.dir={tmp_path / 'unbroken'}")
+    train(unbroken)
+    broken = build("num_steps=4", f"run.dir={tmp_path / 'broken'}")
+
+    def crash(parts: RLParts) -> None:
+        step, calls = parts.trainer.step, []
+
+        def counted(*args: Any, **more: Any):
+            calls.append(1)
+            if len(calls) > 13:  # step 4, second minibatch: step 3 is journalled, the checkpoint is of step 2
+                raise RuntimeError("crash")
+            return step(*args, **more)
+
+        parts.trainer.step = counted  # type: ignore[method-assign]
+
+    with pytest.raises(RuntimeError, match="crash"):
+        train(broken, crash)
+    assert len(steps_of(broken)) == 3
+    train(broken)
+    assert torch.equal(weights_of(broken), weights_of(unbroken))
+    discarded = Path(broken.run.dir) / "discarded"
+    assert [e["step"] for e in read_lines(discarded / "journal.jsonl")] == [3]
+    assert (discarded / "step-000003.jsonl.zst").exists()
+    assert [s["step"] for s in steps_of(broken)] == [1, 2, 3, 4]
+
+
+def test_another_recipe_in_the_same_directory_is_refused(build: Build, train: Train):
+    train(build("num_steps=1"))
+    with pytest.raises(UserError, match=r"holds a run with optim.lr = 0.001, got 0.5"):
+        train(build("num_steps=1", "optim.lr=0.5"))
+    train(build("num_steps=2"))  # longer is the same run
+    assert [s["step"] for s in steps_of(build())] == [1, 2]
+
+
+def test_i4_a_stale_engine_stops_the_run(build: Build, train: Train):
+    def make_stale(parts: RLParts) -> None:
+        engine: Any = parts.sampler.engine
+        copy = load_model(parts.config.model.path)
+        update = engine.update_weights
+        engine.update_weights = lambda source, version: update(copy, version)  # keeps the first version's weights
+
+    with pytest.raises(RunError, match="weight sync: expected the engine at version 1"):
+        train(build("optim.lr=0.3"), make_stale)
+
+
+def test_i4_a_cache_that_outlives_its_weights_stops_the_run(build: Build, train: Train):
+    def keep_caches(parts: RLParts) -> None:
+        engine: Any = parts.sampler.engine
+        engine._scheduler.tree.flush = lambda: None
+
+    # prompts are 5 tokens, blocks of 2: the canary's first blocks are found in the stale cache
+    with pytest.raises(RunError, match="weight sync"):
+        train(build("optim.lr=0.02", "engine.block_tokens=2"), keep_caches)
+
+
+def test_faults_above_the_bound_stop_the_run(build: Build, train: Train, monkeypatch: pytest.MonkeyPatch):
+    from concurrent.futures import Future
+
+    from pekoe.core.types import Verdict
+
+    def all_faults(parts: RLParts) -> None:
+        def submit(*_: object) -> Future[Verdict]:
+            future: Future[Verdict] = Future()
+            future.set_result(Verdict("fault", None, "the judge is broken"))
+            return future
+
+        monkeypatch.setattr(parts.sampler.judge, "submit", submit)
+
+    with pytest.raises(RunError, match=r"16 of 16 verdicts are FAULT .* the judge is broken"):
+        train(build(), all_faults)
+
+
+def test_no_gain_no_step(build: Build, train: Train):
+    """All verdicts alike: advantages are 0, no optimizer step is made, and the journal says so."""
+    config = build("verify.random=false", "num_steps=1")
+    before = load_model(config.model.path)
+    train(config)
+    (step,) = steps_of(config)
+    assert step["skipped"] == "all advantages are 0"
+    assert step["pass_rate"] == 0
+    assert torch.equal(weights_of(config), torch.cat([p.detach().flatten() for p in before.parameters()]))
+    assert {line["outcome"] for line in read_lines(Path(config.run.dir) / "ledger.jsonl")} == {"dropped"}
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        "algo.advantage=grpo",
+        "algo.advantage=dr_grpo",
+        "algo.advantage=rloo",
+        "algo.proximal=recompute",
+        "algo.kl=0.1",
+        "algo.mask_truncated=true",
+        "algo.normalise=max_length",
+        "algo.clip_high=0.28",
+        "rollout.temperature=0.8",
+        "algo.reward=1.0",
+    ],
+)
+def test_options_run(build: Build, train: Train, option: str):
+    config = build("num_steps=2", option)
+    train(config)
+    steps = steps_of(config)
+    assert np.isfinite([step["loss"] for step in steps if "loss" in step]).all()
+    assert ("reference_kl" in steps[0]) == (option == "algo.kl=0.1")
+    assert ("recompute" in steps[0]["seconds"]) == (option == "algo.proximal=recompute")
+    assert steps[0]["logprob_diff_max"] <= 1e-4
+    if option == "algo.kl=0.1":
+        assert steps[0]["reference_kl"] < steps[1]["reference_kl"]
+
+
+def test_dynamic_sampling_draws_again_for_groups_that_teach_nothing(build: Build, train: Train):
+    config = build("num_steps=2", "rollout.samples_per_prompt=2", "rollout.dynamic_rounds=3")
+    train(config)
+    steps = steps_of(config)
+    assert any(step["num_prompts"] > 4 for step in steps)
+    lines = list(read_lines(Path(config.run.dir) / "ledger.jsonl"))
+    reasons = {line["reason"] for line in lines if line["outcome"] == "dropped"}
+    assert reasons <= {"dynamic sampling: all right", "dynamic sampling: none right"}
+    assert sum(line["outcome"] == "trained" for line in lines) <= 8
+
+
+def test_evaluation_in_the_middle(build: Build, train: Train, tiny_dir: Path):
+    config = build("num_steps=2", f"eval.data={tiny_dir / 'held_out.jsonl'}", "eval.every=2", "eval.samples=2")
+    train(config)
+    events = list(read_lines(Path(config.run.dir) / "journal.jsonl"))
+    (measured,) = (event for event in events if event["event"] == "eval")
+    assert measured["step"] == 2
+    assert measured["num_problems"] == 7
