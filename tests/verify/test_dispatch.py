@@ -195,6 +195,24 @@ def test_each_way_through_the_three_tries(
     assert limits == sum(each in ("die", "memory", "sleep") for each in tries)
 
 
+def test_an_item_is_tried_again_on_a_fresh_worker_while_a_used_one_is_idle(bad_worker: BadWorker):
+    """A worker that has judged before dies of the answer x: a used one would die of it too, and blame the response."""
+    source = READY + (
+        "used = False\n"
+        "while True:\n"
+        "    request = ask()\n"
+        "    if used and request['answer'] == 'x': os.abort()\n"
+        "    used = True\n"
+        "    say({'id': request['id'], 'label': 'correct', 'why': ''})\n"
+    )
+    with JudgePool(num_workers=3, memo_size=0, _command=bad_worker(source)) as pool:
+        wait_until(lambda: len(worker_pids(pool)) == 3)
+        while not all(worker.num_judged for worker in pool._dispatcher._workers):
+            pool.judge_many([(boxed("y"), str(number), "math") for number in range(30)])
+        assert pool.submit(boxed("x"), "1/2").result(timeout=20).label == "correct"
+        assert pool.stats().num_limits == 1
+
+
 @pytest.mark.parametrize(
     ("source", "message"),
     [

@@ -1,0 +1,86 @@
+"""The live view: what it shows of a step, wide, narrow and piped."""
+
+import io
+from typing import Any
+
+from rich.console import Console
+
+from pekoe.core.view import View, phase
+from pekoe.report import LiveView, PlainView, make_view
+from pekoe.report.terminal import cells
+
+STEP: dict[str, Any] = {
+    "event": "step",
+    "step": 7,
+    "reward": 1.25,
+    "pass_rate": 0.625,
+    "response_tokens": 41.5,
+    "truncation_rate": 0.01,
+    "entropy": 0.2,
+    "clip_fraction": 0.03,
+    "logprob_diff_max": 2e-5,
+    "rollout_tokens_per_s": 14000.0,
+    "train_tokens_per_s": 9000.0,
+    "seconds": {"rollout": 0.8, "train": 1.2, "sync": 0.01},
+}
+
+
+def console(width: int, terminal: bool) -> Console:
+    return Console(file=io.StringIO(), width=width, force_terminal=terminal, color_system=None)
+
+
+def printed(c: Console) -> str:
+    assert isinstance(c.file, io.StringIO)
+    return c.file.getvalue()
+
+
+def test_cells_leave_out_what_was_not_measured():
+    row = cells(STEP)
+    assert row["pass"] == "62.5%"
+    assert row["reward"] == "+1.25"
+    assert row["rollout tok/s"] == "14.0k"
+    assert row["seconds"] == "rollout 0.8 train 1.2"
+    assert "loss" not in row
+
+
+def test_a_pipe_gets_plain_lines():
+    c = console(80, terminal=False)
+    view = make_view(c)
+    assert isinstance(view, PlainView)
+    with phase(view, "rollout", 4):
+        view.advance()
+    view.event(STEP)
+    view.event({"event": "step", "step": 8, "skipped": "all advantages are 0"})
+    view.event({"event": "resumed", "step": 6})
+    measured = {"step": 9, "pass_at_1": 0.5, "ci95": [0.4, 0.6], "num_problems": 10, "samples_per_problem": 32}
+    view.event({"event": "eval", **measured})
+    lines = printed(c).splitlines()
+    assert "step 7" in lines[0]
+    assert "pass 62.5%" in lines[0]
+    assert "skipped: all advantages are 0" in lines[1]
+    assert "resumed after step 6" in lines[2]
+    assert "pass@1 50.0% [40.0%, 60.0%]" in lines[3]
+    assert "\x1b" not in printed(c)
+
+
+def test_a_terminal_gets_a_table_however_narrow():
+    for width in (200, 60, 20):
+        c = console(width, terminal=True)
+        view = make_view(c)
+        assert isinstance(view, LiveView)
+        with view:
+            follow(view)
+        text = printed(c)
+        assert "step" in text
+        assert "reward" in text
+        assert ("train tok/s" in text) == (width == 200)
+
+
+def follow(view: View) -> None:
+    view.event(STEP)
+    with phase(view, "rollout", 4):
+        view.advance(3)
+        with phase(view, "inner"):
+            view.advance()
+    view.say("[not markup]")
+    view.end()  # one too many does no harm

@@ -1,0 +1,82 @@
+"""SFT: response-only loss, resume to the same bits, and the user's mistakes."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from pekoe.core import Interrupted, SFTConfig, UserError, load_config
+from pekoe.core.journal import read_lines
+from pekoe.core.view import NoView
+from pekoe.data.sft_data import Demonstration, write_demonstrations
+from pekoe.data.tokenizer import Tokenizer
+from pekoe.model import load_model
+from pekoe.run.control import Stop
+from pekoe.run.sft import run_sft, to_sample
+
+
+@pytest.fixture
+def tree(tiny_dir: Path, tmp_path: Path) -> dict[str, Any]:
+    demonstrations = [
+        Demonstration(({"role": "user", "content": f"{a}+{b}="},), f"\\boxed{{{a + b}}}")
+        for a in range(5)
+        for b in range(4)
+    ]
+    write_demonstrations(tmp_path / "demos.jsonl", demonstrations)
+    return {
+        "run": {"dir": str(tmp_path / "run"), "threads": 1},
+        "model": {"path": str(tiny_dir / "model"), "device": "cpu"},
+        "data": {"train": str(tmp_path / "demos.jsonl")},
+        "sft": {"epochs": 3, "batch_size": 8},
+        "optim": {"lr": 1e-2, "warmup_fraction": 0.0},
+        "train": {"token_budget": 64, "save_every": 4},
+    }
+
+
+def weights(run: str) -> torch.Tensor:
+    return torch.cat([p.detach().flatten() for p in load_model(Path(run) / "model").parameters()])
+
+
+def test_only_the_response_is_trained_on(tiny_dir: Path):
+    tokenizer = Tokenizer.load(tiny_dir / "model")
+    sample = to_sample(Demonstration(({"role": "user", "content": "1+2="},), "\\boxed{3}"), tokenizer)
+    assert tokenizer.decode(sample.tokens[sample.loss_mask]) == "\\boxed{3}<|end|>"
+    assert tokenizer.decode(sample.tokens[~sample.loss_mask]) == "<|user|>1+2=<|assistant|>"
+
+
+def test_it_learns_and_covers_every_epoch(tree: dict[str, Any]):
+    config = load_config(tree, ["sft.epochs=15"], SFTConfig)
+    run_sft(config, NoView())
+    steps = [e for e in read_lines(Path(config.run.dir) / "journal.jsonl") if e["event"] == "step"]
+    assert [s["num_samples"] for s in steps] == [8, 8, 4] * 15
+    assert steps[-1]["loss"] < 0.3 * steps[0]["loss"]
+
+
+def test_ctrl_c_and_resume_reach_the_same_bits(tree: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    unbroken = load_config(tree, [f"run.dir={tmp_path / 'a'}"], SFTConfig)
+    run_sft(unbroken, NoView())
+    broken = load_config(tree, [f"run.dir={tmp_path / 'b'}"], SFTConfig)
+    check, calls = Stop.check, []
+
+    def ask(self: Stop) -> None:
+        calls.append(1)
+        self.requested = len(calls) == 6
+        check(self)
+
+    monkeypatch.setattr(Stop, "check", ask)
+    with pytest.raises(Interrupted, match="stopped after step 5 of 9"):
+        run_sft(broken, NoView())
+    run_sft(broken, NoView())
+    assert torch.equal(weights(unbroken.run.dir), weights(broken.run.dir))
+
+
+def test_a_demonstration_over_the_budget(tree: dict[str, Any], tmp_path: Path):
+    lines = (tmp_path / "demos.jsonl").read_text()
+    (tmp_path / "demos.jsonl").write_text('{"prompt": "1+1=", "response": "' + "1" * 80 + '"}\n' + lines)
+    with pytest.raises(UserError, match=r"demonstration 1: expected at most 64 tokens .*, got 87"):
+        run_sft(load_config(tree, kind=SFTConfig), NoView())
+    config = load_config(tree, ["data.skip_malformed=true", "sft.epochs=1"], SFTConfig)
+    run_sft(config, NoView())
+    assert np.isfinite([e["loss"] for e in read_lines(Path(config.run.dir) / "journal.jsonl")]).all()

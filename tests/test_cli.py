@@ -1,0 +1,192 @@
+"""The command line as a user meets it: each mistake is one clear message, exit 2, no traceback, nothing lost."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from pekoe.core.types import Problem
+from pekoe.data.char_tokenizer import make_char_tokenizer
+from pekoe.data.problems import write_problems
+from pekoe.data.tokenizer import Tokenizer
+from pekoe.model import Decoder, save_model
+
+RECIPE = """
+num_steps = 2
+[run]
+dir = "{run}"
+threads = 1
+[model]
+path = "{folder}/model"
+device = "cpu"
+[data]
+train = "{folder}/train.jsonl"
+max_prompt_tokens = 8
+[rollout]
+prompts_per_step = 4
+samples_per_prompt = 2
+max_new_tokens = 12
+[train]
+token_budget = 64
+[verify]
+workers = 1
+random = true
+"""
+
+
+def pekoe(*words: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "pekoe.cli", *words], capture_output=True, text=True, timeout=100, cwd=cwd
+    )
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, make_model: Callable[..., Decoder]) -> Path:
+    folder = tmp_path_factory.mktemp("cli")
+    files = make_char_tokenizer("0123456789+=\\{}boxed")
+    model = make_model(vocab_size=Tokenizer(files).vocab_size, max_positions=64, scale=1.0)
+    model.assets = dict(files)
+    save_model(model, folder / "model")
+    problems = [Problem(str(a), ({"role": "user", "content": f"{a}+1="},), str(a + 1)) for a in range(8)]
+    write_problems(folder / "train.jsonl", problems)
+    (folder / "rl.toml").write_text(RECIPE.format(folder=folder, run=folder / "run"))
+    return folder
+
+
+def refused(folder: Path, *words: str) -> str:
+    """The message of a command that must exit with 2, on stderr alone, without a traceback."""
+    done = pekoe("rl", str(folder / "rl.toml"), *words)
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stderr.startswith("pekoe: ")
+    return done.stderr
+
+
+def test_help_is_enough():
+    for words in ([], ["rl"], ["sft"], ["eval"], ["demo"], ["verify"]):
+        done = pekoe(*words, "--help")
+        assert done.returncode == 0
+        assert "Usage: pekoe" in done.stdout
+    assert pekoe("--version").stdout.strip()
+    assert pekoe("rll").returncode == 2
+
+
+def test_dry_run_prints_the_resolved_recipe(folder: Path):
+    done = pekoe("rl", str(folder / "rl.toml"), "optim.lr=0.5", "--dry-run")
+    assert done.returncode == 0
+    assert "lr = 0.5" in done.stdout
+    assert "eps = 1e-05" in done.stdout
+
+
+def test_an_unknown_key(folder: Path):
+    assert "unknown key 'optim.lrr'. Did you mean 'lr'?" in refused(folder, "optim.lrr=1")
+
+
+def test_a_missing_recipe(folder: Path):
+    done = pekoe("rl", str(folder / "rk.toml"))
+    assert done.returncode == 2
+    assert "Did you mean 'rl.toml'?" in done.stderr
+
+
+def test_a_missing_model(folder: Path):
+    message = refused(folder, f"model.path={folder / 'modle'}")
+    assert "modle" in message
+    assert "Did you mean 'model'?" in message
+
+
+def test_a_malformed_problem_line(folder: Path):
+    lines = (folder / "train.jsonl").read_text().splitlines()
+    bad = folder / "bad.jsonl"
+    bad.write_text("\n".join([*lines, '{"promt": "1+1=", "answer": "2"}']) + "\n")
+    message = refused(folder, f"data.train={bad}")
+    assert f"bad.jsonl:{len(lines) + 1}" in message
+    assert "prompt" in message
+    done = pekoe(
+        "rl", str(folder / "rl.toml"), f"data.train={bad}", "data.skip_malformed=true", f"run.dir={folder / 'skip'}"
+    )
+    assert done.returncode == 0, done.stderr
+    assert "skipped 1 malformed" in done.stdout
+
+
+def test_a_prompt_longer_than_allowed_and_than_the_context(folder: Path):
+    assert "expected a prompt of at most 3 tokens" in refused(folder, "data.max_prompt_tokens=3")
+    message = refused(folder, "rollout.max_new_tokens=60", "train.token_budget=100")
+    assert "expected prompt and response to fit the model's 64 positions" in message
+    assert "most new tokens that fit: 56" in message
+
+
+def test_a_budget_below_a_sequence(folder: Path):
+    assert "train.token_budget: expected at least the longest sequence" in refused(folder, "train.token_budget=19")
+
+
+def test_a_run_directory_that_cannot_be_written(folder: Path):
+    (folder / "file").write_text("")
+    message = refused(folder, f"run.dir={folder / 'file' / 'run'}")
+    assert "run.dir: expected a directory that can be written" in message
+
+
+def test_a_kv_cache_below_a_sequence(folder: Path):
+    assert "the KV cache" in refused(folder, "engine.kv_tokens=16", f"run.dir={folder / 'kv'}")
+
+
+def test_a_run_by_the_command_line_ends_with_a_model(folder: Path):
+    done = pekoe("rl", str(folder / "rl.toml"), f"run.dir={folder / 'whole'}")
+    assert done.returncode == 0, done.stderr
+    assert "step 2" in done.stdout
+    assert (folder / "whole" / "model" / "model.safetensors").exists()
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on(folder: Path):
+    words = [str(folder / "rl.toml"), f"run.dir={folder / 'stopped'}", "num_steps=100000"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "pekoe.cli", "rl", *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    journal = folder / "stopped" / "journal.jsonl"
+    deadline = time.monotonic() + 60
+    while not (journal.exists() and journal.read_text().count('"step"') >= 3):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline, "no step within 60 s"
+        time.sleep(0.1)
+    os.kill(process.pid, signal.SIGINT)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "which is saved; run the same command again to go on from there" in stderr
+    steps = [json.loads(line)["step"] for line in journal.read_text().splitlines()]
+    assert f"stopped after step {steps[-1]} of 100000" in stderr
+    done = pekoe("rl", *words[:2], f"num_steps={steps[-1] + 1}")
+    assert done.returncode == 0, done.stderr
+    assert f"resumed after step {steps[-1]}" in done.stdout
+
+
+def test_eval_without_a_recipe(folder: Path):
+    words = ["--model", str(folder / "model"), "--data", str(folder / "train.jsonl")]
+    small = ["eval.samples=2", "rollout.max_new_tokens=12", "max_prompt_tokens=8", "run.threads=1"]
+    done = pekoe("eval", *small, *words)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout[done.stdout.index("{") :])
+    assert result["num_problems"] == 8
+    assert pekoe("eval", "--model", "x").returncode == 2
+
+
+def test_verify(folder: Path):
+    cases = folder / "cases.jsonl"
+    rows = [
+        {"id": "a", "response": "so \\boxed{1/2}", "gold": "0.5"},
+        {"response": "\\boxed{3}", "gold": "4", "kind": "math"},
+        {"id": "c", "response": "three", "gold": "3"},
+    ]
+    cases.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    done = pekoe("verify", str(cases))
+    assert done.returncode == 0, done.stderr
+    verdicts = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [(v["id"], v["label"]) for v in verdicts] == [("a", "correct"), (2, "wrong"), ("c", "unparsed")]
+    cases.write_text('{"response": "x"}\n')
+    assert "cases.jsonl:1: expected the key 'gold'" in pekoe("verify", str(cases)).stderr
