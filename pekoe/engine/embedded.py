@@ -127,8 +127,11 @@ class EmbeddedEngine:
                     scheduler.reserve()
                     assert scheduler.running or not scheduler.waiting, "work waits that can never be admitted"
                     touched = self._decode(params) if scheduler.running else []
-                reasons = [(sequence, self._finish_reason(sequence, params)) for sequence in touched]
-                finished: list[tuple[Sequence, FinishReason]] = [(s, r) for s, r in reasons if r is not None]
+                finished: list[tuple[Sequence, FinishReason]] = []
+                for sequence in touched:
+                    reason = self._finish_reason(sequence, params)
+                    if reason is not None:
+                        finished.append((sequence, reason))
                 scheduler.finish(s for s, _ in finished)
                 for sequence, reason in finished:
                     yield sequence.rollout(reason)

@@ -1,8 +1,10 @@
 """The story of the release on a laptop: from nothing to a reasoner.
 
-A tokenizer and a small decoder are made from scratch, taught by worked solutions (SFT), measured on held-out
-problems, improved by RL on verified answers alone, and measured again. Every stage is the same code that a recipe
-runs; a stage that is finished is not run again, and one that was interrupted goes on.
+A tokenizer and a small decoder are made from scratch and taught by SFT, measured on held-out problems, improved by RL
+on verified answers alone, and measured again. SFT shows two ways to answer, as real data does: half of the
+demonstrations work the sum out line by line, half give the answer at once. Nothing tells the model which is better;
+the rewards do. Every stage is the same code that a recipe runs; a stage that is finished is not run again, and one
+that was interrupted goes on.
 """
 
 from __future__ import annotations
@@ -32,16 +34,16 @@ from pekoe.run.evaluate import run_eval
 from pekoe.run.rl import run_rl
 from pekoe.run.sft import run_sft
 
-NUM_HELD_OUT, NUM_DEMONSTRATIONS, NUM_PROBLEMS = 128, 4096, 8192
-TASK: dict[str, Any] = {"num_terms": (4, 6), "num_digits": (1, 1)}
+NUM_HELD_OUT, NUM_DEMONSTRATIONS, NUM_PROBLEMS = 128, 8192, 4096
+TASK: dict[str, Any] = {"num_terms": (4, 6), "num_digits": (1, 1), "negative_totals": False}
 CONTEXT = 128
 STAGES = "stages.json"
 
 
 def model_spec(vocab_size: int) -> ModelSpec:
-    """A Qwen2 decoder of 1.2 million parameters."""
+    """A Qwen3 decoder of 1.2 million parameters."""
     return ModelSpec(
-        family="qwen2",
+        family="qwen3",
         vocab_size=vocab_size,
         hidden_size=160,
         num_layers=4,
@@ -50,7 +52,7 @@ def model_spec(vocab_size: int) -> ModelSpec:
         head_dim=32,
         intermediate_size=480,
         max_positions=CONTEXT,
-        qkv_bias=True,
+        qk_norm=True,
         tied_embeddings=True,
     )
 
@@ -60,22 +62,22 @@ def sft_recipe(out: Path, seed: int) -> dict[str, Any]:
         "run": {"dir": str(out / "sft"), "seed": seed},
         "model": {"path": str(out / "start"), "device": "cpu"},
         "data": {"train": str(out / "data" / "demonstrations.jsonl")},
-        "sft": {"epochs": 4, "batch_size": 64},
-        "optim": {"lr": 2e-3, "warmup_fraction": 0.1, "schedule": "cosine"},
-        "train": {"token_budget": 8192, "save_every": 200, "keep_checkpoints": 1},
+        "sft": {"epochs": 4, "batch_size": 32},
+        "optim": {"lr": 4e-3, "warmup_fraction": 0.1, "schedule": "cosine"},
+        "train": {"token_budget": 8192, "save_every": 256, "keep_checkpoints": 1},
     }
 
 
 def rl_recipe(out: Path, seed: int) -> dict[str, Any]:
     """`recipes/laptop.toml` says the same (a test compares them)."""
     return {
-        "num_steps": 150,
+        "num_steps": 60,
         "run": {"dir": str(out / "rl"), "seed": seed},
         "model": {"path": str(out / "sft" / "model"), "device": "cpu"},
         "data": {"train": str(out / "data" / "train.jsonl"), "max_prompt_tokens": 24},
-        "rollout": {"prompts_per_step": 32, "samples_per_prompt": 8, "max_new_tokens": 80},
-        "optim": {"lr": 3e-4, "warmup_fraction": 0.02},
-        "train": {"token_budget": 8192, "save_every": 25, "keep_checkpoints": 1},
+        "rollout": {"prompts_per_step": 32, "samples_per_prompt": 8, "max_new_tokens": 64},
+        "optim": {"lr": 2e-4, "warmup_fraction": 0.02},
+        "train": {"token_budget": 8192, "save_every": 20, "keep_checkpoints": 1},
         "verify": {"workers": 1},
     }
 
@@ -85,14 +87,14 @@ def eval_recipe(out: Path, stage: str, seed: int) -> dict[str, Any]:
         "run": {"dir": str(out / stage), "seed": seed},
         "model": {"path": str(out / stage / "model"), "device": "cpu"},
         "max_prompt_tokens": 24,
-        "rollout": {"max_new_tokens": 80},
+        "rollout": {"max_new_tokens": 64},
         "eval": {"data": str(out / "data" / "held_out.jsonl"), "samples": 32},
         "verify": {"workers": 1},
     }
 
 
 # A smoke test of every stage in under a minute. It learns nothing worth the name.
-QUICK_SFT = ("sft.epochs=1", "sft.batch_size=128")
+QUICK_SFT = ("sft.epochs=1", "sft.batch_size=512")
 QUICK_RL = ("num_steps=2", "rollout.prompts_per_step=8", "rollout.max_new_tokens=48")
 QUICK_EVAL = ("eval.samples=2", "rollout.max_new_tokens=48")
 
@@ -163,7 +165,10 @@ def make_data(out: Path, seed: int) -> dict[str, int]:
     folder.mkdir(exist_ok=True)
     write_problems(folder / "held_out.jsonl", [problem for problem, _ in held_out])
     write_problems(folder / "train.jsonl", [problem for problem, _ in problems])
-    demonstrations = [Demonstration(problem.messages, solution) for problem, solution in worked]
+    demonstrations = [
+        Demonstration(problem.messages, solution if i % 2 else _answer_alone(solution))
+        for i, (problem, solution) in enumerate(worked)
+    ]
     write_demonstrations(folder / "demonstrations.jsonl", demonstrations)
     files = make_char_tokenizer(ARITHMETIC_ALPHABET)
     model = Decoder(model_spec(Tokenizer(files).vocab_size))
@@ -176,6 +181,11 @@ def make_data(out: Path, seed: int) -> dict[str, int]:
         "num_problems": len(problems),
         "num_held_out": len(held_out),
     }
+
+
+def _answer_alone(solution: str) -> str:
+    """The last line of a worked solution: its box."""
+    return solution.splitlines()[-1]
 
 
 def _prompt(problem: Any) -> str:
@@ -224,16 +234,18 @@ def summarise(stages: Stages) -> dict[str, Any]:
 def tell(out: Path, summary: dict[str, Any], results: dict[str, Any], control: bool) -> str:
     """What the demo prints in the end."""
     data, rl = results["data"], results["rl"]
+    taught = "verdicts DRAWN AT RANDOM (control)" if control else "verified answers alone"
+    lengths = [results[stage]["response_tokens"] for stage in ("measure_sft", "measure_rl")]
     lines = [
         "",
-        f"A decoder of {data['num_parameters'] / 1e6:.1f}M parameters, from random weights, on two kinds of teaching:",
-        f"  SFT on {data['num_demonstrations']} worked solutions, then RL on {data['num_problems']} problems whose "
-        + ("verdicts were DRAWN AT RANDOM (control)" if control else "answers were only verified"),
+        f"A decoder of {data['num_parameters'] / 1e6:.1f}M parameters, from random weights. SFT on "
+        f"{data['num_demonstrations']} demonstrations, half of them worked out",
+        f"line by line, half answered at once. Then RL on {data['num_problems']} other problems, from {taught}.",
         "",
         f"  pass@1 on {summary['num_problems']} held-out problems x {summary['samples_per_problem']} samples "
-        "(temperature 1.0), with 95 % intervals over problems:",
-        f"    after SFT  {_figure(summary['sft'])}",
-        f"    after RL   {_figure(summary['rl'])}",
+        "(temperature 1.0), 95 % intervals over problems:",
+        f"    after SFT  {_figure(summary['sft'])}   {lengths[0]:.0f} tokens a response",
+        f"    after RL   {_figure(summary['rl'])}   {lengths[1]:.0f} tokens a response",
         "",
         f"  reward over the RL steps  {_sparkline(rl['reward'])}  {rl['reward'][0]:+.1f} -> {rl['reward'][-1]:+.1f}",
         f"  largest difference between sampling and training log-probs: {rl['logprob_diff_max']:.0e}",
@@ -254,7 +266,7 @@ def tell(out: Path, summary: dict[str, Any], results: dict[str, Any], control: b
             *lines,
             "",
             "What to try next:",
-            f"  look at the rollouts        zstd -dc {out}/rl/rollouts/step-000001.jsonl.zst | head -n 3",
+            f"  the rollouts of a step      zstd -dc {out}/rl/rollouts/step-000001.jsonl.zst | head -n 3",
             "  the RL stage with your lr   pekoe rl recipes/laptop.toml run.dir=runs/mine optim.lr=1e-3",
             "  the control                 pekoe demo --control --out runs/control",
             f"  use the model               AutoModelForCausalLM.from_pretrained('{out}/rl/model')",

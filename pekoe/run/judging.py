@@ -16,9 +16,12 @@ from pekoe.verify import JudgePool
 
 
 class Judge(Protocol):
-    """Judges one rollout; the verdict comes later. `limit_s` bounds how long one verdict can take, with retries."""
+    """Judges one rollout; the verdict comes later."""
 
-    limit_s: float
+    @property
+    def limit_s(self) -> float:
+        """How long the next verdict may take at most, given what is queued."""
+        ...
 
     def submit(self, problem: Problem, rollout: Rollout) -> Future[Verdict]: ...
 
@@ -31,12 +34,20 @@ class PoolJudge:
     def __init__(self, verify: VerifySection, tokenizer: Tokenizer) -> None:
         self._pool = JudgePool(num_workers=verify.workers, time_limit_s=verify.time_limit_s)
         self._tokenizer = tokenizer
-        # An item is tried twice and its reference once (I9); the rest is start-up of replaced workers and queueing.
-        self.limit_s = 60 + 10 * verify.time_limit_s
+        self._time_limit_s = verify.time_limit_s
+        self._pending: set[Future[Verdict]] = set()
+
+    @property
+    def limit_s(self) -> float:
+        # An item is tried twice and its reference once (I9), each on a worker that may have to start first.
+        return 120 + 4 * self._time_limit_s * len(self._pending)
 
     def submit(self, problem: Problem, rollout: Rollout) -> Future[Verdict]:
         text = self._tokenizer.decode(rollout.payload.resolve().tokens, skip_special_tokens=True)
-        return self._pool.submit(text, problem.gold, problem.kind)
+        future = self._pool.submit(text, problem.gold, problem.kind)
+        self._pending.add(future)
+        future.add_done_callback(self._pending.discard)
+        return future
 
     def close(self) -> None:
         self._pool.close()
@@ -68,8 +79,9 @@ def await_verdicts(futures: Sequence[Future[Verdict]], judge: Judge) -> list[Ver
     """Wait for verdicts in order. RunError where one takes longer than the judge's own limits allow."""
     verdicts = []
     for future in futures:
+        limit_s = judge.limit_s
         try:
-            verdicts.append(future.result(timeout=judge.limit_s))
+            verdicts.append(future.result(timeout=limit_s))
         except FutureTimeout:
-            raise RunError(f"waited {judge.limit_s:.0f} s for a verdict: the judge pool does not answer") from None
+            raise RunError(f"waited {limit_s:.0f} s for a verdict: the judge pool does not answer") from None
     return verdicts

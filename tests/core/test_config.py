@@ -59,8 +59,8 @@ def test_group_advantages_need_groups():
 
 
 def test_files(tmp_path: Path):
-    with pytest.raises(UserError, match="Did you mean 'laptop.toml'"):
-        (tmp_path / "laptop.toml").write_text("")
+    (tmp_path / "laptop.toml").write_text("")
+    with pytest.raises(UserError, match=r"Did you mean 'laptop.toml'"):
         load_config(tmp_path / "latop.toml")
     (tmp_path / "bad.toml").write_text("a = = 1")
     with pytest.raises(UserError, match="expected TOML"):
