@@ -102,7 +102,7 @@ def evaluate(
     if recipe and "=" not in recipe:
         config = read_recipe(recipe, words, EvalConfig, dry_run)
     elif model and data:
-        tree: dict[str, Any] = {"run": {"dir": "unused"}, "model": {"path": model}, "eval": {"data": data}}
+        tree: dict[str, Any] = {"model": {"path": model}, "eval": {"data": data}}
         config = load_config(tree, words, EvalConfig)
         if dry_run:
             typer.echo(dump_config(config), nl=False)

@@ -140,7 +140,8 @@ def test_a_kv_cache_below_a_sequence(folder: Path):
 def test_a_run_by_the_command_line_ends_with_a_model(folder: Path):
     done = pekoe("rl", str(folder / "rl.toml"), f"run.dir={folder / 'whole'}")
     assert done.returncode == 0, done.stderr
-    assert "step 2" in done.stdout
+    assert "step 1 " in done.stdout
+    assert "done: 2 steps" in done.stdout
     assert (folder / "whole" / "model" / "model.safetensors").exists()
 
 
@@ -168,7 +169,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(folder: Path):
 
 def test_eval_without_a_recipe(folder: Path):
     words = ["--model", str(folder / "model"), "--data", str(folder / "train.jsonl")]
-    small = ["eval.samples=2", "rollout.max_new_tokens=12", "max_prompt_tokens=8", "run.threads=1"]
+    small = ["eval.samples=2", "eval.max_new_tokens=12", "max_prompt_tokens=8", "run.threads=1"]
     done = pekoe("eval", *small, *words)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout[done.stdout.index("{") :])

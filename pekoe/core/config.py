@@ -24,13 +24,16 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
 
 
-class RunSection(Section):
-    dir: str
-    """The run directory. Made if absent; a run found there is resumed."""
+class ProcessSection(Section):
     seed: int = 0
     """The seed of everything that is drawn: data order, sampling, minibatches."""
     threads: int | None = Field(default=None, ge=1)
     """CPU threads of torch in this process. Absent: as many as there are cores."""
+
+
+class RunSection(ProcessSection):
+    dir: str
+    """The run directory. Made if absent; a run found there is resumed."""
 
 
 class ModelSection(Section):
@@ -163,17 +166,23 @@ class EvalSection(Section):
     top_p: float = Field(default=1.0, gt=0, le=1)
     """Nucleus truncation (SFT models 0.95, RL models 1.0)."""
     max_new_tokens: int | None = Field(default=None, ge=1)
-    """Length limit; absent: rollout.max_new_tokens."""
+    """Length limit. Absent: rollout.max_new_tokens; for `pekoe eval`, what the context leaves beside
+    max_prompt_tokens."""
 
 
 class Config(Section):
     """What every recipe shares."""
 
-    run: RunSection
     model: ModelSection
 
 
-class RLConfig(Config):
+class TrainingConfig(Config):
+    """What every recipe that trains shares: a run directory."""
+
+    run: RunSection
+
+
+class RLConfig(TrainingConfig):
     """A recipe of `pekoe rl`."""
 
     num_steps: int = Field(ge=1)
@@ -224,7 +233,7 @@ class SFTSection(Section):
     """Demonstrations an optimizer step; the last batch of an epoch may be smaller."""
 
 
-class SFTConfig(Config):
+class SFTConfig(TrainingConfig):
     """A recipe of `pekoe sft`."""
 
     data: DataSection
@@ -237,7 +246,7 @@ class EvalConfig(Config):
     """A recipe of `pekoe eval`."""
 
     eval: EvalSection
-    rollout: RolloutSection = RolloutSection()
+    run: ProcessSection = ProcessSection()
     engine: EngineSection = EngineSection()
     verify: VerifySection = VerifySection()
     max_prompt_tokens: int = Field(default=1024, ge=1)

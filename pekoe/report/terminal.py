@@ -64,9 +64,9 @@ def _eval_line(event: Event) -> str:
 
 
 class PlainView:
-    """One line an event, for logs and pipes. `every` thins out step lines in long runs with short steps."""
+    """One line an event, for logs and pipes; where steps are short, at most one step line in `min_interval_s`."""
 
-    def __init__(self, console: Console, min_interval_s: float = 0.0) -> None:
+    def __init__(self, console: Console, min_interval_s: float = 2.0) -> None:
         self._console, self._interval, self._last = console, min_interval_s, -1e9
 
     def begin(self, phase: str, total: int | None) -> None: ...

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from pekoe.core.config import EngineSection, ModelSection, RLConfig, RolloutSection, RunSection, VerifySection
+from pekoe.core.config import EngineSection, ModelSection, ProcessSection, RLConfig, RolloutSection, VerifySection
 from pekoe.core.errors import UserError
 from pekoe.core.types import Problem, Prompt, SamplingParams
 from pekoe.core.view import View
@@ -44,7 +44,7 @@ class RLParts:
     stop: Stop
 
 
-def set_threads(run: RunSection) -> None:
+def set_threads(run: ProcessSection) -> None:
     torch.set_num_threads(run.threads or os.cpu_count() or 1)
 
 

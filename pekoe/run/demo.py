@@ -1,10 +1,11 @@
 """The story of the release on a laptop: from nothing to a reasoner.
 
 A tokenizer and a small decoder are made from scratch and taught by SFT, measured on held-out problems, improved by RL
-on verified answers alone, and measured again. SFT shows two ways to answer, as real data does: half of the
-demonstrations work the sum out line by line, half give the answer at once. Nothing tells the model which is better;
-the rewards do. Every stage is the same code that a recipe runs; a stage that is finished is not run again, and one
-that was interrupted goes on.
+on verified answers alone, and measured again. SFT shows two ways to answer, as real data does: some demonstrations
+work the sum out line by line, some guess at once and are mostly off. Nothing tells the model which is better; the
+rewards do.
+
+Every stage is the same code that a recipe runs. A finished stage is not run again, an interrupted one goes on.
 """
 
 from __future__ import annotations
@@ -17,10 +18,13 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from pekoe.core.config import EvalConfig, RLConfig, SFTConfig, load_config
 from pekoe.core.errors import UserError
 from pekoe.core.journal import read_lines
 from pekoe.core.spec import ModelSpec
+from pekoe.core.types import Problem
 from pekoe.core.view import View
 from pekoe.data.char_tokenizer import make_char_tokenizer
 from pekoe.data.gym import ARITHMETIC_ALPHABET, make_arithmetic
@@ -34,8 +38,9 @@ from pekoe.run.evaluate import run_eval
 from pekoe.run.rl import run_rl
 from pekoe.run.sft import run_sft
 
-NUM_HELD_OUT, NUM_DEMONSTRATIONS, NUM_PROBLEMS = 128, 8192, 4096
-TASK: dict[str, Any] = {"num_terms": (4, 6), "num_digits": (1, 1), "negative_totals": False}
+NUM_HELD_OUT, NUM_WORKED, NUM_GUESSED, NUM_PROBLEMS = 128, 4096, 5120, 4096
+MAX_GUESS_ERROR = 5
+TASK: dict[str, Any] = {"num_terms": (4, 5), "num_digits": (1, 1), "negative_totals": False}
 CONTEXT = 128
 STAGES = "stages.json"
 
@@ -62,7 +67,7 @@ def sft_recipe(out: Path, seed: int) -> dict[str, Any]:
         "run": {"dir": str(out / "sft"), "seed": seed},
         "model": {"path": str(out / "start"), "device": "cpu"},
         "data": {"train": str(out / "data" / "demonstrations.jsonl")},
-        "sft": {"epochs": 4, "batch_size": 32},
+        "sft": {"epochs": 5, "batch_size": 32},
         "optim": {"lr": 4e-3, "warmup_fraction": 0.1, "schedule": "cosine"},
         "train": {"token_budget": 8192, "save_every": 256, "keep_checkpoints": 1},
     }
@@ -84,11 +89,10 @@ def rl_recipe(out: Path, seed: int) -> dict[str, Any]:
 
 def eval_recipe(out: Path, stage: str, seed: int) -> dict[str, Any]:
     return {
-        "run": {"dir": str(out / stage), "seed": seed},
+        "run": {"seed": seed},
         "model": {"path": str(out / stage / "model"), "device": "cpu"},
         "max_prompt_tokens": 24,
-        "rollout": {"max_new_tokens": 64},
-        "eval": {"data": str(out / "data" / "held_out.jsonl"), "samples": 32},
+        "eval": {"data": str(out / "data" / "held_out.jsonl"), "samples": 32, "max_new_tokens": 64},
         "verify": {"workers": 1},
     }
 
@@ -96,7 +100,7 @@ def eval_recipe(out: Path, stage: str, seed: int) -> dict[str, Any]:
 # A smoke test of every stage in under a minute. It learns nothing worth the name.
 QUICK_SFT = ("sft.epochs=1", "sft.batch_size=512")
 QUICK_RL = ("num_steps=2", "rollout.prompts_per_step=8", "rollout.max_new_tokens=48")
-QUICK_EVAL = ("eval.samples=2", "rollout.max_new_tokens=48")
+QUICK_EVAL = ("eval.samples=2", "eval.max_new_tokens=48")
 
 
 def run_demo(out: Path, seed: int, control: bool, fresh: bool, quick: bool, view: View) -> str:
@@ -156,7 +160,7 @@ def make_data(out: Path, seed: int) -> dict[str, int]:
     """Held-out problems first, then demonstrations and RL problems that share no prompt with them or each other."""
     held_out = make_arithmetic(NUM_HELD_OUT, 3 * seed, **TASK)
     taken = {_prompt(problem) for problem, _ in held_out}
-    worked = make_arithmetic(NUM_DEMONSTRATIONS, 3 * seed + 1, exclude=taken, **TASK)
+    worked = make_arithmetic(NUM_WORKED + NUM_GUESSED, 3 * seed + 1, exclude=taken, **TASK)
     taken |= {_prompt(problem) for problem, _ in worked}
     problems = make_arithmetic(NUM_PROBLEMS, 3 * seed + 2, exclude=taken, **TASK)
     sets = [{_prompt(problem) for problem, _ in part} for part in (held_out, worked, problems)]
@@ -165,8 +169,9 @@ def make_data(out: Path, seed: int) -> dict[str, int]:
     folder.mkdir(exist_ok=True)
     write_problems(folder / "held_out.jsonl", [problem for problem, _ in held_out])
     write_problems(folder / "train.jsonl", [problem for problem, _ in problems])
+    rng = np.random.default_rng(seed)
     demonstrations = [
-        Demonstration(problem.messages, solution if i % 2 else _answer_alone(solution))
+        Demonstration(problem.messages, solution if i < NUM_WORKED else _guess(problem, rng))
         for i, (problem, solution) in enumerate(worked)
     ]
     write_demonstrations(folder / "demonstrations.jsonl", demonstrations)
@@ -177,18 +182,17 @@ def make_data(out: Path, seed: int) -> dict[str, int]:
     save_model(model, out / "start")
     return {
         "num_parameters": model.spec.num_parameters,
-        "num_demonstrations": len(worked),
         "num_problems": len(problems),
         "num_held_out": len(held_out),
     }
 
 
-def _answer_alone(solution: str) -> str:
-    """The last line of a worked solution: its box."""
-    return solution.splitlines()[-1]
+def _guess(problem: Problem, rng: np.random.Generator) -> str:
+    """A box at once, off by up to MAX_GUESS_ERROR either way, evenly."""
+    return f"\\boxed{{{int(problem.gold) + int(rng.integers(-MAX_GUESS_ERROR, MAX_GUESS_ERROR + 1))}}}"
 
 
-def _prompt(problem: Any) -> str:
+def _prompt(problem: Problem) -> str:
     return problem.messages[-1]["content"]
 
 
@@ -238,9 +242,9 @@ def tell(out: Path, summary: dict[str, Any], results: dict[str, Any], control: b
     lengths = [results[stage]["response_tokens"] for stage in ("measure_sft", "measure_rl")]
     lines = [
         "",
-        f"A decoder of {data['num_parameters'] / 1e6:.1f}M parameters, from random weights. SFT on "
-        f"{data['num_demonstrations']} demonstrations, half of them worked out",
-        f"line by line, half answered at once. Then RL on {data['num_problems']} other problems, from {taught}.",
+        f"A decoder of {data['num_parameters'] / 1e6:.1f}M parameters, from random weights. SFT on {NUM_WORKED} sums "
+        f"worked out line by line and {NUM_GUESSED} guessed",
+        f"at once. Then RL on {data['num_problems']} other problems, from {taught}.",
         "",
         f"  pass@1 on {summary['num_problems']} held-out problems x {summary['samples_per_problem']} samples "
         "(temperature 1.0), 95 % intervals over problems:",

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from pekoe.core.config import EvalConfig, EvalSection, RolloutSection
+from pekoe.core.config import EvalConfig, EvalSection
 from pekoe.core.errors import Interrupted
 from pekoe.core.types import Group, Problem, SamplingParams, Verdict
 from pekoe.core.view import View
@@ -37,12 +37,12 @@ class EvalResult:
         return {k: v for k, v in asdict(self).items() if k != "examples"}
 
 
-def sampling_for(section: EvalSection, rollout: RolloutSection, tokenizer: Tokenizer, seed: int) -> SamplingParams:
+def sampling_for(section: EvalSection, max_new_tokens: int, tokenizer: Tokenizer, seed: int) -> SamplingParams:
     return SamplingParams(
         n=section.samples,
         temperature=section.temperature,
         top_p=section.top_p,
-        max_new_tokens=section.max_new_tokens or rollout.max_new_tokens,
+        max_new_tokens=max_new_tokens,
         stop_token_ids=tokenizer.stop_token_ids,
         seed=seed,
         stream="eval",
@@ -95,10 +95,10 @@ def run_eval(config: EvalConfig, view: View) -> EvalResult:
     assert config.eval.data is not None
     set_threads(config.run)
     model, tokenizer, dtype = open_model(config.model)
-    new_tokens = config.eval.max_new_tokens or config.rollout.max_new_tokens
+    new_tokens = config.eval.max_new_tokens or max(1, model.spec.max_positions - config.max_prompt_tokens)
     check_context(model, config.max_prompt_tokens, new_tokens)
     problems = open_problems(config.eval.data, tokenizer, config.max_prompt_tokens, False, view)
-    params = sampling_for(config.eval, config.rollout, tokenizer, config.run.seed)
+    params = sampling_for(config.eval, new_tokens, tokenizer, config.run.seed)
     longest = config.max_prompt_tokens + new_tokens
     stop = Stop()
     with stop.listening(), ExitStack() as stack:

@@ -132,7 +132,8 @@ def account(parts: RLParts, step: int, uid: str, draw: int, reason: str | None) 
 def measure(parts: RLParts, step: int) -> None:
     """Evaluate on the held-out problems, and journal it."""
     clock = Clock(parts.view)
-    params = sampling_for(parts.config.eval, parts.config.rollout, parts.tokenizer, parts.config.run.seed)
+    new_tokens = parts.config.eval.max_new_tokens or parts.config.rollout.max_new_tokens
+    params = sampling_for(parts.config.eval, new_tokens, parts.tokenizer, parts.config.run.seed)
     result = evaluate(parts.sampler, parts.held_out, params, clock)
     parts.run.journal.write("eval", step=step, seconds=clock.seconds, **result.as_dict())
 

@@ -26,7 +26,7 @@ from typing import Any
 import torch.distributed.checkpoint as dcp
 import zstandard
 
-from pekoe.core.config import Config, dump_config, load_config
+from pekoe.core.config import TrainingConfig, dump_config, load_config
 from pekoe.core.errors import UserError
 from pekoe.core.journal import Journal, JsonLines, Listener
 from pekoe.model import save_model
@@ -41,7 +41,7 @@ MAY_CHANGE = {"num_steps", "run.threads", "train.save_every", "train.keep_checkp
 class RunDir:
     """An open run directory. Use as a context manager."""
 
-    def __init__(self, config: Config, listeners: tuple[Listener, ...] = ()) -> None:
+    def __init__(self, config: TrainingConfig, listeners: tuple[Listener, ...] = ()) -> None:
         self.path = Path(config.run.dir)
         self._config = config
         try:

@@ -71,7 +71,7 @@ def test_files(tmp_path: Path):
 def test_the_resolved_config_reads_back_equal(kind: type[Config], tmp_path: Path):
     recipe = {k: v for k, v in RECIPE.items() if k in kind.model_fields}
     if kind is EvalConfig:
-        recipe["eval"] = {"data": "d.jsonl"}
+        recipe |= {"eval": {"data": "d.jsonl"}, "run": {}}
     config = load_config(recipe, ["run.seed=7", "model.device=cpu"], kind)
     (tmp_path / "config.toml").write_text(dump_config(config))
     assert load_config(tmp_path / "config.toml", kind=kind) == config

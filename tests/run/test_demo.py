@@ -9,7 +9,7 @@ from pekoe.core import RLConfig, UserError, load_config
 from pekoe.core.view import NoView
 from pekoe.data.problems import read_problems
 from pekoe.data.sft_data import read_demonstrations
-from pekoe.run.demo import make_data, rl_recipe, run_demo
+from pekoe.run.demo import NUM_WORKED, make_data, rl_recipe, run_demo
 
 
 def test_the_laptop_recipe_is_the_demos_rl_stage(repository: Path):
@@ -31,7 +31,7 @@ def test_held_out_problems_are_nowhere_else(tmp_path: Path):
     assert not held_out & shown
     assert not train & shown
     worked = [d.response.count("\n") > 0 for d in demonstrations]
-    assert sum(worked) == len(worked) // 2
+    assert sum(worked) == NUM_WORKED
 
 
 @pytest.mark.slow

@@ -41,10 +41,9 @@ def test_faults_are_left_out():
 
 def test_run_eval(tiny_dir: Path):
     tree: dict[str, Any] = {
-        "run": {"dir": "unused", "threads": 1},
+        "run": {"threads": 1},
         "model": {"path": str(tiny_dir / "model"), "device": "cpu"},
-        "eval": {"data": str(tiny_dir / "held_out.jsonl"), "samples": 3},
-        "rollout": {"max_new_tokens": 10},
+        "eval": {"data": str(tiny_dir / "held_out.jsonl"), "samples": 3, "max_new_tokens": 10},
         "max_prompt_tokens": 8,
         "verify": {"workers": 1},
     }
@@ -58,7 +57,7 @@ def test_run_eval(tiny_dir: Path):
     other = run_eval(load_config(tree, ["run.seed=1"], EvalConfig), NoView())
     assert other.examples != result.examples
     with pytest.raises(UserError, match=r"context: expected prompt and response to fit the model's 64 positions"):
-        run_eval(load_config(tree, ["rollout.max_new_tokens=60"], EvalConfig), NoView())
+        run_eval(load_config(tree, ["eval.max_new_tokens=60"], EvalConfig), NoView())
     with pytest.raises(UserError, match=r"expected a prompt of at most 3 tokens"):
         run_eval(load_config(tree, ["max_prompt_tokens=3"], EvalConfig), NoView())
 
@@ -84,10 +83,9 @@ def test_a_judged_evaluation_sees_right_answers(
 
     monkeypatch.setattr(EmbeddedEngine, "generate", answer)
     tree: dict[str, Any] = {
-        "run": {"dir": "unused", "threads": 1},
+        "run": {"threads": 1},
         "model": {"path": str(tiny_dir / "model"), "device": "cpu"},
-        "eval": {"data": str(tiny_dir / "held_out.jsonl"), "samples": 4},
-        "rollout": {"max_new_tokens": 10},
+        "eval": {"data": str(tiny_dir / "held_out.jsonl"), "samples": 4, "max_new_tokens": 10},
         "max_prompt_tokens": 8,
         "verify": {"workers": 1},
     }
