@@ -100,6 +100,8 @@ def evaluate(
     """
     words = [*([recipe] if recipe and "=" in recipe else []), *(overrides or [])]
     if recipe and "=" not in recipe:
+        if model or data:
+            raise UserError("eval: expected a recipe or --model and --data, got both; model.path=... changes a recipe")
         config = read_recipe(recipe, words, EvalConfig, dry_run)
     elif model and data:
         tree: dict[str, Any] = {"model": {"path": model}, "eval": {"data": data}}
@@ -119,7 +121,7 @@ def evaluate(
 @app.command()
 def demo(
     out: Annotated[str, typer.Option(help="directory of the demo's files")] = "runs/demo",
-    seed: Annotated[int, typer.Option(help="seed of everything that is drawn")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="seed of everything that is drawn")] = 0,
     control: Annotated[
         bool, typer.Option("--control", help="draw verdicts at random: the pass rate must then not rise")
     ] = False,
@@ -156,15 +158,19 @@ def _read_cases(path: Path) -> list[dict[str, Any]]:
         siblings = [p.name for p in path.parent.glob("*.jsonl")] if path.parent.is_dir() else []
         raise UserError(f"{path}: expected a JSONL file, found none.{nearest(path.name, siblings)}")
     cases: list[dict[str, Any]] = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+        if not line.strip():
+            continue
         try:
             case = json.loads(line)
-        except json.JSONDecodeError as error:
+        except ValueError as error:  # not JSON, or not UTF-8
             raise UserError(f"{path}:{number}: expected a JSON object, got {error}") from None
         for key in ("response", "gold"):
             if not isinstance(case, dict) or key not in case:
                 names = case if isinstance(case, dict) else []
                 raise UserError(f"{path}:{number}: expected the key {key!r}, got {sorted(names)}")
+        if not isinstance(case["response"], str):
+            raise UserError(f"{path}:{number}: response: expected text, got {case['response']!r}")
         cases.append(case)
     return cases
 
@@ -194,8 +200,12 @@ def main() -> None:
         _fail(str(error), 1)
     except Interrupted as error:
         _fail(str(error), 130)
-    except KeyboardInterrupt:
-        _fail("interrupted; the last checkpoint is kept. Run the same command again to go on from there", 130)
+    except SystemExit as stopped:
+        if stopped.code == 130:  # typer's word for Ctrl-C: before a loop listens, or a second one
+            _fail("interrupted; the last checkpoint, if any, is kept. Run the same command again to go on", 130)
+        raise
+    except OSError as error:  # a full disk, a file that cannot be read: nobody's bug
+        _fail(f"{type(error).__name__}: {error}; what was saved before is kept", 1)
 
 
 def _fail(message: str, status: int) -> None:

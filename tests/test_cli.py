@@ -134,7 +134,7 @@ def test_a_run_directory_that_cannot_be_written(folder: Path):
 
 
 def test_a_kv_cache_below_a_sequence(folder: Path):
-    assert "the KV cache" in refused(folder, "engine.kv_tokens=16", f"run.dir={folder / 'kv'}")
+    assert "engine.kv_tokens" in refused(folder, "engine.kv_tokens=16", f"run.dir={folder / 'kv'}")
 
 
 def test_a_run_by_the_command_line_ends_with_a_model(folder: Path):

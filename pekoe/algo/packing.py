@@ -59,16 +59,20 @@ def allocate(lengths: Sequence[int], token_budget: int, num_bins_multiple_of: in
     if len(lengths) < num_bins_multiple_of:
         raise UserError(f"packing: expected at least {num_bins_multiple_of} sequences (one a rank), got {len(lengths)}")
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
-    count = -(-sum(lengths) // token_budget)
-    while True:
-        count = -(-count // num_bins_multiple_of) * num_bins_multiple_of
+    fewest = _best_fit(order, lengths, token_budget)
+    bound = -(-sum(lengths) // token_budget)
+    for count in range(
+        -(-bound // num_bins_multiple_of) * num_bins_multiple_of, len(lengths) + 1, num_bins_multiple_of
+    ):
         bins = _balanced(order, lengths, token_budget, count)
-        if bins is None:
-            fewest = _best_fit(order, lengths, token_budget)
-            bins = fewest if len(fewest) == count else None
+        if bins is None and len(fewest) <= count:
+            bins = _split(fewest, count)
         if bins is not None:
             return [sorted(members) for members in bins]
-        count += 1
+    raise UserError(
+        f"packing: expected a multiple of {num_bins_multiple_of} micro-batches of {token_budget} tokens, but "
+        f"{len(lengths)} sequences need at least {len(fewest)} and cannot fill the next multiple; raise token_budget"
+    )
 
 
 def _balanced(order: list[int], lengths: Sequence[int], budget: int, count: int) -> list[list[int]] | None:
@@ -100,6 +104,17 @@ def _best_fit(order: list[int], lengths: Sequence[int], budget: int) -> list[lis
             loads.append(0)
         bins[best].append(index)
         loads[best] += lengths[index]
+    return bins
+
+
+def _split(bins: list[list[int]], count: int) -> list[list[int]]:
+    """Split bins, those of most sequences first, until there are `count`; none becomes empty."""
+    bins = [list(members) for members in bins]
+    while len(bins) < count:
+        largest = max(bins, key=len)
+        half = len(largest) // 2
+        bins.append(largest[half:])
+        del largest[half:]
     return bins
 
 

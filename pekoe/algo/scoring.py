@@ -63,6 +63,8 @@ def score(groups: Sequence[Group], verdicts: Sequence[Sequence[Verdict]], algo: 
         for (position, rollout, _), advantage in zip(kept, advantages, strict=True)
         if not (algo.mask_truncated and rollout.finish_reason == "length")
     )
+    for position in set(positions.tolist()) - {sample.group for sample in samples}:
+        dropped[position] = "all responses truncated, and algo.mask_truncated is on"
     return Scored(samples, dropped, float(advantages.std()))
 
 

@@ -1,6 +1,6 @@
 """Recipes: TOML files and `section.key=value` overrides, turned into frozen, closed, validated objects.
 
-The docstring under each key is its documentation; `pekoe COMMAND --help` and docs print the same text.
+The docstring under each key is its documentation.
 A key that is absent in TOML has its default; absent with default None means None.
 """
 
@@ -25,7 +25,7 @@ class Section(BaseModel):
 
 
 class ProcessSection(Section):
-    seed: int = 0
+    seed: int = Field(default=0, ge=0)
     """The seed of everything that is drawn: data order, sampling, minibatches."""
     threads: int | None = Field(default=None, ge=1)
     """CPU threads of torch in this process. Absent: as many as there are cores."""
@@ -47,11 +47,14 @@ class ModelSection(Section):
 
 class DataSection(Section):
     train: str
-    """The problems (for `sft`: the demonstrations) to train on, JSONL."""
-    max_prompt_tokens: int = Field(default=1024, ge=1)
-    """A longer prompt is an error, unless skip_malformed is on."""
+    """What to train on, JSONL: problems for `rl`, demonstrations for `sft`."""
     skip_malformed: bool = False
     """Skip, and report, lines that cannot be used, in place of stopping."""
+
+
+class ProblemSection(DataSection):
+    max_prompt_tokens: int = Field(default=1024, ge=1)
+    """A longer prompt is an error, unless skip_malformed is on."""
 
 
 class RolloutSection(Section):
@@ -156,9 +159,7 @@ class VerifySection(Section):
 
 class EvalSection(Section):
     data: str | None = None
-    """Held-out problems, JSONL. Absent: no evaluation."""
-    every: int | None = Field(default=None, ge=1)
-    """Steps between evaluations while training. Absent: none."""
+    """Held-out problems, JSONL."""
     samples: int = Field(default=32, ge=1)
     """Responses sampled for each problem."""
     temperature: float = Field(default=1.0, ge=0)
@@ -168,6 +169,11 @@ class EvalSection(Section):
     max_new_tokens: int | None = Field(default=None, ge=1)
     """Length limit. Absent: rollout.max_new_tokens; for `pekoe eval`, what the context leaves beside
     max_prompt_tokens."""
+
+
+class WatchSection(EvalSection):
+    every: int | None = Field(default=None, ge=1)
+    """Steps between evaluations while training. Absent: none."""
 
 
 class Config(Section):
@@ -187,14 +193,14 @@ class RLConfig(TrainingConfig):
 
     num_steps: int = Field(ge=1)
     """Steps: rollout batches, each with `algo.minibatches` optimizer steps."""
-    data: DataSection
+    data: ProblemSection
     rollout: RolloutSection = RolloutSection()
     engine: EngineSection = EngineSection()
     algo: AlgoSection = AlgoSection()
     optim: OptimSection = OptimSection()
     train: TrainSection = TrainSection()
     verify: VerifySection = VerifySection()
-    eval: EvalSection = EvalSection()
+    eval: WatchSection = WatchSection()
 
     @model_validator(mode="after")
     def _possible(self) -> RLConfig:

@@ -72,9 +72,3 @@ class ModelSpec:
     def kv_values_per_token(self) -> int:
         """Numbers (not bytes) that one token leaves in the KV cache, over all layers."""
         return 2 * self.num_layers * self.num_kv_heads * self.head_dim
-
-    def forward_flops(self, num_tokens: int, context: float) -> float:
-        """Multiply-adds counted as 2 FLOPs: `num_tokens` tokens, each attending to `context` tokens on average."""
-        weights = self.num_layers * self.num_layer_parameters + self.vocab_size * self.hidden_size
-        attention = 4.0 * self.num_layers * self.num_heads * self.head_dim * context
-        return num_tokens * (2.0 * weights + attention)

@@ -44,11 +44,11 @@ class EmbeddedEngine:
         weights = next(model.parameters()).dtype
         kv_dtype = compute_dtype if compute_dtype is not torch.float32 else weights
         size = config.block_tokens
-        wanted = config.kv_tokens or min(
-            config.max_running * self._longest,
-            int(config.kv_gib * 2**30 / (spec.kv_values_per_token * kv_dtype.itemsize)),
-        )
-        num_blocks = max(1, wanted // size)
+        if config.kv_tokens:
+            num_blocks = max(1, config.kv_tokens // size)
+        else:
+            affordable = int(config.kv_gib * 2**30 / (spec.kv_values_per_token * kv_dtype.itemsize * size))
+            num_blocks = max(1, min(config.max_running * -(-self._longest // size), affordable))
         self._capacity = num_blocks * size
         self._scheduler = Scheduler(num_blocks, size, config.max_running, config.prefill_tokens)
         self._cache = KVCache(spec, num_blocks, size, kv_dtype, self._device)
@@ -87,7 +87,7 @@ class EmbeddedEngine:
 
     def _validate(self, prompts: list[Prompt], params: SamplingParams) -> None:
         limit = self.max_sequence_tokens
-        source = "the KV cache" if self._capacity < self._longest else "the context"
+        source = "engine.kv_tokens, engine.kv_gib" if self._capacity < self._longest else "the context"
         vocab = self.model.spec.vocab_size
         for token in params.stop_token_ids:
             if not 0 <= token < vocab:

@@ -45,14 +45,20 @@ class PrefixTree:
         return blocks
 
     def insert(self, tokens: IntArray, blocks: list[int]) -> None:
-        """Remember that `blocks` hold the full blocks of `tokens`. Where a prefix is known already, its first block
-        stays and the caller's is not remembered."""
+        """Remember that `blocks` hold the full blocks of `tokens`.
+
+        Where another block holds a prefix already, that one stays, and the caller's blocks are not remembered from
+        there on: a sequence that uses a node must use its parent too, or a parent that nobody uses could not be
+        taken back.
+        """
         node = self._root
         for position, key in enumerate(self._keys(tokens)):
             child = node.children.get(key)
             if child is None:
                 child = node.children[key] = Node(key, blocks[position], node)
                 self._pool.tree_holds(blocks[position])
+            elif child.block != blocks[position]:
+                return
             self._touch(child)
             node = child
 

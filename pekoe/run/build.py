@@ -54,7 +54,13 @@ def open_model(model: ModelSection) -> tuple[Decoder, Tokenizer, torch.dtype]:
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("model.device: expected a CUDA device, found none on this machine; nearest: 'cpu'")
     decoder = load_model(model.path, torch.float32, name)
-    return decoder, Tokenizer.load(Path(model.path)), getattr(torch, model.dtype)
+    tokenizer = Tokenizer.load(Path(model.path))
+    if tokenizer.vocab_size > decoder.spec.vocab_size:
+        raise UserError(
+            f"{model.path}: expected a tokenizer of at most the model's {decoder.spec.vocab_size} tokens, "
+            f"got {tokenizer.vocab_size}"
+        )
+    return decoder, tokenizer, getattr(torch, model.dtype)
 
 
 def open_problems(path: str, tokenizer: Tokenizer, max_prompt_tokens: int, skip: bool, view: View) -> list[Problem]:
@@ -118,6 +124,11 @@ def open_sampler(
     """An engine and judges, closed with `stack`."""
     embedded = EmbeddedEngine(model, engine, longest, dtype)
     stack.callback(embedded.close)
+    if embedded.max_sequence_tokens < longest:
+        raise UserError(
+            f"engine.kv_tokens: expected room for the longest sequence, {longest} tokens, got "
+            f"{embedded.num_kv_tokens}; raise it (or engine.kv_gib, where it is absent)"
+        )
     judge = make_judge(verify, tokenizer, seed)
     stack.callback(judge.close)
     return embedded, Sampler(embedded, tokenizer, judge, view, stop)
@@ -128,7 +139,8 @@ def build_rl(config: RLConfig, view: View, stop: Stop, stack: ExitStack) -> RLPa
     set_threads(config.run)
     data, rollout = config.data, config.rollout
     model, tokenizer, dtype = open_model(config.model)
-    check_context(model, data.max_prompt_tokens, rollout.max_new_tokens)
+    new_tokens = max(rollout.max_new_tokens, config.eval.max_new_tokens or 0)
+    check_context(model, data.max_prompt_tokens, new_tokens)
     problems = open_problems(data.train, tokenizer, data.max_prompt_tokens, data.skip_malformed, view)
     held_out: list[Problem] = []
     if config.eval.data and config.eval.every:
@@ -147,7 +159,7 @@ def build_rl(config: RLConfig, view: View, stop: Stop, stack: ExitStack) -> RLPa
         rollout.temperature,
         dtype,
     )
-    longest = data.max_prompt_tokens + max(rollout.max_new_tokens, config.eval.max_new_tokens or 0)
+    longest = data.max_prompt_tokens + new_tokens
     engine, sampler = open_sampler(
         model, tokenizer, config.engine, config.verify, longest, dtype, config.run.seed, view, stop, stack
     )

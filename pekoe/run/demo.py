@@ -153,7 +153,9 @@ class Stages:
 
     def _write(self) -> None:
         content = {"settings": self.settings, "seconds": self.seconds, "results": self.results}
-        self._file.write_text(json.dumps(content, indent=1), encoding="utf-8")
+        partial = self._file.with_name(f".{STAGES}")
+        partial.write_text(json.dumps(content, indent=1), encoding="utf-8")
+        partial.replace(self._file)
 
 
 def make_data(out: Path, seed: int) -> dict[str, int]:

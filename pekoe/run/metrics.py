@@ -48,7 +48,7 @@ def step_metrics(
         "step_s": round(sum(seconds.values()), 4),
     }
     if not stats:
-        return metrics | {"skipped": "all advantages are 0"}
+        return metrics | {"skipped": "all advantages are 0" if scored.samples else "no sample to train on"}
     targets = sum(s.num_targets for s in stats)
     first = stats[0].means
     metrics |= {

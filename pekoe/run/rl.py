@@ -28,21 +28,23 @@ from pekoe.train import StepStats
 def run_rl(parts: RLParts) -> None:
     """Train until `num_steps`. Ctrl-C keeps the last complete step and raises Interrupted."""
     config = parts.config
-    progress: Progress = parts.run.resume(parts.trainer) or {"step": 0, "order": parts.order.state()}
+    start = {"step": 0, "order": parts.order.state(), "measured": True}
+    progress: Progress = parts.run.resume(parts.trainer) or start
     parts.order.restore(progress["order"])
     parts.sync(progress["step"])
     try:
+        progress = measure_if_due(parts, progress)
         while progress["step"] < config.num_steps:
             step, clock = progress["step"] + 1, Clock(parts.view)
             batch = collect(parts, clock)
             scored = score(batch.groups, batch.verdicts, config.algo)
-            stats = train(parts, scored, step, clock)
+            stats, untrained = train(parts, scored, step, clock)
             with clock("sync"):
                 synced = parts.sync(step)
-            progress = {"step": step, "order": parts.order.state()}
-            commit(parts, step, batch, scored, stats, {"sync_canary_diff": synced.canary_diff}, clock)
-            if config.eval.every and step % config.eval.every == 0:
-                measure(parts, step)
+            due = config.eval.every is not None and step % config.eval.every == 0
+            progress = {"step": step, "order": parts.order.state(), "measured": not due}
+            commit(parts, step, batch, scored, stats, untrained, {"sync_canary_diff": synced.canary_diff}, clock)
+            progress = measure_if_due(parts, progress)
             if step % config.train.save_every == 0:
                 save(parts, progress)
     except StopRequested:
@@ -73,19 +75,23 @@ def collect(parts: RLParts, clock: Clock) -> Batch:
     return batch
 
 
-def train(parts: RLParts, scored: Scored, step: int, clock: Clock) -> list[StepStats]:
-    """One optimizer step for each minibatch. None where all advantages are 0: there is nothing to learn."""
+def train(parts: RLParts, scored: Scored, step: int, clock: Clock) -> tuple[list[StepStats], dict[int, str]]:
+    """One optimizer step for each minibatch, none where there is nothing to learn.
+
+    Returns the steps, and why groups (by position in the batch) were not trained on after all.
+    """
     config, algo, trainer = parts.config, parts.config.algo, parts.trainer
     samples: Sequence[Sample] = scored.samples
     if not samples or scored.advantage_std == 0:
         trainer.num_updates += algo.minibatches  # the schedule goes on
-        return []
+        return [], {sample.group: "all advantages are 0" for sample in samples}
     if algo.proximal == "recompute":
         with clock("recompute"):
             samples = [s.with_proximal(p) for s, p in zip(samples, trainer.logprobs(samples), strict=True)]
     rng = np.random.default_rng([config.run.seed, step])
     minibatches = split_minibatches(samples, algo.minibatches, rng)
-    stats = []
+    stats: list[StepStats] = []
+    untrained: dict[int, str] = {}
     with clock("train", len(minibatches)):
         for minibatch in minibatches:
             references = trainer.logprobs(minibatch, parts.reference) if parts.reference else None
@@ -99,8 +105,10 @@ def train(parts: RLParts, scored: Scored, step: int, clock: Clock) -> list[StepS
                     algo.max_mean_ratio,
                 )
             )
+            if stats[-1].skipped:
+                untrained |= {sample.group: stats[-1].skipped for sample in minibatch}
             parts.view.advance()
-    return stats
+    return stats, untrained
 
 
 def commit(
@@ -109,6 +117,7 @@ def commit(
     batch: Batch,
     scored: Scored,
     stats: list[StepStats],
+    untrained: dict[int, str],
     extra: dict[str, Any],
     clock: Clock,
 ) -> None:
@@ -116,8 +125,7 @@ def commit(
     lines = rollout_lines(batch, scored, parts.config.algo.reward, parts.tokenizer)
     parts.run.write_rollouts(step, lines)
     for position, group in enumerate(batch.groups):
-        reason = scored.dropped.get(position) or (None if stats else "all advantages are 0")
-        account(parts, step, group.problem.uid, group.draw, reason)
+        account(parts, step, group.problem.uid, group.draw, (scored.dropped | untrained).get(position))
     for group, _, reason in batch.dropped:
         account(parts, step, group.problem.uid, group.draw, reason)
     parts.run.journal.write("step", **step_metrics(step, batch, scored, stats, parts.config, clock.seconds), **extra)
@@ -129,13 +137,17 @@ def account(parts: RLParts, step: int, uid: str, draw: int, reason: str | None) 
     parts.run.ledger.append({"step": step, "uid": uid, "draw": draw, **outcome})
 
 
-def measure(parts: RLParts, step: int) -> None:
-    """Evaluate on the held-out problems, and journal it."""
+def measure_if_due(parts: RLParts, progress: Progress) -> Progress:
+    """Evaluate on the held-out problems where the step asks for it, and journal it."""
+    if progress["measured"]:
+        return progress
     clock = Clock(parts.view)
     new_tokens = parts.config.eval.max_new_tokens or parts.config.rollout.max_new_tokens
     params = sampling_for(parts.config.eval, new_tokens, parts.tokenizer, parts.config.run.seed)
-    result = evaluate(parts.sampler, parts.held_out, params, clock)
-    parts.run.journal.write("eval", step=step, seconds=clock.seconds, **result.as_dict())
+    result = evaluate(parts.sampler, parts.held_out, params, clock, parts.config.verify.max_fault_rate)
+    parts.run.journal.write("eval", step=progress["step"], seconds=clock.seconds, **result.as_dict())
+    parts.sync(progress["step"])  # the next step finds the caches that a resumed run would find
+    return progress | {"measured": True}
 
 
 def save(parts: RLParts, progress: Progress) -> None:

@@ -86,7 +86,7 @@ def check_faults(verdicts: Iterable[Verdict], max_rate: float) -> float:
 
 def is_useless(verdicts: list[Verdict]) -> str | None:
     """Why dynamic sampling drops a group, or None."""
-    if not all_alike(verdicts):
+    if not all_alike(verdicts) or all(v.label == "fault" for v in verdicts):
         return None
     right = any(v.label == "correct" for v in verdicts)
     return "dynamic sampling: all right" if right else "dynamic sampling: none right"

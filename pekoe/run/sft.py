@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -29,7 +30,8 @@ def run_sft(config: SFTConfig, view: View) -> None:
     per_epoch = -(-len(samples) // config.sft.batch_size)
     total = per_epoch * config.sft.epochs
     trainer = Trainer(model, config.optim, config.train.token_budget, total, compute_dtype=dtype)
-    order = DataOrder([str(i) for i in range(len(samples))], config.run.seed)
+    uids = [f"{i}/{hashlib.blake2b(s.tokens.tobytes(), digest_size=8).hexdigest()}" for i, s in enumerate(samples)]
+    order = DataOrder(uids, config.run.seed)  # refuses to go on with other demonstrations
     stop = Stop()
     with stop.listening(), RunDir(config, (view.event,)) as run:
         progress: Progress = run.resume(trainer) or {"step": 0, "order": order.state()}

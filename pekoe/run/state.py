@@ -14,6 +14,7 @@ and ledger, so that a resumed run takes back exactly what came after it.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
@@ -34,7 +35,8 @@ from pekoe.train import Trainer
 
 Progress = dict[str, Any]  # what a loop needs to go on: plain JSON values
 
-# Keys that may differ between a run and its continuation: they change how long or how it is watched, not what it is.
+# Keys that may differ between a run and its continuation: how long it goes on, how often it saves, on what machine. The
+# number of threads moves the last bits of sums: a resumed run has the same bits with the same threads.
 MAY_CHANGE = {"num_steps", "run.threads", "train.save_every", "train.keep_checkpoints", "verify.workers"}
 
 
@@ -53,7 +55,12 @@ class RunDir:
             raise UserError(
                 f"run.dir: expected a directory that can be written, got {self.path}: {error.strerror}"
             ) from None
-        self._claim()
+        self._lock = (self.path / ".lock").open("w")
+        try:
+            self._claim()
+        except BaseException:
+            self._lock.close()
+            raise
         self.journal = Journal(self.path / "journal.jsonl", listeners)
         self.ledger = JsonLines(self.path / "ledger.jsonl")
 
@@ -63,9 +70,16 @@ class RunDir:
     def __exit__(self, *_: object) -> None:
         self.journal.close()
         self.ledger.close()
+        self._lock.close()
 
     def _claim(self) -> None:
-        """Write config.toml, or check that the one there is of the same run."""
+        """Take the directory for this process; write config.toml, or check that the one there is of the same run."""
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"{self.path}: another process is running here; wait for it, or choose another run.dir"
+            ) from None
         file = self.path / "config.toml"
         if file.exists():
             before = _flat(load_config(file, kind=type(self._config)).model_dump())
@@ -77,7 +91,9 @@ class RunDir:
                     f"{self.path}: holds a run with {key} = {before.get(key)!r}, got {now[key]!r}; "
                     "go on with the same recipe, or choose another run.dir"
                 )
-        file.write_text(dump_config(self._config), encoding="utf-8")
+        partial = file.with_name(".config.toml")
+        partial.write_text(dump_config(self._config), encoding="utf-8")
+        os.replace(partial, file)
 
     def resume(self, trainer: Trainer) -> Progress | None:
         """Go back to the newest checkpoint: load the trainer, take back what came later, return the progress.
@@ -99,8 +115,8 @@ class RunDir:
         taken += self.ledger.cut(offsets["ledger"], self.path / "discarded" / "ledger.jsonl")
         for file in sorted((self.path / "rollouts").glob("step-*.jsonl.zst")):
             if int(file.name[5:11]) > step:
-                os.replace(file, self.path / "discarded" / file.name)
-                taken += 1
+                taken += file.stat().st_size
+                _set_aside(file, self.path / "discarded")
         if progress or taken:
             self.journal.write("resumed", step=step, discarded_bytes=taken)
         return progress
@@ -119,11 +135,12 @@ class RunDir:
         state = json.dumps({"progress": progress, "offsets": offsets}, indent=1)
         (partial / "state.json").write_text(state, encoding="utf-8")
         _to_disk(partial)
+        # The model first: where a checkpoint stands, its model does too. Killed in between, the step is done again.
+        save_model(trainer.model, self.path / "model")
         os.replace(partial, target)
         _fsync(target.parent)
         for old in self._checkpoints()[:-keep]:
             shutil.rmtree(old)
-        save_model(trainer.model, self.path / "model")
         return target
 
     def write_rollouts(self, step: int, lines: Iterable[Mapping[str, Any]]) -> None:
@@ -149,6 +166,15 @@ def _one_process() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
         yield
+
+
+def _set_aside(file: Path, folder: Path) -> None:
+    """Move a file to `folder` under a name that is free there: a step may be taken back more than once."""
+    folder.mkdir(exist_ok=True)
+    number = 0
+    while (target := folder / (f"{file.name}.{number}" if number else file.name)).exists():
+        number += 1
+    os.replace(file, target)
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -127,12 +127,6 @@ class Trainer:
                 out[i] = flat[start:stop]
         return out
 
-    @torch.no_grad()
-    def evaluate(self, samples: Sequence[Sample]) -> float:
-        """Mean of -log pi over the samples' trained tokens."""
-        total = sum(float(array.sum()) for array in self.logprobs(samples))
-        return -total / sum(int(sample.loss_mask.sum()) for sample in samples)
-
     def _logprobs(self, batch: MicroBatch, model: Decoder | None = None) -> tuple[Tensor, Tensor]:
         """Log-probs and entropies [N] of the batch's targets."""
         model = model or self.model

@@ -18,11 +18,15 @@ def sample(length: int, prompt: int, group: int = 0) -> Sample:
 
 @given(st.lists(st.integers(1, 100), min_size=1, max_size=60), st.integers(100, 400), st.integers(1, 4))
 def test_every_sequence_once_within_the_budget(lengths: list[int], budget: int, multiple: int):
-    if len(lengths) < multiple:
+    if len(lengths) // multiple * multiple < -(-sum(lengths) // budget) or len(lengths) < multiple:
         with pytest.raises(UserError):
             allocate(lengths, budget, multiple)
         return
-    bins = allocate(lengths, budget, multiple)
+    try:
+        bins = allocate(lengths, budget, multiple)
+    except UserError:
+        assert len(lengths) // multiple * multiple < len(allocate(lengths, budget))  # no multiple has room
+        return
     assert sorted(i for members in bins for i in members) == list(range(len(lengths)))
     assert all(members for members in bins)
     assert max(sum(lengths[i] for i in members) for members in bins) <= budget
@@ -39,6 +43,12 @@ def test_fewest_then_balanced():
 def test_a_sequence_over_the_budget_is_the_users_mistake():
     with pytest.raises(UserError, match=r"\[1, 10\], got 11; nearest budget: 11"):
         allocate([3, 11], 10)
+
+
+def test_a_multiple_that_no_number_of_bins_can_reach_is_refused():
+    with pytest.raises(UserError, match="cannot fill the next multiple; raise token_budget"):
+        allocate([10] * 5, 10, 4)
+    assert len(allocate([6, 6, 6, 1, 1, 1, 1, 1], 7, 4)) == 4
 
 
 def test_pack_points_at_the_trained_tokens():

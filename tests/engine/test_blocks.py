@@ -107,6 +107,18 @@ def test_the_tree_finds_whole_blocks_of_a_prefix():
     assert tree.match(np.array([2, 1])) == []
 
 
+def test_a_used_node_has_a_used_parent():
+    """Two sequences admitted together compute the same first block twice; when one ends, all that is idle can go."""
+    pool = BlockPool(5)
+    tree = PrefixTree(pool, BLOCK)
+    short, long = pool.take(1), pool.take(3)
+    tree.insert(np.array([1, 1]), short)
+    tree.insert(np.array([1, 1, 2, 2, 3, 3]), long)
+    pool.release(short)
+    assert pool.num_available == 2
+    assert len(pool.take(2)) == 2
+
+
 def test_the_least_recently_used_leaf_goes_first():
     pool = BlockPool(4)
     tree = PrefixTree(pool, BLOCK)

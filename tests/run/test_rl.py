@@ -222,6 +222,64 @@ def test_dynamic_sampling_draws_again_for_groups_that_teach_nothing(build: Build
     assert sum(line["outcome"] == "trained" for line in lines) <= 8
 
 
+def test_stopped_during_an_evaluation_the_resumed_run_measures_and_has_the_same_bits(
+    build: Build, train: Train, tiny_dir: Path, tmp_path: Path
+):
+    words = ["num_steps=3", f"eval.data={tiny_dir / 'held_out.jsonl'}", "eval.every=2", "eval.samples=2"]
+    unbroken = build(*words, f"run.dir={tmp_path / 'unbroken'}")
+    train(unbroken)
+    broken = build(*words, f"run.dir={tmp_path / 'broken'}")
+
+    def stop_in_evaluation(parts: RLParts) -> None:
+        generate = parts.sampler.engine.generate
+
+        def watched(prompts: list[Prompt], params: SamplingParams) -> Iterator[Rollout]:
+            parts.stop.requested = params.stream == "eval" and len(prompts) > 1
+            yield from generate(prompts, params)
+
+        parts.sampler.engine.generate = watched  # type: ignore[method-assign]
+
+    with pytest.raises(Interrupted, match="stopped after step 2 of 3"):
+        train(broken, stop_in_evaluation)
+    train(broken)
+    assert torch.equal(weights_of(broken), weights_of(unbroken))
+    measured = [
+        [
+            (e["step"], e["response_tokens"])
+            for e in read_lines(Path(c.run.dir) / "journal.jsonl")
+            if e["event"] == "eval"
+        ]
+        for c in (unbroken, broken)
+    ]
+    assert measured[0] == measured[1] != []
+
+
+def test_killed_between_the_rollouts_file_and_the_ledger(build: Build, train: Train):
+    """Nothing was journalled after the checkpoint, but a rollouts file stands: twice over, and nothing is lost."""
+    config = build("num_steps=1")
+    train(config)
+    rollouts = Path(config.run.dir) / "rollouts"
+    for _ in range(2):
+        (rollouts / "step-000002.jsonl.zst").write_bytes(b"half")
+        train(config)
+    aside = sorted(p.name for p in (Path(config.run.dir) / "discarded").iterdir() if p.name.startswith("step"))
+    assert aside == ["step-000002.jsonl.zst", "step-000002.jsonl.zst.1"]
+
+
+def test_two_processes_cannot_share_a_run_directory(build: Build, train: Train):
+    config = build("num_steps=1")
+    with pytest.raises(UserError, match="another process is running here"):
+        train(config, lambda _: train(config))
+
+
+def test_a_group_all_truncated_and_masked_is_dropped_in_the_ledger(build: Build, train: Train):
+    config = build("num_steps=1", "algo.mask_truncated=true", "rollout.max_new_tokens=2")
+    train(config)
+    lines = list(read_lines(Path(config.run.dir) / "ledger.jsonl"))
+    assert all("mask_truncated" in line["reason"] for line in lines if line["outcome"] == "dropped")
+    assert any(line["outcome"] == "dropped" for line in lines)
+
+
 def test_evaluation_in_the_middle(build: Build, train: Train, tiny_dir: Path):
     config = build("num_steps=2", f"eval.data={tiny_dir / 'held_out.jsonl'}", "eval.every=2", "eval.samples=2")
     train(config)

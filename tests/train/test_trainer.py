@@ -110,7 +110,6 @@ def test_i3_the_loss_is_the_mean_over_all_tokens(make_model: MakeModel):
     logprobs = trainer.logprobs(samples)
     total = sum(int(s.loss_mask.sum()) for s in samples)
     expected = -sum(float(x.sum()) for x in logprobs) / total
-    assert trainer.evaluate(samples) == pytest.approx(expected)
     stats = trainer.step(samples, cross_entropy)
     assert stats.num_targets == total
     assert stats.loss == pytest.approx(expected, rel=1e-5)
