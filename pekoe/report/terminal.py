@@ -15,6 +15,7 @@ from rich.table import Table
 from pekoe.core.journal import Event
 
 _KEPT_ROWS = 12
+_SECONDS, _LEAST_SECONDS = "seconds", 12
 
 
 def _count(value: float) -> str:
@@ -40,7 +41,7 @@ COLUMNS: tuple[Column, ...] = (
     ("Δ logp", "logprob_diff_max", "{:.0e}".format),
     ("rollout tok/s", "rollout_tokens_per_s", _count),
     ("train tok/s", "train_tokens_per_s", _count),
-    ("seconds", _seconds, str),
+    (_SECONDS, _seconds, str),
 )
 
 
@@ -144,13 +145,23 @@ class LiveView:
         return Group(self._table(), self._progress) if self._rows else Group(self._progress)
 
     def _table(self) -> Table:
+        """The last rows, in as many columns as the terminal has room for: none is cut but the last, the seconds."""
         table = Table(box=None, pad_edge=False, padding=(0, 1))
-        headers = [header for header, _, _ in COLUMNS if any(header in row for row in self._rows)]
-        width = self._live.console.width
-        for header in headers[: max(3, width // 9)]:  # a narrow terminal shows the first columns
-            table.add_column(header, justify="left" if header == "seconds" else "right", no_wrap=True)
+        room = self._live.console.width
+        shown: list[str] = []
+        for header, _, _ in COLUMNS:
+            texts = [row[header] for row in self._rows if header in row]
+            if not texts:
+                continue
+            width = max(map(len, [header, *texts]))
+            width = min(width, max(room - 2, _LEAST_SECONDS)) if header == _SECONDS else width
+            if width + 2 > room:
+                break
+            room -= width + 2
+            shown.append(header)
+            table.add_column(header, justify="left" if header == _SECONDS else "right", width=width, no_wrap=True)
         for row in self._rows:
-            table.add_row(*(row.get(header, "") for header in headers[: len(table.columns)]))
+            table.add_row(*(row.get(header, "") for header in shown))
         return table
 
 

@@ -11,7 +11,9 @@ Every stage is the same code that a recipe runs. A finished stage is not run aga
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import sys
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -272,12 +274,17 @@ def tell(out: Path, summary: dict[str, Any], results: dict[str, Any], control: b
             *lines,
             "",
             "What to try next:",
-            f"  the rollouts of a step      zstd -dc {out}/rl/rollouts/step-000001.jsonl.zst | head -n 3",
-            "  the RL stage with your lr   pekoe rl recipes/laptop.toml run.dir=runs/mine optim.lr=1e-3",
-            "  the control                 pekoe demo --control --out runs/control",
+            f"  every response, judged      zstd -dc {out}/rl/rollouts/step-000001.jsonl.zst | head -n 3",
+            f"  the RL stage with your lr   {_program()} rl recipes/laptop.toml run.dir=runs/mine optim.lr=1e-3",
+            f"  the control                 {_program()} demo --control --out runs/control",
             f"  use the model               AutoModelForCausalLM.from_pretrained('{out}/rl/model')",
         ]
     )
+
+
+def _program() -> str:
+    """How the user called us, so that what we suggest can be pasted."""
+    return os.path.relpath(sys.argv[0]) if Path(sys.argv[0]).name == "pekoe" else "pekoe"
 
 
 def _contrast(before: list[Any], after: list[Any]) -> list[tuple[Any, Any]]:
