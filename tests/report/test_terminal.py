@@ -26,7 +26,9 @@ STEP: dict[str, Any] = {
 
 
 def console(width: int, terminal: bool) -> Console:
-    return Console(file=io.StringIO(), width=width, force_terminal=terminal, color_system=None)
+    # An environment of its own: with TERM=dumb, as in CI, rich takes every terminal for 80 columns wide.
+    environment = {"TERM": "xterm"}
+    return Console(file=io.StringIO(), width=width, force_terminal=terminal, color_system=None, _environ=environment)
 
 
 def printed(c: Console) -> str:
