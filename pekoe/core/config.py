@@ -77,7 +77,40 @@ class RolloutSection(Section):
     most this many further rounds; 0 is off."""
 
 
+class ServerSection(Section):
+    """Inference servers, started here (`python`) or running already (`urls`)."""
+
+    python: str | None = None
+    """The Python of the environment that SGLang or vLLM is installed in; starts `count` servers with it."""
+    urls: tuple[str, ...] = Field(default=(), strict=False)
+    """Servers that run already, http://host:port each; instead of `python`."""
+    count: int = Field(default=1, ge=1)
+    """Servers to start."""
+    args: tuple[str, ...] = Field(default=(), strict=False)
+    """More arguments of the server's own command line, as they are."""
+    env: dict[str, str] = {}
+    """More environment variables of the server."""
+    sync: Literal["disk", "shm", "broadcast"] = "disk"
+    """How weights reach a server: a checkpoint in the run directory, one in shared memory (same host), or a
+    torch.distributed group (NCCL on GPU, gloo on CPU)."""
+    during_update: Literal["abort", "keep"] = "keep"
+    """Responses in flight at a weight update: ended, or kept and gone on with under the new version."""
+    max_requests: int = Field(default=256, ge=1)
+    """Responses in flight at one server; more wait here."""
+    retries: int = Field(default=2, ge=0)
+    """How often a request is sent again after a transport error."""
+    start_limit_s: float = Field(default=900, gt=0)
+    """How long a server may take to start."""
+    request_limit_s: float = Field(default=3600, gt=0)
+    """How long one request may take."""
+    update_limit_s: float = Field(default=600, gt=0)
+    """How long a weight update, a pause or a flush may take."""
+
+
 class EngineSection(Section):
+    backend: Literal["embedded", "sglang", "vllm"] = "embedded"
+    """embedded: in this process. sglang, vllm: servers, see `server`."""
+    server: ServerSection = ServerSection()
     kv_tokens: int | None = Field(default=None, ge=16)
     """Tokens that the KV cache holds. Absent: enough for max_running sequences of full length, within kv_gib."""
     kv_gib: float = Field(default=2.0, gt=0)
@@ -87,7 +120,17 @@ class EngineSection(Section):
     max_running: int = Field(default=512, ge=1)
     """Sequences that decode together."""
     prefill_tokens: int = Field(default=8192, ge=1)
-    """Prompt tokens computed in one forward; a longer prompt is computed alone."""
+    """Tokens of one forward: what the running sequences leave of it goes to chunks of waiting prompts."""
+
+    @model_validator(mode="after")
+    def _one_way(self) -> EngineSection:
+        server = self.server
+        if self.backend != "embedded" and (server.python is None) == (not server.urls):
+            raise ValueError(
+                f"engine.server: expected either python (start servers) or urls (use running ones) for "
+                f"engine.backend = {self.backend!r}, got {'both' if server.urls else 'neither'}"
+            )
+        return self
 
 
 Advantage = Literal["global", "grpo", "dr_grpo", "rloo"]

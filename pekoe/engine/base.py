@@ -4,9 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from pathlib import Path
+from typing import Protocol
 
 from pekoe.core.types import Prompt, Rollout, SamplingParams
+from pekoe.model import Decoder
+
+WeightSource = Decoder | Path
+"""Weights to sample from: a model in this process, or a Hugging Face directory that the engine can read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,10 +46,16 @@ class Generator(Protocol):
         """End unfinished responses of these problems (None: of all); they are yielded with reason `abort`."""
         ...
 
-    def update_weights(self, source: Any, version: int) -> None:
+    @property
+    def max_sequence_tokens(self) -> int:
+        """The longest prompt with response that fits."""
+        ...
+
+    def update_weights(self, source: WeightSource, version: int) -> None:
         """Sample from other weights from now on. Flushes every cached KV (I4).
 
         Responses in flight go on under the new version, their KV recomputed, their `versions` telling where.
+        RunError where the weights cannot be taken or the engine does not hold the version afterwards.
         """
         ...
 
