@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from pekoe.core.errors import UserError
 from pekoe.core.types import Prompt, Rollout, SamplingParams
 from pekoe.model import Decoder
 
@@ -24,6 +25,29 @@ class EngineStats:
     num_decode_tokens: int = 0  # response tokens sampled
     num_forwards: int = 0
     num_preemptions: int = 0
+
+
+def validate(prompts: list[Prompt], params: SamplingParams, vocab_size: int, limit: int, limit_name: str) -> None:
+    """UserError for what no engine can sample: empty prompts, unknown tokens, sequences above `limit` tokens.
+
+    `limit_name` says where the limit comes from.
+    """
+    for token in params.stop_token_ids:
+        if not 0 <= token < vocab_size:
+            raise UserError(f"stop token: expected an id in [0, {vocab_size}), got {token}")
+    for prompt in prompts:
+        size = len(prompt.tokens)
+        if not size:
+            raise UserError(f"prompt {prompt.uid}: expected at least one token, got none")
+        if size + params.max_new_tokens > limit:
+            raise UserError(
+                f"prompt {prompt.uid}: expected at most {limit} tokens with its response ({limit_name}), got "
+                f"{size} + {params.max_new_tokens} new; most new tokens that fit: {max(0, limit - size)}"
+            )
+        low, high = int(prompt.tokens.min()), int(prompt.tokens.max())
+        if low < 0 or high >= vocab_size:
+            bad = low if low < 0 else high
+            raise UserError(f"prompt {prompt.uid}: expected token ids in [0, {vocab_size}), got {bad}")
 
 
 class Generator(Protocol):

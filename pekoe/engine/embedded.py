@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 
 import numpy as np
@@ -11,11 +11,13 @@ import torch
 from pekoe.core.config import EngineSection
 from pekoe.core.errors import RunError, UserError
 from pekoe.core.types import FinishReason, IntArray, Prompt, Rollout, SamplingParams
-from pekoe.engine.base import EngineStats
-from pekoe.engine.kv import DecodeAttention, KVCache, PrefillAttention
+from pekoe.engine.base import EngineStats, WeightSource, validate
+from pekoe.engine.cpu import CPUCache
+from pekoe.engine.kv import KVCache, Step
 from pekoe.engine.sampling import sample, sequence_key, uniforms
-from pekoe.engine.scheduler import Admission, Scheduler, Sequence, Work
-from pekoe.model import Attention, Decoder
+from pekoe.engine.scheduler import Chunk, Scheduler, Work
+from pekoe.engine.slots import Sequence
+from pekoe.model import Decoder, load_model
 
 
 class EmbeddedEngine:
@@ -50,11 +52,15 @@ class EmbeddedEngine:
             affordable = int(config.kv_gib * 2**30 / (spec.kv_values_per_token * kv_dtype.itemsize * size))
             num_blocks = max(1, min(config.max_running * -(-self._longest // size), affordable))
         self._capacity = num_blocks * size
-        self._scheduler = Scheduler(num_blocks, size, config.max_running, config.prefill_tokens)
-        self._cache = KVCache(spec, num_blocks, size, kv_dtype, self._device)
+        self._scheduler = Scheduler(num_blocks, size, config.max_running, config.prefill_tokens, self._longest)
+        if CPUCache.takes(spec, size, kv_dtype, self._device):
+            self._cache: CPUCache | KVCache = CPUCache(spec, num_blocks, size)
+        else:
+            self._cache = KVCache(spec, num_blocks, size, kv_dtype, self._device)
         self._stats = EngineStats()
         self._generating = self._paused = self._closed = False
         self._aborted: list[Sequence] = []
+        self._lost = 0  # responses that closing ended
 
     @property
     def version(self) -> int:
@@ -75,44 +81,34 @@ class EmbeddedEngine:
         """Memory that the KV cache takes."""
         return self._cache.num_bytes
 
-    def generate(self, prompts: list[Prompt], params: SamplingParams) -> Iterator[Rollout]:
+    def generate(
+        self, prompts: list[Prompt], params: SamplingParams, lengths: Callable[[str, int], int] | None = None
+    ) -> Iterator[Rollout]:
         """Sample; see `Generator.generate`. One call at a time: the iterator must end or be closed first.
 
-        `stats().num_shared_tokens` counts what sharing saved.
+        `stats().num_shared_tokens` counts what sharing saved. For benchmarks, `lengths(uid, sample index)` gives a
+        response's most tokens where that is below `params.max_new_tokens`.
         """
         if self._closed:
             raise RunError("the engine is closed")
-        self._validate(prompts, params)
-        return self._run(prompts, params)
-
-    def _validate(self, prompts: list[Prompt], params: SamplingParams) -> None:
-        limit = self.max_sequence_tokens
         source = "engine.kv_tokens, engine.kv_gib" if self._capacity < self._longest else "the context"
-        vocab = self.model.spec.vocab_size
-        for token in params.stop_token_ids:
-            if not 0 <= token < vocab:
-                raise UserError(f"stop token: expected an id in [0, {vocab}), got {token}")
-        for prompt in prompts:
-            size = len(prompt.tokens)
-            if not size:
-                raise UserError(f"prompt {prompt.uid}: expected at least one token, got none")
-            if size + params.max_new_tokens > limit:
-                raise UserError(
-                    f"prompt {prompt.uid}: expected at most {limit} tokens with its response ({source}), got "
-                    f"{size} + {params.max_new_tokens} new; most new tokens that fit: {max(0, limit - size)}"
-                )
-            low, high = int(prompt.tokens.min()), int(prompt.tokens.max())
-            if low < 0 or high >= vocab:
-                bad = low if low < 0 else high
-                raise UserError(f"prompt {prompt.uid}: expected token ids in [0, {vocab}), got {bad}")
+        validate(prompts, params, self.model.spec.vocab_size, self.max_sequence_tokens, source)
+        return self._run(prompts, params, lengths)
 
-    def _run(self, prompts: list[Prompt], params: SamplingParams) -> Iterator[Rollout]:
+    def _run(
+        self, prompts: list[Prompt], params: SamplingParams, lengths: Callable[[str, int], int] | None
+    ) -> Iterator[Rollout]:
         if self._generating:
             raise RunError("the engine is generating already: exhaust or close the earlier iterator first")
         scheduler = self._scheduler
         for prompt in prompts:
-            keys = [sequence_key(params, prompt.uid, prompt.draw, i) for i in range(params.n)]
-            scheduler.waiting.append(Work(prompt.tokens, [Sequence(prompt, i, key) for i, key in enumerate(keys)]))
+            sequences: list[Sequence] = []
+            for i in range(params.n):
+                most = params.max_new_tokens
+                if lengths is not None:
+                    most = max(1, min(most, lengths(prompt.uid, i)))
+                sequences.append(Sequence(prompt, i, sequence_key(params, prompt.uid, prompt.draw, i), most))
+            scheduler.waiting.append(Work(prompt.tokens, sequences))
         self._generating = True
         try:
             while scheduler.num_unfinished or self._aborted:
@@ -120,89 +116,95 @@ class EmbeddedEngine:
                 yield from (sequence.rollout("abort") for sequence in aborted)
                 if self._paused:
                     raise RunError("the engine is paused: call resume() before going on")
-                admissions = scheduler.admit()
-                if admissions:
-                    touched = self._prefill(admissions, params)
-                else:
-                    scheduler.reserve()
-                    assert scheduler.running or not scheduler.waiting, "work waits that can never be admitted"
-                    touched = self._decode(params) if scheduler.running else []
-                finished: list[tuple[Sequence, FinishReason]] = []
-                for sequence in touched:
-                    reason = self._finish_reason(sequence, params)
-                    if reason is not None:
-                        finished.append((sequence, reason))
+                finished = self._step(params) if scheduler.num_unfinished else []
                 scheduler.finish(s for s, _ in finished)
                 for sequence, reason in finished:
                     yield sequence.rollout(reason)
+            if self._lost:
+                raise RunError(f"the engine was closed while {self._lost} responses were unfinished")
         finally:  # also where the caller closes the iterator, or an exception passes through
             scheduler.abort(None)
             self._aborted = []
             self._generating = False
 
-    @staticmethod
-    def _finish_reason(sequence: Sequence, params: SamplingParams) -> FinishReason | None:
-        if sequence.tokens[-1] in params.stop_token_ids:
-            return "stop"
-        return "length" if len(sequence.tokens) >= params.max_new_tokens else None
-
     @torch.no_grad()
-    def _prefill(self, admissions: list[Admission], params: SamplingParams) -> list[Sequence]:
-        """Compute contexts, once each, and sample the first token of all sequences that continue them."""
-        starts = [a.num_cached for a in admissions]
-        stops = [len(a.context) for a in admissions]
-        tokens = np.concatenate([a.context[start:] for a, start in zip(admissions, starts, strict=True)])
-        positions = np.concatenate([np.arange(a, b) for a, b in zip(starts, stops, strict=True)])
-        attention = PrefillAttention(self._cache, [a.blocks for a in admissions], starts, stops)
-        lasts = np.cumsum([b - a for a, b in zip(starts, stops, strict=True)]) - 1
-        logits = self._logits(tokens, positions, attention, lasts)
-        size = self._cache.block_tokens
-        for admission, stop in zip(admissions, stops, strict=True):
-            for source, target in admission.copies:
-                self._cache.copy_block(source, target, stop % size)
-        rows = [row for row, a in enumerate(admissions) for _ in a.sequences]
-        sequences = [s for a in admissions for s in a.sequences]
-        self._append(sequences, logits[torch.tensor(rows, device=self._device)], params)
-        shared = sum(stop * (len(a.sequences) - 1) for a, stop in zip(admissions, stops, strict=True))
-        self._count(num_prefill_tokens=len(tokens), num_cached_tokens=sum(starts), num_shared_tokens=shared)
-        return sequences
+    def _step(self, params: SamplingParams) -> list[tuple[Sequence, FinishReason]]:
+        """One forward: a token more for every running sequence, and contexts of others. Returns who is finished."""
+        scheduler, slots = self._scheduler, self._scheduler.slots
+        chunks = scheduler.plan()
+        chunks.sort(key=lambda chunk: chunk.start == 0)  # those that continue come first, see kv.Step
+        decoding = scheduler.order
+        try:
+            hidden = self._forward(decoding, chunks)
+        except BaseException:
+            scheduler.tree.flush()  # it knows blocks that were not computed
+            raise
+        for source, target in scheduler.advance(chunks, self._version):
+            self._cache.copy_block(source, target)
+        complete = [chunk for chunk in chunks if chunk.completes]
+        ends = len(decoding) - 1 + np.cumsum([chunk.stop - chunk.start for chunk in chunks], dtype=np.int64)
+        lasts = [end for chunk, end in zip(chunks, ends, strict=True) if chunk.completes]
+        wanted = np.concatenate([np.arange(len(decoding)), np.array(lasts, np.int64)])
+        shares = [len(chunk.prefill.sequences) for chunk in complete]
+        rows = np.concatenate([np.arange(len(decoding)), len(decoding) + np.repeat(np.arange(len(shares)), shares)])
+        touched = scheduler.order  # those decoding, then those whose context is complete, in the order of `rows`
+        assert len(touched) == len(rows)
+        if len(rows):
+            with self._autocast():
+                logits = self.model.logits(hidden[torch.from_numpy(wanted).to(self._device)])
+            self._sample(touched, logits, rows, params)
+        self._count(
+            num_prefill_tokens=sum(chunk.stop - chunk.start for chunk in chunks),
+            num_cached_tokens=sum(chunk.prefill.num_cached for chunk in complete),
+            num_shared_tokens=sum(len(c.prefill.context) * (n - 1) for c, n in zip(complete, shares, strict=True)),
+            num_decode_tokens=len(rows),
+            num_forwards=1,
+        )
+        stopped = np.isin(slots.last[touched], params.stop_token_ids)
+        ended = stopped | (slots.sampled[touched] >= slots.most[touched])
+        return [(scheduler.running[i], "stop" if stopped[i] else "length") for i in np.flatnonzero(ended)]
 
-    @torch.no_grad()
-    def _decode(self, params: SamplingParams) -> list[Sequence]:
-        """One token more for every running sequence."""
-        running = list(self._scheduler.running)
-        positions = np.array([s.num_computed for s in running])
-        width = max(len(s.blocks) for s in running)
-        tables = np.zeros((len(running), width), np.int64)
-        for row, sequence in enumerate(running):
-            tables[row, : len(sequence.blocks)] = sequence.blocks
-        tokens = np.array([s.tokens[-1] for s in running])
-        logits = self._logits(tokens, positions, DecodeAttention(self._cache, tables, positions), None)
-        self._append(running, logits, params)
-        return running
+    def _forward(self, decoding: IntArray, chunks: list[Chunk]) -> torch.Tensor:
+        """Hidden states [T, C] of the decoding slots' last tokens, then of the chunks."""
+        slots, num_decode = self._scheduler.slots, len(decoding)
+        tokens, positions = [slots.last[decoding]], [slots.computed[decoding]]
+        sizes = [chunk.stop - chunk.start for chunk in chunks]
+        width = max([int(slots.num_blocks[decoding].max(initial=1)), *(len(c.prefill.blocks) for c in chunks)])
+        tables = np.zeros((num_decode + len(chunks), width), np.int32)
+        shown = min(width, slots.tables.shape[1])
+        tables[:num_decode, :shown] = slots.tables[decoding, :shown]
+        for row, chunk in enumerate(chunks, num_decode):
+            tokens.append(chunk.prefill.context[chunk.start : chunk.stop])
+            positions.append(np.arange(chunk.start, chunk.stop))
+            tables[row, : len(chunk.prefill.blocks)] = chunk.prefill.blocks
+        bounds = (num_decode + np.cumsum([0, *sizes])).tolist()
+        num_continued = sum(chunk.start > 0 for chunk in chunks)
+        step = Step(
+            positions=np.concatenate(positions),
+            tables=tables,
+            table_of=np.concatenate([np.arange(num_decode), np.repeat(num_decode + np.arange(len(chunks)), sizes)]),
+            num_decode=num_decode,
+            prompt_of=slots.prompt[decoding],
+            continued=bounds[: num_continued + 1],
+            fresh=bounds[num_continued:],
+        )
+        on_device = (torch.from_numpy(a).to(self._device) for a in (np.concatenate(tokens), step.positions))
+        with self._autocast():
+            return self.model(*on_device, self._cache.attention(step))
 
-    def _logits(
-        self, tokens: IntArray, positions: IntArray, attention: Attention, rows: IntArray | None
-    ) -> torch.Tensor:
-        """Logits [len(rows), V] after the tokens [T] at those rows (None: all)."""
-        mixed = self._dtype is not torch.float32
-        with torch.autocast(self._device.type, self._dtype, enabled=mixed):
-            on_device = (torch.from_numpy(a).to(self._device) for a in (tokens, positions))
-            hidden = self.model(*on_device, attention)
-            if rows is not None:
-                hidden = hidden[torch.from_numpy(rows).to(self._device)]
-            return self.model.logits(hidden)
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self._device.type, self._dtype, enabled=self._dtype is not torch.float32)
 
-    def _append(self, sequences: list[Sequence], logits: torch.Tensor, params: SamplingParams) -> None:
-        """Sample a token for each sequence from its row of logits."""
-        keys = np.array([s.key for s in sequences], np.uint64)
-        places = np.array([len(s.tokens) for s in sequences], np.int64)
-        uniform = torch.from_numpy(uniforms(keys, places)).to(self._device)
-        ban = torch.from_numpy(places < params.min_new_tokens).to(self._device) if params.min_new_tokens else None
-        tokens, logprobs = sample(logits, uniform, params, ban)
-        for sequence, token, logprob in zip(sequences, tokens.tolist(), logprobs.tolist(), strict=True):
-            sequence.append(token, logprob, self._version)
-        self._count(num_decode_tokens=len(sequences), num_forwards=1)
+    def _sample(self, touched: IntArray, logits: torch.Tensor, rows: IntArray, params: SamplingParams) -> None:
+        """Sample a token for each of these slots from its row of logits."""
+        slots = self._scheduler.slots
+        places = slots.sampled[touched]
+        uniform = uniforms(slots.keys[touched], places)
+        ban = places < params.min_new_tokens if params.min_new_tokens else None
+        tokens, logprobs = sample(logits, uniform, params, rows, ban)
+        if not np.isfinite(logprobs).all():
+            raise RunError(f"the model's logits are not finite (version {self._version}): the weights are damaged")
+        slots.append(touched, tokens, logprobs)
 
     def _count(self, **more: int) -> None:
         self._stats = replace(self._stats, **{k: getattr(self._stats, k) + v for k, v in more.items()})
@@ -210,15 +212,24 @@ class EmbeddedEngine:
     def abort(self, uids: Iterable[str] | None = None) -> None:
         self._aborted += self._scheduler.abort(None if uids is None else set(uids))
 
-    def update_weights(self, source: Decoder, version: int) -> None:
-        """Sample from `source` from now on, without a copy. All cached KV is flushed; responses in flight have
-        theirs recomputed."""
+    def update_weights(self, source: WeightSource, version: int) -> None:
+        """Sample from `source` from now on, without a copy where it is a model. All cached KV is flushed; responses
+        in flight have theirs recomputed."""
+        if not isinstance(source, Decoder):
+            source = load_model(source, next(self.model.parameters()).dtype, str(self._device))
         if source.spec != self.model.spec:
             raise UserError(f"weight update: expected a model of shape {self.model.spec}, got {source.spec}")
         self._scheduler.preempt_all()
         self._scheduler.tree.flush()
         self.model = source
         self._version = version
+
+    def holds(self, model: Decoder) -> bool:
+        """Whether every parameter sampled from equals that of `model`, bit by bit."""
+        ours, theirs = dict(self.model.named_parameters()), dict(model.named_parameters())
+        return ours.keys() == theirs.keys() and all(
+            ours[name] is p or torch.equal(ours[name], p) for name, p in theirs.items()
+        )
 
     def pause(self) -> None:
         self._paused = True
@@ -239,5 +250,5 @@ class EmbeddedEngine:
     def close(self) -> None:
         if not self._closed:
             self._closed = True
-            self._scheduler.abort(None)
+            self._lost = len(self._scheduler.abort(None))
             del self._cache

@@ -1,22 +1,37 @@
-"""KV memory by blocks, and attention that reads it.
+"""KV memory by blocks, and attention that reads it, in plain torch: any device, any dtype.
 
-B sequences; T tokens of this forward; H query heads, K key/value heads, G = H / K; D head dimension;
-S = num_blocks x block_tokens slots of KV memory. Token p of a sequence lies in slot
-`table[p // block_tokens] * block_tokens + p % block_tokens`.
+T tokens of a forward; H query heads, K key/value heads; D head dimension; S = num_blocks x block_tokens slots of KV
+memory. Token p of a sequence lies in slot `table[p // block_tokens] * block_tokens + p % block_tokens`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 
 from pekoe.core.spec import ModelSpec
 from pekoe.core.types import IntArray
 from pekoe.model import PackedAttention
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """Where the tokens of one forward belong. T rows: first one of each decoding sequence, then chunks of prompts
+    that continue what the cache holds, then chunks that begin their prompt."""
+
+    positions: IntArray  # [T] place in the sequence
+    tables: NDArray[np.int32]  # [R, W] blocks of a sequence; entries past its end are not used
+    table_of: IntArray  # [T] row of `tables`
+    num_decode: int
+    prompt_of: IntArray  # [num_decode] equal for the samples of one prompt
+    continued: list[int]  # bounds of the continuing chunks; the first is num_decode
+    fresh: list[int]  # bounds of the fresh chunks; the last is T
 
 
 class KVCache:
@@ -35,92 +50,76 @@ class KVCache:
     def num_bytes(self) -> int:
         return 2 * self.keys.numel() * self.keys.element_size()
 
-    def slots(self, table: Sequence[int] | IntArray, start: int, stop: int) -> IntArray:
-        """Slots of a sequence's tokens start..stop."""
-        positions = np.arange(start, stop)
-        return np.asarray(table)[positions // self.block_tokens] * self.block_tokens + positions % self.block_tokens
-
     def write(self, layer: int, slots: Tensor, keys: Tensor, values: Tensor) -> None:
         self.keys[layer].index_copy_(0, slots, keys.to(self.keys.dtype))
         self.values[layer].index_copy_(0, slots, values.to(self.values.dtype))
 
-    def copy_block(self, source: int, target: int, num_tokens: int) -> None:
-        """Copy a block's first tokens into another block, in every layer."""
-        a, b = source * self.block_tokens, target * self.block_tokens
+    def copy_block(self, source: int, target: int) -> None:
+        """Copy a block into another, in every layer."""
+        size = self.block_tokens
         for memory in (self.keys, self.values):
-            memory[:, b : b + num_tokens] = memory[:, a : a + num_tokens]
+            memory[:, target * size : (target + 1) * size] = memory[:, source * size : (source + 1) * size]
+
+    def attention(self, step: Step) -> StepAttention:
+        return StepAttention(self, step)
 
 
-class PrefillAttention:
-    """Attention of new context tokens, several sequences packed: writes their KV, then attends causally.
+class StepAttention:
+    """Attention of one forward: writes the new tokens' KV, then attends. Decoding rows are padded to the longest."""
 
-    Args:
-        cache: where KV lies.
-        tables: each sequence's blocks.
-        starts: how many tokens of each sequence are in the cache already.
-        stops: each sequence's length after this forward.
-    """
-
-    def __init__(self, cache: KVCache, tables: list[list[int]], starts: list[int], stops: list[int]) -> None:
-        lengths = [stop - start for start, stop in zip(starts, stops, strict=True)]
-        self._cache = cache
-        self._bounds = np.cumsum([0, *lengths])
-        slots = [cache.slots(t, a, b) for t, a, b in zip(tables, starts, stops, strict=True)]
-        self._slots = torch.from_numpy(np.concatenate(slots)).to(cache.device)
+    def __init__(self, cache: KVCache, step: Step) -> None:
+        size, positions, tables = cache.block_tokens, step.positions, step.tables
+        device = cache.device
+        self._cache, self._step = cache, step
+        slots = tables[step.table_of, positions // size] * size + positions % size
+        self._slots = torch.from_numpy(slots).to(device)
+        if step.num_decode:
+            seen = positions[: step.num_decode]
+            longest = int(seen.max()) + 1
+            mask = np.arange(longest) <= seen[:, None]
+            context = self._slots_of(step.table_of[: step.num_decode], longest)
+            self._context = torch.from_numpy(np.where(mask, context, 0).reshape(-1)).to(device)  # [B * longest]
+            self._mask = torch.from_numpy(mask[:, None, None, :]).to(device)  # [B, 1, 1, longest]
+            self._shape = (step.num_decode, longest)
+        self._chunks: list[tuple[int, int, Tensor, Tensor]] = []
+        for a, b in pairwise(step.continued):
+            stop = int(positions[b - 1]) + 1
+            context = torch.from_numpy(self._slots_of(step.table_of[a : a + 1], stop)[0]).to(device)
+            mask = torch.from_numpy(np.arange(stop) <= positions[a:b, None]).to(device)
+            self._chunks.append((a, b, context, mask))
+        self._first_fresh = step.fresh[0]
         self._packed: PackedAttention | None = None
-        if not any(starts):
-            cu_seqlens = torch.from_numpy(self._bounds.astype(np.int32)).to(cache.device)
-            self._packed = PackedAttention(cu_seqlens)
-            return
-        contexts = [cache.slots(t, 0, b) for t, b in zip(tables, stops, strict=True)]
-        self._contexts = [torch.from_numpy(c).to(cache.device) for c in contexts]
-        self._masks = [
-            (torch.arange(b)[None, :] <= torch.arange(a, b)[:, None]).to(cache.device)
-            for a, b in zip(starts, stops, strict=True)
-        ]
+        if len(step.fresh) > 1:
+            bounds = np.array(step.fresh, np.int32) - self._first_fresh
+            self._packed = PackedAttention(torch.from_numpy(bounds).to(device))
+
+    def _slots_of(self, rows: IntArray, length: int) -> IntArray:
+        """Slots [len(rows), length] of the first tokens of some tables."""
+        size = self._cache.block_tokens
+        blocks = self._step.tables[rows, : -(-length // size)].astype(np.int64)
+        return (blocks[:, :, None] * size + np.arange(size)).reshape(len(rows), -1)[:, :length]
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         self._cache.write(layer, self._slots, k, v)
-        if self._packed is not None:
+        first = self._first_fresh
+        if self._packed is not None and first == 0:
             return self._packed(layer, q, k, v)
-        keys, values = self._cache.keys[layer], self._cache.values[layer]
         out = torch.empty_like(q)
-        pieces = zip(self._bounds[:-1], self._bounds[1:], self._contexts, self._masks, strict=True)
-        for start, stop, context, mask in pieces:
-            query = q[start:stop].transpose(0, 1)[None]  # [1, H, t, D]
+        if self._step.num_decode:
+            out[: self._step.num_decode] = self._decode(layer, q[: self._step.num_decode], k.shape[1])
+        keys, values = self._cache.keys[layer], self._cache.values[layer]
+        for a, b, context, mask in self._chunks:
+            query = q[a:b].transpose(0, 1)[None]  # [1, H, t, D]
             key, value = (m[context].to(q.dtype).transpose(0, 1)[None] for m in (keys, values))  # [1, K, context, D]
             attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=True)
-            out[start:stop] = attended[0].transpose(0, 1)
+            out[a:b] = attended[0].transpose(0, 1)
+        if self._packed is not None:
+            out[first:] = self._packed(layer, q[first:], k[first:], v[first:])
         return out
 
-
-class DecodeAttention:
-    """Attention of one new token in each of B sequences: writes its KV, then attends to all of its sequence.
-
-    Args:
-        cache: where KV lies.
-        tables: [B, most blocks a sequence has], blocks; entries past a sequence's end are not used.
-        positions: [B] the new token's position.
-    """
-
-    def __init__(self, cache: KVCache, tables: IntArray, positions: IntArray) -> None:
-        size = cache.block_tokens
-        rows = np.arange(len(positions))
-        slots = tables[rows, positions // size] * size + positions % size
-        longest = int(positions.max()) + 1
-        blocks = tables[:, : -(-longest // size)]
-        context = (blocks[:, :, None] * size + np.arange(size)).reshape(len(rows), -1)[:, :longest]
-        mask = np.arange(longest) <= positions[:, None]
-        self._cache = cache
-        self._slots = torch.from_numpy(slots).to(cache.device)
-        self._context = torch.from_numpy(np.where(mask, context, 0).reshape(-1)).to(cache.device)  # [B * longest]
-        self._mask = torch.from_numpy(mask[:, None, None, :]).to(cache.device)  # [B, 1, 1, longest]
-        self._shape = (len(rows), longest)
-
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        self._cache.write(layer, self._slots, k, v)
-        kv_heads, dim = k.shape[1:]
-        query = q.view(len(q), kv_heads, -1, dim)  # [B, K, G, D]: the heads of a group are the rows of one query
+    def _decode(self, layer: int, q: Tensor, kv_heads: int) -> Tensor:
+        dim = q.shape[-1]
+        query = q.view(len(q), kv_heads, -1, dim)  # [B, K, H / K, D]: the heads of a group are rows of one query
         key, value = (
             memory[layer].index_select(0, self._context).view(*self._shape, kv_heads, dim).transpose(1, 2).to(q.dtype)
             for memory in (self._cache.keys, self._cache.values)

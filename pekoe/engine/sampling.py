@@ -5,6 +5,7 @@ token at response position i is a hash of (key, i). So a token depends on its lo
 shared the batch, nor on how often the sequence was preempted.
 """
 
+# pyright: reportUnknownParameterType=false, reportMissingParameterType=false, reportCallIssue=false
 from __future__ import annotations
 
 import hashlib
@@ -14,8 +15,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pekoe.core.types import SamplingParams
+from pekoe.core.types import BoolArray, FloatArray, IntArray, SamplingParams
+from pekoe.model.jit import even, kernel, run
+from pekoe.model.simd import add, exp, larger, largest_of, load, mul, splat, store, sum_of
 
+_SPAN = 64  # tokens whose probabilities are summed before any is looked at
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
@@ -34,31 +38,113 @@ def uniforms(keys: NDArray[np.uint64], positions: NDArray[np.int64]) -> NDArray[
     return (x >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
-def sample(logits: Tensor, uniform: Tensor, params: SamplingParams, ban: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Choose a token in each row.
+def sample(
+    logits: Tensor,
+    uniform: NDArray[np.float64],
+    params: SamplingParams,
+    rows: IntArray | None = None,
+    ban: BoolArray | None = None,
+) -> tuple[IntArray, FloatArray]:
+    """Choose B tokens.
 
     Args:
-        logits: [B, V].
-        uniform: [B] float64 in [0, 1), one number a row.
+        logits: [R, V].
+        uniform: [B] in [0, 1), one number a token.
         params: temperature, top_p, top_k.
-        ban: [B] bool, rows in which no stop token may be chosen yet (min_new_tokens).
+        rows: [B] the row of logits that each token is drawn from; None: B = R, each its own.
+        ban: [B] where no stop token may be chosen yet (min_new_tokens).
 
     Returns:
         tokens [B] int64; log-probs [B] float32 of the distribution at the sampling temperature (at 1 for greedy),
         before top-k, top-p and bans.
     """
+    rows = np.arange(len(logits)) if rows is None else rows
+    ban = np.zeros(len(rows), np.bool_) if ban is None else ban
+    plain = params.temperature > 0 and params.top_p == 1 and not params.top_k
+    if plain and logits.device.type == "cpu" and logits.dtype is torch.float32:
+        return _sample_fused(logits, uniform, params, rows, ban)
+    return _sample_torch(logits, uniform, params, rows, ban)
+
+
+def _sample_torch(
+    logits: Tensor, uniform: NDArray[np.float64], params: SamplingParams, rows: IntArray, ban: BoolArray
+) -> tuple[IntArray, FloatArray]:
+    device = logits.device
     scaled = logits.float() / (params.temperature or 1.0)
+    if not np.array_equal(rows, np.arange(len(logits))):
+        scaled = scaled[torch.from_numpy(rows).to(device)]
     allowed = scaled
-    if ban is not None and params.stop_token_ids and bool(ban.any()):
+    if params.stop_token_ids and ban.any():
         allowed = scaled.clone()
-        stops = torch.tensor(params.stop_token_ids, device=logits.device)
-        allowed[ban.nonzero(), stops] = -torch.inf
+        stops = torch.tensor(params.stop_token_ids, device=device)
+        allowed[torch.from_numpy(np.flatnonzero(ban)).to(device)[:, None], stops] = -torch.inf
     if params.temperature == 0:
         tokens = allowed.argmax(-1)
     else:
-        tokens = _inverse_cdf(_truncated(torch.softmax(allowed, -1), params), uniform)
+        tokens = _inverse_cdf(_truncated(torch.softmax(allowed, -1), params), torch.from_numpy(uniform).to(device))
+    tokens = tokens.clamp_max(logits.shape[1] - 1)  # beyond where probabilities are NaN; the log-prob shows it
     chosen = scaled.gather(-1, tokens[:, None])[:, 0]
-    return tokens, chosen - torch.logsumexp(scaled, -1)
+    return tokens.cpu().numpy(), (chosen - torch.logsumexp(scaled, -1)).cpu().numpy()
+
+
+def _sample_fused(
+    logits: Tensor, uniform: NDArray[np.float64], params: SamplingParams, rows: IntArray, ban: BoolArray
+) -> tuple[IntArray, FloatArray]:
+    tokens, logprobs = np.empty(len(rows), np.int64), np.empty(len(rows), np.float32)
+    size = logits.shape[1]
+    flat = logits.detach().contiguous().numpy().reshape(-1)
+    stops = np.array(params.stop_token_ids, np.int64)
+    bounds = even(len(rows), 32_768 // size + 1)
+    run(_draw, bounds, flat, size, rows, uniform, 1.0 / params.temperature, ban, stops, tokens, logprobs)
+    return tokens, logprobs
+
+
+@kernel
+def _draw(first, last, logits, size, rows, uniform, scale, ban, stops, tokens, logprobs):
+    """By the inverse of the cumulative distribution over token ids, as `_inverse_cdf`; -1 where it is not finite."""
+    room = (size + _SPAN - 1) // _SPAN * _SPAN
+    weights, spans = np.empty(room, np.float32), np.empty(room // _SPAN, np.float32)
+    for i in range(first, last):
+        at = rows[i] * size
+        top = splat(np.float32(-np.inf))
+        for t in range(0, size - 7, 8):
+            top = larger(load(logits, at + t), top)
+        largest = largest_of(top)
+        for t in range(size - size % 8, size):
+            largest = max(largest, logits[at + t])
+        shift, factor = splat(-largest), splat(np.float32(scale))
+        weights[size:] = -np.inf
+        for t in range(0, size - 7, 8):
+            store(weights, t, mul(add(load(logits, at + t), shift), factor))
+        for t in range(size - size % 8, size):
+            weights[t] = (logits[at + t] - largest) * np.float32(scale)
+        total = 0.0
+        for span in range(room // _SPAN):
+            part = splat(np.float32(0))
+            for t in range(span * _SPAN, (span + 1) * _SPAN, 8):
+                x = exp(load(weights, t))
+                store(weights, t, x)
+                part = add(part, x)
+            spans[span] = sum_of(part)
+            total += spans[span]
+        full = total  # log-probs are those of the whole distribution
+        if ban[i]:
+            for stop in stops:
+                spans[stop // _SPAN] -= weights[stop]
+                total -= weights[stop]
+                weights[stop] = np.float32(0)
+        goal, span, chosen = uniform[i] * total, 0, -1
+        while span < len(spans) - 1 and goal >= spans[span]:
+            goal -= spans[span]
+            span += 1
+        for t in range(span * _SPAN, min(size, (span + 1) * _SPAN)):
+            if weights[t] > np.float32(1e-37):  # the smallest that `exp` gives stands for 0
+                chosen = t
+                goal -= weights[t]
+                if goal < 0:
+                    break
+        tokens[i] = chosen if np.isfinite(full) else -1
+        logprobs[i] = (logits[at + chosen] - largest) * scale - np.log(full)
 
 
 def _truncated(probs: Tensor, params: SamplingParams) -> Tensor:

@@ -4,60 +4,25 @@ Work waits in a queue. Each piece is a context (a prompt, or a preempted sequenc
 the sequences that are to continue it: the n samples of a prompt are one piece, so its context is computed once. Full
 blocks of the context are shared by all of them; the last, partly filled block is copied for each but the first.
 
-When KV blocks run out the sequence admitted last is preempted: it gives up its blocks and waits again, keeping what
-it has sampled; its KV is recomputed when it comes back.
+A forward takes one token of every running sequence and, with what its token budget leaves, chunks of contexts. Work
+whose context is not complete yet is in `prefilling`.
+
+When KV blocks run out what was admitted last is preempted: it gives up its blocks and waits again, keeping what it
+has sampled; its KV is recomputed when it comes back.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
-from pekoe.core.types import FinishReason, IntArray, Payload, Prompt, Rollout
+from pekoe.core.types import IntArray
 from pekoe.engine.blocks import BlockPool, OutOfBlocks
 from pekoe.engine.radix import PrefixTree
-
-
-@dataclass(slots=True, eq=False)
-class Sequence:
-    """One response being sampled."""
-
-    prompt: Prompt
-    sample_index: int
-    key: int  # decides its random numbers, see `sampling`
-    tokens: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-    versions: list[tuple[int, int]] = field(default_factory=list)
-    blocks: list[int] = field(default_factory=list)  # while running
-
-    @property
-    def num_computed(self) -> int:
-        """Tokens whose KV is in the cache while running: all but the last sampled."""
-        return len(self.prompt.tokens) + len(self.tokens) - 1
-
-    def append(self, token: int, logprob: float, version: int) -> None:
-        if not self.versions or self.versions[-1][0] != version:
-            self.versions.append((version, len(self.tokens)))
-        self.tokens.append(token)
-        self.logprobs.append(logprob)
-
-    def rollout(self, reason: FinishReason) -> Rollout:
-        tokens = np.array(self.tokens, np.int64)
-        payload = Payload(self.prompt.tokens, tokens, np.array(self.logprobs, np.float32))
-        prompt = self.prompt
-        return Rollout(
-            prompt.uid,
-            prompt.draw,
-            self.sample_index,
-            len(prompt.tokens),
-            len(tokens),
-            reason,
-            tuple(self.versions),
-            payload,
-        )
+from pekoe.engine.slots import Sequence, Slots
 
 
 @dataclass(slots=True, eq=False)
@@ -69,68 +34,96 @@ class Work:
 
 
 @dataclass(slots=True, eq=False)
-class Admission:
-    """Work now starting: `blocks` hold the context, of which the first `num_cached` tokens are computed already."""
+class Prefill:
+    """Work whose context is being computed into `blocks`, which it holds, as its sequences hold theirs."""
 
     context: IntArray
     sequences: list[Sequence]
     blocks: list[int]
-    num_cached: int
-    copies: list[tuple[int, int]]  # (block, its copy), for the partly filled last block
+    num_cached: int  # tokens found in the prefix tree
+    num_computed: int  # tokens in the cache by now
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Tokens start..stop of a context, computed in one forward."""
+
+    prefill: Prefill
+    start: int
+    stop: int
+
+    @property
+    def completes(self) -> bool:
+        return self.stop == len(self.prefill.context)
 
 
 class Scheduler:
     """Admission by free blocks, sharing by prefix, preemption of the latest."""
 
-    def __init__(self, num_blocks: int, block_tokens: int, max_running: int, prefill_tokens: int) -> None:
+    def __init__(
+        self, num_blocks: int, block_tokens: int, max_running: int, prefill_tokens: int, max_sequence_tokens: int
+    ) -> None:
         self.pool = BlockPool(num_blocks)
         self.tree = PrefixTree(self.pool, block_tokens)
         self.waiting: deque[Work] = deque()
+        self.prefilling: list[Prefill] = []  # in order of admission
         self.running: list[Sequence] = []  # in order of admission
         self.num_preemptions = 0
         self._block_tokens, self._max_running, self._prefill_tokens = block_tokens, max_running, prefill_tokens
+        self.slots = Slots(max_running, self.num_blocks_of(max_sequence_tokens) + 1)
+        self.order = np.empty(0, np.int64)  # slots of `running`
 
     @property
     def num_unfinished(self) -> int:
-        return len(self.running) + sum(len(work.sequences) for work in self.waiting)
+        return len(self.running) + sum(len(w.sequences) for w in (*self.prefilling, *self.waiting))
 
     def num_blocks_of(self, num_tokens: int) -> int:
         return -(-num_tokens // self._block_tokens)
 
-    def admit(self) -> list[Admission]:
-        """Start what fits: in order, within the running places, the free blocks and one forward's tokens.
+    def plan(self) -> list[Chunk]:
+        """Make room for the next token of every running sequence, and choose the chunks that are computed with them.
 
-        The sequences join `running` at once; the caller computes their contexts and appends their first token.
+        The caller computes both, then calls `advance`.
         """
-        admitted: list[Admission] = []
-        budget = self._prefill_tokens
-        while self.waiting and len(self.running) < self._max_running:
-            work = self.waiting[0]
-            if admitted and len(work.context) > budget:
+        self._reserve()
+        budget = max(self._prefill_tokens - len(self.running), self._block_tokens)
+        chunks: list[Chunk] = []
+        while budget > 0:
+            if len(chunks) == len(self.prefilling) and not self._admit():
                 break
-            admission = self._start(work)
-            if admission is None:
-                break
-            admitted.append(admission)
-            budget -= len(work.context) - admission.num_cached
-            self.running.extend(admission.sequences)
+            prefill = self.prefilling[len(chunks)]
+            start = prefill.num_computed
+            stop = min(len(prefill.context), start + budget)
+            chunks.append(Chunk(prefill, start, stop))
+            # Whoever is planned after this, in the same forward too, reads these blocks after they are written.
+            self.tree.insert(prefill.context[:stop], prefill.blocks)
+            budget -= stop - start
+        assert chunks or self.running or not self.waiting, "work waits that can never be admitted"
+        return chunks
+
+    def _admit(self) -> bool:
+        """Start the first piece of waiting work, if it fits the places and the free blocks."""
+        prefilling = sum(len(p.sequences) for p in self.prefilling)
+        places = self._max_running - len(self.running) - prefilling
+        if not self.waiting or places <= 0:
+            return False
+        work = self.waiting[0]
+        prefill = self._start(work, places, len(self.running) + prefilling)
+        if prefill is not None:
+            self.prefilling.append(prefill)
             if not work.sequences:
                 self.waiting.popleft()
-            if budget <= 0:
-                break
-        for admission in admitted:
-            self.tree.insert(admission.context, admission.blocks)
-        return admitted
+        return prefill is not None
 
-    def _start(self, work: Work) -> Admission | None:
+    def _start(self, work: Work, places: int, num_started: int) -> Prefill | None:
         """Take blocks for a piece of work and as many of its sequences as fit; None where not even one does."""
         context = work.context
         cached = self.tree.match(context[:-1])  # the last token is computed always: its logits are wanted
         rest = self.num_blocks_of(len(context)) - len(cached)
         partial = len(context) % self._block_tokens != 0
-        # One block a running sequence stays in reserve, so that admission does not cause preemption at once.
-        spare = self.pool.num_available - rest - (len(self.running) if self.running else 0)
-        count = min(len(work.sequences), self._max_running - len(self.running))
+        # One block a started sequence stays in reserve, so that admission does not cause preemption at once.
+        spare = self.pool.num_available - rest - num_started
+        count = min(len(work.sequences), places)
         count = min(count, 1 + max(0, spare) // (1 + partial)) if spare >= 0 else 0
         if count == 0:
             self.pool.release(cached)
@@ -143,38 +136,70 @@ class Scheduler:
         blocks, extra = cached + fresh[:rest], fresh[rest:]
         started, work.sequences = work.sequences[:count], work.sequences[count:]
         full = blocks[:-1] if partial else blocks
+        self.pool.retain(blocks)  # the first sequence's; those above are the prefill's own
         started[0].blocks = list(blocks)
         for position, sequence in enumerate(started[1:]):
             self.pool.retain(full)
             sequence.blocks = [*full, extra[position]] if partial else list(full)
-        copies = [(blocks[-1], copy) for copy in extra]
-        return Admission(context, started, blocks, len(cached) * self._block_tokens, copies)
+        num_cached = len(cached) * self._block_tokens
+        return Prefill(context, started, blocks, num_cached, num_cached)
 
-    def reserve(self) -> None:
+    def advance(self, chunks: list[Chunk], version: int) -> list[tuple[int, int]]:
+        """These chunks are computed. Sequences whose context is complete run from now on; their first token is next.
+
+        Returns (block, its copy) for partly filled last blocks, to be copied before anything else is computed.
+        """
+        copies: list[tuple[int, int]] = []
+        for chunk in chunks:
+            prefill = chunk.prefill
+            prefill.num_computed = chunk.stop
+            if chunk.completes:
+                last = prefill.blocks[-1]
+                copies += [(last, s.blocks[-1]) for s in prefill.sequences if s.blocks[-1] != last]
+                for sequence in prefill.sequences:
+                    self.slots.join(sequence, version)
+                self.running += prefill.sequences
+                self.prefilling.remove(prefill)
+                self.pool.release(prefill.blocks)
+        self._reorder()
+        return copies
+
+    def _reserve(self) -> None:
         """Give every running sequence room for the KV of its next token, preempting the latest where it must."""
-        position = 0
-        while position < len(self.running):
-            sequence = self.running[position]
-            if sequence.num_computed < len(sequence.blocks) * self._block_tokens:
-                position += 1
-                continue
-            try:
-                sequence.blocks += self.pool.take(1)
-            except OutOfBlocks:
-                assert len(self.running) > 1, "one sequence must always fit: the engine checks it at the call"
-                self.preempt(self.running[-1])
-        assert self.running or not self.num_unfinished
+        slots = self.slots
+        short = slots.computed[self.order] >= slots.num_blocks[self.order] * self._block_tokens
+        for sequence in [self.running[i] for i in np.flatnonzero(short)]:
+            while sequence.slot >= 0:  # it may itself be the latest
+                try:
+                    block = self.pool.take(1)
+                except OutOfBlocks:
+                    assert len(self.running) > 1 or self.prefilling, "one sequence must always fit: checked at the call"
+                    self._preempt_latest()
+                else:
+                    sequence.blocks += block
+                    slots.extend(sequence, block)
+                    break
+        self._reorder()
 
-    def preempt(self, sequence: Sequence) -> None:
-        """Take a running sequence's blocks away; it waits first in line and keeps what it has sampled."""
-        self._leave(sequence)
-        context = np.concatenate([sequence.prompt.tokens, np.array(sequence.tokens, np.int64)])
-        self.waiting.appendleft(Work(context, [sequence]))
+    def _preempt_latest(self) -> None:
+        """Take away the blocks of what was admitted last; it waits first in line and keeps what it has sampled."""
+        if self.prefilling:
+            prefill = self.prefilling.pop()
+            self.pool.release(prefill.blocks)
+            for sequence in prefill.sequences:
+                self._release(sequence)
+            self.waiting.appendleft(Work(prefill.context, prefill.sequences))
+            self.num_preemptions += len(prefill.sequences)
+            return
+        sequence = self.running.pop()
+        self._release(sequence)
+        self.waiting.appendleft(Work(np.concatenate([sequence.prompt.tokens, sequence.tokens]), [sequence]))
         self.num_preemptions += 1
 
     def preempt_all(self) -> None:
-        for sequence in reversed(list(self.running)):
-            self.preempt(sequence)
+        while self.prefilling or self.running:
+            self._preempt_latest()
+        self._reorder()
 
     def finish(self, sequences: Iterable[Sequence]) -> None:
         """Give up finished sequences' blocks."""
@@ -182,8 +207,8 @@ class Scheduler:
         if gone:
             self.running = [s for s in self.running if s not in gone]
             for sequence in gone:
-                self.pool.release(sequence.blocks)
-                sequence.blocks = []
+                self._release(sequence)
+            self._reorder()
 
     def abort(self, uids: set[str] | None) -> list[Sequence]:
         """Remove unfinished sequences of these problems (None: all), and return them."""
@@ -193,6 +218,15 @@ class Scheduler:
 
         gone = [s for s in self.running if hit(s)]
         self.finish(gone)
+        for prefill in self.prefilling:
+            out = [s for s in prefill.sequences if hit(s)]
+            for sequence in out:
+                self._release(sequence)
+            prefill.sequences = [s for s in prefill.sequences if not hit(s)]
+            if not prefill.sequences:
+                self.pool.release(prefill.blocks)
+            gone += out
+        self.prefilling = [p for p in self.prefilling if p.sequences]
         for work in self.waiting:
             gone += [s for s in work.sequences if hit(s)]
             work.sequences = [s for s in work.sequences if not hit(s)]
@@ -200,14 +234,21 @@ class Scheduler:
         return gone
 
     def check_integrity(self) -> None:
-        """Prove I7: every block is free, cached or in use, as the running sequences and the tree say."""
+        """Prove I7: every block is free, cached or in use, as the sequences and the tree say."""
         users: dict[int, int] = {}
-        for sequence in self.running:
-            for block in sequence.blocks:
+        holders = [s.blocks for s in self.running]
+        for prefill in self.prefilling:
+            holders += [prefill.blocks, *(s.blocks for s in prefill.sequences)]
+        for blocks in holders:
+            for block in blocks:
                 users[block] = users.get(block, 0) + 1
         self.pool.check_integrity(users, self.tree.blocks())
 
-    def _leave(self, sequence: Sequence) -> None:
-        self.running.remove(sequence)
+    def _release(self, sequence: Sequence) -> None:
+        if sequence.slot >= 0:
+            self.slots.leave(sequence)
         self.pool.release(sequence.blocks)
         sequence.blocks = []
+
+    def _reorder(self) -> None:
+        self.order = np.array([s.slot for s in self.running], np.int64)

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from pekoe.core.types import SamplingParams
+from pekoe.engine import sampling
 from pekoe.engine.sampling import sample, sequence_key, uniforms
 
 NUM_DRAWS = 20_000
@@ -16,9 +17,9 @@ NUM_DRAWS = 20_000
 def draw(logits: torch.Tensor, params: SamplingParams, num: int = NUM_DRAWS, **more: Any) -> tuple[list[int], Any]:
     """`num` draws from one distribution, each by a sequence of its own."""
     keys = np.array([sequence_key(params, "p", 0, i) for i in range(num)], np.uint64)
-    uniform = torch.from_numpy(uniforms(keys, np.zeros(num, np.int64)))
+    uniform = uniforms(keys, np.zeros(num, np.int64))
     tokens, logprobs = sample(logits.expand(num, -1), uniform, params, **more)
-    return tokens.tolist(), logprobs
+    return tokens.tolist(), torch.from_numpy(logprobs)
 
 
 def chi_square(tokens: list[int], probs: torch.Tensor) -> float:
@@ -32,9 +33,18 @@ def chi_square(tokens: list[int], probs: torch.Tensor) -> float:
     return (statistic - freedom) / np.sqrt(2 * max(1, freedom))
 
 
+@pytest.fixture(params=["fused", "torch"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Both ways of sampling: the CPU kernel, and torch's operations."""
+    if request.param == "torch":
+        monkeypatch.setattr(sampling, "_sample_fused", sampling._sample_torch)
+    return request.param
+
+
 LOGITS = torch.tensor([[1.0, 0.0, 2.0, -1.0, 0.5, 1.5, -2.0, 0.9]])
 
 
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 1.7])
 def test_temperature(temperature: float):
     params = SamplingParams(temperature=temperature)
@@ -69,35 +79,64 @@ def test_greedy_gives_logprobs_at_temperature_one():
     torch.testing.assert_close(logprobs, torch.log_softmax(LOGITS, -1)[:, 2])
 
 
+@pytest.mark.usefixtures("way")
 def test_min_new_tokens_bans_stop_tokens():
     params = SamplingParams(stop_token_ids=(2, 5), min_new_tokens=1)
-    tokens, logprobs = draw(LOGITS, params, 500, ban=torch.ones(500, dtype=torch.bool))
+    tokens, logprobs = draw(LOGITS, params, 500, ban=np.ones(500, np.bool_))
     assert not {2, 5} & set(tokens)
     torch.testing.assert_close(logprobs, torch.log_softmax(LOGITS[0], -1)[tokens])
-    assert {2, 5} & set(draw(LOGITS, params, 500, ban=torch.zeros(500, dtype=torch.bool))[0])
+    assert {2, 5} & set(draw(LOGITS, params, 500, ban=np.zeros(500, np.bool_))[0])
 
 
+@pytest.mark.usefixtures("way")
 def test_extreme_uniforms_never_choose_the_impossible():
     logits = torch.tensor([[0.0, -torch.inf, 0.0, -torch.inf]])
     for u in (0.0, 0.5, 1 - 2**-53):
-        token = sample(logits, torch.tensor([u], dtype=torch.float64), SamplingParams())[0]
+        token = sample(logits, np.array([u]), SamplingParams())[0]
         assert token.item() in (0, 2)
 
 
-def test_i8_a_row_does_not_depend_on_its_batch():
+@pytest.mark.parametrize("size", [3, 8, 50, 64, 200, 4096])
+def test_both_ways_agree(size: int):
+    generator = torch.Generator().manual_seed(size)
+    logits = 3 * torch.randn(40, size, generator=generator)
+    rows = np.arange(100) % 40
+    keys = np.array([sequence_key(SamplingParams(), "p", 0, i) for i in range(100)], np.uint64)
+    uniform = uniforms(keys, np.zeros(100, np.int64))
+    params = SamplingParams(temperature=0.8, stop_token_ids=(0, size - 1), min_new_tokens=1)
+    ban = np.arange(100) % 3 == 0
+    fused = sampling._sample_fused(logits, uniform, params, rows, ban)
+    plain = sampling._sample_torch(logits, uniform, params, rows, ban)
+    assert (fused[0] == plain[0]).mean() >= 0.99  # a number at the very border of two tokens may go either way
+    same = fused[0] == plain[0]
+    np.testing.assert_allclose(fused[1][same], plain[1][same], atol=2e-6, rtol=2e-6)
+
+
+@pytest.mark.usefixtures("way")
+def test_logits_that_are_not_finite_are_seen():
+    for bad in (torch.nan, torch.inf):
+        logits = LOGITS.clone()
+        logits[0, 3] = bad
+        _, logprobs = sample(logits, np.array([0.3]), SamplingParams())
+        assert not np.isfinite(logprobs).all()
+
+
+@pytest.mark.usefixtures("way")
+@pytest.mark.parametrize("top_k", [0, 40])
+def test_i8_a_row_does_not_depend_on_its_batch(top_k: int):
     """Fixed logits: each row alone, in a batch, and in another order give the same token and log-prob."""
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(64, 50, generator=generator)
-    params = SamplingParams(temperature=0.9, top_p=0.95, top_k=40)
+    params = SamplingParams(temperature=0.9, top_p=0.95 if top_k else 1.0, top_k=top_k)
     keys = np.array([sequence_key(params, f"p{i // 4}", 1, i % 4) for i in range(64)], np.uint64)
     places = np.arange(64) * 3
-    uniform = torch.from_numpy(uniforms(keys, places))
+    uniform = uniforms(keys, places)
     together, logprobs = sample(logits, uniform, params)
-    shuffle = torch.randperm(64, generator=generator)
+    shuffle = torch.randperm(64, generator=generator).numpy()
     shuffled, _ = sample(logits[shuffle], uniform[shuffle], params)
-    assert torch.equal(shuffled, together[shuffle])
+    assert np.array_equal(shuffled, together[shuffle])
     for row in range(64):
-        alone = torch.from_numpy(uniforms(keys[row : row + 1], places[row : row + 1]))
+        alone = uniforms(keys[row : row + 1], places[row : row + 1])
         token, logprob = sample(logits[row : row + 1], alone, params)
         assert (token[0], logprob[0]) == (together[row], logprobs[row])
 

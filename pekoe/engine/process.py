@@ -1,0 +1,147 @@
+"""A server that is launched here: a process group of its own, a log, an end that leaves nothing behind."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from pathlib import Path
+
+from pekoe.core.errors import RunError
+
+_KEEPER = Path(__file__).with_name("keeper.py")
+_TAIL_BYTES = 16_384
+
+
+class ServerProcess:
+    """A command running in its own session, killed with us (see `keeper`), writing to a log file.
+
+    Args:
+        name: what messages call it.
+        argv: the command.
+        env: its whole environment.
+        log: where stdout and stderr are appended.
+    """
+
+    def __init__(self, name: str, argv: Sequence[str], env: Mapping[str, str], log: Path) -> None:
+        self.name, self.log = name, log
+        self._started = time.time() - 1  # file times come from a coarser clock
+        self._exit_code: int | None = None
+        self._made: set[Path] = set()
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with log.open("ab") as file:
+            self._popen = subprocess.Popen(
+                [sys.executable, "-I", "-S", str(_KEEPER), str(os.getpid()), *argv],
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                env=dict(env),
+                start_new_session=True,  # Ctrl-C in the terminal is not for it; one signal reaches all it starts
+            )
+        self.pid = self._popen.pid  # also its process group
+
+    @property
+    def exit_code(self) -> int | None:
+        """How it ended (128 + n: by signal n); None while it runs."""
+        if self._exit_code is None:
+            # Not reaped: until `stop` has killed the group, no other process may get its number.
+            ended = os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+            if ended is not None:
+                self._exit_code = ended.si_status if ended.si_code == os.CLD_EXITED else 128 + ended.si_status
+        return self._exit_code
+
+    def tail(self, num_lines: int = 15) -> str:
+        """The last lines of its log."""
+        with self.log.open("rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL_BYTES))
+            lines = file.read().decode(errors="replace").strip().splitlines()
+        return "\n".join(lines[-num_lines:]) or "(nothing)"
+
+    def describe(self) -> str:
+        """What became of it, with the end of its log."""
+        code = self.exit_code
+        state = "runs" if code is None else f"exited with status {code}"
+        return f"{self.name} {state}; the end of its log, {self.log}:\n{self.tail()}"
+
+    def stop(self, grace_s: float = 10.0) -> None:
+        """SIGTERM, after `grace_s` SIGKILL, to the whole group; returns when it is gone. Safe to call twice."""
+        if self._popen.returncode is not None:
+            return
+        self.note_shared_memory()
+        self._signal(signal.SIGTERM)
+        deadline = time.monotonic() + grace_s
+        while self.exit_code is None and time.monotonic() < deadline:
+            time.sleep(0.05)
+        self._signal(signal.SIGKILL)  # also to whatever it started and left behind
+        deadline = time.monotonic() + 2
+        while len(self._members()) > 1 and time.monotonic() < deadline:
+            time.sleep(0.02)
+        self._popen.wait()
+        for path in self._made:
+            path.unlink(missing_ok=True)
+
+    def _signal(self, number: int) -> None:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.pid, number)
+
+    def _members(self) -> list[int]:
+        """Processes of the group, dead ones that nobody has reaped yet among them."""
+        found: list[int] = []
+        for entry in Path("/proc").iterdir():
+            if entry.name.isdigit():
+                with contextlib.suppress(OSError):
+                    fields = (entry / "stat").read_bytes().rpartition(b")")[2].split()  # the name may hold spaces
+                    if int(fields[2]) == self.pid:
+                        found.append(int(entry.name))
+        return found
+
+    def note_shared_memory(self) -> None:
+        """Note what shared memory the group has made for itself, so that `stop` removes it though the group was killed:
+        files directly in /dev/shm that it has mapped and that are younger than it. (A model in a directory there is
+        left alone.)"""
+        inodes: set[int] = set()  # not names: a semaphore is mapped under one that is gone
+        for member in self._members():
+            with contextlib.suppress(OSError):
+                maps = Path(f"/proc/{member}/maps").read_bytes()
+                inodes |= {int(inode) for inode in re.findall(rb" (\d+) +/dev/shm/", maps)}
+        with contextlib.suppress(OSError):
+            for entry in os.scandir("/dev/shm"):
+                status = entry.stat(follow_symlinks=False)
+                if status.st_ino in inodes and status.st_ctime >= self._started and entry.is_file():
+                    self._made.add(Path(entry.path))
+
+
+async def wait_ready(
+    name: str, process: ServerProcess | None, check: Callable[[], Awaitable[bool]], limit_s: float
+) -> None:
+    """Return when `check` says so. RunError when the process ends first, or after `limit_s`."""
+    deadline = time.monotonic() + limit_s
+    while True:
+        if process is not None and process.exit_code is not None:
+            raise RunError(f"{name} ended while starting: {process.describe()}")
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(max(0.1, deadline - time.monotonic())):
+                if await check():
+                    if process is not None:
+                        process.note_shared_memory()
+                    return
+        if time.monotonic() >= deadline:
+            more = f": {process.describe()}" if process is not None else ""
+            raise RunError(f"{name}: expected its health check to pass within {limit_s:g} s, it has not{more}")
+        await asyncio.sleep(0.2)
+
+
+def free_ports(number: int) -> list[int]:
+    """Ports of the loopback address that nobody listens on just now."""
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(number)]
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        return [each.getsockname()[1] for each in sockets]

@@ -1,0 +1,483 @@
+"""An engine made of inference servers, launched here or attached to. `backend.Backend` says what one kind can do.
+
+An event loop in a thread of its own talks to them; the public methods are called from any other thread.
+What `SGLangEngine` and `VLLMEngine` add is their `backend_class`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import shutil
+import threading
+import time
+from collections.abc import Callable, Coroutine, Iterable, Iterator
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar
+
+import httpx
+import torch
+
+from pekoe.core.config import EngineSection
+from pekoe.core.errors import RunError, UserError
+from pekoe.core.spec import ModelSpec
+from pekoe.core.types import Prompt, Rollout, SamplingParams
+from pekoe.engine import transfer
+from pekoe.engine.backend import Backend, Server, Setup, TransportError
+from pekoe.engine.base import EngineStats, WeightSource, validate
+from pekoe.engine.batch import Batch, Taken
+from pekoe.engine.loop import LoopThread, in_thread
+from pekoe.engine.process import ServerProcess, free_ports, wait_ready
+from pekoe.engine.transfer import Group
+from pekoe.model import Decoder
+
+_KEEP_ALIVE_S = 2.0  # shorter than any server's (uvicorn: 5 s), so that no request meets a closing connection
+_BYE_LIMIT_S = 5.0
+
+Bring = Callable[[int, Server], Coroutine[Any, Any, None]]
+"""Brings weights, as a version, to one server that is paused."""
+
+
+class RemoteEngine:
+    """A Generator (see `engine.base`) on servers.
+
+    Args:
+        model: the Hugging Face directory that launched servers start from, as version 0. Attached servers are taken to
+            hold the same.
+        config: `config.server` says which servers, and every limit.
+        spec: the model's shape.
+        max_sequence_tokens: the longest prompt with response that will be asked for.
+        log_dir: server logs, and `weights/` for updates by disk.
+        dtype: "float32" or "bfloat16", of the servers' weights.
+        device: "cpu" or "cuda", where launched servers run.
+        threads: CPU threads of each launched server.
+        on_event: told, in the event loop's thread, of every server that is lost or comes back. Must not block.
+    """
+
+    backend_class: ClassVar[type[Backend]]
+
+    def __init__(
+        self,
+        model: Path,
+        config: EngineSection,
+        spec: ModelSpec,
+        max_sequence_tokens: int,
+        log_dir: Path,
+        dtype: str = "float32",
+        device: str = "cpu",
+        threads: int | None = None,
+        on_event: Callable[[str], None] = lambda _: None,
+    ) -> None:
+        self._config = config.server
+        self._spec, self._limit = spec, min(max_sequence_tokens, spec.max_positions)
+        self._log_dir, self._dtype, self._device, self._threads = log_dir, dtype, device, threads
+        self._on_event = on_event
+        kv_tokens = self._kv_tokens(config)
+        self._limit = min(self._limit, kv_tokens or self._limit)
+        setup = Setup(
+            model, config.server, spec, self._limit, kv_tokens, config.max_running, dtype=dtype, device=device
+        )
+        self._backend = self.backend_class(setup)
+        self._servers = [Server(url.rstrip("/")) for url in config.server.urls]
+        if not self._servers:
+            self._check_python()
+            self._servers = [Server(f"http://127.0.0.1:{port}") for port in free_ports(config.server.count)]
+        if config.server.sync == "shm" and not all(server.is_local for server in self._servers):
+            raise UserError(
+                f"engine.server.sync: expected servers on this host (a loopback address) for 'shm', got "
+                f"{', '.join(s.url for s in self._servers if not s.is_local)}; nearest: 'disk', 'broadcast'"
+            )
+        self.events: list[str] = []
+        self._version = 0
+        self._stats = EngineStats()
+        self._batch: Batch | None = None
+        self._paused = self._updating = self._closed = False
+        self._kept: set[asyncio.Task[Any]] = set()  # a task that nobody refers to may be collected
+        self._tasks: dict[Server, asyncio.Task[None]] = {}  # servers that are being brought back
+        self._lock, self._closing = threading.Lock(), threading.Lock()
+        self._loop = LoopThread(f"pekoe {self._backend.name}")
+        try:
+            self._loop.run(self._start())
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def version(self) -> int:
+        return self._version
+
+    @property
+    def max_sequence_tokens(self) -> int:
+        """The longest prompt with response that fits."""
+        return self._limit
+
+    @property
+    def servers(self) -> tuple[Server, ...]:
+        """The servers and their states; not to be changed."""
+        return tuple(self._servers)
+
+    # Starting, losing, bringing back
+
+    def _kv_tokens(self, config: EngineSection) -> int | None:
+        """KV memory on CPU is bounded as in the embedded engine; on a GPU, unless it is set, servers take their share
+        of what is there."""
+        if config.kv_tokens or self._device != "cpu":
+            return config.kv_tokens
+        value_bytes = 4 if self._dtype == "float32" else 2
+        affordable = int(config.kv_gib * 2**30 / (self._spec.kv_values_per_token * value_bytes))
+        return min(config.max_running * self._limit, affordable)
+
+    def _check_python(self) -> None:
+        python = self._config.python
+        if python is None or shutil.which(python) is None:
+            raise UserError(f"engine.server.python: expected the Python that runs {self._backend.name}, got {python!r}")
+
+    async def _start(self) -> None:
+        limits = httpx.Limits(max_connections=None, keepalive_expiry=_KEEP_ALIVE_S)
+        self._backend.client = httpx.AsyncClient(limits=limits, trust_env=False)
+        tasks = [asyncio.ensure_future(self._open(server)) for server in self._servers]
+        try:
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
+            for task in done:
+                task.result()
+        finally:
+            for task in tasks:
+                task.cancel()
+
+    async def _open(self, server: Server) -> None:
+        """Make it ready, at version 0."""
+        if not self._config.urls:
+            self._launch(server)
+        else:
+            await self._wait_ready(server, self._backend.reachable)
+        try:
+            if self._config.urls:  # whoever used it before may have left it paused
+                await self._backend.resume(server)
+            await self._wait_ready(server, self._backend.ready)
+            await self._backend.set_version(server, 0)
+        except TransportError as error:
+            raise RunError(f"{self._backend.name}: {error}") from None
+        server.state, server.version, server.why = "serving", 0, ""
+
+    def _launch(self, server: Server) -> None:
+        port = int(server.url.rpartition(":")[2])
+        argv, more = self._backend.command(port)
+        threads = {"OMP_NUM_THREADS": str(self._threads)} if self._threads else {}
+        name = f"{self._backend.name} server {self._servers.index(server)}"
+        log = self._log_dir / f"{name.lower().replace(' ', '-')}.log"
+        server.process = ServerProcess(name, argv, os.environ | threads | more | self._config.env, log)
+
+    async def _wait_ready(self, server: Server, check: Callable[[Server], Coroutine[Any, Any, bool]]) -> None:
+        name = server.process.name if server.process is not None else f"{self._backend.name} at {server.url}"
+        await wait_ready(name, server.process, lambda: check(server), self._config.start_limit_s)
+
+    def _lose(self, server: Server, why: str, dead: bool = True) -> None:
+        """It serves no longer; what it was asked for goes elsewhere."""
+        if server.state == "dead":
+            return
+        server.state, server.why = ("dead" if dead else "stale"), why
+        self._event(f"{server.url} is {server.state}: {why}")
+        if dead and server.process is not None:
+            code = server.process.exit_code
+            server.why = f"{why}\n{server.process.describe()}" if code is not None else why
+            self._background(in_thread(server.process.stop, 2.0))
+        server.group = None
+        if self._batch is not None:
+            self._batch.leave(server)
+
+    def _background(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
+        task = asyncio.ensure_future(work)
+        self._kept.add(task)
+        task.add_done_callback(self._kept.discard)
+        return task
+
+    def _event(self, text: str) -> None:
+        self.events.append(text)
+        self._on_event(text)
+
+    def _obituary(self) -> str:
+        lines = "\n".join(f"{server.url} is {server.state}: {server.why}" for server in self._servers)
+        return f"{self._backend.name}: expected a server that serves at version {self._version}, got none.\n{lines}"
+
+    async def _revive(self, server: Server) -> None:
+        """From dead to stale: launched ones anew, in the background; attached ones if they answer again."""
+        try:
+            if server.process is not None:
+                await in_thread(server.process.stop)
+                server.url = f"http://127.0.0.1:{free_ports(1)[0]}"
+                self._launch(server)
+                await self._wait_ready(server, self._backend.ready)
+            elif not await self._backend.reachable(server):
+                return
+        except RunError as error:
+            server.why = str(error)
+            self._event(f"{server.url} did not come back: {error}")
+            return
+        server.state, server.version, server.why = "stale", None, "came back; holds no current weights yet"
+        self._event(f"{server.url} came back")
+
+    async def _find_dead(self) -> None:
+        """Servers that died while nothing was asked of them are lost as any others: the update goes on without them."""
+        servers = [server for server in self._servers if server.state != "dead"]
+        answers = await asyncio.gather(*(self._backend.reachable(server) for server in servers))
+        for server, answer in zip(servers, answers, strict=True):
+            if not answer and (server.process is None or server.process.exit_code is not None):
+                self._lose(server, "it could not be reached for a weight update")
+
+    async def _revive_dead(self) -> None:
+        """Begin to bring back what is dead; wait for it only if nothing else is alive."""
+        dead = [server for server in self._servers if server.state == "dead"]
+        for server in dead:
+            if server not in self._tasks or self._tasks[server].done():
+                self._tasks[server] = asyncio.ensure_future(self._revive(server))
+        quick = [self._tasks[s] for s in dead if s.process is None or len(dead) == len(self._servers)]
+        if quick:
+            await asyncio.wait(quick)
+
+    # Sampling
+
+    def generate(self, prompts: list[Prompt], params: SamplingParams) -> Iterator[Rollout]:
+        """Sample; see `Generator.generate`. One call at a time: the iterator must end or be closed first."""
+        self._check_open()
+        validate(prompts, params, self._spec.vocab_size, self._limit, "the servers' context")
+        self._backend.check_params(params)
+        return self._run(list(prompts), params)
+
+    def _run(self, prompts: list[Prompt], params: SamplingParams) -> Iterator[Rollout]:
+        self._check_open()
+        with self._lock:
+            if self._batch is not None:
+                raise RunError("the engine is generating already: exhaust or close the earlier iterator first")
+            batch = self._batch = Batch(
+                self._backend,
+                self._servers,
+                prompts,
+                params,
+                lose=self._lose,
+                blocked=lambda: self._paused or self._updating,
+                nobody=self._obituary,
+            )
+        try:
+            self._loop.loop.call_soon_threadsafe(batch.start)
+            for _ in range(len(prompts) * params.n):
+                taken = self._take(batch)
+                rollout, cached = taken.rollout, taken.num_cached_tokens
+                computed = max(0, rollout.num_prompt_tokens - cached) if rollout.num_tokens else 0
+                self._count(num_prefill_tokens=computed, num_cached_tokens=cached, num_decode_tokens=rollout.num_tokens)
+                self._loop.loop.call_soon_threadsafe(batch.release, taken)
+                yield rollout
+        finally:  # also where the caller closes the iterator, or an exception passes through
+            if not self._closed:
+                self._loop.run(batch.close())
+            self._batch = None
+            self._count(num_prefill_tokens=batch.num_prefilled_tokens)
+
+    def _take(self, batch: Batch) -> Taken:
+        """Wait for the next response. A pause may be ended by another thread, but not wait for ever."""
+        paused_since = None
+        while True:
+            taken = batch.take(0.5)
+            if isinstance(taken, BaseException):
+                raise taken
+            if taken is not None:
+                return taken
+            self._check_open()
+            paused_since = (paused_since or time.monotonic()) if self._paused else None
+            if paused_since and time.monotonic() - paused_since > self._config.update_limit_s:
+                limit = self._config.update_limit_s
+                raise RunError(f"the engine is paused: call resume() before going on (waited {limit:g} s)")
+
+    def _count(self, **more: int) -> None:
+        self._stats = replace(self._stats, **{k: getattr(self._stats, k) + v for k, v in more.items()})
+
+    def abort(self, uids: Iterable[str] | None = None) -> None:
+        """See `Generator.abort`. Returns when the servers were told; one that cannot be told is found out later."""
+        batch = self._batch
+        if batch is not None and not self._closed:
+            self._loop.run(batch.abort(None if uids is None else set(uids)))
+
+    def pause(self) -> None:
+        """Stop sampling until `resume`; what is in flight stays. The iterator waits, at most `update_limit_s`."""
+        self._check_open()
+        self._loop.run(self._switch(True))
+
+    def resume(self) -> None:
+        self._check_open()
+        self._loop.run(self._switch(False))
+
+    async def _switch(self, paused: bool) -> None:
+        self._paused = paused
+        serving = [server for server in self._servers if server.state == "serving"]
+        calls = [self._backend.pause(s, "keep") if paused else self._backend.resume(s) for s in serving]
+        for server, outcome in zip(serving, await asyncio.gather(*calls, return_exceptions=True), strict=True):
+            if isinstance(outcome, TransportError):
+                self._lose(server, str(outcome))
+            elif outcome is not None:
+                raise outcome
+        if self._batch is not None:
+            self._batch.wake()
+
+    # Weights
+
+    def update_weights(self, source: WeightSource, version: int) -> None:
+        """See `Generator.update_weights`; by `config.server.sync`, and from disk where `source` is a directory.
+
+        Dead servers are begun to be brought back, and take part once they answer. RunError names every server that
+        did not take the weights: it is stale and does not serve; the others do, at `version`.
+        """
+        self._check_open()
+        if isinstance(source, Path):
+            if not (source / "config.json").is_file():
+                raise UserError(f"weight update: expected a Hugging Face model directory, got {source}")
+            self._loop.run(self._update(partial(self._load, source.resolve()), version))
+            return
+        if source.spec != self._spec:
+            raise UserError(f"weight update: expected a model of shape {self._spec}, got {source.spec}")
+        if self._config.sync == "broadcast":
+            self._loop.run(self._update(partial(self._send, source), version))
+            return
+        parent = transfer.SHARED_MEMORY if self._config.sync == "shm" else self._log_dir.resolve() / "weights"
+        with transfer.written(source, parent) as directory:
+            self._loop.run(self._update(partial(self._load, directory), version))
+
+    async def _update(self, bring: Bring, version: int) -> None:
+        self._updating = True
+        try:
+            await self._find_dead()
+            await self._revive_dead()
+            alive = [server for server in self._servers if server.state != "dead"]
+            if not alive:
+                raise RunError(self._obituary())
+            failures = await asyncio.gather(*(self._update_one(server, bring, version) for server in alive))
+        finally:
+            self._updating = False
+            if self._batch is not None:
+                self._batch.wake()
+        if any(server.state == "serving" for server in alive):
+            self._version = version
+        if any(failures):
+            reasons = "\n".join(filter(None, failures))
+            raise RunError(
+                f"weight update to version {version} failed on {sum(map(bool, failures))} server(s):\n{reasons}"
+            )
+
+    async def _update_one(self, server: Server, bring: Bring, version: int) -> str:
+        """Returns what went wrong, or an empty string: then it serves at `version`."""
+        backend, limit = self._backend, self._config.update_limit_s
+        server.state, server.why = "stale", f"its update to version {version} is not done"
+        try:
+            async with asyncio.timeout(limit):
+                await backend.pause(server, self._config.during_update)
+                await bring(version, server)
+                await backend.flush(server)
+                tag = await backend.version_of(server)
+                if tag != str(version):
+                    raise RunError(f"{server.url}: expected weights tagged {version}, got {tag!r}")
+                server.version = version  # before any further token is sampled
+                if not self._paused:
+                    await backend.resume(server)
+        except TransportError as error:
+            self._lose(server, str(error))
+        except TimeoutError:
+            self._lose(server, f"expected its update within {limit:g} s", dead=False)
+        except RunError as error:
+            self._lose(server, str(error), dead=False)
+        except Exception as error:  # torch.distributed raises what it likes
+            self._lose(server, f"{type(error).__name__}: {error}", dead=False)
+        else:
+            server.state, server.why = "serving", ""
+            return ""
+        return f"{server.url} is {server.state}: {server.why}"
+
+    async def _load(self, directory: Path, version: int, server: Server) -> None:
+        await self._backend.load_from_disk(server, directory, version)
+
+    async def _send(self, model: Decoder, version: int, server: Server) -> None:
+        backend = self._backend
+        if server.group is None:
+            server.group = await self._join(server)
+        group, handle = server.group
+        await backend.begin_update(server)
+        parts = transfer.chunks(model, getattr(torch, self._dtype))
+        while tensors := await in_thread(partial(next, parts, None)):
+            sending = asyncio.ensure_future(in_thread(backend.broadcast, handle, tensors))
+            await self._both(sending, backend.receive(server, group, tensors))
+        await backend.finish_update(server, version)
+
+    async def _join(self, server: Server) -> tuple[Group, Any]:
+        host = "127.0.0.1" if server.is_local else transfer.own_address(httpx.URL(server.url).host)
+        group = Group(
+            name=f"pekoe-{os.urandom(6).hex()}",  # a new name each time: a broken group's may still be taken
+            host=host,
+            port=free_ports(1)[0],
+            world_size=1 + await self._backend.num_workers(server),
+            backend="nccl" if self._device == "cuda" else "gloo",
+            limit_s=self._config.update_limit_s,
+        )
+        opening = asyncio.ensure_future(in_thread(self._backend.open_group, group))
+        await self._both(opening, self._backend.join_group(server, group))
+        return group, opening.result()
+
+    @staticmethod
+    async def _both(here: asyncio.Future[Any], there: Coroutine[Any, Any, None]) -> None:
+        """Wait for both ends, or until either fails: the other would wait for it in vain."""
+        other = asyncio.ensure_future(there)
+        try:
+            done, _ = await asyncio.wait({here, other}, return_when=asyncio.FIRST_EXCEPTION)
+            for each in done:
+                each.result()
+        finally:
+            here.cancel()
+            other.cancel()
+
+    # The rest
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise RunError("the engine is closed")
+
+    def health(self) -> bool:
+        """True when a server serves, and all that serve answer their health check."""
+        if self._closed:
+            return False
+        return self._loop.run(self._healthy())
+
+    async def _healthy(self) -> bool:
+        serving = [server for server in self._servers if server.state == "serving"]
+        check = self._backend.reachable if self._paused else self._backend.ready
+        return bool(serving) and all(await asyncio.gather(*map(check, serving)))
+
+    def stats(self) -> EngineStats:
+        """Counters as far as servers tell: forwards and preemptions stay 0."""
+        return self._stats
+
+    def close(self) -> None:
+        with self._closing:  # a second call waits for the first
+            if not self._closed:
+                self._closed = True
+                try:
+                    self._loop.run(self._shut())
+                finally:
+                    self._loop.stop()
+
+    async def _shut(self) -> None:
+        if self._batch is not None:
+            self._batch.fail(RunError("the engine is closed"))
+            await self._batch.close()
+        for task in self._tasks.values():
+            task.cancel()
+        await asyncio.gather(*self._tasks.values(), return_exceptions=True)
+        for server in self._servers:
+            if server.process is None and server.state != "dead":  # it goes on without us
+                with contextlib.suppress(TransportError, RunError, TimeoutError):
+                    async with asyncio.timeout(_BYE_LIMIT_S):
+                        await self._backend.part(server, server.group[0] if server.group else None)
+            if server.group is not None:
+                self._background(in_thread(self._backend.close_group, server.group[1]))
+        stops = [in_thread(server.process.stop) for server in self._servers if server.process is not None]
+        await asyncio.gather(*stops, *self._kept, return_exceptions=True)
+        if self._backend.client is not None:
+            await self._backend.client.aclose()

@@ -1,0 +1,116 @@
+"""Ways for weights from this process to a server: a directory (on disk or in shared memory), or a broadcast."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import tempfile
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import distributed_c10d as c10d
+
+from pekoe.core.errors import RunError
+from pekoe.model import Decoder, save_model
+
+SHARED_MEMORY = Path("/dev/shm")
+CHUNK_BYTES = 512 * 2**20
+
+Tensors = Sequence[tuple[str, Tensor]]
+"""Named as in a Hugging Face checkpoint, in the order in which they are broadcast."""
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """A torch.distributed group for weights: this process is rank 0, the server's workers are 1 to world_size - 1."""
+
+    name: str
+    host: str  # where rank 0 listens
+    port: int
+    world_size: int
+    backend: Literal["gloo", "nccl"]
+    limit_s: float
+
+
+@contextmanager
+def written(model: Decoder, parent: Path) -> Generator[Path]:
+    """`model` as a Hugging Face directory under `parent`, for as long as the context lasts."""
+    parent.mkdir(parents=True, exist_ok=True)
+    if parent == SHARED_MEMORY:
+        _remove_orphans()
+    place = Path(tempfile.mkdtemp(prefix=f"pekoe-weights-{os.getpid()}-", dir=parent))
+    try:
+        save_model(model, place / "model")
+        yield place / "model"
+    except OSError as error:  # a full disk, mostly
+        raise RunError(f"weight update: cannot write {place}: {error}") from error
+    finally:
+        shutil.rmtree(place, ignore_errors=True)
+
+
+def _remove_orphans() -> None:
+    """What processes of this host left in shared memory when they were killed."""
+    for path in SHARED_MEMORY.glob("pekoe-weights-*"):
+        pid = path.name.split("-")[2]
+        if not Path(f"/proc/{pid}").exists():
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def chunks(model: Decoder, dtype: torch.dtype, max_bytes: int = CHUNK_BYTES) -> Iterator[list[tuple[str, Tensor]]]:
+    """Its parameters by name, converted, in lists of about `max_bytes`: what a server holds beside its weights.
+
+    Tied embeddings have one name, and are sent once.
+    """
+    chunk: list[tuple[str, Tensor]] = []
+    size = 0
+    for name, parameter in model.named_parameters():
+        tensor = parameter.detach().to(dtype).contiguous()
+        if chunk and size + tensor.nbytes > max_bytes:
+            yield chunk
+            chunk, size = [], 0
+        chunk.append((name, tensor))
+        size += tensor.nbytes
+    yield chunk
+
+
+def own_address(server_host: str) -> str:
+    """The address under which `server_host` reaches this machine."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((server_host, 9))  # nothing is sent: it asks the routing table
+        return probe.getsockname()[0]
+
+
+def open_group(group: Group) -> Any:
+    """Rank 0's end of `group`. Blocks until every worker has joined; beside, not in place of, a default group.
+
+    torch makes further default-less groups only by this private function; servers do the same (OpenRLHF's recipe).
+    """
+    limit = timedelta(seconds=group.limit_s)
+    url = f"tcp://{group.host}:{group.port}"
+    store, rank, size = next(iter(c10d.rendezvous(url, 0, group.world_size, timeout=limit)))
+    store.set_timeout(limit)
+    store = c10d.PrefixStore(group.name, store)
+    make: Any = c10d._new_process_group_helper  # pyright: ignore[reportPrivateUsage]
+    handle, _ = make(size, rank, [], group.backend, store, group_name=group.name, timeout=limit)
+    c10d._world.pg_group_ranks[handle] = {i: i for i in range(size)}  # pyright: ignore[reportPrivateUsage]
+    return handle
+
+
+def broadcast(handle: Any, tensors: Tensors) -> None:
+    """Send each tensor from rank 0."""
+    for _, tensor in tensors:
+        dist.broadcast(tensor, src=0, group=handle)
+    if tensors and tensors[0][1].is_cuda:
+        torch.cuda.synchronize()
+
+
+def close_group(handle: Any) -> None:
+    dist.destroy_process_group(handle)

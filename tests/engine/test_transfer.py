@@ -1,0 +1,102 @@
+"""Weights on their way to a server: directories that vanish, chunks, and a group of two processes."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from pekoe.core.errors import RunError
+from pekoe.engine.process import free_ports
+from pekoe.engine.transfer import Group, broadcast, chunks, close_group, open_group, written
+from pekoe.model import Decoder, load_model
+
+MakeModel = Callable[..., Decoder]
+
+
+def test_a_directory_is_there_as_long_as_it_is_needed(make_model: MakeModel, tmp_path: Path):
+    model = make_model()
+    with written(model, tmp_path / "weights") as directory:
+        read = load_model(directory)
+        assert all(torch.equal(a, b) for a, b in zip(read.parameters(), model.parameters(), strict=True))
+    assert list((tmp_path / "weights").iterdir()) == []
+    with pytest.raises(RunError, match="no"), written(model, tmp_path / "weights") as directory:
+        raise RunError("no")
+    assert list((tmp_path / "weights").iterdir()) == []
+
+
+def test_what_a_killed_process_left_in_shared_memory_is_removed(
+    make_model: MakeModel, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    monkeypatch.setattr("pekoe.engine.transfer.SHARED_MEMORY", tmp_path)
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    orphan, ours = tmp_path / f"pekoe-weights-{ended.pid}-x", tmp_path / f"pekoe-weights-{os.getpid()}-x"
+    for path in (orphan, ours):
+        (path / "model").mkdir(parents=True)
+    with written(make_model(), tmp_path):
+        assert not orphan.exists()
+        assert ours.exists()
+
+
+def test_where_nothing_can_be_written_the_run_is_told(
+    make_model: MakeModel, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("pekoe.engine.transfer.save_model", full)
+    with pytest.raises(RunError, match=r"cannot write .*No space left"), written(make_model(), tmp_path):
+        pass
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_chunks_hold_every_parameter_once(make_model: MakeModel, tied: bool):
+    model = make_model(tied_embeddings=tied)
+    parts = list(chunks(model, torch.bfloat16, max_bytes=3000))
+    sent = {name: tensor for part in parts for name, tensor in part}
+    assert list(sent) == [name for part in parts for name, _ in part] == [name for name, _ in model.named_parameters()]
+    assert ("lm_head.weight" in sent) is not tied
+    assert len(parts) > 3
+    assert all(len(part) == 1 or sum(t.nbytes for _, t in part) <= 3000 for part in parts)
+    for name, parameter in model.named_parameters():
+        assert torch.equal(sent[name], parameter.to(torch.bfloat16))
+
+
+WORKER = """
+import sys
+from datetime import timedelta
+import torch, torch.distributed as dist
+from torch.distributed import distributed_c10d as c10d
+port, name = int(sys.argv[1]), sys.argv[2]
+limit = timedelta(seconds=30)
+store, rank, size = next(c10d.rendezvous(f"tcp://127.0.0.1:{port}", 1, 2, timeout=limit))
+group, _ = c10d._new_process_group_helper(
+    size, rank, [], "gloo", c10d.PrefixStore(name, store), group_name=name, timeout=limit)
+c10d._world.pg_group_ranks[group] = {i: i for i in range(size)}
+for shape, dtype in (((3, 4), torch.float32), ((5,), torch.bfloat16)):
+    tensor = torch.empty(shape, dtype=dtype)
+    dist.broadcast(tensor, src=0, group=group)
+    print(tensor.double().sum().item())
+"""
+
+
+def test_a_group_of_this_process_and_a_worker():
+    group = Group("pekoe-test", "127.0.0.1", free_ports(1)[0], 2, "gloo", 30.0)
+    worker = subprocess.Popen(
+        [sys.executable, "-c", WORKER, str(group.port), group.name], stdout=subprocess.PIPE, text=True
+    )
+    try:
+        handle = open_group(group)
+        assert not torch.distributed.is_initialized()  # a trainer's own default group is neither needed nor made
+        tensors = [("a", torch.arange(12.0).view(3, 4)), ("b", torch.ones(5, dtype=torch.bfloat16))]
+        broadcast(handle, tensors)
+        out, _ = worker.communicate(timeout=60)
+        assert out.split() == ["66.0", "5.0"]
+        close_group(handle)
+    finally:
+        worker.kill()
+        worker.wait()

@@ -1,0 +1,363 @@
+"""What `VLLMBackend` sends and how it reads the answers, against recorded ones; no server."""
+
+import asyncio
+import importlib.util
+import itertools
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+from unittest.mock import MagicMock
+
+import httpx
+import pytest
+import torch
+
+from pekoe.core.config import ServerSection
+from pekoe.core.errors import RunError, UserError
+from pekoe.core.spec import ModelSpec
+from pekoe.core.types import Prompt, SamplingParams
+from pekoe.engine import vllm
+from pekoe.engine.backend import Answer, Server, Setup, TransportError
+from pekoe.engine.transfer import Group
+from pekoe.engine.vllm import VLLMBackend, check_args, fingerprint
+
+SERVER = Server("http://127.0.0.1:1")
+Route = Callable[[httpx.Request], httpx.Response]
+
+
+def make_backend(answer: Route, **server: Any) -> VLLMBackend:
+    spec = ModelSpec("qwen2", 512, 128, 4, 4, 2, 32, 384, 4096)
+    config = ServerSection(python="/opt/vllm/bin/python", **server)
+    backend = VLLMBackend(Setup(Path("/models/m"), config, spec, 1000, None, 512, "float32", "cpu"))
+    backend.client = httpx.AsyncClient(transport=httpx.MockTransport(answer))
+    return backend
+
+
+def path_of(request: httpx.Request) -> str:
+    return request.url.raw_path.decode()
+
+
+class Recorded:
+    """Answers with what a real server answered; keeps what it was asked."""
+
+    def __init__(self, *contracts: dict[str, Any]) -> None:
+        self.answers = {c["request"]["path"]: (c["status"], c["response"]) for c in contracts}
+        self.asked: list[tuple[str, Any]] = []
+
+    def __call__(self, request: httpx.Request) -> httpx.Response:
+        self.asked.append((path_of(request), json.loads(request.content) if request.content else None))
+        status, content = self.answers[path_of(request)]
+        return httpx.Response(status, json=content)
+
+
+def server_info(**changes: Any) -> dict[str, Any]:
+    """The part that is read of what a server says of itself (as vLLM 0.32 does)."""
+    model = {"logprobs_mode": "processed_logprobs", "dtype": "torch.float32", "max_model_len": 1000}
+    return {"vllm_config": {"model_config": model | changes}}
+
+
+@pytest.fixture
+def contract(shared_dir: Path) -> Callable[[str], dict[str, Any]]:
+    def read(name: str) -> dict[str, Any]:
+        path = shared_dir / "contracts" / f"vllm_{name}.json"
+        if not path.is_file():
+            pytest.skip(f"no recorded answer {path}")
+        return json.loads(path.read_text())
+
+    return read
+
+
+def sample(backend: VLLMBackend, params: SamplingParams, tokens: list[int], index: int = 0) -> Answer:
+    prompt = Prompt("p", 0, torch.tensor(tokens).numpy())
+    return asyncio.run(backend.sample(SERVER, prompt, index, params, "r1"))
+
+
+# Sampling
+
+
+def test_a_sample_is_asked_for_and_read_as_recorded(contract):
+    recorded = contract("generate_greedy")
+    choice = recorded["response"]["choices"][0]
+    choice["weight_versions"] = [{"version": "3", "start": 0, "end": 2}, {"version": "4", "start": 2, "end": 6}]
+    server = Recorded(recorded)
+    request = recorded["request"]["json"]
+    answer = sample(
+        make_backend(server), SamplingParams(temperature=0, max_new_tokens=6, stop_token_ids=(9,)), request["token_ids"]
+    )
+    assert answer.tokens == choice["token_ids"]
+    assert answer.logprobs == [entry["logprob"] for entry in choice["logprobs"]["content"]]
+    assert answer.reason == "length"
+    assert answer.versions == [(3, 0), (4, 2)]
+    ((path, asked),) = server.asked
+    assert path == recorded["request"]["path"]
+    assert asked["token_ids"] == request["token_ids"]
+    assert asked["request_id"] == "r1"
+    sampling = asked["sampling_params"]
+    for name in ("temperature", "max_tokens", "ignore_eos", "logprobs"):
+        assert sampling[name] == request["sampling_params"][name]
+    assert sampling["stop_token_ids"] == [9]
+    assert "n" not in sampling  # one request a sample, each with its own seed
+
+
+def test_every_parameter_sent_is_one_that_vllm_knows(contract):
+    """It ignores what it does not know, as recorded; so ours are listed here against its SamplingParams."""
+    assert contract("generate_error_bad")["status"] == 200
+    known = {
+        *("temperature", "top_p", "top_k", "min_tokens", "max_tokens", "stop_token_ids"),
+        *("ignore_eos", "seed", "logprobs", "detokenize"),
+    }
+    server = Recorded(contract("generate_after_reload") | {"status": 500})
+    with pytest.raises(RunError):
+        sample(make_backend(server), SamplingParams(), [1])
+    assert set(server.asked[0][1]["sampling_params"]) == known
+
+
+def test_seeds_are_of_63_bits_and_differ_by_sample(contract):
+    server = Recorded(contract("generate_greedy") | {"status": 400})
+    for index in (0, 1, 0):
+        with pytest.raises(RunError):
+            sample(make_backend(server), SamplingParams(n=2), [1], index)
+    seeds = [asked["sampling_params"]["seed"] for _, asked in server.asked]
+    assert seeds[0] == seeds[2] != seeds[1]
+    assert all(0 <= seed < 2**63 for seed in seeds)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"finish_reason": "error"},
+        {"token_ids": [1]},
+        {"logprobs": None},
+        {"weight_versions": [{"version": "default", "start": 0, "end": 6}]},
+    ],
+)
+def test_an_answer_that_is_not_understood_is_an_error(contract, change: dict[str, Any]):
+    recorded = contract("generate_greedy")
+    recorded["response"]["choices"][0] |= {"weight_versions": [{"version": "3", "start": 0, "end": 6}]} | change
+    with pytest.raises(RunError, match="http://127"):
+        sample(make_backend(Recorded(recorded)), SamplingParams(), [1])
+
+
+def test_a_dead_engine_behind_a_live_server_is_no_answer():
+    message = "EngineCore encountered an issue. See stack trace (above) for the root cause."
+    error = {"error": {"message": message, "type": "InternalServerError", "param": None, "code": 500}}
+    backend = make_backend(lambda _: httpx.Response(500, json=error))
+    with pytest.raises(TransportError, match="EngineCore"):
+        sample(backend, SamplingParams(), [1])
+
+
+@pytest.mark.parametrize(
+    ("params", "name"),
+    [
+        (SamplingParams(top_p=0.9), "rollout.top_p: expected 1.0 "),
+        (SamplingParams(top_k=5), "rollout.top_k: expected 0 "),
+        (SamplingParams(min_new_tokens=2, stop_token_ids=(1,)), "rollout.min_new_tokens: expected 0 "),
+        (SamplingParams(temperature=0.001), "nearest: 0.01"),
+    ],
+)
+def test_what_would_give_wrong_logprobs_is_refused(params: SamplingParams, name: str):
+    with pytest.raises(UserError, match=name):
+        make_backend(lambda _: httpx.Response(500)).check_params(params)
+
+
+def test_evaluation_may_truncate_and_ban():
+    params = SamplingParams(top_p=0.9, top_k=5, min_new_tokens=2, stop_token_ids=(1,), stream="eval")
+    backend = make_backend(lambda _: httpx.Response(500))
+    backend.check_params(params)
+    backend.check_params(SamplingParams(min_new_tokens=2))  # nothing to ban
+
+
+def test_abort_names_requests_as_vllm_does(contract):
+    recorded = contract("abort_requests")
+    server = Recorded(recorded)
+    backend = make_backend(server)
+    rid = recorded["request"]["json"]["request_ids"][0].removeprefix("generate-tokens-")
+    asyncio.run(backend.abort(SERVER, [rid]))
+    assert server.asked == [(recorded["request"]["path"], recorded["request"]["json"])]
+
+
+def test_abort_of_none_does_not_abort_all():
+    server = Recorded({"request": {"path": "/abort_requests"}, "status": 200, "response": {"aborted": 3}})
+    backend = make_backend(server)
+    asyncio.run(backend.abort(SERVER, []))
+    assert server.asked == []
+
+
+# Starting
+
+
+def test_the_command_line():
+    backend = make_backend(lambda _: httpx.Response(500), args=("--disable-sliding-window",))
+    argv, env = backend.command(1234)
+    assert argv[:3] == ["/opt/vllm/bin/python", "-m", "vllm.entrypoints.openai.api_server"]
+    assert argv[-1] == "--disable-sliding-window"
+    options = dict(itertools.pairwise(argv))
+    assert options["--host"] == "127.0.0.1"
+    assert options["--logprobs-mode"] == "processed_logprobs"
+    assert int(options["--max-num-batched-tokens"]) >= 1000  # whole prompts: chunks with seeds kill it on CPU
+    assert "--no-enable-chunked-prefill" in argv
+    kv_bytes_per_token = 2 * 4 * 2 * 32 * 4
+    assert 1000 * kv_bytes_per_token <= int(options["--kv-cache-memory-bytes"]) <= vllm.CPU_KV_BYTES
+    assert json.loads(options["--weight-transfer-config"]) == {"backend": vllm.TRANSFER}
+    assert env["VLLM_SERVER_DEV_MODE"] == "1"
+    assert (Path(env["PYTHONPATH"]) / "pekoe_vllm_gloo.py").is_file()
+
+
+@pytest.mark.parametrize(
+    ("arg", "hint"),
+    [
+        ("--disable-chunked-prefill", "say --no-enable-chunked-prefill"),
+        ("--use_v2_block_manager", "leave it out"),
+        ("--enable-chunked-prefill=False", "nearest: --no-enable-chunked-prefill"),
+        ("--enable-chunked-prefill", "on CPU"),
+        ("--logprobs-mode=raw_logprobs", "which it sets"),
+        ("--port", "which it sets"),
+    ],
+)
+def test_flags_that_cannot_be_passed_on(arg: str, hint: str):
+    with pytest.raises(UserError, match=hint):
+        check_args(["--seed", "1", arg], "cpu")
+
+
+def test_the_releases_flags_pass():
+    flags = ["--enforce-eager", "--no-enable-chunked-prefill", "--disable-custom-all-reduce"]
+    check_args([*flags, "--disable-sliding-window", "--max-num-seqs=4", "--enable-expert-parallel"], "cpu")
+    check_args(["--enable-chunked-prefill"], "cuda")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"logprobs_mode": "raw_logprobs"}, "--logprobs-mode processed_logprobs, got raw_logprobs"),
+        ({"dtype": "torch.bfloat16"}, "--dtype float32, got torch.bfloat16"),
+        ({"max_model_len": 999}, "--max-model-len at least 1000, got 999"),
+    ],
+)
+def test_an_attached_server_that_would_be_misread_is_refused(change: dict[str, Any], message: str):
+    backend = make_backend(lambda _: httpx.Response(200, json=server_info(**change)))
+    with pytest.raises(UserError, match=message):
+        asyncio.run(backend.set_version(SERVER, 0))
+
+
+def test_an_attached_server_without_development_mode_is_refused():
+    backend = make_backend(lambda _: httpx.Response(404, json={"detail": "Not Found"}))
+    with pytest.raises(UserError, match="VLLM_SERVER_DEV_MODE=1"):
+        asyncio.run(backend.set_version(SERVER, 0))
+
+
+# Weights
+
+
+def test_pause_resume_and_versions_as_recorded(contract):
+    contracts = [contract(f"untied_{name}") for name in ("pause_keep", "pause_abort", "resume")]
+    info = {"request": {"path": "/server_info?config_format=json"}, "status": 200, "response": server_info()}
+    server = Recorded(*contracts, contract("weight_info_after"), contract("update_weight_version"), info)
+    backend = make_backend(server)
+
+    async def go() -> str:
+        await backend.pause(SERVER, "keep")
+        await backend.pause(SERVER, "abort")
+        await backend.resume(SERVER)
+        await backend.set_version(SERVER, 7)
+        return await backend.version_of(SERVER)
+
+    assert asyncio.run(go()) == "C1"
+    assert [path for path, _ in server.asked[:3]] == [c["request"]["path"] for c in contracts]
+    assert server.asked[4] == ("/update_weight_version", {"new_version": "7"})
+
+
+def test_a_flush_that_did_not_happen_is_an_error(contract):
+    path = "/reset_prefix_cache?reset_running_requests=true"  # without it, refused while responses are in flight
+    recorded = contract("reset_prefix_cache")
+    recorded["request"]["path"] = path
+    asyncio.run(make_backend(Recorded(recorded)).flush(SERVER))
+    recorded["response"] = {"success": False}
+    with pytest.raises(RunError, match="flushed"):
+        asyncio.run(make_backend(Recorded(recorded)).flush(SERVER))
+
+
+def test_an_update_through_a_group_as_recorded(contract):
+    names = ("init_weight_transfer_engine", "start_weight_update", "update_weights", "finish_weight_update")
+    contracts = [contract(f"untied_{name}") for name in names]
+    server = Recorded(*contracts)
+    backend = make_backend(server)
+    group = Group("g", "127.0.0.1", 37651, 2, "gloo", 10.0)
+    tensors = [("a", torch.zeros(2, 3)), ("b", torch.zeros(4, dtype=torch.bfloat16))]
+
+    async def go() -> None:
+        await backend.join_group(SERVER, group)
+        await backend.begin_update(SERVER)
+        await backend.receive(SERVER, group, tensors)
+        await backend.finish_update(SERVER, 5)
+
+    asyncio.run(go())
+    assert [path for path, _ in server.asked] == [c["request"]["path"] for c in contracts]
+    init, _, update, finish = (body for _, body in server.asked)
+    assert contracts[0]["request"]["json"]["init_info"].items() <= init["init_info"].items()
+    assert update["update_info"].keys() == contracts[2]["request"]["json"]["update_info"].keys()
+    assert update["update_info"]["dtype_names"] == ["float32", "bfloat16"]
+    assert update["update_info"]["shapes"] == [[2, 3], [4]]
+    assert finish == {"weight_version": "5"}
+
+
+def test_an_update_that_broke_off_does_not_stand_in_the_way():
+    asked: list[str] = []
+    refusal = "Worker failed with error 'start_weight_update called while a weight update is already active.'"
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        asked.append(path_of(request))
+        return httpx.Response(500, json={"error": {"message": refusal}}) if len(asked) == 1 else httpx.Response(200)
+
+    asyncio.run(make_backend(answer).begin_update(SERVER))
+    assert asked == ["/start_weight_update", "/finish_weight_update", "/start_weight_update"]
+
+
+def test_a_server_without_the_extension_is_told_apart():
+    error = {"error": {"message": "Worker failed with error ''CPUWorker' object has no attribute 'pekoe_load''"}}
+    backend = make_backend(lambda _: httpx.Response(500, json=error))
+    with pytest.raises(RunError, match="start it with PYTHONPATH"):
+        asyncio.run(backend.load_from_disk(SERVER, Path("/models/m"), 1))
+
+
+# Fingerprints
+
+
+def test_a_fingerprint_depends_on_every_bit_and_place():
+    generator = torch.Generator().manual_seed(0)
+    for dtype in (torch.float32, torch.bfloat16):
+        tensor = torch.randn(7, 5, generator=generator).to(dtype)
+        value = fingerprint(tensor)
+        assert fingerprint(tensor.clone()) == value
+        assert fingerprint(tensor.T.contiguous()) != value
+        swapped = tensor.clone()
+        swapped[0, 0], swapped[3, 2] = tensor[3, 2], tensor[0, 0]
+        assert fingerprint(swapped) != value
+        nudged = tensor.clone()
+        nudged[6, 4] = torch.nextafter(nudged[6, 4], torch.tensor(9.0, dtype=dtype))
+        assert fingerprint(nudged) != value
+    assert fingerprint(torch.tensor([0.0, 1.0])) == fingerprint(torch.tensor([-0.0, 1.0]))
+
+
+def test_both_sides_compute_the_same_fingerprint(monkeypatch: pytest.MonkeyPatch):
+    """The worker's file, loaded with stand-ins for vLLM's modules."""
+    names = ["config", "distributed.weight_transfer.base", "distributed.weight_transfer.factory"]
+    names += [f"model_executor.{name}" for name in ("layers.linear", "layers.vocab_parallel_embedding")]
+    for name in ("", *names, "model_executor.model_loader.reload"):
+        monkeypatch.setitem(sys.modules, f"vllm.{name}".rstrip("."), MagicMock())
+    base = ModuleType("base")
+    generic = type("Engine", (), {"__class_getitem__": classmethod(lambda cls, _: cls)})
+    for name in ("WeightTransferInitInfo", "WeightTransferUpdateInfo"):
+        setattr(base, name, type(name, (), {}))
+    base.WeightTransferEngine = generic
+    monkeypatch.setitem(sys.modules, "vllm.distributed.weight_transfer.base", base)
+    spec = importlib.util.spec_from_file_location("pekoe_vllm_gloo", vllm.WORKER_DIR / "pekoe_vllm_gloo.py")
+    worker = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "pekoe_vllm_gloo", worker)
+    spec.loader.exec_module(worker)
+    monkeypatch.setattr(vllm, "PART_NUMBERS", 100)  # the parts make no difference
+    for dtype in (torch.float32, torch.bfloat16):
+        tensor = torch.randn(33, 17).to(dtype)
+        assert worker.fingerprint(tensor) == fingerprint(tensor)
