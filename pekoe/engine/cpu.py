@@ -24,7 +24,7 @@ from pekoe.core.spec import ModelSpec
 from pekoe.core.types import IntArray
 from pekoe.engine.kv import Step
 from pekoe.model import PackedAttention
-from pekoe.model.jit import kernel, run
+from pekoe.model.jit import kernel, num_threads, run
 from pekoe.model.simd import add, exp, fma, larger, largest_of, load, mul, splat, spread, store, sum_of
 
 
@@ -62,7 +62,7 @@ class PagedAttention:
         self._groups, self._shared = groups(step, size)
         num_paged = self._groups[-1]
         work = np.add.reduceat(step.positions[:num_paged], self._groups[:-1]) + 64 if num_paged else np.zeros(0)
-        done, threads = np.concatenate([[0.0], work.cumsum()]), torch.get_num_threads()
+        done, threads = np.concatenate([[0.0], work.cumsum()]), num_threads()
         self._bounds = [int(np.searchsorted(done, done[-1] * i / threads)) for i in range(threads + 1)]
         rows = len(step.positions)
         self._write_bounds = [rows * i // threads for i in range(threads + 1)] if rows >= 128 else [0, rows]

@@ -18,6 +18,9 @@ from pekoe.engine.sampling import sample, sequence_key, uniforms
 from pekoe.engine.scheduler import Chunk, Scheduler, Work
 from pekoe.engine.slots import Sequence
 from pekoe.model import Decoder, load_model
+from pekoe.model.jit import each
+
+_SHARE_ROWS = 32  # rows worth a thread of their own
 
 
 class EmbeddedEngine:
@@ -134,38 +137,58 @@ class EmbeddedEngine:
         chunks = scheduler.plan()
         chunks.sort(key=lambda chunk: chunk.start == 0)  # those that continue come first, see kv.Step
         decoding = scheduler.order
+        shares = self._shares(decoding, chunks)
         try:
-            hidden = self._forward(decoding, chunks)
+            logits = each(self._forward, shares) if len(shares) > 1 else [self._forward(*shares[0])]
         except BaseException:
             scheduler.tree.flush()  # it knows blocks that were not computed
             raise
         for source, target in scheduler.advance(chunks, self._version):
             self._cache.copy_block(source, target)
         complete = [chunk for chunk in chunks if chunk.completes]
-        ends = len(decoding) - 1 + np.cumsum([chunk.stop - chunk.start for chunk in chunks], dtype=np.int64)
-        lasts = [end for chunk, end in zip(chunks, ends, strict=True) if chunk.completes]
-        wanted = np.concatenate([np.arange(len(decoding)), np.array(lasts, np.int64)])
-        shares = [len(chunk.prefill.sequences) for chunk in complete]
-        rows = np.concatenate([np.arange(len(decoding)), len(decoding) + np.repeat(np.arange(len(shares)), shares)])
-        touched = scheduler.order  # those decoding, then those whose context is complete, in the order of `rows`
-        assert len(touched) == len(rows)
-        if len(rows):
-            with self._autocast():
-                logits = self.model.logits(hidden[torch.from_numpy(wanted).to(self._device)])
-            self._sample(touched, logits, rows, params)
+        continuing = [len(chunk.prefill.sequences) for chunk in complete]
+        touched = scheduler.order  # those decoding, then those whose context is complete
+        first = 0
+        for number, (some, _) in enumerate(shares, 1):
+            rows = np.arange(len(some))
+            if number == len(shares):  # the last has the chunks
+                rows = np.append(rows, len(some) + np.repeat(np.arange(len(complete)), continuing))
+            if len(rows):
+                self._sample(touched[first : first + len(rows)], logits[number - 1], rows, params)
+            first += len(rows)
+        assert first == len(touched)
         self._count(
             num_prefill_tokens=sum(chunk.stop - chunk.start for chunk in chunks),
             num_cached_tokens=sum(chunk.prefill.num_cached for chunk in complete),
-            num_shared_tokens=sum(len(c.prefill.context) * (n - 1) for c, n in zip(complete, shares, strict=True)),
-            num_decode_tokens=len(rows),
+            num_shared_tokens=sum(len(c.prefill.context) * (n - 1) for c, n in zip(complete, continuing, strict=True)),
+            num_decode_tokens=len(touched),
             num_forwards=1,
         )
         stopped = np.isin(slots.last[touched], params.stop_token_ids)
         ended = stopped | (slots.sampled[touched] >= slots.most[touched])
         return [(scheduler.running[i], "stop" if stopped[i] else "length") for i in np.flatnonzero(ended)]
 
+    def _shares(self, decoding: IntArray, chunks: list[Chunk]) -> list[tuple[IntArray, list[Chunk]]]:
+        """Split a forward's rows among the CPU's threads; the chunks, which may read one another, stay together.
+
+        Threads that each take some rows through all layers do not wait for one another after every operation. Where
+        chunks are most of the work, or it is little, torch spreads each operation over its threads instead.
+        """
+        num_threads, num_chunk = torch.get_num_threads(), sum(chunk.stop - chunk.start for chunk in chunks)
+        size = -(-(len(decoding) + num_chunk) // num_threads)
+        if self._device.type != "cpu" or num_threads == 1 or size < _SHARE_ROWS or num_chunk > size:
+            return [(decoding, chunks)]
+        pieces: list[tuple[IntArray, list[Chunk]]] = [
+            (decoding[i : i + size], []) for i in range(0, len(decoding), size)
+        ]
+        if len(pieces) < num_threads:
+            pieces.append((decoding[:0], []))
+        pieces[-1][1].extend(chunks)
+        return pieces
+
+    @torch.no_grad()
     def _forward(self, decoding: IntArray, chunks: list[Chunk]) -> torch.Tensor:
-        """Hidden states [T, C] of the decoding slots' last tokens, then of the chunks."""
+        """Logits [R, V] after the decoding slots' last tokens, then after the chunks that complete their context."""
         slots, num_decode = self._scheduler.slots, len(decoding)
         tokens, positions = [slots.last[decoding]], [slots.computed[decoding]]
         sizes = [chunk.stop - chunk.start for chunk in chunks]
@@ -189,8 +212,13 @@ class EmbeddedEngine:
             fresh=bounds[num_continued:],
         )
         on_device = (torch.from_numpy(a).to(self._device) for a in (np.concatenate(tokens), step.positions))
+        lasts = [end - 1 for chunk, end in zip(chunks, bounds[1:], strict=True) if chunk.completes]
         with self._autocast():
-            return self.model(*on_device, self._cache.attention(step))
+            hidden = self.model(*on_device, self._cache.attention(step))
+            if chunks:
+                wanted = np.concatenate([np.arange(num_decode), np.array(lasts, np.int64)])
+                hidden = hidden[torch.from_numpy(wanted).to(self._device)]
+            return self.model.logits(hidden)
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self._device.type, self._dtype, enabled=self._dtype is not torch.float32)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from itertools import pairwise
 from typing import Any, TypeVar
 
@@ -16,11 +16,14 @@ import numba
 import torch
 
 F = TypeVar("F", bound=Callable[..., Any])
+T = TypeVar("T")
 
 # Sums may be reordered, so that loops vectorise; NaN and infinity keep their meaning.
 _FASTMATH = {"contract", "reassoc", "nsz", "arcp", "afn"}
 _pool: ThreadPoolExecutor | None = None
+_num_workers = 0
 _lock = threading.Lock()
+_here = threading.local()  # .worker is set on the pool's threads
 
 
 def kernel(function: F) -> F:
@@ -32,6 +35,10 @@ def kernel(function: F) -> F:
 def run(function: Callable[..., Any], bounds: Sequence[int], *args: Any) -> None:
     """Call `function(first, last, *args)` for each neighbouring pair of `bounds`, on a thread each."""
     shares = [(a, b) for a, b in pairwise(bounds) if b > a]
+    if hasattr(_here, "worker"):  # it may not wait for its own pool
+        for share in shares:
+            function(*share, *args)
+        return
     waiting = [_threads().submit(function, a, b, *args) for a, b in shares[1:]]
     if shares:
         function(*shares[0], *args)
@@ -39,15 +46,42 @@ def run(function: Callable[..., Any], bounds: Sequence[int], *args: Any) -> None
         future.result()
 
 
+def each(function: Callable[..., T], shares: Sequence[tuple[Any, ...]]) -> list[T]:
+    """`function(*share)` of every share, each on a thread whose torch operations stay on it."""
+    futures = [_threads().submit(function, *share) for share in shares]
+    try:
+        wait(futures)
+    finally:
+        wait(futures)  # also after Ctrl-C: nobody may still be at work when this returns
+    return [future.result() for future in futures]
+
+
+def num_threads() -> int:
+    """Threads that `run` may use here."""
+    return 1 if hasattr(_here, "worker") else torch.get_num_threads()
+
+
 def even(num_items: int, at_least: int) -> list[int]:
     """Bounds that split items evenly among torch's threads, none with fewer than `at_least`."""
-    num_shares = max(1, min(torch.get_num_threads(), num_items // at_least))
+    num_shares = max(1, min(num_threads(), num_items // at_least))
     return [num_items * i // num_shares for i in range(num_shares + 1)]
 
 
 def _threads() -> ThreadPoolExecutor:
-    global _pool
+    """As many threads as torch has, kept; torch and its libraries stay on one thread within each."""
+    global _pool, _num_workers
     with _lock:
-        if _pool is None:
-            _pool = ThreadPoolExecutor(torch.get_num_threads(), "pekoe-kernel")
+        wanted = torch.get_num_threads()
+        if _pool is None or _num_workers < wanted:
+            _pool, _num_workers = ThreadPoolExecutor(wanted, "pekoe-kernel", _become_worker), wanted
+            start = threading.Barrier(wanted)
+            for future in [_pool.submit(start.wait) for _ in range(wanted)]:
+                future.result()
+            torch.set_num_threads(wanted)  # the workers' setting is also what threads made later would begin with
         return _pool
+
+
+def _become_worker() -> None:
+    _here.worker = True
+    torch.get_num_threads()  # the first look in a thread takes over the process's setting; later ones keep this:
+    torch.set_num_threads(1)
