@@ -13,6 +13,8 @@ from pekoe.core.errors import RunError, UserError
 from pekoe.core.types import FinishReason, IntArray, Prompt, Rollout, SamplingParams
 from pekoe.engine.base import EngineStats, WeightSource, validate
 from pekoe.engine.cpu import CPUCache
+from pekoe.engine.cuda import CUDACache
+from pekoe.engine.graphs import DecodeGraphs
 from pekoe.engine.kv import KVCache, Step
 from pekoe.engine.sampling import sample, sequence_key, uniforms
 from pekoe.engine.scheduler import Chunk, Scheduler, Work
@@ -56,8 +58,12 @@ class EmbeddedEngine:
             num_blocks = max(1, min(config.max_running * -(-self._longest // size), affordable))
         self._capacity = num_blocks * size
         self._scheduler = Scheduler(num_blocks, size, config.max_running, config.prefill_tokens, self._longest)
+        self._graphs: DecodeGraphs | None = None  # of decoding forwards, on a GPU
         if CPUCache.takes(spec, size, kv_dtype, self._device):
             self._cache: CPUCache | KVCache = CPUCache(spec, num_blocks, size)
+        elif CUDACache.takes(spec, size, kv_dtype, self._device):
+            cache = CUDACache(spec, num_blocks, size, kv_dtype, self._device)
+            self._cache, self._graphs = cache, DecodeGraphs(model, cache, compute_dtype)
         else:
             self._cache = KVCache(spec, num_blocks, size, kv_dtype, self._device)
         self._stats = EngineStats()
@@ -211,6 +217,9 @@ class EmbeddedEngine:
             continued=bounds[: num_continued + 1],
             fresh=bounds[num_continued:],
         )
+        if self._graphs is not None and not chunks:
+            with self._autocast():
+                return self.model.logits(self._graphs.hidden(np.concatenate(tokens), step))
         on_device = (torch.from_numpy(a).to(self._device) for a in (np.concatenate(tokens), step.positions))
         lasts = [end - 1 for chunk, end in zip(chunks, bounds[1:], strict=True) if chunk.completes]
         with self._autocast():
@@ -250,6 +259,8 @@ class EmbeddedEngine:
         self._scheduler.preempt_all()
         self._scheduler.tree.flush()
         self.model = source
+        if self._graphs is not None:
+            self._graphs.follow(source)
         self._version = version
 
     def holds(self, model: Decoder) -> bool:
@@ -279,4 +290,5 @@ class EmbeddedEngine:
         if not self._closed:
             self._closed = True
             self._lost = len(self._scheduler.abort(None))
+            self._graphs = None
             del self._cache
