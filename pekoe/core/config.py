@@ -11,6 +11,7 @@ import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
+from urllib.parse import urlsplit
 
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -93,6 +94,9 @@ class ServerSection(Section):
     sync: Literal["disk", "shm", "broadcast"] = "disk"
     """How weights reach a server: a checkpoint in the run directory, one in shared memory (same host), or a
     torch.distributed group (NCCL on GPU, gloo on CPU)."""
+    checksum_every: int = Field(default=10, ge=1)
+    """Weight updates between two checksums over all parameters, where a server can give a true one; the first two
+    updates of a run always have one."""
     during_update: Literal["abort", "keep"] = "keep"
     """Responses in flight at a weight update: ended, or kept and gone on with under the new version."""
     max_requests: int = Field(default=256, ge=1)
@@ -105,6 +109,18 @@ class ServerSection(Section):
     """How long one request may take."""
     update_limit_s: float = Field(default=600, gt=0)
     """How long a weight update, a pause or a flush may take."""
+
+    @model_validator(mode="after")
+    def _addresses(self) -> ServerSection:
+        for url in self.urls:
+            try:
+                parts = urlsplit(url)
+                good = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+            except ValueError:  # a port that is no number
+                good = False
+            if not good:
+                raise ValueError(f"engine.server.urls: expected http://host:port, got {url!r}")
+        return self
 
 
 class EngineSection(Section):

@@ -7,7 +7,7 @@ again, or elsewhere), and RunError for an answer that says no, or that it does n
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -22,9 +22,14 @@ from pekoe.core.types import FinishReason, Prompt, SamplingParams
 from pekoe.engine import transfer
 from pekoe.engine.process import ServerProcess
 from pekoe.engine.transfer import Group, Tensors
+from pekoe.model import Decoder
 
 _CONNECT_LIMIT_S = 10.0
 _HEALTH_LIMIT_S = 10.0
+
+
+Fingerprints = Mapping[str, str | int]
+"""Of each parameter, by its name. Equal ones mean equal parameters."""
 
 
 class TransportError(Exception):
@@ -189,6 +194,15 @@ class Backend(ABC):
     async def finish_update(self, server: Server, version: int) -> None:
         """After the last `receive`: everything is there; tag it `version`."""
 
+    def expected(self, model: Decoder) -> Fingerprints | None:
+        """What `fingerprints` should say of a server that samples from `model`. None: it would speak of something
+        else."""
+        return None
+
+    async def fingerprints(self, server: Server) -> Fingerprints | None:
+        """Of every parameter that it samples from, over all its bits. None: it cannot tell."""
+        return None
+
     async def part(self, server: Server, group: Group | None) -> None:
         """Leave an attached server as it may go on without us: not paused, and out of `group`."""
         await self.resume(server)
@@ -223,6 +237,36 @@ class Backend(ABC):
         if answer.status_code != 200:
             raise RunError(f"{server.url}{path}: expected status 200, got {answer.status_code}: {_message(content)}")
         return content
+
+
+async def compare(
+    backend: Backend,
+    servers: Sequence[Server],
+    expected: Fingerprints,
+    lose: Callable[[Server, str], None],
+    tell: Callable[[str], None],
+) -> bool | None:
+    """Whether all that serve hold the expected parameters; None: one cannot say, or none serves.
+
+    `lose` hears of servers that do not answer, `tell` which parameters differ.
+    """
+    answers: list[bool | None] = []
+    for server in servers:
+        if server.state != "serving":
+            continue
+        try:
+            held = await backend.fingerprints(server)
+        except TransportError as error:
+            lose(server, str(error))
+            continue
+        wrong = sorted(name for name, value in expected.items() if held is not None and held.get(name) != value)
+        if wrong:
+            more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+            tell(f"{server.url} holds other weights than it should in {', '.join(wrong[:3])}{more}")
+        answers.append(None if held is None else not wrong)
+    if False in answers:
+        return False
+    return None if None in answers or not answers else True
 
 
 def _message(content: Any) -> str:

@@ -83,6 +83,11 @@ class Generator(Protocol):
         """
         ...
 
+    def holds(self, model: Decoder) -> bool | None:
+        """Whether it samples from exactly `model`'s parameters, by a comparison or checksum over every bit of them.
+        None: it cannot tell. Says nothing of KV."""
+        ...
+
     def pause(self) -> None:
         """Stop sampling until `resume`; what is in flight stays."""
         ...

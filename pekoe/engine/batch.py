@@ -226,7 +226,7 @@ class Batch:
             except TransportError as error:
                 why = f"{error} ({attempt + 1} attempts)"
             except SilenceError as error:
-                if self._blocked() or await self._backend.ready(server):
+                if self._blocked() or await self._backend.ready(server) or self._blocked():  # paused: it may fail
                     raise
                 why = f"{error}, and its health check fails"
                 break

@@ -21,12 +21,20 @@ class LoopThread:
 
     def __init__(self, name: str) -> None:
         self.loop = asyncio.new_event_loop()
+        self._lock, self._stopping = threading.Lock(), False
         self._thread = threading.Thread(target=self.loop.run_forever, name=name, daemon=True)
         self._thread.start()
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
-        """Run it there, wait for it here. Whatever interrupts the wait (Ctrl-C) cancels the work."""
-        future = asyncio.run_coroutine_threadsafe(work, self.loop)
+        """Run it there, wait for it here. Whatever interrupts the wait (Ctrl-C) cancels the work.
+
+        RunError once it is stopped, and where it stops meanwhile.
+        """
+        with self._lock:
+            if self._stopping:
+                work.close()
+                raise RunError("the engine is closed")
+            future = asyncio.run_coroutine_threadsafe(work, self.loop)
         try:
             return future.result()
         except CancelledError:
@@ -34,6 +42,13 @@ class LoopThread:
         except BaseException:
             future.cancel()
             raise
+
+    def soon(self, call: Callable[..., Any], *arguments: Any) -> None:
+        """Call it there, and do not wait. RunError once it is stopped."""
+        with self._lock:
+            if self._stopping:
+                raise RunError("the engine is closed")
+            self.loop.call_soon_threadsafe(call, *arguments)
 
     def stop(self) -> None:
         """Cancel what still runs, and end."""
@@ -45,7 +60,9 @@ class LoopThread:
             await asyncio.wait(tasks, timeout=_STOP_LIMIT_S) if tasks else None
             self.loop.stop()
 
-        asyncio.run_coroutine_threadsafe(cancel_all(), self.loop)
+        with self._lock:  # what comes later would never run
+            self._stopping = True
+            asyncio.run_coroutine_threadsafe(cancel_all(), self.loop)
         self._thread.join(timeout=2 * _STOP_LIMIT_S)
         if not self._thread.is_alive():
             self.loop.close()
@@ -74,3 +91,15 @@ async def in_thread(function: Callable[..., T], *arguments: Any) -> T:
 
     threading.Thread(target=work, name="pekoe blocking call", daemon=True).start()
     return await future
+
+
+async def both(here: asyncio.Future[Any], there: Coroutine[Any, Any, None]) -> None:
+    """Wait for both ends of one act, or until either fails: the other would wait for it in vain."""
+    other = asyncio.ensure_future(there)
+    try:
+        done, _ = await asyncio.wait({here, other}, return_when=asyncio.FIRST_EXCEPTION)
+        for each in done:
+            each.result()
+    finally:
+        here.cancel()
+        other.cancel()

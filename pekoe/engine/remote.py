@@ -12,7 +12,7 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Callable, Coroutine, Iterable, Iterator
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -26,10 +26,10 @@ from pekoe.core.errors import RunError, UserError
 from pekoe.core.spec import ModelSpec
 from pekoe.core.types import Prompt, Rollout, SamplingParams
 from pekoe.engine import transfer
-from pekoe.engine.backend import Backend, Server, Setup, TransportError
+from pekoe.engine.backend import Backend, Server, Setup, TransportError, compare
 from pekoe.engine.base import EngineStats, WeightSource, validate
 from pekoe.engine.batch import Batch, Taken
-from pekoe.engine.loop import LoopThread, in_thread
+from pekoe.engine.loop import LoopThread, both, in_thread
 from pekoe.engine.process import ServerProcess, free_ports, wait_ready
 from pekoe.engine.transfer import Group
 from pekoe.model import Decoder
@@ -55,6 +55,7 @@ class RemoteEngine:
         device: "cpu" or "cuda", where launched servers run.
         threads: CPU threads of each launched server.
         on_event: told, in the event loop's thread, of every server that is lost or comes back. Must not block.
+        asked: sampling that will be asked for; what servers cannot do raises UserError before any is started.
     """
 
     backend_class: ClassVar[type[Backend]]
@@ -70,6 +71,7 @@ class RemoteEngine:
         device: str = "cpu",
         threads: int | None = None,
         on_event: Callable[[str], None] = lambda _: None,
+        asked: Sequence[SamplingParams] = (),
     ) -> None:
         self._config = config.server
         self._spec, self._limit = spec, min(max_sequence_tokens, spec.max_positions)
@@ -81,6 +83,8 @@ class RemoteEngine:
             model, config.server, spec, self._limit, kv_tokens, config.max_running, dtype=dtype, device=device
         )
         self._backend = self.backend_class(setup)
+        for params in asked:
+            self._backend.check_params(params)
         self._servers = [Server(url.rstrip("/")) for url in config.server.urls]
         if not self._servers:
             self._check_python()
@@ -244,16 +248,31 @@ class RemoteEngine:
         self._check_open()
         validate(prompts, params, self._spec.vocab_size, self._limit, "the servers' context")
         self._backend.check_params(params)
-        return self._run(list(prompts), params)
+        return self._run(list(prompts), params, self._servers)
 
-    def _run(self, prompts: list[Prompt], params: SamplingParams) -> Iterator[Rollout]:
+    def probe(self, prompt: Prompt, params: SamplingParams) -> list[Rollout]:
+        """Responses of every server that serves, `params.n` each. One that is lost meanwhile is left out."""
+        self.generate([prompt], params)  # only its checks: nothing runs before it is iterated
+        found: list[Rollout] = []
+        for server in self._servers:
+            if server.state == "serving":
+                try:
+                    found += self._run([prompt], params, [server])
+                except RunError:
+                    if server.state == "serving":
+                        raise
+        if not found:
+            raise RunError(self._obituary())
+        return found
+
+    def _run(self, prompts: list[Prompt], params: SamplingParams, servers: list[Server]) -> Iterator[Rollout]:
         self._check_open()
         with self._lock:
             if self._batch is not None:
                 raise RunError("the engine is generating already: exhaust or close the earlier iterator first")
             batch = self._batch = Batch(
                 self._backend,
-                self._servers,
+                servers,
                 prompts,
                 params,
                 lose=self._lose,
@@ -261,13 +280,13 @@ class RemoteEngine:
                 nobody=self._obituary,
             )
         try:
-            self._loop.loop.call_soon_threadsafe(batch.start)
+            self._loop.soon(batch.start)
             for _ in range(len(prompts) * params.n):
                 taken = self._take(batch)
                 rollout, cached = taken.rollout, taken.num_cached_tokens
                 computed = max(0, rollout.num_prompt_tokens - cached) if rollout.num_tokens else 0
                 self._count(num_prefill_tokens=computed, num_cached_tokens=cached, num_decode_tokens=rollout.num_tokens)
-                self._loop.loop.call_soon_threadsafe(batch.release, taken)
+                self._loop.soon(batch.release, taken)
                 yield rollout
         finally:  # also where the caller closes the iterator, or an exception passes through
             if not self._closed:
@@ -279,12 +298,12 @@ class RemoteEngine:
         """Wait for the next response. A pause may be ended by another thread, but not wait for ever."""
         paused_since = None
         while True:
+            self._check_open()  # also where responses that nobody has taken are there still
             taken = batch.take(0.5)
             if isinstance(taken, BaseException):
                 raise taken
             if taken is not None:
                 return taken
-            self._check_open()
             paused_since = (paused_since or time.monotonic()) if self._paused else None
             if paused_since and time.monotonic() - paused_since > self._config.update_limit_s:
                 limit = self._config.update_limit_s
@@ -404,7 +423,7 @@ class RemoteEngine:
         parts = transfer.chunks(model, getattr(torch, self._dtype))
         while tensors := await in_thread(partial(next, parts, None)):
             sending = asyncio.ensure_future(in_thread(backend.broadcast, handle, tensors))
-            await self._both(sending, backend.receive(server, group, tensors))
+            await both(sending, backend.receive(server, group, tensors))
         await backend.finish_update(server, version)
 
     async def _join(self, server: Server) -> tuple[Group, Any]:
@@ -418,20 +437,15 @@ class RemoteEngine:
             limit_s=self._config.update_limit_s,
         )
         opening = asyncio.ensure_future(in_thread(self._backend.open_group, group))
-        await self._both(opening, self._backend.join_group(server, group))
+        await both(opening, self._backend.join_group(server, group))
         return group, opening.result()
 
-    @staticmethod
-    async def _both(here: asyncio.Future[Any], there: Coroutine[Any, Any, None]) -> None:
-        """Wait for both ends, or until either fails: the other would wait for it in vain."""
-        other = asyncio.ensure_future(there)
-        try:
-            done, _ = await asyncio.wait({here, other}, return_when=asyncio.FIRST_EXCEPTION)
-            for each in done:
-                each.result()
-        finally:
-            here.cancel()
-            other.cancel()
+    def holds(self, model: Decoder) -> bool | None:
+        """See `Generator.holds`; of every server that serves. What differs is told as an event."""
+        expected = self._backend.expected(model)
+        if expected is None:
+            return None
+        return self._loop.run(compare(self._backend, self._servers, expected, self._lose, self._event))
 
     # The rest
 

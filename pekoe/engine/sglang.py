@@ -5,7 +5,8 @@ What SGLang does of its own accord, and what this does about it:
 1. With n > 1 it gives all samples one seed. So: a request a sample, after one that only computes the prompt.
 2. Seeds decide only where it runs with `--enable-deterministic-inference` (GPU; slower). It is left to
    `engine.server.args`; `seeded` tells.
-3. Its log-probs are at the sampling temperature, before top-p and top-k; at 1 for greedy. As ours.
+3. Its log-probs are at the sampling temperature, before top-p and top-k; at 1 for greedy. As ours. But with both, it
+   takes top-p of the whole distribution, where others take it of what top-k left. So: one or the other.
 4. `ignore_eos` also ignores `stop_token_ids`. So it is set only where there are none; else the model's own ends of
    sequence stop too, which `Tokenizer.stop_token_ids` holds all of.
 5. Its context must be longer than the longest sequence by some tokens, or responses are cut without a word.
@@ -26,7 +27,7 @@ import torch
 
 from pekoe.core.errors import RunError, UserError
 from pekoe.core.types import FinishReason, Prompt, SamplingParams
-from pekoe.engine.backend import Answer, Backend, Server
+from pekoe.engine.backend import Answer, Backend, Fingerprints, Server
 from pekoe.engine.remote import RemoteEngine
 from pekoe.engine.sampling import sequence_key
 from pekoe.engine.transfer import Group, Tensors
@@ -69,6 +70,12 @@ class SGLang(Backend):
             raise UserError(
                 f"sampling min_new_tokens: expected 0 with SGLang (it needs the tokenizer for it, and its log-probs "
                 f"would be those after the ban), got {params.min_new_tokens}; nearest: 0"
+            )
+        if params.top_k > 0 and params.top_p < 1:
+            raise UserError(
+                f"sampling top_p with top_k: expected one of them with SGLang (it takes top-p of the whole "
+                f"distribution, other engines of what top-k left), got {params.top_p} with {params.top_k}; nearest: "
+                f"top_p = 1 or top_k = 0"
             )
 
     async def prefill(self, server: Server, prompt: Prompt) -> int:
@@ -173,13 +180,19 @@ class SGLang(Backend):
         if group is not None:
             await self.post(server, "/destroy_weights_update_group", {"group_name": group.name})
 
-    async def checksums(self, server: Server) -> dict[str, str]:
-        """Each of its parameters' hash, by SGLang's names. On CPU: the first 8 bytes of SHA-256 of the values."""
+    def expected(self, model: Decoder) -> Fingerprints | None:
+        """See `Backend.expected`. None on a GPU (another hash), and where SGLang pads: a vocabulary or intermediate
+        size that is no multiple of 64."""
+        spec, setup = model.spec, self.setup
+        if setup.device != "cpu" or spec.vocab_size % _PADDED_TO or spec.intermediate_size % _PADDED_TO:
+            return None
+        return parameter_hashes(model, getattr(torch, setup.dtype))
+
+    async def fingerprints(self, server: Server) -> Fingerprints | None:
+        """By SGLang's names; on CPU, the first 8 bytes of SHA-256 of the values. None of split weights."""
         content = await self.post(server, "/weights_checker", {"action": "checksum"})
         ranks = _field(content, "ranks", list)
-        if len(ranks) != 1:
-            raise RunError(f"{server.url}: expected the weights in one piece, got {len(ranks)}")
-        return dict(_field(ranks[0], "checksums", dict))
+        return dict(_field(ranks[0], "checksums", dict)) if len(ranks) == 1 else None
 
 
 class SGLangEngine(RemoteEngine):
@@ -191,25 +204,6 @@ class SGLangEngine(RemoteEngine):
     def seeded(self) -> bool:
         """Whether the same seed gives the same tokens: only with `--enable-deterministic-inference`."""
         return isinstance(self._backend, SGLang) and self._backend.seeded
-
-    def holds(self, model: Decoder) -> bool:
-        """Whether every serving server holds exactly `model`'s parameters: a hash over each one's bits.
-
-        It proves the parameters, and nothing of KV. RunError where SGLang's hashes are of something else: on a GPU
-        (another function), of shards, and of padded weights.
-        """
-        backend = self._backend
-        assert isinstance(backend, SGLang)
-        sizes = (self._spec.vocab_size, self._spec.intermediate_size)
-        if self._device != "cpu" or any(size % _PADDED_TO for size in sizes):
-            raise RunError(
-                f"parameter checksums: expected CPU servers and a vocabulary and intermediate size that are multiples "
-                f"of {_PADDED_TO} (SGLang pads others), got {self._device} and {sizes}"
-            )
-        expected = parameter_hashes(model, getattr(torch, self._dtype))
-        serving = [server for server in self.servers if server.state == "serving"]
-        found = [self._loop.run(backend.checksums(server)) for server in serving]
-        return bool(found) and all(hashes == expected for hashes in found)
 
 
 def parse_answer(content: Any) -> Answer:
@@ -239,7 +233,7 @@ def parse_answer(content: Any) -> Answer:
 
 
 def parameter_hashes(model: Decoder, dtype: torch.dtype) -> dict[str, str]:
-    """What `SGLang.checksums` should say of `model`: SGLang keeps q, k, v and gate, up as one parameter each."""
+    """What `SGLang.fingerprints` should say of `model`: SGLang keeps q, k, v and gate, up as one parameter each."""
     fused = {"q_proj": "qkv_proj", "k_proj": "qkv_proj", "v_proj": "qkv_proj"}
     fused |= {"gate_proj": "gate_up_proj", "up_proj": "gate_up_proj"}
     hashers: dict[str, Any] = {}

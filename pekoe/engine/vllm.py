@@ -24,7 +24,7 @@ from torch import Tensor
 
 from pekoe.core.errors import RunError, UserError
 from pekoe.core.types import Prompt, SamplingParams
-from pekoe.engine.backend import Answer, Backend, Server, TransportError
+from pekoe.engine.backend import Answer, Backend, Fingerprints, Server, TransportError
 from pekoe.engine.remote import RemoteEngine
 from pekoe.engine.sampling import sequence_key
 from pekoe.engine.transfer import Group, Tensors
@@ -282,9 +282,16 @@ class VLLMBackend(Backend):
         if group is not None:
             await self.post(server, "/shutdown_weight_transfer_engine")
 
-    async def fingerprints(self, server: Server) -> dict[str, int] | None:
-        """Of every parameter, by its name in a checkpoint, as the server's forward uses it now. None: it cannot
-        tell, as the weights are split between workers."""
+    def expected(self, model: Decoder) -> Fingerprints:
+        dtype = getattr(torch, self.setup.dtype)
+        expected = {name: fingerprint(p.detach().to(dtype)) for name, p in model.named_parameters()}
+        if model.spec.tied_embeddings:
+            expected["lm_head.weight"] = expected["model.embed_tokens.weight"]
+        return expected
+
+    async def fingerprints(self, server: Server) -> Fingerprints | None:
+        """By names of a checkpoint, as the server's forward uses them now; costs a fraction of a forward over a long
+        sequence. None where the weights are split between workers."""
         (answer, *_) = await self._rpc(server, "pekoe_fingerprints")
         return None if answer is None else {name: int(value) for name, value in answer.items()}
 
@@ -339,24 +346,3 @@ class VLLMEngine(RemoteEngine):
     """A Generator on vLLM servers. See `RemoteEngine`."""
 
     backend_class = VLLMBackend
-
-    def check_weights(self, model: Decoder) -> bool | None:
-        """Do all serving servers hold exactly `model`'s parameters, as their forward uses them? None: they cannot
-        tell. RunError names the parameters that differ. Costs a fraction of a forward over a long sequence."""
-        dtype = getattr(torch, self._dtype)
-        expected = {name: fingerprint(p.detach().to(dtype)) for name, p in model.named_parameters()}
-        if model.spec.tied_embeddings:
-            expected["lm_head.weight"] = expected["model.embed_tokens.weight"]
-        serving = [server for server in self.servers if server.state == "serving"]
-        backend = cast("VLLMBackend", self._backend)
-        known = True
-        for server in serving:
-            held = self._loop.run(backend.fingerprints(server))
-            if held is None:
-                known = False
-                continue
-            wrong = sorted(name for name, value in expected.items() if held.get(name) != value)
-            if wrong:
-                more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-                raise RunError(f"{server.url}: expected the given weights, got others in {', '.join(wrong[:3])}{more}")
-        return True if known and serving else None

@@ -3,26 +3,27 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from pekoe.core.config import EngineSection, ModelSection, ProcessSection, RLConfig, RolloutSection, VerifySection
+from pekoe.core.config import EvalConfig, EvalSection, ModelSection, ProcessSection, RLConfig, RolloutSection
 from pekoe.core.errors import UserError
 from pekoe.core.types import Problem, Prompt, SamplingParams
 from pekoe.core.view import View
 from pekoe.data.order import DataOrder
 from pekoe.data.problems import read_problems
 from pekoe.data.tokenizer import Tokenizer
-from pekoe.engine import EmbeddedEngine
+from pekoe.engine import EmbeddedEngine, Generator, SGLangEngine, VLLMEngine
 from pekoe.model import Decoder, load_model
 from pekoe.run.control import Stop
 from pekoe.run.judging import make_judge
 from pekoe.run.rollout import Sampler
 from pekoe.run.state import RunDir
-from pekoe.run.sync import InProcessSync
+from pekoe.run.sync import WeightSync
 from pekoe.train import Trainer
 
 
@@ -38,7 +39,7 @@ class RLParts:
     trainer: Trainer
     reference: Decoder | None
     sampler: Sampler
-    sync: InProcessSync
+    sync: WeightSync
     run: RunDir
     view: View
     stop: Stop
@@ -109,29 +110,89 @@ def sampling(rollout: RolloutSection, tokenizer: Tokenizer, seed: int) -> Sampli
     )
 
 
+def sampling_for(section: EvalSection, max_new_tokens: int, tokenizer: Tokenizer, seed: int) -> SamplingParams:
+    return SamplingParams(
+        n=section.samples,
+        temperature=section.temperature,
+        top_p=section.top_p,
+        max_new_tokens=max_new_tokens,
+        stop_token_ids=tokenizer.stop_token_ids,
+        seed=seed,
+        stream="eval",
+    )
+
+
 def open_sampler(
+    config: RLConfig | EvalConfig,
     model: Decoder,
     tokenizer: Tokenizer,
-    engine: EngineSection,
-    verify: VerifySection,
     longest: int,
-    dtype: torch.dtype,
-    seed: int,
+    asked: Sequence[SamplingParams],
+    log_dir: Path,
     view: View,
     stop: Stop,
     stack: ExitStack,
-) -> tuple[EmbeddedEngine, Sampler]:
-    """An engine and judges, closed with `stack`."""
-    embedded = EmbeddedEngine(model, engine, longest, dtype)
-    stack.callback(embedded.close)
-    if embedded.max_sequence_tokens < longest:
-        raise UserError(
-            f"engine.kv_tokens: expected room for the longest sequence, {longest} tokens, got "
-            f"{embedded.num_kv_tokens}; raise it (or engine.kv_gib, where it is absent)"
-        )
-    judge = make_judge(verify, tokenizer, seed)
+) -> Sampler:
+    """The engine that the config names, and judges, closed with `stack`.
+
+    Args:
+        model: what the embedded engine samples from. Servers start from the same directory, `config.model.path`.
+        longest: tokens of the longest prompt with its response.
+        asked: every kind of sampling that the engine will be asked for.
+        log_dir: for servers.
+    """
+    engine = open_engine(config, model, longest, asked, log_dir, view)
+    stack.callback(engine.close)
+    check_room(engine.max_sequence_tokens, longest)
+    judge = make_judge(config.verify, tokenizer, config.run.seed)
     stack.callback(judge.close)
-    return embedded, Sampler(embedded, tokenizer, judge, view, stop)
+    return Sampler(engine, tokenizer, judge, view, stop)
+
+
+def check_room(kv_tokens: int, longest: int) -> None:
+    if kv_tokens < longest:
+        raise UserError(
+            f"engine.kv_tokens: expected room for the longest sequence, {longest} tokens, got {kv_tokens}; "
+            f"raise it (or engine.kv_gib, where it is absent)"
+        )
+
+
+def open_engine(
+    config: RLConfig | EvalConfig,
+    model: Decoder,
+    longest: int,
+    asked: Sequence[SamplingParams],
+    log_dir: Path,
+    view: View,
+) -> Generator:
+    """The engine that the config names, ready; says what it takes. See `open_sampler`."""
+    section, server = config.engine, config.engine.server
+    if section.backend == "embedded":
+        engine = EmbeddedEngine(model, section, longest, getattr(torch, config.model.dtype))
+        view.say(f"KV cache: {engine.kv_bytes / 2**20:.0f} MiB for {engine.num_kv_tokens:,} tokens")
+        return engine
+    kind = {"sglang": SGLangEngine, "vllm": VLLMEngine}[section.backend]
+    check_room(section.kv_tokens or longest, longest)  # before any is started
+    number = len(server.urls) or server.count
+    view.say(
+        f"{'attaching to' if server.urls else 'starting'} {number} {section.backend} server{'s' * (number > 1)}, "
+        f"weights by {server.sync}; logs in {log_dir}"
+    )
+    remote = kind(
+        Path(config.model.path),
+        section,
+        model.spec,
+        longest,
+        log_dir,
+        config.model.dtype,
+        next(model.parameters()).device.type,
+        config.run.threads or max(1, (os.cpu_count() or 1) // number),
+        on_event=view.say,
+        asked=asked,
+    )
+    if isinstance(remote, SGLangEngine) and not remote.seeded:
+        view.say("SGLang runs without --enable-deterministic-inference: the same seed does not give the same tokens")
+    return remote
 
 
 def build_rl(config: RLConfig, view: View, stop: Stop, stack: ExitStack) -> RLParts:
@@ -160,10 +221,12 @@ def build_rl(config: RLConfig, view: View, stop: Stop, stack: ExitStack) -> RLPa
         dtype,
     )
     longest = data.max_prompt_tokens + new_tokens
-    engine, sampler = open_sampler(
-        model, tokenizer, config.engine, config.verify, longest, dtype, config.run.seed, view, stop, stack
-    )
-    view.say(f"KV cache: {engine.kv_bytes / 2**20:.0f} MiB for {engine.num_kv_tokens:,} tokens")
+    asked = [sampling(rollout, tokenizer, config.run.seed)]
+    if held_out:
+        asked.append(sampling_for(config.eval, config.eval.max_new_tokens or rollout.max_new_tokens, tokenizer, 0))
+    sampler = open_sampler(config, model, tokenizer, longest, asked, run.path / "logs", view, stop, stack)
+    server = config.engine.server
+    route = "alias" if config.engine.backend == "embedded" else server.sync
     canary = Prompt("canary", 0, tokenizer.encode_prompt(problems[0].messages))
     reference = None
     if config.algo.kl:
@@ -177,7 +240,7 @@ def build_rl(config: RLConfig, view: View, stop: Stop, stack: ExitStack) -> RLPa
         trainer=trainer,
         reference=reference,
         sampler=sampler,
-        sync=InProcessSync(trainer, engine, canary),
+        sync=WeightSync(trainer, sampler.engine, canary, route, 1 if route == "alias" else server.checksum_every),
         run=run,
         view=view,
         stop=stop,

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import ExitStack
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from pekoe.core.config import EvalConfig, EvalSection
-from pekoe.core.errors import Interrupted
+from pekoe.core.config import EvalConfig
+from pekoe.core.errors import Interrupted, RunError
 from pekoe.core.types import Group, Problem, SamplingParams, Verdict
 from pekoe.core.view import View
 from pekoe.data.tokenizer import Tokenizer
-from pekoe.run.build import check_context, open_model, open_problems, open_sampler, set_threads
+from pekoe.run.build import check_context, open_model, open_problems, open_sampler, sampling_for, set_threads
 from pekoe.run.control import Clock, Stop, StopRequested
 from pekoe.run.rollout import Sampler, check_faults
 
@@ -35,18 +38,6 @@ class EvalResult:
 
     def as_dict(self) -> dict[str, Any]:
         return {k: v for k, v in asdict(self).items() if k != "examples"}
-
-
-def sampling_for(section: EvalSection, max_new_tokens: int, tokenizer: Tokenizer, seed: int) -> SamplingParams:
-    return SamplingParams(
-        n=section.samples,
-        temperature=section.temperature,
-        top_p=section.top_p,
-        max_new_tokens=max_new_tokens,
-        stop_token_ids=tokenizer.stop_token_ids,
-        seed=seed,
-        stream="eval",
-    )
 
 
 def evaluate(
@@ -94,7 +85,7 @@ def run_eval(config: EvalConfig, view: View) -> EvalResult:
     """`pekoe eval`: evaluate one model on one problem file."""
     assert config.eval.data is not None
     set_threads(config.run)
-    model, tokenizer, dtype = open_model(config.model)
+    model, tokenizer, _ = open_model(config.model)
     new_tokens = config.eval.max_new_tokens or max(1, model.spec.max_positions - config.max_prompt_tokens)
     check_context(model, config.max_prompt_tokens, new_tokens)
     problems = open_problems(config.eval.data, tokenizer, config.max_prompt_tokens, False, view)
@@ -102,13 +93,29 @@ def run_eval(config: EvalConfig, view: View) -> EvalResult:
     longest = config.max_prompt_tokens + new_tokens
     stop = Stop()
     with stop.listening(), ExitStack() as stack:
-        _, sampler = open_sampler(
-            model, tokenizer, config.engine, config.verify, longest, dtype, config.run.seed, view, stop, stack
-        )
+        log_dir = stack.enter_context(_kept_on_failure())
+        sampler = open_sampler(config, model, tokenizer, longest, [params], log_dir, view, stop, stack)
+        if config.engine.server.urls:  # what they held before is not known
+            sampler.engine.update_weights(model, 0)
+        if sampler.engine.holds(model) is False:
+            raise RunError(f"expected the engine to hold the parameters of {config.model.path}, got others")
         try:
             return evaluate(sampler, problems, params, Clock(view), config.verify.max_fault_rate)
         except StopRequested:
             raise Interrupted("stopped; nothing was measured. Run the same command again to start over") from None
+
+
+@contextmanager
+def _kept_on_failure() -> Iterator[Path]:
+    """A directory for logs: removed in the end, unless the body fails and they may tell why."""
+    path = Path(tempfile.mkdtemp(prefix="pekoe-eval-"))
+    try:
+        yield path
+    except BaseException:
+        with suppress(OSError):
+            path.rmdir()  # an empty one tells nothing
+        raise
+    shutil.rmtree(path)
 
 
 def _example(tokenizer: Tokenizer, group: Group, verdicts: Sequence[Verdict]) -> dict[str, Any]:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
 
 import numpy as np
 
@@ -16,12 +15,13 @@ from pekoe.algo.packing import split_minibatches
 from pekoe.algo.scoring import Scored, score
 from pekoe.core.errors import Interrupted
 from pekoe.core.types import Sample
-from pekoe.run.build import RLParts, sampling
+from pekoe.run.build import RLParts, sampling, sampling_for
 from pekoe.run.control import Clock, StopRequested
-from pekoe.run.evaluate import evaluate, sampling_for
+from pekoe.run.evaluate import evaluate
 from pekoe.run.metrics import step_metrics
 from pekoe.run.rollout import Batch, check_faults, is_useless, rollout_lines
 from pekoe.run.state import Progress
+from pekoe.run.sync import SyncReport
 from pekoe.train import StepStats
 
 
@@ -31,7 +31,7 @@ def run_rl(parts: RLParts) -> None:
     start = {"step": 0, "order": parts.order.state(), "measured": True}
     progress: Progress = parts.run.resume(parts.trainer) or start
     parts.order.restore(progress["order"])
-    parts.sync(progress["step"])
+    parts.view.say(str(parts.sync(progress["step"])))
     try:
         progress = measure_if_due(parts, progress)
         while progress["step"] < config.num_steps:
@@ -43,7 +43,7 @@ def run_rl(parts: RLParts) -> None:
                 synced = parts.sync(step)
             due = config.eval.every is not None and step % config.eval.every == 0
             progress = {"step": step, "order": parts.order.state(), "measured": not due}
-            commit(parts, step, batch, scored, stats, untrained, {"sync_canary_diff": synced.canary_diff}, clock)
+            commit(parts, step, batch, scored, stats, untrained, synced, clock)
             progress = measure_if_due(parts, progress)
             if step % config.train.save_every == 0:
                 save(parts, progress)
@@ -118,7 +118,7 @@ def commit(
     scored: Scored,
     stats: list[StepStats],
     untrained: dict[int, str],
-    extra: dict[str, Any],
+    synced: SyncReport,
     clock: Clock,
 ) -> None:
     """Write the step down: rollouts, what became of every prompt drawn, metrics."""
@@ -128,7 +128,8 @@ def commit(
         account(parts, step, group.problem.uid, group.draw, (scored.dropped | untrained).get(position))
     for group, _, reason in batch.dropped:
         account(parts, step, group.problem.uid, group.draw, reason)
-    parts.run.journal.write("step", **step_metrics(step, batch, scored, stats, parts.config, clock.seconds), **extra)
+    metrics = step_metrics(step, batch, scored, stats, parts.config, clock.seconds)
+    parts.run.journal.write("step", **metrics, **synced.as_dict())
 
 
 def account(parts: RLParts, step: int, uid: str, draw: int, reason: str | None) -> None:
