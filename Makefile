@@ -15,10 +15,13 @@ export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 export PYRIGHT_PYTHON_GLOBAL_NODE := 0
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow check format clean FORCE
+.PHONY: help demo test test-slow test-servers check format clean FORCE
+
+# Environments of the servers that tests and benchmarks start, and what else has a target of its own.
+-include tests/servers/sglang.mk tests/servers/vllm.mk benchmarks/bench.mk
 
 help: ## Show this list
-	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(firstword $(MAKEFILE_LIST)) | column -t -s '|'
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(wildcard $(MAKEFILE_LIST)) | column -t -s '|'
 
 demo: $(VENV)/.stamp-demo ## Train a small model to reason, here and now: make demo ARGS="--seed 1"
 	$(BIN)/pekoe demo $(ARGS)
@@ -28,6 +31,10 @@ test: $(VENV)/.stamp-test ## Run the tests: make test ARGS="tests/data -x"
 
 test-slow: $(VENV)/.stamp-test ## Run the tests that take long
 	$(PY) -m pytest -m slow --timeout 3600 $(ARGS)
+
+test-servers: $(VENV)/.stamp-test $(VENV_SGLANG)/.stamp $(VENV_VLLM)/.stamp ## Run the tests with real SGLang and vLLM servers (6 GB more)
+	PEKOE_SGLANG_PYTHON=$(abspath $(VENV_SGLANG))/bin/python PEKOE_VLLM_PYTHON=$(abspath $(VENV_VLLM))/bin/python \
+	  $(PY) -m pytest -m server --timeout 900 $(ARGS)
 
 check: $(VENV)/.stamp-dev ## Check format, lint, types and floors
 	@failed=; \
@@ -39,8 +46,8 @@ format: $(VENV)/.stamp-dev ## Format the code and mend what lint can mend
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-clean: ## Remove the virtual environment and every cache; runs/ stays
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+clean: ## Remove the virtual environments and every cache; runs/ stays
+	rm -rf $(VENV) $(VENV_SGLANG) $(VENV_VLLM) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache
 	find pekoe tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # An environment is sound when its stamp names this directory and its own Python still runs, and is new enough.

@@ -137,6 +137,36 @@ def test_a_kv_cache_below_a_sequence(folder: Path):
     assert "engine.kv_tokens" in refused(folder, "engine.kv_tokens=16", f"run.dir={folder / 'kv'}")
 
 
+def test_servers_that_cannot_be_used(folder: Path):
+    python = f"engine.server.python={sys.executable}"
+    for words, message in [
+        (["engine.backend=sgl"], "engine.backend: expected 'embedded', 'sglang' or 'vllm', got 'sgl'"),
+        (["engine.backend=sglang"], "engine.server: expected either python (start servers) or urls"),
+        (["engine.server.pyton=x"], "unknown key 'engine.server.pyton'. Did you mean 'python'?"),
+        (
+            ["engine.backend=vllm", 'engine.server.urls=["localhost:80"]'],
+            "expected http://host:port, got 'localhost:80'",
+        ),
+        (["engine.backend=sglang", "engine.server.python=/no/python"], "the Python that runs SGLang, got '/no/python'"),
+        (["engine.backend=sglang", python, "rollout.min_new_tokens=1"], "min_new_tokens: expected 0 with SGLang"),
+        (["engine.backend=vllm", python, "rollout.top_p=0.9"], "rollout.top_p: expected 1.0 with"),
+    ]:
+        assert message in refused(folder, f"run.dir={folder / 'servers'}", *words)
+
+
+def test_a_server_that_does_not_start_ends_the_run_with_its_last_words(folder: Path):
+    words = ["engine.backend=vllm", f"engine.server.python={sys.executable}", f"run.dir={folder / 'unstarted'}"]
+    done = pekoe("rl", str(folder / "rl.toml"), *words)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert "vLLM server 0 ended while starting" in done.stderr
+    assert "No module named" in done.stderr
+    nobody = ["engine.backend=sglang", 'engine.server.urls=["http://127.0.0.1:9"]', "engine.server.start_limit_s=1"]
+    done = pekoe("rl", str(folder / "rl.toml"), *nobody, f"run.dir={folder / 'nobody'}")
+    assert done.returncode == 1
+    assert "SGLang at http://127.0.0.1:9: expected its health check to pass within 1 s" in done.stderr
+
+
 def test_a_run_by_the_command_line_ends_with_a_model(folder: Path):
     done = pekoe("rl", str(folder / "rl.toml"), f"run.dir={folder / 'whole'}")
     assert done.returncode == 0, done.stderr

@@ -187,9 +187,10 @@ class Contract:
 
     @pytest.mark.parametrize("name", SAMPLINGS)
     def test_tokens_are_drawn_from_the_models_distribution(self, harness: Harness, engine: Generator, name: str):
-        harness.need(name)
         params = replace(SAMPLINGS[name], stream="eval")
         asked = [prompt(f"{name} {i}", 3 + 5 * i) for i in range(4)]
+        if not harness.accepts(f"{name}, eval", engine, asked, params):
+            return
         n = harness.num_draws // len(asked)
         first = harness.collect(engine, asked, replace(params, n=n, max_new_tokens=1))
         counts = [
@@ -358,17 +359,22 @@ class Contract:
 
     def test_tokens_after_an_update_are_drawn_from_the_new_weights(self, harness: Harness, engine: Generator):
         params = replace(LONG, n=32)
-        stream = engine.generate([prompt("p", 9)], params)
-        rollouts: Rollouts = {}
-        harness.take(engine, next(stream), rollouts)
-        engine.update_weights(harness.other, 1)
-        harness.drain(engine, stream, rollouts)
-        crossed = [r for r in rollouts.values() if len(r.versions) == 2]
-        starts = [r.versions[1][1] for r in crossed]
+        for version in (2, 4, 6):  # again where too little was met in flight
+            engine.update_weights(harness.model, version - 1)
+            stream = engine.generate([prompt(f"p{version}", 9)], params)
+            rollouts: Rollouts = {}
+            harness.take(engine, next(stream), rollouts)
+            engine.update_weights(harness.other, version)
+            harness.drain(engine, stream, rollouts)
+            crossed = [r for r in rollouts.values() if len(r.versions) == 2]
+            starts = [r.versions[1][1] for r in crossed]
+            if sum(r.num_tokens for r in crossed) - sum(starts) > 100:
+                break
+        else:
+            raise AssertionError("the updates met too little in flight")
         parts = zip(response_logits(harness.other, crossed), starts, strict=True)
         rows = np.concatenate([logits[start:] for logits, start in parts])
         tokens = np.concatenate([r.payload.resolve().tokens[s:] for r, s in zip(crossed, starts, strict=True)])
-        assert len(tokens) > 100
         assert_uniform(uniforms_of(probabilities(rows, params), tokens))
 
     def test_weights_come_from_a_directory_too(self, harness: Harness, engine: Generator, tmp_path: Path):
@@ -413,20 +419,25 @@ class Contract:
     # Pause, the end
 
     def test_pause_and_resume_lose_nothing(self, harness: Harness, engine: Generator):
-        stream = engine.generate([prompt("p", 9)], LONG)
-        rollouts: Rollouts = {}
-        harness.take(engine, next(stream), rollouts)
-        engine.pause()
-        engine.pause()
-        engine.update_weights(harness.other, 1)  # what is paused stays so
-        sampled = engine.stats().num_decode_tokens
-        time.sleep(0.3)
-        assert engine.stats().num_decode_tokens == sampled
-        engine.resume()
-        harness.drain(engine, stream, rollouts)
-        assert len(rollouts) == LONG.n
-        assert any(len(r.versions) == 2 for r in rollouts.values())
-        harness.assert_true(rollouts, {0: harness.model, 1: harness.other})
+        """Again where nothing was met in flight: on a loaded machine a fast server may end all before the pause."""
+        weights = {version: (harness.model, harness.other)[version % 2] for version in range(7)}
+        for version in range(1, 7):
+            stream = engine.generate([prompt(f"p{version}", 9)], LONG)
+            rollouts: Rollouts = {}
+            harness.take(engine, next(stream), rollouts)
+            engine.pause()
+            engine.pause()
+            engine.update_weights(weights[version], version)  # what is paused stays so
+            sampled = engine.stats().num_decode_tokens
+            time.sleep(0.3)
+            assert engine.stats().num_decode_tokens == sampled
+            engine.resume()
+            harness.drain(engine, stream, rollouts)
+            assert len(rollouts) == LONG.n
+            harness.assert_true(rollouts, weights)
+            if any(len(r.versions) == 2 for r in rollouts.values()):
+                return
+        raise AssertionError("no response was in flight when the engine was paused")
 
     def test_a_paused_engine_gives_no_new_responses(self, harness: Harness, engine: Generator):
         """An engine in this thread could never be resumed while it waits, so it says so; servers wait."""

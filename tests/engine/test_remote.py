@@ -16,6 +16,7 @@ import pytest
 from pekoe.core.config import EngineSection
 from pekoe.core.errors import RunError, UserError
 from pekoe.core.types import Prompt, Rollout, SamplingParams
+from pekoe.engine.loop import LoopThread
 from pekoe.engine.sglang import SGLangEngine
 from pekoe.model import Decoder
 
@@ -161,10 +162,10 @@ def test_an_abort_ends_what_is_still_on_its_way_and_nothing_else(house: House, m
     assert len({len(body["rid"]) for body in generated(server)}) == 1  # SGLang takes an id for a prefix of ids
 
 
-def test_closing_the_iterator_early_ends_what_is_unfinished(house: House, make_prompt: MakePrompt):
+def test_closing_the_iterator_early_ends_what_is_unfinished(house: House):
     server = house.add(token_s=0.02)
     engine = house.engine(server)
-    prompts = [Prompt("short", 0, np.array([1])), make_prompt("p", 5)]
+    prompts = [Prompt("short", 0, np.array([1])), Prompt("p", 0, np.array([2]))]  # stops at once; after 32 tokens
     for _ in range(2):
         stream = engine.generate(prompts, SamplingParams(n=2, max_new_tokens=90, stop_token_ids=(1,)))
         assert next(stream).uid == "short"
@@ -190,6 +191,40 @@ def test_pause_and_resume(house: House, make_prompt: MakePrompt):
         next(engine.generate(prompts, params))
     engine.resume()
     check(list(engine.generate(prompts, params)), prompts, params)
+
+
+def test_an_update_while_paused_loses_nothing(house: House, make_prompt: MakePrompt):
+    """A paused server fails its health check, and is not dead for that."""
+    server = house.add(token_s=0.02)
+    engine = house.engine(server)
+    prompts, params = [make_prompt("p", 5)], SamplingParams(n=3, max_new_tokens=60)
+
+    def change() -> None:
+        engine.pause()
+        engine.pause()
+        engine.update_weights(house.model, 1)
+        assert server.paused
+        engine.resume()
+
+    house.later(0.4, change)
+    rollouts = list(engine.generate(prompts, params))
+    check(rollouts, prompts, params)
+    assert {tuple(v for v, _ in r.versions) for r in rollouts} == {(0, 1)}
+    assert engine.events == []
+    assert len(generated(server)) == 3  # each was asked for once
+
+
+def test_a_silent_request_does_not_condemn_a_server_that_is_paused_meanwhile(
+    house: House, make_prompt: MakePrompt, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("pekoe.engine.backend._HEALTH_LIMIT_S", 0.5)
+    server = house.add()
+    engine = house.engine(server, request_limit_s=0.5)
+    server.faults = {"/generate": ["hang"], "/health": ["hang"]}  # silent at 0.5 s, asked after until 1 s
+    house.later(0.75, engine.pause)
+    with pytest.raises(RunError, match=r"an answer within 0\.5 s"):
+        list(engine.generate([make_prompt("p", 5)], SamplingParams(max_new_tokens=5)))
+    assert engine.servers[0].state == "serving"
 
 
 def test_transport_errors_are_retried_and_answers_are_not(house: House, make_prompt: MakePrompt):
@@ -348,6 +383,7 @@ def test_a_prompt_that_cannot_be_sampled_is_refused_before_anything_is_sent(hous
         (make_prompt("p", 95), {}, "most new tokens that fit: 5"),
         (make_prompt("p", 4), {"stop_token_ids": (99,)}, "stop token"),
         (make_prompt("p", 4), {"min_new_tokens": 2}, "min_new_tokens: expected 0 with SGLang"),
+        (make_prompt("p", 4), {"top_k": 5, "top_p": 0.9}, "expected one of them with SGLang .*, got 0.9 with 5"),
     ]
     for prompt, more, message in cases:
         with pytest.raises(UserError, match=message):
@@ -385,6 +421,28 @@ def test_after_the_end(house: House, make_prompt: MakePrompt):
     for call in (lambda: engine.generate([], SamplingParams()), lambda: engine.update_weights(house.model, 1)):
         with pytest.raises(RunError, match="closed"):
             call()
+
+
+def test_an_iterator_left_open_at_the_end_says_so(house: House, make_prompt: MakePrompt):
+    """Though all was sampled, and waits to be taken."""
+    engine = house.engine(house.add())
+    stream = engine.generate([make_prompt("p", 5)], SamplingParams(n=3, max_new_tokens=4))
+    next(stream)
+    time.sleep(0.3)
+    engine.close()
+    with pytest.raises(RunError, match="closed"):
+        next(stream)
+
+
+def test_a_stopped_loop_takes_no_more_work():
+    async def work() -> None: ...
+
+    loop = LoopThread("pekoe loop")
+    loop.stop()
+    with pytest.raises(RunError, match="closed"):
+        loop.run(work())
+    with pytest.raises(RunError, match="closed"):
+        loop.soon(print)
 
 
 @pytest.fixture

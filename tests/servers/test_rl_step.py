@@ -1,0 +1,142 @@
+"""`pekoe rl` through real servers, by the command line: two steps on a tiny model, each proven; nothing is left."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tomli_w
+import torch
+
+from pekoe.core.config import EngineSection
+from pekoe.core.journal import read_lines
+from pekoe.core.types import Problem
+from pekoe.data.char_tokenizer import make_char_tokenizer
+from pekoe.data.problems import write_problems
+from pekoe.engine import SGLangEngine
+from pekoe.model import Decoder, load_model, save_model
+from pekoe.run.state import read_rollouts
+from tests.servers.test_sglang_server import SHAPE as SGLANG_SHAPE
+from tests.servers.test_sglang_server import group_members
+from tests.servers.vllm_fixture import START_LIMIT_S, vllm_python
+
+pytestmark = [pytest.mark.server, pytest.mark.timeout(600)]
+
+# Heads that vLLM knows, sizes that SGLang does not pad. Of its 64 tokens the tokenizer knows 24.
+SHAPE = SGLANG_SHAPE | {"num_heads": 2, "num_kv_heads": 1, "head_dim": 32}
+
+
+@pytest.fixture
+def lay_out(tmp_path: Path, make_model: Callable[..., Decoder]) -> Callable[..., Path]:
+    """Writes a model, problems and a recipe whose [engine] is the given one; returns the recipe."""
+
+    def write(engine: EngineSection, shape: dict[str, Any]) -> Path:
+        model = make_model(scale=2.0, **shape)
+        model.assets = dict(make_char_tokenizer("0123456789+=\\{}boxed"))
+        save_model(model, tmp_path / "model")
+        problems = [Problem(f"{a}", ({"role": "user", "content": f"{a}+1="},), str(a + 1)) for a in range(8)]
+        write_problems(tmp_path / "train.jsonl", problems)
+        recipe: dict[str, Any] = {
+            "num_steps": 2,
+            "run": {"dir": str(tmp_path / "run"), "threads": 1},
+            "model": {"path": str(tmp_path / "model"), "device": "cpu"},
+            "data": {"train": str(tmp_path / "train.jsonl"), "max_prompt_tokens": 8},
+            "rollout": {"prompts_per_step": 4, "samples_per_prompt": 4, "max_new_tokens": 24},
+            "optim": {"lr": 1e-2},
+            "train": {"token_budget": 64},
+            "verify": {"workers": 1, "random": True},
+            "engine": engine.model_dump(exclude_none=True),
+        }
+        (tmp_path / "rl.toml").write_text(tomli_w.dumps(recipe))
+        return tmp_path / "rl.toml"
+
+    return write
+
+
+def pekoe(*words: str) -> str:
+    """What the command prints. It leaves no weights in shared memory."""
+    command = [sys.executable, "-m", "pekoe.cli", *words]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            printed, errors = process.communicate(timeout=START_LIMIT_S + 60)
+        finally:
+            process.kill()
+    assert process.returncode == 0, errors
+    assert not list(Path("/dev/shm").glob(f"pekoe-weights-{process.pid}-*"))
+    return printed
+
+
+def assert_proven(recipe: Path, route: str) -> None:
+    """The journal's proofs, and that training changed what was sampled from."""
+    run = recipe.parent / "run"
+    steps = [event for event in read_lines(run / "journal.jsonl") if event["event"] == "step"]
+    assert [step["step"] for step in steps] == [1, 2]
+    assert [step["sync_checksum"] for step in steps] == ["equal", "skipped"]
+    for step in steps:
+        assert step["logprob_diff_max"] <= 1e-4  # I1
+        assert step["sync_canary_diff"] <= 1e-4  # I4
+        assert step["sync_route"] == route
+        assert step["sync_bytes"] > 100_000
+        lines = read_rollouts(run / "rollouts" / f"step-{step['step']:06d}.jsonl.zst")
+        assert len(lines) == 16
+        assert {tuple(map(tuple, line["versions"])) for line in lines} == {((step["step"] - 1, 0),)}
+    before, after = (load_model(place / "model").get_parameter("model.norm.weight") for place in (recipe.parent, run))
+    assert not torch.equal(before, after)
+    assert not list((run / "logs").glob("weights/*"))
+
+
+def assert_nothing_left(recipe: Path) -> None:
+    """No process that was told of this test's files. (Servers' own shared memory: see their engines' tests.)"""
+    commands: list[bytes] = []
+    for file in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            commands.append(file.read_bytes())
+        except OSError:
+            continue
+    assert not [command for command in commands if str(recipe.parent).encode() in command]
+
+
+def test_sglang_launched_by_shared_memory(lay_out: Callable[..., Path], sglang_section: Callable[..., EngineSection]):
+    recipe = lay_out(sglang_section(sync="shm"), SHAPE)
+    printed = pekoe("rl", str(recipe))
+    assert "starting 1 sglang server, weights by shm" in printed
+    assert_proven(recipe, "shm")
+    assert (recipe.parent / "run" / "logs" / "sglang-server-0.log").stat().st_size > 0
+    assert_nothing_left(recipe)
+
+
+def test_sglang_attached_by_disk_and_evaluated(
+    lay_out: Callable[..., Path],
+    make_model: Callable[..., Decoder],
+    sglang_section: Callable[..., EngineSection],
+    sglang_launched: Callable[[Decoder], SGLangEngine],
+):
+    """A server that runs already, on other weights: it is given the run's, and goes on afterwards."""
+    launched = sglang_launched(make_model(seed=5, scale=2.0, **SGLANG_SHAPE))
+    server = launched.servers[0]
+    recipe = lay_out(sglang_section(urls=(server.url,), sync="disk"), SGLANG_SHAPE)
+    assert "attaching to 1 sglang server, weights by disk" in pekoe("rl", str(recipe))
+    assert_proven(recipe, "disk")
+    assert server.process is not None
+    assert group_members(server.process.pid)
+    words = ["eval.samples=2", "eval.max_new_tokens=12", "max_prompt_tokens=8", "engine.backend=sglang"]
+    words += [f'engine.server.urls=["{server.url}"]', "run.threads=1"]
+    model, data = recipe.parent / "run" / "model", recipe.parent / "train.jsonl"
+    printed = pekoe("eval", *words, "--model", str(model), "--data", str(data))
+    assert json.loads(printed[printed.index("{") :])["num_problems"] == 8
+    assert launched.holds(load_model(model)) is True
+
+
+def test_vllm_launched_by_broadcast(lay_out: Callable[..., Path]):
+    server = {"python": vllm_python(), "start_limit_s": START_LIMIT_S, "sync": "broadcast"}
+    engine = EngineSection.model_validate({"backend": "vllm", "server": server, "kv_tokens": 4096})
+    recipe = lay_out(engine, SHAPE)
+    assert "starting 1 vllm server, weights by broadcast" in pekoe("rl", str(recipe))
+    assert_proven(recipe, "broadcast")
+    assert (recipe.parent / "run" / "logs" / "vllm-server-0.log").stat().st_size > 0
+    assert_nothing_left(recipe)
