@@ -7,6 +7,7 @@ import pstats
 import statistics
 import sys
 import tempfile
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -70,8 +71,11 @@ _MATMUL = ("linear", "head")
 
 @contextmanager
 def _timed(times: Counter[str], vocab: int) -> Iterator[None]:
-    """Adds up the seconds of each kernel and matrix product, as the thread that asks for them sees them."""
+    """Adds up the seconds of each kernel and matrix product, as the thread that asks for them sees them; those of
+    threads that work side by side, each on rows of its own, count as their mean."""
     from pekoe.model import jit
+
+    num_threads, lock = torch.get_num_threads(), threading.Lock()
 
     def timed(function: Callable[..., Any], name: Callable[..., str]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -79,7 +83,9 @@ def _timed(times: Counter[str], vocab: int) -> Iterator[None]:
             try:
                 return function(*args, **kwargs)
             finally:
-                times[name(*args)] += time.perf_counter() - start
+                taken = (time.perf_counter() - start) / (1 if jit.num_threads() == num_threads else num_threads)
+                with lock:
+                    times[name(*args)] += taken
 
         return call
 

@@ -38,6 +38,7 @@ Progress = dict[str, Any]  # what a loop needs to go on: plain JSON values
 # Keys that may differ between a run and its continuation: how long it goes on, how often it saves, on what machine. The
 # number of threads moves the last bits of sums: a resumed run has the same bits with the same threads.
 MAY_CHANGE = {"num_steps", "run.threads", "train.save_every", "train.keep_checkpoints", "verify.workers"}
+MAY_CHANGE_BELOW = "engine.server."  # where the servers are and how they are started
 
 
 class RunDir:
@@ -84,7 +85,8 @@ class RunDir:
         if file.exists():
             before = _flat(load_config(file, kind=type(self._config)).model_dump())
             now = _flat(self._config.model_dump())
-            differ = [k for k in now if now[k] != before.get(k) and k not in MAY_CHANGE]
+            fixed = (k for k in now if k not in MAY_CHANGE and not k.startswith(MAY_CHANGE_BELOW))
+            differ = [k for k in fixed if now[k] != before.get(k)]
             if differ and any((self.path / "checkpoints").glob("step-*")):
                 key = differ[0]
                 raise UserError(
