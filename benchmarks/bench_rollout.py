@@ -5,10 +5,11 @@
     python benchmarks/bench_rollout.py --device cuda        (Qwen2.5-1.5B's shape in bf16, 128 prompts x 16 x 2,048)
 
 Every system is a process of its own that loads once. They take turns (embedded, vLLM, transformers, embedded, ...),
-each with all cores, the others stopped; every round has new prompts, so that no cache answers. Medians are of the
-rounds. The cases that claims are made of (n 16, prompts of 64) always have all their rounds; of the others a case
-begins no further round after --case-s, and a system that took longer than --patience-s is measured once. The results
-say how many rounds each median is of.
+each with all cores, the others stopped; every round has new prompts, so that no cache answers. "vllm" is the fastest
+way to run it of those tried (eager or compiled, three layouts of its threads and processes), "vllm-default" what it
+does unless told otherwise, eager. Medians are of the rounds. The cases that claims are made of (n 16, prompts of 64)
+always have all their rounds; of the others a case begins no further round after --case-s, and a system that took
+longer than --patience-s is measured once. The results say how many rounds each median is of.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from rollout_cases import SHAPES, Case, Room, Shape, cases_of, room_for, seeds, 
 from rollout_hosts import Failed, Worker, closing, environment, vllm_layouts, vllm_python
 from rollout_updates import server_python, server_update_times
 
-SYSTEMS = ("embedded", "vllm", "transformers")
+SYSTEMS = ("embedded", "vllm", "vllm-default", "transformers")
 SECTIONS = ("throughput", "sharing", "ceilings", "updates")
 ASK_LIMIT_S, START_LIMIT_S, COMPILE_LIMIT_S = 900.0, 120.0, 240.0
 PROBE_TOKENS = 16  # a response's, where a system is only warmed or tried
@@ -63,7 +64,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args.n = args.n or ([16] if cuda or args.quick else [1, 16])
     args.prompts = args.prompts or ([64] if cuda or args.quick else [64, 512])
     args.lengths = args.lengths or (["equal"] if cuda else ["equal", "ragged"])
-    args.systems = args.systems or [name for name in SYSTEMS if not (cuda and name == "vllm")]
+    args.systems = args.systems or [name for name in SYSTEMS if not (cuda and name.startswith("vllm"))]
     args.patience_s = args.patience_s or (15.0 if args.quick else 45.0)
     return args
 
@@ -132,11 +133,13 @@ class Bench:
         return options
 
     def start(self, workers: dict[str, Worker], shape: Shape, directory: Path, room: Room, first: Case) -> None:
-        """Start and warm every system that there is; of vLLM the faster of eager and compiled."""
+        """Start and warm every system that there is; of vLLM the fastest way to run it, and its default."""
         options = self.options(shape, room)
         for system in self.args.systems:
             if system == "vllm":
                 worker = self.faster_vllm(shape, directory, options, first)
+            elif system == "vllm-default":
+                worker = self.default_vllm(shape, directory, options, first)
             else:
                 worker = self.start_one(system, sys.executable, directory, options, START_LIMIT_S, first)
             if worker is not None:
@@ -199,6 +202,15 @@ class Bench:
                 worker.close()
         return tried[self.vllm_taken][1]
 
+    def default_vllm(self, shape: Shape, directory: Path, options: dict[str, Any], first: Case) -> Worker | None:
+        """Not for the largest model, whose start and turns take minutes."""
+        python, _ = vllm_python()
+        if python is None or shape.name not in UPDATE_SHAPES:
+            return None
+        return self.start_one(
+            "vllm", python, directory, options | {"mode": "eager", "layout": "default"}, START_LIMIT_S, first
+        )
+
     @staticmethod
     def fastest(tried: dict[tuple[str, str], tuple[float, Worker]]) -> tuple[str, str]:
         return min(tried, key=lambda candidate: tried[candidate][0])
@@ -229,6 +241,8 @@ class Bench:
                 break
             request = case.request(next(self.seeds))
             for system, done in rounds.items():
+                if system == "vllm-default" and not case.is_headline:
+                    continue
                 if system not in workers or (done and done[-1]["seconds"] > args.patience_s):
                     continue
                 try:

@@ -33,8 +33,8 @@ class CPUCache:
 
     def __init__(self, spec: ModelSpec, num_blocks: int, block_tokens: int) -> None:
         shape = (spec.num_layers, num_blocks, 2, spec.num_kv_heads, spec.head_dim * block_tokens)
-        self._memory = torch.zeros(shape)
-        self._layers = [layer.numpy().reshape(-1) for layer in self._memory]
+        self._memory = np.zeros(shape, np.float32)  # numpy asks Linux for huge pages; torch does not
+        self._layers = [layer.reshape(-1) for layer in self._memory]
         self._spec, self._size = spec, block_tokens
 
     @staticmethod
@@ -45,7 +45,7 @@ class CPUCache:
 
     @property
     def num_bytes(self) -> int:
-        return self._memory.numel() * 4
+        return self._memory.nbytes
 
     def copy_block(self, source: int, target: int) -> None:
         self._memory[:, target] = self._memory[:, source]
@@ -70,7 +70,7 @@ class PagedAttention:
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         step, memory, num_paged = self._step, self._layers[layer], int(self._groups[-1])
-        keys, values, queries = (x.detach().contiguous().numpy().reshape(-1) for x in (k, v, q))
+        keys, values, queries = (x.contiguous().numpy().reshape(-1) for x in (k, v, q))
         place = (step.tables, step.table_of, step.positions)
         run(_write, self._write_bounds, keys, values, memory, *place, *self._shape[1:])
         if self._packed is not None and num_paged == 0:

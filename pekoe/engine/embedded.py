@@ -21,15 +21,18 @@ from pekoe.engine.scheduler import Chunk, Scheduler, Work
 from pekoe.engine.slots import Sequence
 from pekoe.model import Decoder, load_model
 from pekoe.model.jit import each
+from pekoe.model.packed import available, intact, pack
 
-_SHARE_ROWS = 32  # rows worth a thread of their own
+_SHARE_ROWS = 16  # rows worth a thread of their own
+_LITTLE = 8e7  # multiplications of a forward that are faster on one thread than waking another up
 
 
 class EmbeddedEngine:
     """A Generator (see `engine.base`) in process.
 
     Args:
-        model: the decoder to sample from. It is not copied: where it is the trainer's, a weight sync copies nothing.
+        model: the decoder to sample from. It is not copied: where it is the trainer's, a weight sync sends nothing.
+            (On CPUs large weights have packed copies, made anew by `update_weights`; see `model.packed`.)
         config: KV memory and batch limits.
         max_sequence_tokens: the longest prompt with response that will be asked for; by default the model's context.
         compute_dtype: dtype of the matrix products (autocast) and of KV.
@@ -44,7 +47,6 @@ class EmbeddedEngine:
     ) -> None:
         config = config or EngineSection()
         spec = model.spec
-        self.model = model
         self._version = 0
         self._longest = min(max_sequence_tokens or spec.max_positions, spec.max_positions)
         self._dtype, self._device = compute_dtype, next(model.parameters()).device
@@ -66,6 +68,7 @@ class EmbeddedEngine:
             self._cache, self._graphs = cache, DecodeGraphs(model, cache, compute_dtype)
         else:
             self._cache = KVCache(spec, num_blocks, size, kv_dtype, self._device)
+        self._take(model)
         self._stats = EngineStats()
         self._generating = self._paused = self._closed = False
         self._aborted: list[Sequence] = []
@@ -143,9 +146,9 @@ class EmbeddedEngine:
         chunks = scheduler.plan()
         chunks.sort(key=lambda chunk: chunk.start == 0)  # those that continue come first, see kv.Step
         decoding = scheduler.order
-        shares = self._shares(decoding, chunks)
+        shares, alone = self._shares(decoding, chunks)
         try:
-            logits = each(self._forward, shares) if len(shares) > 1 else [self._forward(*shares[0])]
+            logits = each(self._forward, shares) if alone else [self._forward(*shares[0])]
         except BaseException:
             scheduler.tree.flush()  # it knows blocks that were not computed
             raise
@@ -174,23 +177,33 @@ class EmbeddedEngine:
         ended = stopped | (slots.sampled[touched] >= slots.most[touched])
         return [(scheduler.running[i], "stop" if stopped[i] else "length") for i in np.flatnonzero(ended)]
 
-    def _shares(self, decoding: IntArray, chunks: list[Chunk]) -> list[tuple[IntArray, list[Chunk]]]:
+    def _shares(self, decoding: IntArray, chunks: list[Chunk]) -> tuple[list[tuple[IntArray, list[Chunk]]], bool]:
         """Split a forward's rows among the CPU's threads; the chunks, which may read one another, stay together.
 
         Threads that each take some rows through all layers do not wait for one another after every operation. Where
-        chunks are most of the work, or it is little, torch spreads each operation over its threads instead.
+        chunks are most of the work, torch spreads each operation over its threads instead.
+
+        Returns (decoding slots, chunks) of each share, and whether each is computed by one thread alone.
         """
         num_threads, num_chunk = torch.get_num_threads(), sum(chunk.stop - chunk.start for chunk in chunks)
-        size = -(-(len(decoding) + num_chunk) // num_threads)
-        if self._device.type != "cpu" or num_threads == 1 or size < _SHARE_ROWS or num_chunk > size:
-            return [(decoding, chunks)]
+        num_rows = len(decoding) + num_chunk
+        if self._device.type != "cpu" or num_threads == 1:
+            return [(decoding, chunks)], False
+        spec, seen = self.model.spec, int(self._scheduler.slots.computed[decoding].sum())
+        seen += sum((chunk.stop - chunk.start) * chunk.stop for chunk in chunks)
+        attention = 2 * seen * spec.num_layers * spec.num_heads * spec.head_dim
+        if num_rows * spec.num_parameters + attention < _LITTLE:
+            return [(decoding, chunks)], True
+        size = -(-num_rows // num_threads)
+        if size < _SHARE_ROWS or num_chunk > size:
+            return [(decoding, chunks)], False
         pieces: list[tuple[IntArray, list[Chunk]]] = [
             (decoding[i : i + size], []) for i in range(0, len(decoding), size)
         ]
         if len(pieces) < num_threads:
             pieces.append((decoding[:0], []))
         pieces[-1][1].extend(chunks)
-        return pieces
+        return pieces, True
 
     @torch.no_grad()
     def _forward(self, decoding: IntArray, chunks: list[Chunk]) -> torch.Tensor:
@@ -219,15 +232,15 @@ class EmbeddedEngine:
         )
         if self._graphs is not None and not chunks:
             with self._autocast():
-                return self.model.logits(self._graphs.hidden(np.concatenate(tokens), step))
+                return self._sampled.logits(self._graphs.hidden(np.concatenate(tokens), step))
         on_device = (torch.from_numpy(a).to(self._device) for a in (np.concatenate(tokens), step.positions))
         lasts = [end - 1 for chunk, end in zip(chunks, bounds[1:], strict=True) if chunk.completes]
         with self._autocast():
-            hidden = self.model(*on_device, self._cache.attention(step))
+            hidden = self._sampled(*on_device, self._cache.attention(step))
             if chunks:
                 wanted = np.concatenate([np.arange(num_decode), np.array(lasts, np.int64)])
                 hidden = hidden[torch.from_numpy(wanted).to(self._device)]
-            return self.model.logits(hidden)
+            return self._sampled.logits(hidden)
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self._device.type, self._dtype, enabled=self._dtype is not torch.float32)
@@ -258,17 +271,23 @@ class EmbeddedEngine:
             raise UserError(f"weight update: expected a model of shape {self.model.spec}, got {source.spec}")
         self._scheduler.preempt_all()
         self._scheduler.tree.flush()
-        self.model = source
+        self._take(source)
         if self._graphs is not None:
             self._graphs.follow(source)
         self._version = version
 
+    def _take(self, model: Decoder) -> None:
+        self.model = model
+        on_kernels = isinstance(self._cache, CPUCache) and self._dtype is torch.float32
+        self._sampled = pack(model) if on_kernels and available() else model
+
     def holds(self, model: Decoder) -> bool:
         """Whether every parameter sampled from equals that of `model`, bit by bit."""
         ours, theirs = dict(self.model.named_parameters()), dict(model.named_parameters())
-        return ours.keys() == theirs.keys() and all(
+        same = ours.keys() == theirs.keys() and all(
             ours[name] is p or torch.equal(ours[name], p) for name, p in theirs.items()
         )
+        return same and intact(self._sampled)
 
     def pause(self) -> None:
         self._paused = True

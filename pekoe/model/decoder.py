@@ -60,7 +60,8 @@ class SelfAttention(nn.Module):
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         if fused.usable(q):
-            return self.o_proj(attention(layer, fused.rope(q, cos, sin), fused.rope(k, cos, sin), v).flatten(1))
+            fused.rope_(q, k, cos, sin)
+            return self.o_proj(attention(layer, q, k, v).flatten(1))
         # Under autocast the norms and the rotation are in float32; the kernels want one dtype.
         q, k = apply_rope(q, cos, sin).to(v.dtype), apply_rope(k, cos, sin).to(v.dtype)
         out = attention(layer, q, k, v)
@@ -142,7 +143,7 @@ class Decoder(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Unnormalised log-probabilities [T, V] of the next token, from hidden states [T, C] (any T rows of them)."""
-        return F.linear(hidden, self.head_weight)
+        return F.linear(hidden, self.head_weight) if self.lm_head is None else self.lm_head(hidden)
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:

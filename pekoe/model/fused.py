@@ -31,15 +31,15 @@ def usable(x: Tensor) -> bool:
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x [..., C] / rms(x) * weight [C]."""
     out, size = torch.empty_like(x), x.shape[-1]
-    run(_rms_norm, _shares(x), _flat(x), _flat(weight), np.float32(eps), _flat(out), size)
+    run(_rms_norm, _shares(x), _flat(x), _flat(weight.detach()), np.float32(eps), _flat(out), size)
     return out
 
 
-def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate x [T, H, D] by cos and sin [T, 1, D]; see `model.rope.apply_rope`."""
-    out, (_, heads, dim) = torch.empty_like(x), x.shape
-    run(_rope, even(len(x), _SHARE // (heads * dim) + 1), _flat(x), _flat(cos), _flat(sin), _flat(out), heads, dim)
-    return out
+def rope_(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
+    """Rotate q [T, H, D] and k [T, K, D] in place by cos and sin [T, 1, D]; see `model.rope.apply_rope`."""
+    num, heads, dim = q.shape
+    bounds = even(num, _SHARE // (heads * dim) + 1)
+    run(_rope, bounds, _flat(q), _flat(k), _flat(cos), _flat(sin), heads, k.shape[1], dim)
 
 
 def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
@@ -50,7 +50,7 @@ def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
 
 
 def _flat(x: Tensor) -> np.ndarray:
-    return x.detach().numpy().reshape(-1)
+    return x.numpy().reshape(-1)
 
 
 def _shares(x: Tensor) -> list[int]:
@@ -70,18 +70,22 @@ def _rms_norm(first, last, x, weight, eps, out, size):
 
 
 @kernel
-def _rope(first, last, x, cos, sin, out, heads, dim):
-    half = dim // 2
-    minus = splat(np.float32(-1))
+def _turn(x, at, cos, sin, angle, half):
+    for d in range(0, half, 8):
+        a, b = load(x, at + d), load(x, at + half + d)
+        low = fma(mul(b, splat(np.float32(-1))), load(sin, angle + d), mul(a, load(cos, angle + d)))
+        high = fma(a, load(sin, angle + half + d), mul(b, load(cos, angle + half + d)))
+        store(x, at + d, low)
+        store(x, at + half + d, high)
+
+
+@kernel
+def _rope(first, last, q, k, cos, sin, heads, num_kv, dim):
     for t in range(first, last):
         for head in range(heads):
-            at = (t * heads + head) * dim
-            for d in range(0, half, 8):
-                a, b, angle = load(x, at + d), load(x, at + half + d), t * dim + d
-                low = fma(mul(b, minus), load(sin, angle), mul(a, load(cos, angle)))
-                high = fma(a, load(sin, angle + half), mul(b, load(cos, angle + half)))
-                store(out, at + d, low)
-                store(out, at + half + d, high)
+            _turn(q, (t * heads + head) * dim, cos, sin, t * dim, dim // 2)
+        for head in range(num_kv):
+            _turn(k, (t * num_kv + head) * dim, cos, sin, t * dim, dim // 2)
 
 
 @kernel

@@ -48,9 +48,10 @@ def test_rms_norm(rows: int):
 @pytest.mark.parametrize("rows", [1, 5, 3000])
 @torch.no_grad()
 def test_rope_and_silu(rows: int):
-    x, angles = torch.randn(rows, 3, 16), torch.randn(rows, 1, 16)
-    expected = apply_rope(x, angles.cos(), angles.sin())
-    torch.testing.assert_close(fused.rope(x, angles.cos(), angles.sin()), expected, rtol=1e-6, atol=1e-6)
+    q, k, angles = torch.randn(rows, 6, 16), torch.randn(rows, 3, 16), torch.randn(rows, 1, 16)
+    expected = [apply_rope(x, angles.cos(), angles.sin()) for x in (q, k)]
+    fused.rope_(q, k, angles.cos(), angles.sin())
+    torch.testing.assert_close([q, k], expected, rtol=1e-6, atol=1e-6)
     gate, up = 30 * torch.randn(rows, 80), torch.randn(rows, 80)
     gate[0, :4] = torch.tensor([-500.0, 500.0, 0.0, -88.0])
     torch.testing.assert_close(fused.silu_mul(gate.clone(), up), F.silu(gate) * up, rtol=2e-6, atol=1e-6)
