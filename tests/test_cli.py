@@ -147,7 +147,7 @@ def test_servers_that_cannot_be_used(folder: Path):
             ["engine.backend=vllm", 'engine.server.urls=["localhost:80"]'],
             "expected http://host:port, got 'localhost:80'",
         ),
-        (["engine.backend=sglang", "engine.server.python=/no/python"], "the Python that runs SGLang, got '/no/python'"),
+        (["engine.backend=sglang", "engine.server.python=/no/python"], "with SGLang in it, got '/no/python'"),
         (["engine.backend=sglang", python, "rollout.min_new_tokens=1"], "min_new_tokens: expected 0 with SGLang"),
         (["engine.backend=vllm", python, "rollout.top_p=0.9"], "rollout.top_p: expected 1.0 with"),
     ]:

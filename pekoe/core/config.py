@@ -87,6 +87,8 @@ class ServerSection(Section):
     """Servers that run already, http://host:port each; instead of `python`."""
     count: int = Field(default=1, ge=1)
     """Servers to start."""
+    gpus: tuple[str, ...] = Field(default=(), strict=False)
+    """CUDA_VISIBLE_DEVICES of each server to start, such as ["1", "2,3"]; not the trainer's with sync = "broadcast"."""
     args: tuple[str, ...] = Field(default=(), strict=False)
     """More arguments of the server's own command line, as they are."""
     env: dict[str, str] = {}
@@ -109,6 +111,15 @@ class ServerSection(Section):
     """How long one request may take."""
     update_limit_s: float = Field(default=600, gt=0)
     """How long a weight update, a pause or a flush may take."""
+
+    @model_validator(mode="after")
+    def _launched(self) -> ServerSection:
+        if self.gpus and len(self.gpus) != self.count:
+            raise ValueError(f"engine.server.gpus: expected one for each of {self.count} servers, got {len(self.gpus)}")
+        given = [key for key in ("args", "env", "gpus") if getattr(self, key)]
+        if self.urls and given:
+            raise ValueError(f"engine.server.{given[0]}: expected none beside urls (it is for servers started here)")
+        return self
 
     @model_validator(mode="after")
     def _addresses(self) -> ServerSection:

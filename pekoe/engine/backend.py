@@ -108,6 +108,9 @@ class Backend(ABC):
             return False
         return answer.status_code == 200
 
+    async def check(self, server: Server) -> None:  # noqa: B027
+        """UserError for an attached server whose answers would be misread."""
+
     async def reachable(self, server: Server) -> bool:
         """Does anyone answer there, paused or not? Never raises."""
         try:

@@ -46,13 +46,15 @@ class _Flight:
     prefill: asyncio.Task[None] | None
     version: int | None
     rid: str = ""
+    answered: bool = False  # the answer is finished; its place at the server is held until it is consumed
+    failed: bool = False
 
 
 class Batch:
     """The work of one `generate`.
 
     Args:
-        lose: called when a server proves dead, with what was seen.
+        lose: called with a server, what was seen, and whether it is dead or else holds weights that are not ours.
         blocked: true while nothing may be sent (paused, weights on their way, a server about to come back).
         nobody: the message for when no server is left.
     """
@@ -63,7 +65,7 @@ class Batch:
         servers: list[Server],
         prompts: list[Prompt],
         params: SamplingParams,
-        lose: Callable[[Server, str], None],
+        lose: Callable[[Server, str, bool], None],
         blocked: Callable[[], bool],
         nobody: Callable[[], str],
     ) -> None:
@@ -180,7 +182,9 @@ class Batch:
         for index in indices:
             flight = _Flight(prompt, index, server, prefill, server.version)
             server.held += 1
-            self._flights[asyncio.get_running_loop().create_task(self._fly(flight))] = flight
+            task = asyncio.get_running_loop().create_task(self._fly(flight))
+            self._flights[task] = flight
+            task.add_done_callback(self._landed)
 
     async def _prefill(self, server: Server, prompt: Prompt) -> None:
         with contextlib.suppress(TransportError, RunError):  # the samples themselves will tell
@@ -188,30 +192,34 @@ class Batch:
             self.num_prefilled_tokens += num_tokens  # not in one line: the sum of before the wait would be written
 
     async def _fly(self, flight: _Flight) -> None:
-        task = asyncio.current_task()
-        assert task is not None
-        server, answer = flight.server, None
         try:
             answer = await self._answer(flight)
             if answer is not None:
                 rollout = self._rollout(flight.prompt, flight.index, answer, flight)
-                self._finished.put(Taken(rollout, answer.num_cached_tokens, server))
-        except asyncio.CancelledError:
-            if self._closing:
-                raise
+                self._finished.put(Taken(rollout, answer.num_cached_tokens, flight.server))
+                flight.answered = True
         except Exception as error:
+            flight.failed = True
             self.fail(error)
-            return
-        finally:
-            del self._flights[task]
-            if answer is None:
-                server.held -= 1
-            self._wake.set()
-        if answer is None:  # its server is lost
-            self._pending.appendleft((flight.prompt, (flight.index,)))
+
+    def _landed(self, task: asyncio.Task[None]) -> None:
+        """Whatever became of it: also where it was cancelled before it began, which no `finally` of its own sees."""
+        flight = self._flights.pop(task)
+        if not flight.answered:
+            flight.server.held -= 1
+            if not flight.failed and not self._closing:  # its server is lost
+                self._again(flight.prompt, flight.index)
+        self._wake.set()
+
+    def _again(self, prompt: Prompt, index: int) -> None:
+        """Have a sample sent again, together with others of its prompt that are."""
+        if self._pending and self._pending[0][0] is prompt and len(self._pending[0][1]) < self._config.max_requests:
+            self._pending[0] = (prompt, (*self._pending[0][1], index))
+        else:
+            self._pending.appendleft((prompt, (index,)))
 
     async def _answer(self, flight: _Flight) -> Answer | None:
-        """What the server says; None when it proves dead."""
+        """What the server says; None when it proves dead, or sampled from other weights than it was given."""
         if flight.prefill is not None:
             await asyncio.wait([flight.prefill])
         server, why = flight.server, ""
@@ -222,7 +230,8 @@ class Batch:
             flight.rid = f"pekoe-{self._name}-{next(self._count):012d}"
             flight.version = server.version
             try:
-                return await self._backend.sample(server, flight.prompt, flight.index, self._params, flight.rid)
+                answer = await self._backend.sample(server, flight.prompt, flight.index, self._params, flight.rid)
+                return answer if self._is_current(flight, answer) else None
             except TransportError as error:
                 why = f"{error} ({attempt + 1} attempts)"
             except SilenceError as error:
@@ -233,8 +242,18 @@ class Batch:
             await asyncio.sleep(_BACKOFF_S * 2**attempt)
             if server.process is not None and server.process.exit_code is not None:
                 break
-        self._lose(server, why)
+        self._lose(server, why, True)
         return None
+
+    def _is_current(self, flight: _Flight, answer: Answer) -> bool:
+        """Whether every token is of a version that the server had meanwhile; else it is lost. (A server that somebody
+        restarted, or a router before several, answers from weights that no update brought.)"""
+        server, told = flight.server, [version for version, _ in answer.versions]
+        first, last = flight.version, server.version
+        if first is None or last is None or all(first <= version <= last for version in told):
+            return True
+        self._lose(server, f"expected tokens of versions {first} to {last}, got {told}", False)
+        return False
 
     async def _abort_flights(self) -> int:
         """Ask every server to end what was aborted; returns how many of these are still there."""

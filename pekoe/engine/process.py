@@ -6,18 +6,22 @@ import asyncio
 import contextlib
 import os
 import re
+import resource
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 
-from pekoe.core.errors import RunError
+from pekoe.core.errors import RunError, UserError
 
 _KEEPER = Path(__file__).with_name("keeper.py")
 _TAIL_BYTES = 16_384
+_OTHER_FILES = 256  # open at the same time as connections to servers
 
 
 class ServerProcess:
@@ -35,6 +39,7 @@ class ServerProcess:
         self._started = time.time() - 1  # file times come from a coarser clock
         self._exit_code: int | None = None
         self._made: set[Path] = set()
+        self._stopping = threading.Lock()
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("ab") as file:
             self._popen = subprocess.Popen(
@@ -52,7 +57,11 @@ class ServerProcess:
         """How it ended (128 + n: by signal n); None while it runs."""
         if self._exit_code is None:
             # Not reaped: until `stop` has killed the group, no other process may get its number.
-            ended = os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+            try:
+                ended = os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+            except ChildProcessError:  # another thread's `stop` has just reaped it
+                self._exit_code = 128 + signal.SIGKILL
+                return self._exit_code
             if ended is not None:
                 self._exit_code = ended.si_status if ended.si_code == os.CLD_EXITED else 128 + ended.si_status
         return self._exit_code
@@ -71,9 +80,13 @@ class ServerProcess:
         return f"{self.name} {state}; the end of its log, {self.log}:\n{self.tail()}"
 
     def stop(self, grace_s: float = 10.0) -> None:
-        """SIGTERM, after `grace_s` SIGKILL, to the whole group; returns when it is gone. Safe to call twice."""
-        if self._popen.returncode is not None:
-            return
+        """SIGTERM, after `grace_s` SIGKILL, to the whole group; returns when it is gone. Safe to call twice, and from
+        two threads."""
+        with self._stopping:
+            if self._popen.returncode is None:
+                self._stop(grace_s)
+
+    def _stop(self, grace_s: float) -> None:
         self.note_shared_memory()
         self._signal(signal.SIGTERM)
         deadline = time.monotonic() + grace_s
@@ -83,7 +96,9 @@ class ServerProcess:
         deadline = time.monotonic() + 2
         while len(self._members()) > 1 and time.monotonic() < deadline:
             time.sleep(0.02)
+        code = self.exit_code  # before it is reaped
         self._popen.wait()
+        self._exit_code = code if code is not None else 128 + signal.SIGKILL
         for path in self._made:
             path.unlink(missing_ok=True)
 
@@ -116,6 +131,28 @@ class ServerProcess:
                 status = entry.stat(follow_symlinks=False)
                 if status.st_ino in inodes and status.st_ctime >= self._started and entry.is_file():
                     self._made.add(Path(entry.path))
+
+
+def check_python(server: str, python: str | None) -> None:
+    if python is None or shutil.which(python) is None:
+        raise UserError(
+            f"engine.server.python: expected the Python of an environment with {server} in it, got {python!r}; "
+            "recipes/server.toml says how to make one"
+        )
+
+
+def check_open_files(num_servers: int, max_requests: int) -> None:
+    """Every response in flight is a connection: allow this process as many open files as it may have."""
+    wanted = num_servers * max_requests + _OTHER_FILES
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = float("inf") if hard == resource.RLIM_INFINITY else hard
+    if wanted > most:
+        raise UserError(
+            f"engine.server.max_requests: expected at most {max(0, hard - _OTHER_FILES) // num_servers} for each of "
+            f"{num_servers} servers, as {hard} files may be open (ulimit -n), got {max_requests}"
+        )
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 async def wait_ready(

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import shutil
 import threading
 import time
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
@@ -30,7 +29,7 @@ from pekoe.engine.backend import Backend, Server, Setup, TransportError, compare
 from pekoe.engine.base import EngineStats, WeightSource, validate
 from pekoe.engine.batch import Batch, Taken
 from pekoe.engine.loop import LoopThread, both, in_thread
-from pekoe.engine.process import ServerProcess, free_ports, wait_ready
+from pekoe.engine.process import ServerProcess, check_open_files, check_python, free_ports, wait_ready
 from pekoe.engine.transfer import Group
 from pekoe.model import Decoder
 
@@ -87,8 +86,9 @@ class RemoteEngine:
             self._backend.check_params(params)
         self._servers = [Server(url.rstrip("/")) for url in config.server.urls]
         if not self._servers:
-            self._check_python()
+            check_python(self._backend.name, config.server.python)
             self._servers = [Server(f"http://127.0.0.1:{port}") for port in free_ports(config.server.count)]
+        check_open_files(len(self._servers), config.server.max_requests)
         if config.server.sync == "shm" and not all(server.is_local for server in self._servers):
             raise UserError(
                 f"engine.server.sync: expected servers on this host (a loopback address) for 'shm', got "
@@ -134,11 +134,6 @@ class RemoteEngine:
         affordable = int(config.kv_gib * 2**30 / (self._spec.kv_values_per_token * value_bytes))
         return min(config.max_running * self._limit, affordable)
 
-    def _check_python(self) -> None:
-        python = self._config.python
-        if python is None or shutil.which(python) is None:
-            raise UserError(f"engine.server.python: expected the Python that runs {self._backend.name}, got {python!r}")
-
     async def _start(self) -> None:
         limits = httpx.Limits(max_connections=None, keepalive_expiry=_KEEP_ALIVE_S)
         self._backend.client = httpx.AsyncClient(limits=limits, trust_env=False)
@@ -159,6 +154,7 @@ class RemoteEngine:
             await self._wait_ready(server, self._backend.reachable)
         try:
             if self._config.urls:  # whoever used it before may have left it paused
+                await self._backend.check(server)
                 await self._backend.resume(server)
             await self._wait_ready(server, self._backend.ready)
             await self._backend.set_version(server, 0)
@@ -170,9 +166,11 @@ class RemoteEngine:
         port = int(server.url.rpartition(":")[2])
         argv, more = self._backend.command(port)
         threads = {"OMP_NUM_THREADS": str(self._threads)} if self._threads else {}
-        name = f"{self._backend.name} server {self._servers.index(server)}"
+        number = self._servers.index(server)
+        gpus = {"CUDA_VISIBLE_DEVICES": self._config.gpus[number]} if self._config.gpus else {}
+        name = f"{self._backend.name} server {number}"
         log = self._log_dir / f"{name.lower().replace(' ', '-')}.log"
-        server.process = ServerProcess(name, argv, os.environ | threads | more | self._config.env, log)
+        server.process = ServerProcess(name, argv, os.environ | threads | more | self._config.env | gpus, log)
 
     async def _wait_ready(self, server: Server, check: Callable[[Server], Coroutine[Any, Any, bool]]) -> None:
         name = server.process.name if server.process is not None else f"{self._backend.name} at {server.url}"
@@ -188,7 +186,9 @@ class RemoteEngine:
             code = server.process.exit_code
             server.why = f"{why}\n{server.process.describe()}" if code is not None else why
             self._background(in_thread(server.process.stop, 2.0))
-        server.group = None
+        if server.group is not None:
+            self._background(in_thread(self._backend.close_group, server.group[1]))
+            server.group = None
         if self._batch is not None:
             self._batch.leave(server)
 
@@ -216,7 +216,7 @@ class RemoteEngine:
                 await self._wait_ready(server, self._backend.ready)
             elif not await self._backend.reachable(server):
                 return
-        except RunError as error:
+        except (RunError, OSError) as error:
             server.why = str(error)
             self._event(f"{server.url} did not come back: {error}")
             return
@@ -344,8 +344,9 @@ class RemoteEngine:
     def update_weights(self, source: WeightSource, version: int) -> None:
         """See `Generator.update_weights`; by `config.server.sync`, and from disk where `source` is a directory.
 
-        Dead servers are begun to be brought back, and take part once they answer. RunError names every server that
-        did not take the weights: it is stale and does not serve; the others do, at `version`.
+        Dead servers are begun to be brought back, and take part once they answer. One that dies meanwhile is told
+        as an event, and the others go on. RunError names every server that lives and did not take the weights: it is
+        stale and does not serve; the others do, at `version`.
         """
         self._check_open()
         if isinstance(source, Path):
@@ -377,11 +378,11 @@ class RemoteEngine:
                 self._batch.wake()
         if any(server.state == "serving" for server in alive):
             self._version = version
-        if any(failures):
-            reasons = "\n".join(filter(None, failures))
-            raise RunError(
-                f"weight update to version {version} failed on {sum(map(bool, failures))} server(s):\n{reasons}"
-            )
+        if stale := [why for server, why in zip(alive, failures, strict=True) if server.state == "stale"]:
+            reasons = "\n".join(stale)
+            raise RunError(f"weight update to version {version} failed on {len(stale)} server(s):\n{reasons}")
+        if self._version != version:
+            raise RunError(self._obituary())
 
     async def _update_one(self, server: Server, bring: Bring, version: int) -> str:
         """Returns what went wrong, or an empty string: then it serves at `version`."""
@@ -492,6 +493,8 @@ class RemoteEngine:
             if server.group is not None:
                 self._background(in_thread(self._backend.close_group, server.group[1]))
         stops = [in_thread(server.process.stop) for server in self._servers if server.process is not None]
-        await asyncio.gather(*stops, *self._kept, return_exceptions=True)
+        await asyncio.gather(*stops, return_exceptions=True)
+        if self._kept:  # a group whose other end is gone may not close
+            await asyncio.wait(self._kept, timeout=_BYE_LIMIT_S)
         if self._backend.client is not None:
             await self._backend.client.aclose()

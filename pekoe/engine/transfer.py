@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
 import shutil
 import socket
@@ -15,6 +17,7 @@ from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from torch import Tensor
 from torch.distributed import distributed_c10d as c10d
 
@@ -23,6 +26,7 @@ from pekoe.model import Decoder, save_model
 
 SHARED_MEMORY = Path("/dev/shm")
 CHUNK_BYTES = 512 * 2**20
+_PREFIX = "pekoe-weights-"
 
 Tensors = Sequence[tuple[str, Tensor]]
 """Named as in a Hugging Face checkpoint, in the order in which they are broadcast."""
@@ -46,11 +50,13 @@ def written(model: Decoder, parent: Path) -> Generator[Path]:
     parent.mkdir(parents=True, exist_ok=True)
     if parent == SHARED_MEMORY:
         _remove_orphans()
-    place = Path(tempfile.mkdtemp(prefix=f"pekoe-weights-{os.getpid()}-", dir=parent))
+    place = Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-", dir=parent))
     try:
-        save_model(model, place / "model")
-        yield place / "model"
-    except OSError as error:  # a full disk, mostly
+        with (place / "lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # says that we live, in any container that shares this memory
+            save_model(model, place / "model")
+            yield place / "model"
+    except (OSError, SafetensorError) as error:  # a full disk, mostly
         raise RunError(f"weight update: cannot write {place}: {error}") from error
     finally:
         shutil.rmtree(place, ignore_errors=True)
@@ -58,9 +64,9 @@ def written(model: Decoder, parent: Path) -> Generator[Path]:
 
 def _remove_orphans() -> None:
     """What processes of this host left in shared memory when they were killed."""
-    for path in SHARED_MEMORY.glob("pekoe-weights-*"):
-        pid = path.name.split("-")[2]
-        if not Path(f"/proc/{pid}").exists():
+    for path in SHARED_MEMORY.glob(f"{_PREFIX}*"):
+        with contextlib.suppress(OSError), (path / "lock").open() as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             shutil.rmtree(path, ignore_errors=True)
 
 
@@ -94,12 +100,14 @@ def open_group(group: Group) -> Any:
     torch makes further default-less groups only by this private function; servers do the same (OpenRLHF's recipe).
     """
     limit = timedelta(seconds=group.limit_s)
-    url = f"tcp://{group.host}:{group.port}"
-    store, rank, size = next(iter(c10d.rendezvous(url, 0, group.world_size, timeout=limit)))
-    store.set_timeout(limit)
+    size = group.world_size
+    with socket.create_server((group.host, group.port)) as listener:  # left to itself it listens on every address
+        store: Any = dist.TCPStore(
+            group.host, group.port, size, True, limit, wait_for_workers=False, master_listen_fd=listener.detach()
+        )
     store = c10d.PrefixStore(group.name, store)
     make: Any = c10d._new_process_group_helper  # pyright: ignore[reportPrivateUsage]
-    handle, _ = make(size, rank, [], group.backend, store, group_name=group.name, timeout=limit)
+    handle, _ = make(size, 0, [], group.backend, store, group_name=group.name, timeout=limit)
     c10d._world.pg_group_ranks[handle] = {i: i for i in range(size)}  # pyright: ignore[reportPrivateUsage]
     return handle
 

@@ -208,19 +208,17 @@ class VLLMBackend(Backend):
         return str(answer["weight_version"])
 
     async def set_version(self, server: Server, version: int) -> None:
-        await self._check_server(server)
         await self._tag(server, version)
 
-    async def _check_server(self, server: Server) -> None:
-        """UserError for an attached server whose answers would be misread."""
+    async def check(self, server: Server) -> None:
+        setup = self.setup
         try:
             answer = await self.get(server, "/server_info?config_format=json")
-        except RunError as error:
+            model = answer["vllm_config"]["model_config"]
+        except (RunError, LookupError, TypeError) as error:
             raise UserError(
                 f"{server.url}: expected a vLLM server started with VLLM_SERVER_DEV_MODE=1, got {error}"
             ) from None
-        config, setup = answer["vllm_config"], self.setup
-        model = config["model_config"]
         for flag, holds, expected, got in (
             ("--logprobs-mode", model["logprobs_mode"] == LOGPROBS, LOGPROBS, model["logprobs_mode"]),
             ("--dtype", model["dtype"] == f"torch.{setup.dtype}", setup.dtype, model["dtype"]),

@@ -31,7 +31,7 @@ def run_rl(parts: RLParts) -> None:
     start = {"step": 0, "order": parts.order.state(), "measured": True}
     progress: Progress = parts.run.resume(parts.trainer) or start
     parts.order.restore(progress["order"])
-    parts.view.say(str(parts.sync(progress["step"])))
+    parts.view.say(str(bring(parts, progress["step"])))
     try:
         progress = measure_if_due(parts, progress)
         while progress["step"] < config.num_steps:
@@ -147,8 +147,16 @@ def measure_if_due(parts: RLParts, progress: Progress) -> Progress:
     params = sampling_for(parts.config.eval, new_tokens, parts.tokenizer, parts.config.run.seed)
     result = evaluate(parts.sampler, parts.held_out, params, clock, parts.config.verify.max_fault_rate)
     parts.run.journal.write("eval", step=progress["step"], seconds=clock.seconds, **result.as_dict())
-    parts.sync(progress["step"])  # the next step finds the caches that a resumed run would find
+    if parts.sync.route == "alias":
+        bring(parts, progress["step"])  # the next step finds the caches that a resumed run would find
     return progress | {"measured": True}
+
+
+def bring(parts: RLParts, version: int) -> SyncReport:
+    """A sync that belongs to no step, with its proof in the journal."""
+    report = parts.sync(version)
+    parts.run.journal.write("sync", step=version, **report.as_dict())
+    return report
 
 
 def save(parts: RLParts, progress: Progress) -> None:

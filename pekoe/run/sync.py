@@ -71,7 +71,7 @@ class WeightSync:
         self, trainer: Trainer, engine: Generator, canary: Prompt, route: Route = "alias", checksum_every: int = 1
     ) -> None:
         self._trainer, self._engine, self._canary = trainer, engine, canary
-        self._route: Route = route
+        self.route: Route = route
         self._checksum_every, self._count = checksum_every, 0
 
     def __call__(self, version: int) -> SyncReport:
@@ -83,7 +83,7 @@ class WeightSync:
         checksum = self._check_parameters(version) if due else "skipped"
         self._count += 1
         seconds = time.perf_counter() - start
-        return SyncReport(version, self._route, seconds, self._copied_bytes(), diff, checksum)
+        return SyncReport(version, self.route, seconds, self._copied_bytes(), diff, checksum)
 
     def _check_canary(self, version: int) -> float:
         """Max abs difference between log-probs of a short response, of each server's, and the trainer's."""
@@ -127,7 +127,7 @@ class WeightSync:
         engine, model = self._engine, self._trainer.model
         if not isinstance(engine, RemoteEngine):
             return 0
-        if self._route == "broadcast":
+        if self.route == "broadcast":
             serving = sum(server.state == "serving" for server in engine.servers)
             numbers = sum(p.numel() for p in model.parameters())
             return serving * numbers * self._trainer.compute_dtype.itemsize  # converted before they are sent

@@ -1,5 +1,6 @@
 """An engine of servers, against servers that fail in every way: routing, retries, death, weights, the end."""
 
+import asyncio
 import importlib.util
 import os
 import signal
@@ -16,7 +17,9 @@ import pytest
 from pekoe.core.config import EngineSection
 from pekoe.core.errors import RunError, UserError
 from pekoe.core.types import Prompt, Rollout, SamplingParams
+from pekoe.engine.batch import Batch
 from pekoe.engine.loop import LoopThread
+from pekoe.engine.process import check_open_files
 from pekoe.engine.sglang import SGLangEngine
 from pekoe.model import Decoder
 
@@ -352,6 +355,49 @@ def test_a_server_that_died_unnoticed_does_not_stop_an_update(house: House, make
     assert "could not be reached" in engine.events[0]
 
 
+def test_a_server_that_dies_during_an_update_does_not_stop_it(house: House):
+    lost, other = house.add(), house.add()
+    engine = house.engine(lost, other)
+    lost.faults["/pause_generation"] = ["reset", "reset", "reset"]
+    engine.update_weights(house.model, 1)
+    assert [(s.state, s.version) for s in engine.servers] == [("dead", 0), ("serving", 1)]
+    assert engine.version == 1
+    assert "is dead" in engine.events[0]
+
+
+def test_tokens_of_weights_that_were_not_brought_make_a_server_stale(house: House, make_prompt: MakePrompt):
+    restarted, other = house.add(), house.add()
+    engine = house.engine(restarted, other)
+    engine.update_weights(house.model, 3)
+    restarted.version = "0"  # somebody started it again, from what it began with
+    prompts, params = [make_prompt(f"p{i}", 5 + i) for i in range(4)], SamplingParams(n=2, max_new_tokens=4)
+    rollouts = list(engine.generate(prompts, params))
+    check(rollouts, prompts, params)
+    assert {version for rollout in rollouts for version, _ in rollout.versions} == {3}
+    assert [s.state for s in engine.servers] == ["stale", "serving"]
+    assert "expected tokens of versions 3 to 3, got [0]" in engine.events[0]
+    engine.update_weights(house.model, 4)
+    assert [s.state for s in engine.servers] == ["serving", "serving"]
+
+
+def test_a_response_whose_server_is_lost_before_it_was_sent_goes_elsewhere(house: House, make_prompt: MakePrompt):
+    engine = house.engine(house.add(), house.add())
+    first, second = engine.servers
+    prompt, params = make_prompt("p", 5), SamplingParams(n=4, max_new_tokens=4)
+
+    async def send_and_lose() -> tuple[Any, int]:
+        batch = Batch(engine._backend, [first, second], [prompt], params, print, lambda: False, lambda: "nobody")
+        batch._pending.clear()
+        batch._send(prompt, (0, 1, 2, 3), first)
+        batch.leave(first)  # its tasks are cancelled before they begin
+        await asyncio.sleep(0.05)
+        return list(batch._pending), first.held
+
+    pending, held = engine._loop.run(send_and_lose())
+    assert pending == [(prompt, (0, 1, 2, 3))]
+    assert held == 0
+
+
 def test_a_server_that_was_left_paused_is_resumed(house: House, make_prompt: MakePrompt):
     server = house.add()
     server.paused = True
@@ -394,13 +440,24 @@ def test_a_prompt_that_cannot_be_sampled_is_refused_before_anything_is_sent(hous
 def test_mistakes_in_the_config(house: House, make_model: Callable[..., Decoder]):
     with pytest.raises(UserError, match="servers on this host"):
         house.engine(type("Far", (), {"url": "http://10.1.2.3:1"}), sync="shm")
-    with pytest.raises(UserError, match="the Python that runs SGLang, got '/no/python'"):
+    with pytest.raises(UserError, match="with SGLang in it, got '/no/python'"):
         house.engine(python="/no/python")
     engine = house.engine(house.add())
     with pytest.raises(UserError, match="expected a model of shape"):
         engine.update_weights(make_model(num_layers=1), 1)
     with pytest.raises(UserError, match="expected a Hugging Face model directory"):
         engine.update_weights(Path("/no/model"), 1)
+
+
+def test_more_requests_than_files_may_be_open_are_refused(monkeypatch: pytest.MonkeyPatch):
+    allowed: list[Any] = []
+    monkeypatch.setattr("resource.getrlimit", lambda _: (1024, 4096))
+    monkeypatch.setattr("resource.setrlimit", lambda _, limits: allowed.append(limits))
+    check_open_files(2, 256)
+    check_open_files(4, 512)
+    assert allowed == [(2304, 4096)]
+    with pytest.raises(UserError, match=r"max_requests: expected at most 480 for each of 8 servers.*got 512"):
+        check_open_files(8, 512)
 
 
 def test_a_server_that_nobody_answers_at(house: House):

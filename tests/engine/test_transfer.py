@@ -1,6 +1,6 @@
 """Weights on their way to a server: directories that vanish, chunks, and a group of two processes."""
 
-import os
+import fcntl
 import subprocess
 import sys
 from collections.abc import Callable
@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from pekoe.core.errors import RunError
 from pekoe.engine.process import free_ports
@@ -32,21 +33,26 @@ def test_what_a_killed_process_left_in_shared_memory_is_removed(
     make_model: MakeModel, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ):
     monkeypatch.setattr("pekoe.engine.transfer.SHARED_MEMORY", tmp_path)
-    ended = subprocess.Popen([sys.executable, "-c", ""])
-    ended.wait()
-    orphan, ours = tmp_path / f"pekoe-weights-{ended.pid}-x", tmp_path / f"pekoe-weights-{os.getpid()}-x"
-    for path in (orphan, ours):
+    orphan, living = tmp_path / "pekoe-weights-1-x", tmp_path / "pekoe-weights-2-x"
+    for path in (orphan, living):
         (path / "model").mkdir(parents=True)
-    with written(make_model(), tmp_path):
-        assert not orphan.exists()
-        assert ours.exists()
+        (path / "lock").touch()
+    with (living / "lock").open() as lock:  # perhaps of another container, where process numbers mean nothing
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with written(make_model(), tmp_path) as ours, written(make_model(), tmp_path):
+            assert not orphan.exists()
+            assert living.exists()
+            assert ours.exists()
 
 
+@pytest.mark.parametrize(
+    "error", [OSError(28, "No space left on device"), SafetensorError("I/O error: No space left on device")]
+)
 def test_where_nothing_can_be_written_the_run_is_told(
-    make_model: MakeModel, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    make_model: MakeModel, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, error: Exception
 ):
     def full(*_: object) -> None:
-        raise OSError(28, "No space left on device")
+        raise error
 
     monkeypatch.setattr("pekoe.engine.transfer.save_model", full)
     with pytest.raises(RunError, match=r"cannot write .*No space left"), written(make_model(), tmp_path):

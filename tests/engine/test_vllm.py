@@ -239,13 +239,16 @@ def test_the_releases_flags_pass():
 def test_an_attached_server_that_would_be_misread_is_refused(change: dict[str, Any], message: str):
     backend = make_backend(lambda _: httpx.Response(200, json=server_info(**change)))
     with pytest.raises(UserError, match=message):
-        asyncio.run(backend.set_version(SERVER, 0))
+        asyncio.run(backend.check(SERVER))
 
 
-def test_an_attached_server_without_development_mode_is_refused():
-    backend = make_backend(lambda _: httpx.Response(404, json={"detail": "Not Found"}))
+@pytest.mark.parametrize(
+    "answer", [httpx.Response(404, json={"detail": "Not Found"}), httpx.Response(200, html="<p>something else</p>")]
+)
+def test_an_attached_server_without_development_mode_is_refused(answer: httpx.Response):
+    backend = make_backend(lambda _: answer)
     with pytest.raises(UserError, match="VLLM_SERVER_DEV_MODE=1"):
-        asyncio.run(backend.set_version(SERVER, 0))
+        asyncio.run(backend.check(SERVER))
 
 
 # Weights
@@ -266,7 +269,7 @@ def test_pause_resume_and_versions_as_recorded(contract):
 
     assert asyncio.run(go()) == "C1"
     assert [path for path, _ in server.asked[:3]] == [c["request"]["path"] for c in contracts]
-    assert server.asked[4] == ("/update_weight_version", {"new_version": "7"})
+    assert server.asked[3] == ("/update_weight_version", {"new_version": "7"})
 
 
 def test_a_flush_that_did_not_happen_is_an_error(contract):

@@ -210,9 +210,15 @@ def test_one_number_at_one_server_is_seen(
 def test_a_server_that_samples_under_another_version_is_seen(
     open_servers: Callable[..., RemoteEngine], trainer: Trainer, canary: Prompt
 ):
+    engine = open_servers()
     Hosted.ahead.add(URLS[1])
-    with pytest.raises(RunError, match=r"at version 0 .* got version 0 and 1 "):
-        WeightSync(trainer, open_servers(), canary, "disk")(0)
+    sync = WeightSync(trainer, engine, canary, "disk")
+    sync(0)  # goes on without it
+    assert [server.state for server in engine.servers] == ["serving", "stale"]
+    assert "expected tokens of versions 0 to 0, got [1]" in engine.events[0]
+    Hosted.ahead.add(URLS[0])
+    with pytest.raises(RunError, match="expected a server that serves at version 1, got none"):
+        sync(1)
 
 
 def test_a_server_that_is_lost_is_not_asked(

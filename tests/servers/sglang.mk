@@ -9,6 +9,8 @@ SGLANG_SOUND := $(shell [ "$$(cat $(VENV_SGLANG)/.stamp 2>/dev/null)" = "$(CURDI
 
 $(VENV_SGLANG)/.stamp: $(SGLANG_CPU)/requirements.txt $(if $(SGLANG_SOUND),,FORCE)
 	@echo "Installing SGLang for CPU in $(VENV_SGLANG) (minutes, the first time)"
+	@[ "$(VENV_SGLANG)" = .venv-sglang ] || [ -e $@ ] || [ ! -e $(VENV_SGLANG) ] || \
+	  { echo "$(VENV_SGLANG) is there and was not made here: name another, or remove it yourself" >&2; exit 1; }
 	@rm -rf $(VENV_SGLANG)
 	@$(PYTHON) -m venv $(VENV_SGLANG)
 	@$(SGLANG_PIP) torch==2.13.0 numpy==2.4.6

