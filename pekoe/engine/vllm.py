@@ -204,8 +204,7 @@ class VLLMBackend(Backend):
             raise RunError(f"{server.url}: expected its prefix cache to be flushed, got {answer}")
 
     async def version_of(self, server: Server) -> str:
-        answer = await self.get(server, "/weight_info")
-        return str(answer["weight_version"])
+        return str(await self._value(server, "/weight_info", "weight_version"))
 
     async def set_version(self, server: Server, version: int) -> None:
         await self._tag(server, version)
@@ -240,8 +239,13 @@ class VLLMBackend(Backend):
         await self._tag(server, version)
 
     async def num_workers(self, server: Server) -> int:
-        answer = await self.get(server, "/get_world_size")
-        return int(answer["world_size"])
+        return int(await self._value(server, "/get_world_size", "world_size"))
+
+    async def _value(self, server: Server, path: str, key: str) -> Any:
+        answer = await self.get(server, path)
+        if not isinstance(answer, dict) or key not in answer:  # somebody else answers there
+            raise RunError(f"{server.url}{path}: expected an object with {key}, got {str(answer)[:200]!r}")
+        return cast(dict[str, Any], answer)[key]
 
     async def join_group(self, server: Server, group: Group) -> None:
         info = {

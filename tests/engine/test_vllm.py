@@ -247,6 +247,7 @@ def test_an_attached_server_that_would_be_misread_is_refused(change: dict[str, A
 )
 def test_an_attached_server_without_development_mode_is_refused(answer: httpx.Response):
     backend = make_backend(lambda _: answer)
+    assert asyncio.run(backend.reachable(SERVER))  # whoever it is
     with pytest.raises(UserError, match="VLLM_SERVER_DEV_MODE=1"):
         asyncio.run(backend.check(SERVER))
 
