@@ -116,9 +116,6 @@ class ServerSection(Section):
     def _launched(self) -> ServerSection:
         if self.gpus and len(self.gpus) != self.count:
             raise ValueError(f"engine.server.gpus: expected one for each of {self.count} servers, got {len(self.gpus)}")
-        given = [key for key in ("args", "env", "gpus") if getattr(self, key)]
-        if self.urls and given:
-            raise ValueError(f"engine.server.{given[0]}: expected none beside urls (it is for servers started here)")
         return self
 
     @model_validator(mode="after")

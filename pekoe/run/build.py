@@ -186,7 +186,7 @@ def open_engine(
         log_dir,
         config.model.dtype,
         next(model.parameters()).device.type,
-        config.run.threads or max(1, (os.cpu_count() or 1) // number),
+        max(1, (config.run.threads or os.cpu_count() or 1) // number),
         on_event=view.say,
         asked=asked,
     )
