@@ -45,6 +45,7 @@ class TestSGLangEngine(Contract):
             *models,
             open=open_engine,
             launch=launch,
+            tolerance=5e-4,  # its draws are not seeded on a CPU, and rare tokens are up to 1.3e-4 off
             refuses={
                 "min_new_tokens": NO_MINIMUM,
                 "min_new_tokens, eval": NO_MINIMUM,

@@ -78,8 +78,8 @@ def assert_proven(recipe: Path, route: str) -> None:
     assert [step["step"] for step in steps] == [1, 2]
     assert [step["sync_checksum"] for step in steps] == ["equal", "skipped"]
     for step in steps:
-        assert step["logprob_diff_max"] <= 1e-4  # I1
-        assert step["sync_canary_diff"] <= 1e-4  # I4
+        assert step["logprob_diff_max"] <= 5e-4  # I1
+        assert step["sync_canary_diff"] <= 5e-4  # I4
         assert step["sync_route"] == route
         assert step["sync_bytes"] > 100_000
         lines = read_rollouts(run / "rollouts" / f"step-{step['step']:06d}.jsonl.zst")

@@ -19,6 +19,8 @@ from pekoe.model import Decoder, PackedAttention, save_model
 
 pytestmark = [pytest.mark.server, pytest.mark.timeout(400)]
 
+# Its draws are not seeded on a CPU, and rare tokens are up to 1.3e-4 off; stale weights or KV are 0.1 and more.
+TOLERANCE = 5e-4
 # Sizes that SGLang does not pad (checksums), and long enough for work to be met half-way.
 SHAPE = {"vocab_size": 64, "hidden_size": 64, "head_dim": 16, "intermediate_size": 128, "max_positions": 1024}
 
@@ -82,7 +84,7 @@ def test_i1_log_probs_are_the_models(
     assert len({(r.uid, r.sample_index) for r in rollouts}) == len(rollouts) == 4 * params.n
     for rollout in rollouts:
         tokens = rollout.payload.resolve().tokens.tolist()
-        assert off(models[0], rollout, params.temperature or 1.0) <= 1e-4
+        assert off(models[0], rollout, params.temperature or 1.0) <= TOLERANCE
         assert rollout.versions == ((0, 0),)
         stops = [token in params.stop_token_ids for token in tokens]
         assert not any(stops[:-1])
@@ -112,7 +114,7 @@ def test_abort_of_one_and_of_all(
     first = [next(stream) for _ in range(4)]
     assert {(r.uid, r.finish_reason) for r in first} == {("p5", "abort")}
     assert all(0 < r.num_tokens < 440 for r in first)
-    assert all(off(models[0], r) <= 1e-4 for r in first)
+    assert all(off(models[0], r) <= TOLERANCE for r in first)
     engine.abort()
     rest = list(stream)
     assert {r.finish_reason for r in rest} == {"abort"}
@@ -139,7 +141,7 @@ def test_pause_keeps_what_is_in_flight(
     start = time.monotonic()
     rollouts = list(engine.generate(prompts, SamplingParams(n=2, max_new_tokens=300)))
     assert time.monotonic() - start > 2
-    assert all(r.finish_reason == "length" and off(models[0], r) <= 1e-4 for r in rollouts)
+    assert all(r.finish_reason == "length" and off(models[0], r) <= TOLERANCE for r in rollouts)
 
 
 @pytest.mark.parametrize("sync", ["disk", "shm", "broadcast"])
@@ -158,7 +160,7 @@ def test_i4_after_an_update_the_new_weights_answer(
         rollouts += engine.generate(prompts, params)
         for rollout in rollouts:
             assert rollout.versions == ((version, 0),)
-            assert off(model, rollout) <= 1e-4
+            assert off(model, rollout) <= TOLERANCE
         assert max(off(models[version - 1], r) for r in rollouts) > 0.1
         assert engine.holds(model) is True
         assert engine.holds(models[0]) is False
@@ -184,8 +186,8 @@ def test_an_update_in_mid_flight_recomputes_kv_and_tags_tokens(
         (before, _), (after, change) = rollout.versions
         logprobs = rollout.payload.resolve().logprobs
         assert (before, after) == (0, 1)
-        assert np.abs(logprobs - reference(old, rollout))[:change].max() <= 1e-4
-        assert np.abs(logprobs - reference(new, rollout))[change:].max() <= 1e-4
+        assert np.abs(logprobs - reference(old, rollout))[:change].max() <= TOLERANCE
+        assert np.abs(logprobs - reference(new, rollout))[change:].max() <= TOLERANCE
 
 
 def test_an_update_may_end_what_is_in_flight(
@@ -195,9 +197,9 @@ def test_an_update_may_end_what_is_in_flight(
     later(0.4, engine.update_weights, models[1], 1)
     rollouts = list(engine.generate(prompts, SamplingParams(n=4, max_new_tokens=440)))
     assert {r.finish_reason for r in rollouts} == {"abort"}
-    assert all(off(models[0], r) <= 1e-4 for r in rollouts if r.num_tokens)
+    assert all(off(models[0], r) <= TOLERANCE for r in rollouts if r.num_tokens)
     (rollout,) = engine.generate(prompts[:1], SamplingParams(max_new_tokens=8))
-    assert off(models[1], rollout) <= 1e-4
+    assert off(models[1], rollout) <= TOLERANCE
 
 
 def test_a_server_that_cannot_take_weights_is_stale_and_recovers(
@@ -214,7 +216,7 @@ def test_a_server_that_cannot_take_weights_is_stale_and_recovers(
         list(engine.generate(prompts, SamplingParams()))
     engine.update_weights(models[2], 2)
     (rollout,) = engine.generate(prompts[:1], SamplingParams(max_new_tokens=8))
-    assert off(models[2], rollout) <= 1e-4
+    assert off(models[2], rollout) <= TOLERANCE
 
 
 def group_members(group: int) -> list[int]:
@@ -245,12 +247,12 @@ def test_killed_it_is_launched_again_and_closing_leaves_nothing(
     try:
         killed, params = engine.servers[0].process, SamplingParams(n=2, max_new_tokens=8)
         assert killed is not None
-        assert all(off(models[0], r) <= 1e-4 for r in engine.generate(prompts, params))
+        assert all(off(models[0], r) <= TOLERANCE for r in engine.generate(prompts, params))
         os.killpg(killed.pid, signal.SIGKILL)
         with pytest.raises(RunError, match=r"exited with status 137"):
             list(engine.generate(prompts, params))
         engine.update_weights(models[1], 1)  # waits for its return
-        assert all(off(models[1], r) <= 1e-4 for r in engine.generate(prompts, params))
+        assert all(off(models[1], r) <= TOLERANCE for r in engine.generate(prompts, params))
         process = engine.servers[0].process
         assert process is not None
         url = engine.servers[0].url
