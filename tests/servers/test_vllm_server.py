@@ -1,5 +1,6 @@
 """vLLM's real server: what it samples is what the model says, whatever route the weights took."""
 
+import concurrent.futures
 import contextlib
 import os
 import re
@@ -8,6 +9,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -68,15 +70,14 @@ def responses(rollouts: list[Rollout]) -> dict[tuple[str, int], list[int]]:
     return {(r.uid, r.sample_index): r.payload.resolve().tokens.tolist() for r in rollouts}
 
 
-def wait_running(engine: VLLMEngine, number: int, limit_s: float = 60) -> None:
-    """Until the server samples so many responses."""
+def wait_running(engine: VLLMEngine, limit_s: float = 10) -> None:
+    """Until the server samples, or has had time to end before that was seen."""
     deadline = time.monotonic() + limit_s
     while time.monotonic() < deadline:
         metrics = engine._loop.run(engine._backend.get(engine.servers[0], "/metrics"))
-        if re.search(rf"^vllm:num_requests_running{{.*}} {number}\.0$", metrics, re.MULTILINE):
+        if re.search(r"^vllm:num_requests_running{.*} [1-9]\d*\.0$", metrics, re.MULTILINE):
             return
-        time.sleep(0.05)
-    raise AssertionError(f"the server did not sample {number} responses at once within {limit_s} s")
+        time.sleep(0.01)
 
 
 def kill_engine_core(group: int) -> None:
@@ -132,7 +133,7 @@ def test_evaluation_may_truncate(engine: VLLMEngine, models: list[Decoder], make
 def test_abort_of_one_and_of_all(engine: VLLMEngine, models: list[Decoder], make_prompt: MakePrompt):
     prompts = [make_prompt(f"p{i}", 20, VOCAB) for i in range(3)]
     running = engine.generate(prompts, SamplingParams(n=2, max_new_tokens=2500))
-    threading.Thread(target=lambda: (wait_running(engine, 6), engine.abort(["p1"]))).start()
+    threading.Thread(target=lambda: (wait_running(engine), engine.abort(["p1"]))).start()
     aborted = [next(running) for _ in range(2)]
     assert {(r.uid, r.finish_reason) for r in aborted} == {("p1", "abort")}
     engine.abort()
@@ -187,22 +188,28 @@ def test_a_head_left_stale_would_be_seen(engine: VLLMEngine, models: list[Decode
 
 @pytest.mark.parametrize("mode", ["keep", "abort"])
 def test_update_in_the_middle(vllm_engine_factory: Factory, models: list[Decoder], make_prompt: MakePrompt, mode: str):
+    prompts = [make_prompt(f"p{i}", 70, VOCAB) for i in range(3)]
+    weights: dict[int, Decoder] = {}
     with contextlib.closing(vllm_engine_factory(models[0], during_update=mode)) as engine:
-        prompts = [make_prompt(f"p{i}", 70, VOCAB) for i in range(3)]
-        running = engine.generate(prompts, SamplingParams(n=2, max_new_tokens=1500))
-        updating = threading.Thread(target=lambda: (wait_running(engine, 6), engine.update_weights(models[1], 1)))
-        updating.start()
-        rollouts = list(running)
-        assert len(rollouts) == 6
-        weights = {0: models[0], 1: models[1]}
-        assert max(difference_by_version(weights, r) for r in rollouts if r.num_tokens) <= 2e-4
-        if mode == "keep":
-            assert {r.finish_reason for r in rollouts} == {"length"}
-            assert any([version for version, _ in r.versions] == [0, 1] for r in rollouts)
-        else:
-            assert "abort" in {r.finish_reason for r in rollouts}
-        updating.join(timeout=30)
-        assert engine.version == 1
+        for version in range(1, 8):  # on a busy machine the responses may end before the update begins: try again
+            weights |= {version - 1: models[(version - 1) % 2], version: models[version % 2]}
+            running = engine.generate(prompts, SamplingParams(n=2, max_new_tokens=1500))
+            with concurrent.futures.ThreadPoolExecutor(1) as pool:
+                update = partial(engine.update_weights, weights[version], version)
+                updating = pool.submit(lambda: (wait_running(engine), update()))
+                rollouts = list(running)
+                updating.result(timeout=60)
+            assert len(rollouts) == 6
+            assert engine.version == version
+            assert max(difference_by_version(weights, r) for r in rollouts if r.num_tokens) <= 2e-4
+            in_the_middle = {
+                "keep": {r.finish_reason for r in rollouts} == {"length"}
+                and any([v for v, _ in r.versions] == [version - 1, version] for r in rollouts),
+                "abort": "abort" in {r.finish_reason for r in rollouts},
+            }
+            if in_the_middle[mode]:
+                return
+    raise AssertionError("no update met a response in the middle")
 
 
 def test_a_launched_server_takes_the_releases_flags_dies_and_leaves_nothing(
