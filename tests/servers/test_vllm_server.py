@@ -9,7 +9,6 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -195,8 +194,8 @@ def test_update_in_the_middle(vllm_engine_factory: Factory, models: list[Decoder
             weights |= {version - 1: models[(version - 1) % 2], version: models[version % 2]}
             running = engine.generate(prompts, SamplingParams(n=2, max_new_tokens=1500))
             with concurrent.futures.ThreadPoolExecutor(1) as pool:
-                update = partial(engine.update_weights, weights[version], version)
-                updating = pool.submit(lambda: (wait_running(engine), update()))
+                pool.submit(wait_running, engine)
+                updating = pool.submit(engine.update_weights, weights[version], version)
                 rollouts = list(running)
                 updating.result(timeout=60)
             assert len(rollouts) == 6
