@@ -74,6 +74,7 @@ def _timed(times: Counter[str], vocab: int) -> Iterator[None]:
     """Adds up the seconds of each kernel and matrix product, as the thread that asks for them sees them; those of
     threads that work side by side, each on rows of its own, count as their mean."""
     from pekoe.model import jit
+    from pekoe.model.packed import PackedLinear
 
     num_threads, lock = torch.get_num_threads(), threading.Lock()
 
@@ -91,7 +92,9 @@ def _timed(times: Counter[str], vocab: int) -> Iterator[None]:
 
     linear = timed(F.linear, lambda x, weight, *_: "head" if weight.shape[0] == vocab else "linear")
     attention = timed(F.scaled_dot_product_attention, lambda *_: "attention of fresh prompts (torch)")
+    packed = timed(PackedLinear.forward, lambda layer, _: "head" if layer.weight.shape[0] == vocab else "linear")
     patches: list[tuple[Any, str, Any]] = [(F, "linear", linear), (F, "scaled_dot_product_attention", attention)]
+    patches.append((PackedLinear, "forward", packed))
     run = timed(jit.run, lambda function, *_: f"kernel {function.__name__.strip('_')}")
     for module in list(sys.modules.values()):
         if getattr(module, "__name__", "").startswith("pekoe.") and getattr(module, "run", None) is jit.run:
