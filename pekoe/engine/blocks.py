@@ -10,8 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
-import numpy as np
-
 from pekoe.core.errors import RunError
 
 
@@ -20,14 +18,20 @@ class OutOfBlocks(RunError):
 
 
 class BlockPool:
-    """Reference-counted blocks. `evict(n)` asks the owner of cached blocks to give at least n back, if it can."""
+    """Reference-counted blocks.
+
+    `evict(n)` asks the owner of cached blocks to give at least n back, if it can; `idle(block)` tells it that a block
+    of its tree has lost its last user.
+    """
 
     def __init__(self, num_blocks: int) -> None:
         self.num_blocks = num_blocks
         self.evict: Callable[[int], None] = lambda _: None
+        self.idle: Callable[[int], None] = lambda _: None
         self._free = list(range(num_blocks - 1, -1, -1))
-        self._users = np.zeros(num_blocks, np.int64)
-        self._in_tree = np.zeros(num_blocks, np.bool_)
+        self._users = [0] * num_blocks
+        self._in_tree = [False] * num_blocks
+        self._num_cached = 0
 
     @property
     def num_free(self) -> int:
@@ -35,11 +39,11 @@ class BlockPool:
 
     @property
     def num_cached(self) -> int:
-        return int((self._in_tree & (self._users == 0)).sum())
+        return self._num_cached
 
     @property
     def num_in_use(self) -> int:
-        return int((self._users > 0).sum())
+        return self.num_blocks - self.num_free - self.num_cached
 
     @property
     def num_available(self) -> int:
@@ -54,13 +58,15 @@ class BlockPool:
         if count > len(self._free):
             raise OutOfBlocks(f"{count} KV blocks wanted, {len(self._free)} free of {self.num_blocks}")
         taken = [self._free.pop() for _ in range(count)]
-        self._users[taken] = 1
+        for block in taken:
+            self._users[block] = 1
         return taken
 
     def retain(self, blocks: Iterable[int]) -> None:
         """One more user for each block, which must be in use or cached."""
         for block in blocks:
             assert self._users[block] > 0 or self._in_tree[block], f"block {block} is free"
+            self._num_cached -= not self._users[block]
             self._users[block] += 1
 
     def release(self, blocks: Iterable[int]) -> None:
@@ -68,11 +74,16 @@ class BlockPool:
         for block in blocks:
             assert self._users[block] > 0, f"block {block} freed twice"
             self._users[block] -= 1
-            if not self._users[block] and not self._in_tree[block]:
+            if self._users[block]:
+                continue
+            if self._in_tree[block]:
+                self._num_cached += 1
+                self.idle(block)
+            else:
                 self._free.append(block)
 
     def num_users(self, block: int) -> int:
-        return int(self._users[block])
+        return self._users[block]
 
     def tree_holds(self, block: int) -> None:
         assert self._users[block] > 0, f"block {block} is not in use: it cannot enter the tree"
@@ -83,13 +94,15 @@ class BlockPool:
         assert self._in_tree[block], f"block {block} is not in the tree"
         self._in_tree[block] = False
         if not self._users[block]:
+            self._num_cached -= 1
             self._free.append(block)
 
     def check_integrity(self, users: dict[int, int], in_tree: set[int]) -> None:
         """Prove I7 against the owners' own accounts: users of each block, and the blocks of the prefix tree."""
         free = set(self._free)
         assert len(free) == len(self._free), "a block is free twice"
-        assert self.num_free + self.num_cached + self.num_in_use == self.num_blocks, "free + cached + in use != total"
-        assert users == {int(b): int(self._users[b]) for b in np.flatnonzero(self._users)}, "users are miscounted"
-        assert in_tree == set(np.flatnonzero(self._in_tree).tolist()), "the tree's blocks are miscounted"
+        assert users == {b: number for b, number in enumerate(self._users) if number}, "users are miscounted"
+        assert in_tree == {b for b, held in enumerate(self._in_tree) if held}, "the tree's blocks are miscounted"
+        assert self.num_cached == len(in_tree - set(users)), "cached blocks are miscounted"
+        assert self.num_in_use == len(users), "free + cached + in use != total"
         assert not free & (set(users) | in_tree), "a free block is still referred to"

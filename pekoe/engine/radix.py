@@ -33,7 +33,9 @@ class PrefixTree:
         self._pool, self._block_tokens = pool, block_tokens
         self._root = Node(b"", -1, None)
         self._clock = 0
-        pool.evict = self.evict
+        self._node_of: dict[int, Node] = {}  # by block
+        self._idle: list[tuple[int, int]] = []  # heap of (last use, block): leaves that had no user when entered
+        pool.evict, pool.idle = self.evict, self._enter
 
     def match(self, tokens: IntArray) -> list[int]:
         """Blocks of the longest known prefix of `tokens`, each with one more user. The caller releases them."""
@@ -56,7 +58,8 @@ class PrefixTree:
             child = node.children.get(key)
             if child is None:
                 child = node.children[key] = Node(key, blocks[position], node)
-                self._pool.tree_holds(blocks[position])
+                self._node_of[child.block] = child
+                self._pool.tree_holds(child.block)
             elif child.block != blocks[position]:
                 return
             self._touch(child)
@@ -64,26 +67,39 @@ class PrefixTree:
 
     def evict(self, count: int) -> None:
         """Give back at least `count` unused blocks, leaves first, least recently used first, as far as there are."""
-        leaves = [(n.last_used, n.block, n) for n in self._nodes() if self._is_idle_leaf(n)]
-        heapq.heapify(leaves)
-        while count > 0 and leaves:
-            _, _, node = heapq.heappop(leaves)
+        while count > 0 and self._idle:
+            last_used, block = heapq.heappop(self._idle)
+            node = self._node_of.get(block)
+            if node is None or node.last_used != last_used or not self._is_idle_leaf(node):
+                continue  # used again since, or entered twice
             parent = node.parent
             assert parent is not None
-            del parent.children[node.key]
-            self._pool.tree_drops(node.block)
+            del parent.children[node.key], self._node_of[block]
+            self._pool.tree_drops(block)
             count -= 1
-            if parent is not self._root and self._is_idle_leaf(parent):
-                heapq.heappush(leaves, (parent.last_used, parent.block, parent))
+            if parent is not self._root:
+                self._enter(parent.block)
 
     def flush(self) -> None:
         """Forget everything: the weights have changed. Blocks that sequences use stay theirs."""
-        for node in self._nodes():
-            self._pool.tree_drops(node.block)
+        for block in self._node_of:
+            self._pool.tree_drops(block)
+        self._node_of.clear()
+        self._idle.clear()
         self._root.children.clear()
 
     def blocks(self) -> set[int]:
-        return {node.block for node in self._nodes()}
+        return set(self._node_of)
+
+    def _enter(self, block: int) -> None:
+        """This block may have become an idle leaf."""
+        node = self._node_of[block]
+        if not self._is_idle_leaf(node):
+            return
+        heapq.heappush(self._idle, (node.last_used, block))
+        if len(self._idle) > 2 * len(self._node_of) + 64:  # mostly entries that are out of date
+            self._idle = [(n.last_used, n.block) for n in self._node_of.values() if self._is_idle_leaf(n)]
+            heapq.heapify(self._idle)
 
     def _is_idle_leaf(self, node: Node) -> bool:
         return not node.children and self._pool.num_users(node.block) == 0
@@ -105,12 +121,3 @@ class PrefixTree:
                 return
             yield child
             node = child
-
-    def _nodes(self) -> list[Node]:
-        """All nodes but the root, without recursion: a prefix may be thousands of blocks long."""
-        found, stack = [], list(self._root.children.values())
-        while stack:
-            node = stack.pop()
-            found.append(node)
-            stack.extend(node.children.values())
-        return found

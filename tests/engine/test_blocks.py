@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
@@ -130,3 +130,39 @@ def test_the_least_recently_used_leaf_goes_first():
     tree.evict(1)
     assert tree.match(np.array([2, 2])) == []
     assert tree.match(np.array([1, 1])) == old
+
+
+@given(st.lists(st.tuples(st.sampled_from(["insert", "match", "evict"]), st.lists(st.integers(0, 1), max_size=8))))
+def test_eviction_is_least_recently_used_whatever_came_before(steps: list[tuple[str, list[int]]]):
+    """Against the plain way: of all leaves that nobody uses, the one whose last use is longest ago."""
+    pool = BlockPool(1000)
+    tree = PrefixTree(pool, BLOCK)
+    used: dict[tuple[int, ...], int] = {}  # prefix by whole blocks -> when it was last used
+    for now, (what, tokens) in enumerate(steps):
+        prefixes = [tuple(tokens[:end]) for end in range(BLOCK, len(tokens) + 1, BLOCK)]
+        if what == "evict":
+            leaves = [p for p in used if not any(len(q) > len(p) and q[: len(p)] == p for q in used)]
+            tree.evict(1)
+            if leaves:
+                del used[min(leaves, key=used.__getitem__)]
+        else:
+            held = tree.match(np.array(tokens, np.int64))
+            assert len(held) == sum(p in used for p in prefixes)
+            if what == "insert":
+                held += pool.take(len(prefixes) - len(held))
+                tree.insert(np.array(tokens, np.int64), held)
+            used |= dict.fromkeys(prefixes[: len(held)], now)
+            pool.release(held)
+        assert len(tree.blocks()) == len(used)
+        pool.check_integrity({}, tree.blocks())
+
+
+def test_out_of_date_entries_do_not_pile_up():
+    pool = BlockPool(4)
+    tree = PrefixTree(pool, BLOCK)
+    blocks = pool.take(2)
+    tree.insert(np.array([1, 2, 3, 4]), blocks)
+    pool.release(blocks)
+    for _ in range(1000):
+        pool.release(tree.match(np.array([1, 2, 3, 4])))
+    assert len(tree._idle) < 100
