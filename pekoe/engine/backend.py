@@ -6,11 +6,12 @@ again, or elsewhere), and RunError for an answer that says no, or that it does n
 
 from __future__ import annotations
 
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, cast
 from urllib.parse import urlsplit
 
 import httpx
@@ -86,7 +87,6 @@ class Backend(ABC):
     """One kind of server. `client` is set before any request and lives in the engine's event loop."""
 
     name: ClassVar[str]  # "SGLang"
-    health_path: ClassVar[str] = "/health"
 
     def __init__(self, setup: Setup) -> None:
         self.setup = setup
@@ -103,7 +103,7 @@ class Backend(ABC):
         """Does it answer its health check? Never raises. A server that is paused may fail it: SGLang's samples."""
         assert self.client is not None
         try:
-            answer = await self.client.get(server.url + self.health_path, timeout=_HEALTH_LIMIT_S)
+            answer = await self.client.get(server.url + "/health", timeout=_HEALTH_LIMIT_S)
         except httpx.HTTPError:
             return False
         return answer.status_code == 200
@@ -138,8 +138,8 @@ class Backend(ABC):
         `sampling.sequence_key(params, prompt.uid, prompt.draw, index)`."""
 
     @abstractmethod
-    async def abort(self, server: Server, rids: Sequence[str] | None) -> None:
-        """End these requests (None: all); they are answered with reason abort. Unknown ones are ignored."""
+    async def abort(self, server: Server, rids: Sequence[str]) -> None:
+        """End these requests; they are answered with reason abort. Unknown ones are ignored."""
 
     # Weights
 
@@ -270,6 +270,13 @@ async def compare(
     if False in answers:
         return False
     return None if None in answers or not answers else True
+
+
+def field(server: Server, content: Any, name: str, kind: type) -> Any:
+    """content[name]; RunError where the answer has no such thing, as when somebody else answers there."""
+    if not isinstance(content, dict) or not isinstance(content.get(name), kind):
+        raise RunError(f"{server.url}: expected an answer with {name!r}, got {json.dumps(content)[:300]}")
+    return cast("dict[str, Any]", content)[name]
 
 
 def _message(content: Any) -> str:

@@ -360,7 +360,7 @@ class RemoteEngine:
             self._loop.run(self._update(partial(self._send, source), version))
             return
         parent = transfer.SHARED_MEMORY if self._config.sync == "shm" else self._log_dir.resolve() / "weights"
-        with transfer.written(source, parent) as directory:
+        with transfer.written(source, parent, getattr(torch, self._dtype)) as directory:
             self._loop.run(self._update(partial(self._load, directory), version))
 
     async def _update(self, bring: Bring, version: int) -> None:

@@ -27,7 +27,7 @@ import torch
 
 from pekoe.core.errors import RunError, UserError
 from pekoe.core.types import FinishReason, Prompt, SamplingParams
-from pekoe.engine.backend import Answer, Backend, Fingerprints, Server
+from pekoe.engine.backend import Answer, Backend, Fingerprints, Server, field
 from pekoe.engine.remote import RemoteEngine
 from pekoe.engine.sampling import sequence_key
 from pekoe.engine.transfer import Group, Tensors
@@ -81,7 +81,7 @@ class SGLang(Backend):
     async def prefill(self, server: Server, prompt: Prompt) -> int:
         body = {"input_ids": prompt.tokens.tolist(), "sampling_params": {"max_new_tokens": 0, "temperature": 0}}
         content = await self.post(server, "/generate", body, self.setup.config.request_limit_s)
-        return len(prompt.tokens) - int(_field(_field(content, "meta_info", dict), "cached_tokens", int))
+        return len(prompt.tokens) - int(field(server, field(server, content, "meta_info", dict), "cached_tokens", int))
 
     async def sample(self, server: Server, prompt: Prompt, index: int, params: SamplingParams, rid: str) -> Answer:
         sampling: dict[str, Any] = {
@@ -107,9 +107,8 @@ class SGLang(Backend):
                 f"{server.url}/generate: not understood ({type(error).__name__}: {error}): {shown}"
             ) from None
 
-    async def abort(self, server: Server, rids: Sequence[str] | None) -> None:
-        bodies: list[Any] = [{"abort_all": True}] if rids is None else [{"rid": rid} for rid in rids]
-        await asyncio.gather(*(self.post(server, "/abort_request", body) for body in bodies))
+    async def abort(self, server: Server, rids: Sequence[str]) -> None:
+        await asyncio.gather(*(self.post(server, "/abort_request", {"rid": rid}) for rid in rids))
 
     # Weights
 
@@ -130,11 +129,11 @@ class SGLang(Backend):
             await asyncio.sleep(_FLUSH_AGAIN_S)
 
     async def version_of(self, server: Server) -> str:
-        return str(_field(await self.get(server, "/model_info"), "weight_version", str))
+        return str(field(server, await self.get(server, "/model_info"), "weight_version", str))
 
     async def set_version(self, server: Server, version: int) -> None:
         info = await self.get(server, "/server_info")
-        self.seeded = bool(_field(info, "enable_deterministic_inference", bool))
+        self.seeded = bool(field(server, info, "enable_deterministic_inference", bool))
         body = {"new_version": str(version), "abort_all_requests": False}
         _succeeded(server, await self.post(server, "/update_weight_version", body))
 
@@ -143,7 +142,7 @@ class SGLang(Backend):
         _succeeded(server, await self.post(server, "/update_weights_from_disk", body))
 
     async def num_workers(self, server: Server) -> int:
-        return int(_field(await self.get(server, "/server_info"), "tp_size", int))
+        return int(field(server, await self.get(server, "/server_info"), "tp_size", int))
 
     async def join_group(self, server: Server, group: Group) -> None:
         body = {
@@ -191,8 +190,8 @@ class SGLang(Backend):
     async def fingerprints(self, server: Server) -> Fingerprints | None:
         """By SGLang's names; on CPU, the first 8 bytes of SHA-256 of the values. None of split weights."""
         content = await self.post(server, "/weights_checker", {"action": "checksum"})
-        ranks = _field(content, "ranks", list)
-        return dict(_field(ranks[0], "checksums", dict)) if len(ranks) == 1 else None
+        ranks = field(server, content, "ranks", list)
+        return dict(field(server, ranks[0], "checksums", dict)) if len(ranks) == 1 else None
 
 
 class SGLangEngine(RemoteEngine):
@@ -242,12 +241,6 @@ def parameter_hashes(model: Decoder, dtype: torch.dtype) -> dict[str, str]:
         hasher = hashers.setdefault(".".join(parts), hashlib.sha256())
         hasher.update(parameter.detach().to("cpu", dtype).contiguous().view(-1).view(torch.uint8).numpy())
     return {name: hasher.hexdigest()[:16] for name, hasher in hashers.items()}
-
-
-def _field(content: Any, name: str, kind: type) -> Any:
-    if not isinstance(content, dict) or not isinstance(content.get(name), kind):
-        raise RunError(f"SGLang: expected an answer with {name!r}, got {json.dumps(content)[:300]}")
-    return content[name]
 
 
 def _succeeded(server: Server, content: Any) -> None:

@@ -45,8 +45,8 @@ class Group:
 
 
 @contextmanager
-def written(model: Decoder, parent: Path) -> Generator[Path]:
-    """`model` as a Hugging Face directory under `parent`, for as long as the context lasts."""
+def written(model: Decoder, parent: Path, dtype: torch.dtype) -> Generator[Path]:
+    """`model` in `dtype` as a Hugging Face directory under `parent`, for as long as the context lasts."""
     parent.mkdir(parents=True, exist_ok=True)
     if parent == SHARED_MEMORY:
         _remove_orphans()
@@ -54,7 +54,7 @@ def written(model: Decoder, parent: Path) -> Generator[Path]:
     try:
         with (place / "lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # says that we live, in any container that shares this memory
-            save_model(model, place / "model")
+            save_model(model, place / "model", dtype=dtype)
             yield place / "model"
     except (OSError, SafetensorError) as error:  # a full disk, mostly
         raise RunError(f"weight update: cannot write {place}: {error}") from error

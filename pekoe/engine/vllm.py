@@ -24,7 +24,7 @@ from torch import Tensor
 
 from pekoe.core.errors import RunError, UserError
 from pekoe.core.types import Prompt, SamplingParams
-from pekoe.engine.backend import Answer, Backend, Fingerprints, Server, TransportError
+from pekoe.engine.backend import Answer, Backend, Fingerprints, Server, TransportError, field
 from pekoe.engine.remote import RemoteEngine
 from pekoe.engine.sampling import sequence_key
 from pekoe.engine.transfer import Group, Tensors
@@ -36,7 +36,6 @@ LOGPROBS = "processed_logprobs"  # the only ones at the sampling temperature
 MIN_TEMPERATURE = 0.01  # vLLM raises a lower one to this, and only logs it
 CPU_BLOCK_TOKENS = 32  # its default on CPU, 128, leaves short prompts unshared
 CPU_BATCH_TOKENS = 8192  # of one forward; whole prompts, so no less than the context
-CPU_KV_BYTES = 4 * 2**30  # the most that KV takes on CPU when engine.kv_tokens is absent
 PART_NUMBERS = 2**24  # fingerprinted at once: bounds the memory that it takes
 _RID_PREFIX = "generate-tokens-"  # vLLM's, before ours
 
@@ -115,8 +114,8 @@ class VLLMBackend(Backend):
         if setup.device == "cpu":
             argv += ["--enforce-eager", "--block-size", str(CPU_BLOCK_TOKENS), "--no-enable-chunked-prefill"]
             argv += ["--max-num-batched-tokens", str(max(setup.max_sequence_tokens, CPU_BATCH_TOKENS))]
-        if setup.device == "cpu" or setup.kv_tokens:
-            argv += ["--kv-cache-memory-bytes", str(self._kv_bytes())]
+        if setup.kv_tokens:
+            argv += ["--kv-cache-memory-bytes", str(self._kv_bytes(setup.kv_tokens))]
         env = {
             "PYTHONPATH": str(WORKER_DIR),
             "VLLM_SERVER_DEV_MODE": "1",  # pause, updates, abort
@@ -128,14 +127,11 @@ class VLLMBackend(Backend):
             env["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"  # OMP_NUM_THREADS holds; servers do not pin the same cores
         return [*argv, *config.args], env
 
-    def _kv_bytes(self) -> int:
+    def _kv_bytes(self, kv_tokens: int) -> int:
         setup = self.setup
         per_token = setup.spec.kv_values_per_token * getattr(torch, setup.dtype).itemsize
         blocks = -(-setup.max_sequence_tokens // CPU_BLOCK_TOKENS) + 1  # and one that vLLM keeps empty
-        sequence = blocks * CPU_BLOCK_TOKENS * per_token
-        if setup.kv_tokens:
-            return max(sequence, setup.kv_tokens * per_token)
-        return max(sequence, min(setup.config.max_requests * sequence, CPU_KV_BYTES))
+        return max(blocks * CPU_BLOCK_TOKENS, kv_tokens) * per_token
 
     # Sampling
 
@@ -184,10 +180,8 @@ class VLLMBackend(Backend):
                 raise TransportError(str(error)) from None
             raise
 
-    async def abort(self, server: Server, rids: Sequence[str] | None) -> None:
-        if rids is None:
-            await self.post(server, "/abort_requests", {})
-        elif rids:  # an empty list would mean all
+    async def abort(self, server: Server, rids: Sequence[str]) -> None:
+        if rids:  # an empty list would mean all
             await self.post(server, "/abort_requests", {"request_ids": [_RID_PREFIX + rid for rid in rids]})
 
     # Weights
@@ -204,7 +198,7 @@ class VLLMBackend(Backend):
             raise RunError(f"{server.url}: expected its prefix cache to be flushed, got {answer}")
 
     async def version_of(self, server: Server) -> str:
-        return str(await self._value(server, "/weight_info", "weight_version"))
+        return field(server, await self.get(server, "/weight_info"), "weight_version", str)
 
     async def set_version(self, server: Server, version: int) -> None:
         await self._tag(server, version)
@@ -239,13 +233,7 @@ class VLLMBackend(Backend):
         await self._tag(server, version)
 
     async def num_workers(self, server: Server) -> int:
-        return int(await self._value(server, "/get_world_size", "world_size"))
-
-    async def _value(self, server: Server, path: str, key: str) -> Any:
-        answer = await self.get(server, path)
-        if not isinstance(answer, dict) or key not in answer:  # somebody else answers there
-            raise RunError(f"{server.url}{path}: expected an object with {key}, got {str(answer)[:200]!r}")
-        return cast(dict[str, Any], answer)[key]
+        return field(server, await self.get(server, "/get_world_size"), "world_size", int)
 
     async def join_group(self, server: Server, group: Group) -> None:
         info = {

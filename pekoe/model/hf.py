@@ -86,8 +86,13 @@ def load_model(
     return model
 
 
-def save_model(model: Decoder, path: str | os.PathLike[str], max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
-    """Write `model` as a Hugging Face checkpoint directory, whole or not at all.
+def save_model(
+    model: Decoder,
+    path: str | os.PathLike[str],
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Write `model` as a Hugging Face checkpoint directory, in `dtype` (by default its own), whole or not at all.
 
     Everything is written and synced under a temporary name beside `path`, then renamed into place. A model directory
     that is already there is replaced; a crash between the two renames leaves it as `.<name>.old`.
@@ -99,7 +104,7 @@ def save_model(model: Decoder, path: str | os.PathLike[str], max_shard_bytes: in
     shutil.rmtree(partial, ignore_errors=True)  # of a save that was killed
     try:
         partial.mkdir(parents=True)
-        _write_directory(model, partial, max_shard_bytes)
+        _write_directory(model, partial, max_shard_bytes, dtype or next(model.parameters()).dtype)
         if target.exists():
             shutil.rmtree(old, ignore_errors=True)  # not sooner: it may be the only whole copy
             target.rename(old)
@@ -230,9 +235,9 @@ def _is_ours(path: Path) -> bool:
     return path.is_file() and (path.name in (_CONFIG, _INDEX, *ASSET_NAMES) or path.suffix == ".safetensors")
 
 
-def _write_directory(model: Decoder, directory: Path, max_shard_bytes: int) -> None:
-    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
-    config = {**model.hf_config, **spec_to_hf_config(model.spec), "dtype": dtype, "torch_dtype": dtype}
+def _write_directory(model: Decoder, directory: Path, max_shard_bytes: int, dtype: torch.dtype) -> None:
+    called = str(dtype).removeprefix("torch.")
+    config = {**model.hf_config, **spec_to_hf_config(model.spec), "dtype": called, "torch_dtype": called}
     (directory / _CONFIG).write_text(json.dumps(config, indent=2) + "\n")
     for name, content in model.assets.items():
         (directory / name).write_bytes(content)
@@ -242,11 +247,11 @@ def _write_directory(model: Decoder, directory: Path, max_shard_bytes: int) -> N
     weight_map: dict[str, str] = {}
     for i, names in enumerate(shards, start=1):
         file = _WEIGHTS if len(shards) == 1 else f"model-{i:05d}-of-{len(shards):05d}.safetensors"
-        tensors = {name: state[name].detach().cpu().contiguous() for name in names}
+        tensors = {name: state[name].detach().to("cpu", dtype).contiguous() for name in names}
         save_file(tensors, directory / file, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(names, file)
     if len(shards) > 1:
-        total = sum(tensor.nbytes for tensor in state.values())
+        total = sum(tensor.numel() * dtype.itemsize for tensor in state.values())
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (directory / _INDEX).write_text(json.dumps(index, indent=2) + "\n")
     for path in (*directory.iterdir(), directory):

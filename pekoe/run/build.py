@@ -173,7 +173,13 @@ def open_engine(
         return engine
     kind = {"sglang": SGLangEngine, "vllm": VLLMEngine}[section.backend]
     check_room(section.kv_tokens or longest, longest)  # before any is started
-    number = len(server.urls) or server.count
+    number, device = len(server.urls) or server.count, next(model.parameters()).device.type
+    if device == "cuda" and not server.urls and server.count > 1 and not server.gpus:
+        each = ", ".join(f'"{i}"' for i in range(number))
+        raise UserError(
+            f"engine.server.gpus: expected the GPUs of each of {number} servers, which would all take the first; "
+            f"nearest: [{each}]"
+        )
     view.say(
         f"{'attaching to' if server.urls else 'starting'} {number} {section.backend} server{'s' * (number > 1)}, "
         f"weights by {server.sync}; logs in {log_dir}"
@@ -185,7 +191,7 @@ def open_engine(
         longest,
         log_dir,
         config.model.dtype,
-        next(model.parameters()).device.type,
+        device,
         max(1, (config.run.threads or os.cpu_count() or 1) // number),
         on_event=view.say,
         asked=asked,

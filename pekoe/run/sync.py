@@ -127,8 +127,6 @@ class WeightSync:
         engine, model = self._engine, self._trainer.model
         if not isinstance(engine, RemoteEngine):
             return 0
-        if self.route == "broadcast":
-            serving = sum(server.state == "serving" for server in engine.servers)
-            numbers = sum(p.numel() for p in model.parameters())
-            return serving * numbers * self._trainer.compute_dtype.itemsize  # converted before they are sent
-        return sum(p.nbytes for p in model.parameters())
+        times = sum(server.state == "serving" for server in engine.servers) if self.route == "broadcast" else 1
+        numbers = sum(p.numel() for p in model.parameters())
+        return times * numbers * self._trainer.compute_dtype.itemsize  # converted before they are sent

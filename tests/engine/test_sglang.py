@@ -79,7 +79,6 @@ def test_every_request_is_one_that_a_real_server_took(record: Callable[..., Reco
     group = Group("weight_update_group", "127.0.0.1", 49409, 2, "gloo", 10.0)
     tensors = [("model.norm.weight", torch.zeros(128)), ("lm_head.weight", torch.zeros(4, 2, dtype=torch.bfloat16))]
     calls: list[tuple[Callable[[SGLang], Any], str]] = [
-        (lambda b: b.abort(SERVER, None), "abort_request_all"),
         (lambda b: b.abort(SERVER, ["req-77"]), "abort_request_rid"),
         (lambda b: b.pause(SERVER, "abort"), "pause_generation_abort"),
         (lambda b: b.pause(SERVER, "keep"), "pause_generation_retract"),

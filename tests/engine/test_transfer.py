@@ -20,11 +20,13 @@ MakeModel = Callable[..., Decoder]
 
 def test_a_directory_is_there_as_long_as_it_is_needed(make_model: MakeModel, tmp_path: Path):
     model = make_model()
-    with written(model, tmp_path / "weights") as directory:
+    with written(model, tmp_path / "weights", torch.float32) as directory:
         read = load_model(directory)
         assert all(torch.equal(a, b) for a, b in zip(read.parameters(), model.parameters(), strict=True))
     assert list((tmp_path / "weights").iterdir()) == []
-    with pytest.raises(RunError, match="no"), written(model, tmp_path / "weights") as directory:
+    with written(model, tmp_path / "weights", torch.bfloat16) as directory:
+        assert (directory / "model.safetensors").stat().st_size < 2.5 * model.spec.num_parameters
+    with pytest.raises(RunError, match="no"), written(model, tmp_path / "weights", torch.float32) as directory:
         raise RunError("no")
     assert list((tmp_path / "weights").iterdir()) == []
 
@@ -39,7 +41,7 @@ def test_what_a_killed_process_left_in_shared_memory_is_removed(
         (path / "lock").touch()
     with (living / "lock").open() as lock:  # perhaps of another container, where process numbers mean nothing
         fcntl.flock(lock, fcntl.LOCK_EX)
-        with written(make_model(), tmp_path) as ours, written(make_model(), tmp_path):
+        with written(make_model(), tmp_path, torch.float32) as ours, written(make_model(), tmp_path, torch.float32):
             assert not orphan.exists()
             assert living.exists()
             assert ours.exists()
@@ -51,11 +53,14 @@ def test_what_a_killed_process_left_in_shared_memory_is_removed(
 def test_where_nothing_can_be_written_the_run_is_told(
     make_model: MakeModel, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, error: Exception
 ):
-    def full(*_: object) -> None:
+    def full(*_: object, **__: object) -> None:
         raise error
 
     monkeypatch.setattr("pekoe.engine.transfer.save_model", full)
-    with pytest.raises(RunError, match=r"cannot write .*No space left"), written(make_model(), tmp_path):
+    with (
+        pytest.raises(RunError, match=r"cannot write .*No space left"),
+        written(make_model(), tmp_path, torch.float32),
+    ):
         pass
 
 

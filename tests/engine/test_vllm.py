@@ -31,7 +31,7 @@ Route = Callable[[httpx.Request], httpx.Response]
 def make_backend(answer: Route, **server: Any) -> VLLMBackend:
     spec = ModelSpec("qwen2", 512, 128, 4, 4, 2, 32, 384, 4096)
     config = ServerSection(python="/opt/vllm/bin/python", **server)
-    backend = VLLMBackend(Setup(Path("/models/m"), config, spec, 1000, None, 512, "float32", "cpu"))
+    backend = VLLMBackend(Setup(Path("/models/m"), config, spec, 1000, 1000, 512, "float32", "cpu"))
     backend.client = httpx.AsyncClient(transport=httpx.MockTransport(answer))
     return backend
 
@@ -200,7 +200,7 @@ def test_the_command_line():
     assert int(options["--max-num-batched-tokens"]) >= 1000  # whole prompts: chunks with seeds kill it on CPU
     assert "--no-enable-chunked-prefill" in argv
     kv_bytes_per_token = 2 * 4 * 2 * 32 * 4
-    assert 1000 * kv_bytes_per_token <= int(options["--kv-cache-memory-bytes"]) <= vllm.CPU_KV_BYTES
+    assert 1000 * kv_bytes_per_token <= int(options["--kv-cache-memory-bytes"]) <= 1100 * kv_bytes_per_token
     assert json.loads(options["--weight-transfer-config"]) == {"backend": vllm.TRANSFER}
     assert env["VLLM_SERVER_DEV_MODE"] == "1"
     assert (Path(env["PYTHONPATH"]) / "pekoe_vllm_gloo.py").is_file()

@@ -128,6 +128,10 @@ def test_dtype_is_converted_and_recorded(tmp_path: Path, saved: Path) -> None:
     config = json.loads((tmp_path / "half" / "config.json").read_text())
     assert config["dtype"] == config["torch_dtype"] == "bfloat16"
     assert same_weights(half, load_model(tmp_path / "half", dtype=torch.bfloat16))
+    save_model(load_model(saved), tmp_path / "too", dtype=torch.bfloat16)
+    assert {p.name: p.read_bytes() for p in (tmp_path / "too").iterdir()} == {
+        p.name: p.read_bytes() for p in (tmp_path / "half").iterdir()
+    }
     assert next(load_model(tmp_path / "half").parameters()).dtype == torch.float32
 
 
