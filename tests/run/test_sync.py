@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from pekoe.core.types import Prompt, Rollout, SamplingParams
 from pekoe.core.view import NoView
 from pekoe.engine import EmbeddedEngine, RemoteEngine, SGLangEngine
 from pekoe.model import Decoder, load_model, save_model
-from pekoe.run.build import RLParts, build_rl
+from pekoe.run.build import RLParts, build_rl, open_engine
 from pekoe.run.control import Stop
 from pekoe.run.rl import run_rl
 from pekoe.run.state import read_rollouts
@@ -304,3 +305,13 @@ def test_what_servers_cannot_do_is_refused_before_any_is_started(
     ]:
         with ExitStack() as stack, pytest.raises(UserError, match=message):
             parts_of(build(f"engine.backend={backend}", *launched, *words), stack)
+
+
+def test_servers_on_gpus_are_told_theirs(
+    build: Callable[..., RLConfig], make_model: Callable[..., Decoder], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    config = build("engine.backend=vllm", "engine.server.python=python3", "engine.server.count=2")
+    model, on_gpu = make_model(), SimpleNamespace(device=torch.device("cuda"))
+    monkeypatch.setattr(model, "parameters", lambda: iter([on_gpu]))
+    with pytest.raises(UserError, match=r'gpus: expected the GPUs of each of 2 servers.* nearest: \["0", "1"\]'):
+        open_engine(config, model, 20, [], tmp_path, NoView())
