@@ -1,6 +1,6 @@
 """Rollout throughput: the embedded engine, vLLM and transformers' generate on the same weights, prompts and lengths.
 
-    make bench-rollout                                      (about 25 minutes on two cores; ARGS="--quick": under 8)
+    make bench-rollout                                      (about 50 minutes on two cores; ARGS="--quick": some 12)
     python benchmarks/bench_rollout.py --models tiny --n 16 --prompts 64
     python benchmarks/bench_rollout.py --device cuda        (Qwen2.5-1.5B's shape in bf16, 128 prompts x 16 x 2,048)
 
