@@ -6,6 +6,8 @@ so a loss here must not know how many tokens there are.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -50,19 +52,52 @@ def chosen_logprobs(hidden: Tensor, head: Tensor, targets: Tensor, temperature: 
     return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
 
 
+def importance_weights(batch: MicroBatch, algo: AlgoSection) -> tuple[Tensor, Tensor]:
+    """What each token counts for having been sampled from the engine's policy and not from the proximal one.
+
+    w = exp(log pi_proximal - log pi_behaviour) makes the proximal policy, around which the ratio is clipped, another
+    than the one that sampled: decoupled PPO (Hilton et al., arXiv:2110.00641, eq. 3; AReaL, arXiv:2505.24298, eq. 5).
+    Bounds on it, at a limit C: "truncate" min(w, C), truncated importance sampling (Ionides 2008; for engines that
+    differ from the trainer, Yao et al. 2025, "Your efficient RL framework secretly brings you off-policy RL training");
+    "mask_token" 0 outside [1/C, C] (IcePop: arXiv:2510.18855); "mask_sequence" 0 for sequences whose geometric
+    mean of w is outside it (Liu et al. 2025, "When speed kills stability").
+
+    Returns weights [N], without gradient, and [N] whether a bound changed them. What is masked still counts in the
+    loss's denominator: it must not depend on the policy (I3).
+    """
+    if algo.correction == "off" or batch.proximal_logprobs is None:
+        return torch.ones_like(batch.behaviour_logprobs), torch.zeros_like(batch.targets, dtype=torch.bool)
+    log_weights, limit = batch.proximal_logprobs - batch.behaviour_logprobs, math.log(algo.correction_limit)
+    weights = log_weights.exp()
+    if algo.correction == "weight":
+        return weights, torch.zeros_like(batch.targets, dtype=torch.bool)
+    if algo.correction == "truncate":
+        return weights.clamp(max=algo.correction_limit), log_weights > limit
+    if algo.correction == "mask_sequence":
+        sequence = torch.bucketize(batch.targets, batch.cu_seqlens, right=True) - 1  # [N]
+        num = len(batch.cu_seqlens) - 1
+        sums = log_weights.new_zeros(num).index_add_(0, sequence, log_weights)
+        log_weights = (sums / torch.bincount(sequence, minlength=num).clamp(min=1))[sequence]
+    # What is not finite is beyond any limit, and 0 times it would not be 0.
+    beyond = ~(log_weights.abs() <= limit)
+    return torch.where(beyond, torch.zeros_like(weights), weights), beyond
+
+
 def ppo(logprobs: Tensor, entropy: Tensor, batch: MicroBatch, algo: AlgoSection) -> tuple[Tensor, Sums]:
-    """Sum over tokens of max(-A r, -A clip(r, 1 - clip_low, 1 + clip_high)) (+ kl x k3), with its statistics.
+    """Sum over tokens of w max(-A r, -A clip(r, 1 - clip_low, 1 + clip_high)) (+ kl x k3), with its statistics.
 
     r = exp(log pi - log pi_old), pi_old the engine's log-probs (AReaL v0.2), or the trainer's recomputed ones where
     the batch carries them. PPO: arXiv:1707.06347, eq. 7. Asymmetric clip: DAPO, arXiv:2503.14476, eq. 8.
-    KL: the k3 estimator exp(d) - d - 1 with d = log pi_ref - log pi (Schulman 2020; GRPO eq. 4).
+    w: see `importance_weights`. KL: the k3 estimator exp(d) - d - 1 with d = log pi_ref - log pi (Schulman 2020;
+    GRPO eq. 4).
     """
     old = batch.behaviour_logprobs if batch.proximal_logprobs is None else batch.proximal_logprobs
     log_ratio = logprobs - old
     ratio = log_ratio.exp()
     clipped = ratio.clamp(1 - algo.clip_low, 1 + algo.clip_high)
     plain_loss, clipped_loss = -batch.advantages * ratio, -batch.advantages * clipped
-    loss = torch.maximum(plain_loss, clipped_loss).sum()
+    weights, bounded = importance_weights(batch, algo)
+    loss = (weights * torch.maximum(plain_loss, clipped_loss)).sum()
     mismatch = (logprobs - batch.behaviour_logprobs).detach().abs()
     sums = {
         "entropy": entropy.sum(),
@@ -72,6 +107,8 @@ def ppo(logprobs: Tensor, entropy: Tensor, batch: MicroBatch, algo: AlgoSection)
         "logprob_diff": mismatch.sum(),
         "logprob_diff_max": mismatch.max(),
     }
+    if algo.correction != "off":
+        sums |= {"correction_weight": weights.sum(), "correction_fraction": bounded.sum()}
     if batch.reference_logprobs is not None:
         delta = batch.reference_logprobs - logprobs
         k3 = (delta.exp() - delta - 1).sum()

@@ -177,12 +177,28 @@ class AlgoSection(Section):
     proximal: Literal["engine", "recompute"] = "engine"
     """The ratio's denominator: the engine's log-probs (the release) or the trainer's own, recomputed at each step's
     start."""
+    correction: Literal["off", "weight", "truncate", "mask_token", "mask_sequence"] = "off"
+    """What becomes of tokens whose proximal log-probs differ from the engine's (numerics, or samples of older
+    versions); needs proximal = "recompute". weight: the loss times w = exp(proximal - engine's), as decoupled PPO.
+    truncate: times min(w, correction_limit). mask_token: times w, or 0 where w is beyond the limit either way.
+    mask_sequence: times w, or 0 for responses whose geometric mean of w is beyond it."""
+    correction_limit: float = Field(default=2.0, gt=1)
+    """See `correction`. For mask_sequence nearer 1: it is a mean over a whole response."""
     mask_truncated: bool = False
     """Leave responses cut at the length limit out of the loss. Off: they are judged like any other."""
     normalise: Literal["token", "max_length"] = "token"
     """The loss's denominator: the minibatch's response tokens, or (Dr. GRPO) its sequences x rollout.max_new_tokens."""
     kl: float = Field(default=0.0, ge=0)
     """Weight of the KL term to the starting model; the reference forward runs only when above 0."""
+
+    @model_validator(mode="after")
+    def _corrected(self) -> AlgoSection:
+        if self.correction != "off" and self.proximal == "engine":
+            raise ValueError(
+                f"algo.correction: expected 'off' with algo.proximal = 'engine', whose log-probs are those that it "
+                f"would correct, got {self.correction!r}; nearest: algo.proximal = 'recompute'"
+            )
+        return self
 
 
 class OptimSection(Section):

@@ -65,8 +65,9 @@ def step_metrics(
         "num_prompt_tokens": prompt_tokens,
         "train_tokens_per_s": sum(s.num_tokens for s in stats) / seconds["train"],
     }
-    if "reference_kl" in first:
-        metrics["reference_kl"] = sum(s.means["reference_kl"] * s.num_targets for s in stats) / targets
+    for name in ("reference_kl", "correction_weight", "correction_fraction"):
+        if name in first:
+            metrics[name] = sum(s.means[name] * s.num_targets for s in stats) / targets
     skipped = [s.skipped for s in stats if s.skipped]
     return metrics | ({"skipped": "; ".join(skipped)} if skipped else {})
 

@@ -5,9 +5,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from pekoe.algo import loss as loss_module
-from pekoe.algo.loss import chosen_logprobs, cross_entropy, ppo
+from pekoe.algo.loss import Sums, chosen_logprobs, cross_entropy, ppo
 from pekoe.algo.packing import MicroBatch, pack
 from pekoe.core.config import AlgoSection
 from pekoe.core.types import Sample
@@ -48,6 +49,75 @@ def test_recomputed_proximal_logprobs_replace_the_engines():
     loss, sums = ppo(torch.tensor([-1.0]), torch.zeros(1), micro, AlgoSection())
     assert float(loss) == pytest.approx(-1.0)  # ratio 1 against the proximal policy
     assert float(sums["logprob_diff"]) == pytest.approx(2.0)  # the mismatch is against the engine always
+
+
+def off_policy(
+    correction: str, log_weights: list[float], lengths: list[int], limit: float = 2.0
+) -> tuple[Tensor, Sums]:
+    """The loss of tokens of advantage 1 and ratio 1, sampled by another policy: minus the sum of their weights."""
+    samples: list[Sample] = []
+    for length in lengths:
+        mask, zeros = np.arange(length + 1) > 0, np.zeros(length + 1, np.float32)
+        samples.append(Sample(np.arange(length + 1), mask, zeros, mask.astype(np.float32)))
+    proximal = torch.full((len(log_weights),), -1.0)
+    micro = replace(pack(samples), proximal_logprobs=proximal, behaviour_logprobs=proximal - torch.tensor(log_weights))
+    algo = AlgoSection.model_validate({"proximal": "recompute", "correction": correction, "correction_limit": limit})
+    return ppo(proximal, torch.zeros(len(log_weights)), micro, algo)
+
+
+@pytest.mark.parametrize(
+    ("correction", "weights", "bounded"),
+    [
+        ("off", [1, 1, 1, 1], None),
+        ("weight", [1, 3, 1 / 3, 1.5], 0),
+        ("truncate", [1, 2, 1 / 3, 1.5], 1),
+        ("mask_token", [1, 0, 0, 1.5], 2),
+        ("mask_sequence", [1, 3, 1 / 3, 1.5], 0),  # geometric means 1.73 and 0.71
+    ],
+)
+def test_the_engines_policy_is_corrected_for(correction: str, weights: list[float], bounded: int | None):
+    loss, sums = off_policy(correction, np.log([1, 3, 1 / 3, 1.5]).tolist(), [2, 2])
+    assert float(loss) == pytest.approx(-sum(weights))
+    assert sums.get("correction_fraction") == bounded
+    if bounded is not None:
+        assert float(sums["correction_weight"]) == pytest.approx(sum(weights))
+
+
+def test_a_sequence_is_masked_as_a_whole():
+    loss, sums = off_policy("mask_sequence", np.log([1.2, 1.4, 1.02, 0.9]).tolist(), [2, 2], limit=1.1)
+    assert float(loss) == pytest.approx(-(1.02 + 0.9))
+    assert sums["correction_fraction"] == 2
+
+
+@pytest.mark.parametrize("correction", ["mask_token", "mask_sequence"])
+def test_what_overflows_is_masked(correction: str):
+    loss, _ = off_policy(correction, [1000.0, 0.0], [1, 1])
+    assert float(loss) == pytest.approx(-1.0)
+
+
+def test_the_weights_make_an_expectation_under_the_engine_one_under_the_proximal_policy():
+    """Unbiased: the gradient at pi = pi_proximal from samples of another policy is that of pi_proximal's own."""
+    generator = torch.Generator().manual_seed(0)
+    policy = torch.randn(6, generator=generator, dtype=torch.float64, requires_grad=True)
+    behaviour = torch.log_softmax(torch.randn(6, generator=generator, dtype=torch.float64), -1)
+    reward = torch.randn(6, generator=generator, dtype=torch.float64)
+    log_policy = torch.log_softmax(policy, -1)
+    exact = torch.autograd.grad((log_policy.exp() * reward).sum(), policy, retain_graph=True)[0]
+    chosen = torch.arange(6)  # each token once, its advantage times the probability that the engine draws it
+    micro = replace(
+        batch([1.0] * 6),
+        advantages=reward * behaviour.exp(),
+        behaviour_logprobs=behaviour,
+        proximal_logprobs=log_policy.detach(),
+    )
+    algo = AlgoSection(proximal="recompute", correction="weight")
+    loss, _ = ppo(log_policy[chosen], torch.zeros(6), micro, algo)
+    torch.testing.assert_close(-torch.autograd.grad(loss, policy)[0], exact)
+
+
+def test_a_correction_needs_proximal_logprobs_of_its_own():
+    with pytest.raises(ValueError, match=r"algo.correction: expected 'off' .* nearest: algo.proximal = 'recompute'"):
+        AlgoSection(correction="truncate")
 
 
 def test_kl_is_the_k3_estimator():
