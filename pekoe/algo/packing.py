@@ -1,8 +1,7 @@
-"""Packing: which sequences share a micro-batch, and the 1-D tensors that result. No padding anywhere."""
+"""Packing: sequences that share a micro-batch laid end to end in 1-D tensors. No padding anywhere."""
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 
@@ -10,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pekoe.core.errors import UserError
+from pekoe.algo.allocation import allocate as allocate
 from pekoe.core.types import Sample
 
 
@@ -33,89 +32,6 @@ class MicroBatch:
     def to(self, device: torch.device | str) -> MicroBatch:
         moved = {f.name: getattr(self, f.name) for f in fields(self)}
         return replace(self, **{k: v.to(device, non_blocking=True) for k, v in moved.items() if v is not None})
-
-
-def allocate(lengths: Sequence[int], token_budget: int, num_bins_multiple_of: int = 1) -> list[list[int]]:
-    """Share sequences out to the fewest micro-batches under a token budget, then balance them.
-
-    Args:
-        lengths: tokens of each sequence, each >= 1.
-        token_budget: no bin's lengths sum to more.
-        num_bins_multiple_of: the number of bins is a multiple of this (data-parallel ranks need equal counts);
-            needs at least as many sequences as this.
-
-    Returns:
-        Bins of indices into `lengths`, each index in exactly one bin, no bin empty. Deterministic.
-
-    Raises:
-        UserError: a length that the budget cannot hold, or fewer sequences than bins must be.
-    """
-    if not len(lengths):
-        return []
-    longest = max(lengths)
-    if min(lengths) < 1 or longest > token_budget:
-        bad = longest if longest > token_budget else min(lengths)
-        raise UserError(f"token budget: expected lengths in [1, {token_budget}], got {bad}; nearest budget: {longest}")
-    if len(lengths) < num_bins_multiple_of:
-        raise UserError(f"packing: expected at least {num_bins_multiple_of} sequences (one a rank), got {len(lengths)}")
-    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
-    fewest = _best_fit(order, lengths, token_budget)
-    bound = -(-sum(lengths) // token_budget)
-    for count in range(
-        -(-bound // num_bins_multiple_of) * num_bins_multiple_of, len(lengths) + 1, num_bins_multiple_of
-    ):
-        bins = _balanced(order, lengths, token_budget, count)
-        if bins is None and len(fewest) <= count:
-            bins = _split(fewest, count)
-        if bins is not None:
-            return [sorted(members) for members in bins]
-    raise UserError(
-        f"packing: expected a multiple of {num_bins_multiple_of} micro-batches of {token_budget} tokens, but "
-        f"{len(lengths)} sequences need at least {len(fewest)} and cannot fill the next multiple; raise token_budget"
-    )
-
-
-def _balanced(order: list[int], lengths: Sequence[int], budget: int, count: int) -> list[list[int]] | None:
-    """Longest first, each into the emptiest of `count` bins (LPT); None where one would overflow."""
-    if count > len(order):
-        return None
-    heap = [(0, position) for position in range(count)]
-    bins: list[list[int]] = [[] for _ in range(count)]
-    for index in order:
-        load, position = heapq.heappop(heap)
-        if load + lengths[index] > budget:
-            return None
-        bins[position].append(index)
-        heapq.heappush(heap, (load + lengths[index], position))
-    return bins
-
-
-def _best_fit(order: list[int], lengths: Sequence[int], budget: int) -> list[list[int]]:
-    """Longest first, each into the fullest bin that still takes it; a new bin where none does."""
-    loads: list[int] = []
-    bins: list[list[int]] = []
-    for index in order:
-        fits = [i for i, load in enumerate(loads) if load + lengths[index] <= budget]
-        if fits:
-            best = max(fits, key=loads.__getitem__)
-        else:
-            best = len(bins)
-            bins.append([])
-            loads.append(0)
-        bins[best].append(index)
-        loads[best] += lengths[index]
-    return bins
-
-
-def _split(bins: list[list[int]], count: int) -> list[list[int]]:
-    """Split bins, those of most sequences first, until there are `count`; none becomes empty."""
-    bins = [list(members) for members in bins]
-    while len(bins) < count:
-        largest = max(bins, key=len)
-        half = len(largest) // 2
-        bins.append(largest[half:])
-        del largest[half:]
-    return bins
 
 
 def pack(samples: Sequence[Sample], references: Sequence[np.ndarray] | None = None) -> MicroBatch:
