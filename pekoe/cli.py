@@ -59,11 +59,30 @@ def read_recipe(recipe: str, overrides: list[str] | None, kind: type[C], dry_run
 
 
 @app.command()
-def rl(recipe: Recipe, overrides: Overrides = None, dry_run: DryRun = False) -> None:
+def rl(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    dry_run: DryRun = False,
+    replay: Annotated[
+        bool, typer.Option("--replay", help="train again on one saved step: pekoe rl --replay RUN_DIR STEP")
+    ] = False,
+) -> None:
     """Reinforcement learning on verified rewards.
 
     A run found in run.dir goes on from its last checkpoint. Ctrl-C keeps the last complete step.
+
+    --replay RUN_DIR STEP trains again on the rollouts of one step, from the checkpoint before it, and prints its loss
+    beside the run's. Nothing is written.
     """
+    if replay:
+        if len(overrides or []) != 1 or not (overrides or [""])[0].isdecimal():
+            raise UserError(f"rl --replay: expected RUN_DIR STEP, got {' '.join([recipe, *(overrides or [])])}")
+        from pekoe.run.replay import replay as replay_step
+
+        with viewing() as view:
+            replayed = replay_step(Path(recipe), int((overrides or [""])[0]), view)
+        typer.echo(str(replayed))
+        return
     config = read_recipe(recipe, overrides, RLConfig, dry_run)
     from pekoe.run.build import build_rl
     from pekoe.run.control import Stop

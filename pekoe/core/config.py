@@ -223,6 +223,8 @@ class OptimSection(Section):
 class TrainSection(Section):
     token_budget: int = Field(default=30720, ge=1)
     """Tokens of a micro-batch; no sequence may be longer."""
+    max_not_finite: int = Field(default=3, ge=1)
+    """The run stops after so many optimizer steps in a row whose loss or gradient was not finite; each is skipped."""
     save_every: int = Field(default=10, ge=1)
     """Steps between checkpoints."""
     keep_checkpoints: int = Field(default=2, ge=1)

@@ -201,6 +201,11 @@ def open_engine(
     return remote
 
 
+def make_trainer(config: RLConfig, model: Decoder, dtype: torch.dtype) -> Trainer:
+    updates = config.num_steps * config.algo.minibatches
+    return Trainer(model, config.optim, config.train.token_budget, updates, config.rollout.temperature, dtype)
+
+
 def build_rl(config: RLConfig, view: View, stop: Stop, stack: ExitStack) -> RLParts:
     """Everything for `pekoe rl`. What must be closed is pushed on `stack`."""
     set_threads(config.run)
@@ -218,14 +223,7 @@ def build_rl(config: RLConfig, view: View, stop: Stop, stack: ExitStack) -> RLPa
             f"got {rollout.prompts_per_step}"
         )
     run = stack.enter_context(RunDir(config, (view.event,)))
-    trainer = Trainer(
-        model,
-        config.optim,
-        config.train.token_budget,
-        config.num_steps * config.algo.minibatches,
-        rollout.temperature,
-        dtype,
-    )
+    trainer = make_trainer(config, model, dtype)
     longest = data.max_prompt_tokens + new_tokens
     asked = [sampling(rollout, tokenizer, config.run.seed)]
     if held_out:

@@ -13,8 +13,11 @@ import numpy as np
 from pekoe.algo.loss import ppo
 from pekoe.algo.packing import split_minibatches
 from pekoe.algo.scoring import Scored, score
-from pekoe.core.errors import Interrupted
+from pekoe.core.config import RLConfig
+from pekoe.core.errors import Interrupted, RunError
 from pekoe.core.types import Sample
+from pekoe.core.view import View
+from pekoe.model import Decoder
 from pekoe.run.build import RLParts, sampling, sampling_for
 from pekoe.run.control import Clock, StopRequested
 from pekoe.run.evaluate import evaluate
@@ -22,7 +25,7 @@ from pekoe.run.metrics import step_metrics
 from pekoe.run.rollout import Batch, check_faults, is_useless, rollout_lines
 from pekoe.run.state import Progress
 from pekoe.run.sync import SyncReport
-from pekoe.train import StepStats
+from pekoe.train import StepStats, Trainer
 
 
 def run_rl(parts: RLParts) -> None:
@@ -44,6 +47,7 @@ def run_rl(parts: RLParts) -> None:
             due = config.eval.every is not None and step % config.eval.every == 0
             progress = {"step": step, "order": parts.order.state(), "measured": not due}
             commit(parts, step, batch, scored, stats, untrained, synced, clock)
+            check_finite(parts, step)
             progress = measure_if_due(parts, progress)
             if step % config.train.save_every == 0:
                 save(parts, progress)
@@ -80,11 +84,23 @@ def train(parts: RLParts, scored: Scored, step: int, clock: Clock) -> tuple[list
 
     Returns the steps, and why groups (by position in the batch) were not trained on after all.
     """
-    config, algo, trainer = parts.config, parts.config.algo, parts.trainer
-    samples: Sequence[Sample] = scored.samples
-    if not samples or scored.advantage_std == 0:
-        trainer.num_updates += algo.minibatches  # the schedule goes on
-        return [], {sample.group: "all advantages are 0" for sample in samples}
+    if not scored.samples or scored.advantage_std == 0:
+        parts.trainer.num_updates += parts.config.algo.minibatches  # the schedule goes on
+        return [], {sample.group: "all advantages are 0" for sample in scored.samples}
+    return learn(parts.config, parts.trainer, parts.reference, scored.samples, step, clock, parts.view)
+
+
+def learn(
+    config: RLConfig,
+    trainer: Trainer,
+    reference: Decoder | None,
+    samples: Sequence[Sample],
+    step: int,
+    clock: Clock,
+    view: View,
+) -> tuple[list[StepStats], dict[int, str]]:
+    """The optimizer steps of a batch; nothing but its arguments decides them. Returns as `train`."""
+    algo = config.algo
     if algo.proximal == "recompute":
         with clock("recompute"):
             samples = [s.with_proximal(p) for s, p in zip(samples, trainer.logprobs(samples), strict=True)]
@@ -94,7 +110,7 @@ def train(parts: RLParts, scored: Scored, step: int, clock: Clock) -> tuple[list
     untrained: dict[int, str] = {}
     with clock("train", len(minibatches)):
         for minibatch in minibatches:
-            references = trainer.logprobs(minibatch, parts.reference) if parts.reference else None
+            references = trainer.logprobs(minibatch, reference) if reference else None
             fixed = float(len(minibatch) * config.rollout.max_new_tokens)
             stats.append(
                 trainer.step(
@@ -107,7 +123,7 @@ def train(parts: RLParts, scored: Scored, step: int, clock: Clock) -> tuple[list
             )
             if stats[-1].skipped:
                 untrained |= {sample.group: stats[-1].skipped for sample in minibatch}
-            parts.view.advance()
+            view.advance()
     return stats, untrained
 
 
@@ -130,6 +146,17 @@ def commit(
         account(parts, step, group.problem.uid, group.draw, reason)
     metrics = step_metrics(step, batch, scored, stats, parts.config, clock.seconds)
     parts.run.journal.write("step", **metrics, **synced.as_dict())
+
+
+def check_finite(parts: RLParts, step: int) -> None:
+    """RunError after too many optimizer steps in a row that were not finite. What was trained so far is saved."""
+    count, most = parts.trainer.num_not_finite, parts.config.train.max_not_finite
+    if count >= most:
+        raise RunError(
+            f"step {step}: the loss or the gradient of the last {count} optimizer steps was not finite "
+            f"(train.max_not_finite = {most}); nothing was learned from them. To see one again: "
+            f"pekoe rl --replay {parts.config.run.dir} {step}"
+        )
 
 
 def account(parts: RLParts, step: int, uid: str, draw: int, reason: str | None) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 
 from pekoe.algo.scoring import Scored, all_alike, reward_of
 from pekoe.core.errors import RunError
-from pekoe.core.types import Group, Problem, Prompt, Rollout, SamplingParams, Verdict
+from pekoe.core.types import FloatArray, Group, Problem, Prompt, Rollout, SamplingParams, Verdict
 from pekoe.core.view import View
 from pekoe.data.tokenizer import Tokenizer
 from pekoe.engine import Generator
@@ -92,6 +92,11 @@ def is_useless(verdicts: list[Verdict]) -> str | None:
     return "dynamic sampling: all right" if right else "dynamic sampling: none right"
 
 
+def exact(values: FloatArray) -> list[float]:
+    """float32 values as the shortest decimal numbers that give the same float32 back: a step can be replayed."""
+    return [float(str(x)) for x in values]
+
+
 def rollout_lines(batch: Batch, scored: Scored, reward: float, tokenizer: Tokenizer) -> Iterator[dict[str, Any]]:
     """What the rollouts file says of each response."""
     advantages = {(sample.group, sample.tokens.tobytes()): float(sample.advantages[-1]) for sample in scored.samples}
@@ -115,5 +120,5 @@ def rollout_lines(batch: Batch, scored: Scored, reward: float, tokenizer: Tokeni
                 "text": tokenizer.decode(payload.tokens, skip_special_tokens=False),
                 "prompt_tokens": payload.prompt_tokens.tolist(),
                 "tokens": payload.tokens.tolist(),
-                "logprobs": [round(float(x), 6) for x in payload.logprobs],
+                "logprobs": exact(payload.logprobs),
             }

@@ -102,16 +102,13 @@ class RunDir:
 
         None where there is no checkpoint: then everything found is taken back, and the run starts anew.
         """
-        found = self._checkpoints()
+        found = checkpoints(self.path)
         progress: Progress | None = None
         offsets = {"journal": 0, "ledger": 0}
         if found:
             state = json.loads((found[-1] / "state.json").read_text(encoding="utf-8"))
             progress, offsets = state["progress"], state["offsets"]
-            tensors = trainer.state_dict()
-            with _one_process():
-                dcp.load(tensors, checkpoint_id=str(found[-1] / "trainer"))
-            trainer.load_state_dict(tensors)
+            load_checkpoint(found[-1], trainer)
         step = progress["step"] if progress else 0
         taken = self.journal.cut(offsets["journal"], self.path / "discarded" / "journal.jsonl")
         taken += self.ledger.cut(offsets["ledger"], self.path / "discarded" / "ledger.jsonl")
@@ -141,7 +138,7 @@ class RunDir:
         save_model(trainer.model, self.path / "model")
         os.replace(partial, target)
         _fsync(target.parent)
-        for old in self._checkpoints()[:-keep]:
+        for old in checkpoints(self.path)[:-keep]:
             shutil.rmtree(old)
         return target
 
@@ -152,8 +149,18 @@ class RunDir:
         text = "".join(json.dumps(line, separators=(",", ":")) + "\n" for line in lines)
         file.write_bytes(zstandard.ZstdCompressor(level=3).compress(text.encode()))
 
-    def _checkpoints(self) -> list[Path]:
-        return sorted((self.path / "checkpoints").glob("step-*"))
+
+def checkpoints(run_dir: Path) -> list[Path]:
+    """The checkpoints of a run, oldest first."""
+    return sorted((run_dir / "checkpoints").glob("step-*"))
+
+
+def load_checkpoint(path: Path, trainer: Trainer) -> None:
+    """Give the trainer the state that it had."""
+    tensors = trainer.state_dict()
+    with _one_process():
+        dcp.load(tensors, checkpoint_id=str(path / "trainer"))
+    trainer.load_state_dict(tensors)
 
 
 def read_rollouts(file: Path) -> list[dict[str, Any]]:

@@ -59,6 +59,7 @@ class Trainer:
         self.model = model
         self.optimizer = make_optimizer(model, optim)
         self.num_updates = 0
+        self.num_not_finite = 0  # optimizer steps in a row, the last ones, whose loss or gradient was not finite
         self._optim, self._total = optim, total_updates
         self._token_budget, self.temperature, self.compute_dtype = token_budget, temperature, compute_dtype
 
@@ -98,9 +99,10 @@ class Trainer:
         means = {k: float(v) if k.endswith("_max") else float(v) / num_targets for k, v in sums.items()}
         lr = learning_rate(self._optim, self.num_updates, self._total)
         grad_norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), self._optim.grad_clip))
+        loss_mean = float(loss_sum) / divisor
         skipped = None
-        if not np.isfinite(grad_norm):
-            skipped = f"gradient norm is {grad_norm}"
+        if not (np.isfinite(grad_norm) and np.isfinite(loss_mean)):
+            skipped = f"not finite: loss {loss_mean}, gradient norm {grad_norm}"
         elif max_mean_ratio is not None and means["ratio"] > max_mean_ratio:
             skipped = f"mean importance ratio {means['ratio']:.2f} above {max_mean_ratio}"
         else:
@@ -108,9 +110,9 @@ class Trainer:
                 group["lr"] = lr
             self.optimizer.step()
         self.num_updates += 1
+        self.num_not_finite = self.num_not_finite + 1 if skipped and skipped.startswith("not finite") else 0
         self.optimizer.zero_grad(set_to_none=True)
         num_tokens = sum(len(sample) for sample in samples)
-        loss_mean = float(loss_sum) / divisor
         return StepStats(loss_mean, grad_norm, lr, num_tokens, num_targets, len(bins), means, skipped)
 
     @torch.no_grad()
@@ -139,11 +141,12 @@ class Trainer:
     def state_dict(self) -> dict[str, Any]:
         """Everything that decides the trainer's future, in the layout-free form of torch.distributed.checkpoint."""
         model, optimizer = get_state_dict(self.model, self.optimizer)
-        return {"model": model, "optimizer": optimizer, "num_updates": self.num_updates}
+        counts = {"num_updates": self.num_updates, "num_not_finite": self.num_not_finite}
+        return {"model": model, "optimizer": optimizer, **counts}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         set_state_dict(self.model, self.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
-        self.num_updates = state["num_updates"]
+        self.num_updates, self.num_not_finite = state["num_updates"], state["num_not_finite"]
 
 
 def _accumulate(sums: Sums, parts: Sums) -> None:

@@ -150,9 +150,16 @@ def test_a_gradient_that_is_not_finite_skips_the_update(make_model: MakeModel):
     samples[0].advantages[samples[0].loss_mask] = np.nan
     model = make_model(scale=1.0)
     before = [p.clone() for p in model.parameters()]
-    stats = Trainer(model, OPTIM, 1000, 10).step(samples, PPO)
-    assert stats.skipped == "gradient norm is nan"
+    trainer = Trainer(model, OPTIM, 1000, 10)
+    for number in (1, 2):
+        assert trainer.step(samples, PPO).skipped == "not finite: loss nan, gradient norm nan"
+        assert trainer.num_not_finite == number
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    again = Trainer(make_model(), OPTIM, 1000, 10)
+    again.load_state_dict(trainer.state_dict())
+    assert again.num_not_finite == 2
+    assert trainer.step(make_samples(), PPO).skipped is None
+    assert trainer.num_not_finite == 0
 
 
 def test_weight_decay_spares_biases_and_norms(make_model: MakeModel):
