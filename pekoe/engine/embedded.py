@@ -101,8 +101,7 @@ class EmbeddedEngine:
         `stats().num_shared_tokens` counts what sharing saved. For benchmarks, `lengths(uid, sample index)` gives a
         response's most tokens where that is below `params.max_new_tokens`.
         """
-        if self._closed:
-            raise RunError("the engine is closed")
+        self._check_open()
         source = "engine.kv_tokens, engine.kv_gib" if self._capacity < self._longest else "the context"
         validate(prompts, params, self.model.spec.vocab_size, self.max_sequence_tokens, source)
         return self._run(prompts, params, lengths)
@@ -112,23 +111,26 @@ class EmbeddedEngine:
     ) -> Iterator[Rollout]:
         if self._generating:
             raise RunError("the engine is generating already: exhaust or close the earlier iterator first")
+        self._check_open()
         scheduler = self._scheduler
-        for prompt in prompts:
-            sequences: list[Sequence] = []
-            for i in range(params.n):
-                most = params.max_new_tokens
-                if lengths is not None:
-                    most = max(1, min(most, lengths(prompt.uid, i)))
-                sequences.append(Sequence(prompt, i, sequence_key(params, prompt.uid, prompt.draw, i), most))
-            scheduler.waiting.append(Work(prompt.tokens, sequences))
         self._generating = True
         try:
+            for prompt in prompts:
+                sequences: list[Sequence] = []
+                for i in range(params.n):
+                    most = params.max_new_tokens
+                    if lengths is not None:
+                        most = max(1, min(most, lengths(prompt.uid, i)))
+                    sequences.append(Sequence(prompt, i, sequence_key(params, prompt.uid, prompt.draw, i), most))
+                scheduler.waiting.append(Work(prompt.tokens, sequences))
             while scheduler.num_unfinished or self._aborted:
                 aborted, self._aborted = self._aborted, []
                 yield from (sequence.rollout("abort") for sequence in aborted)
+                if not scheduler.num_unfinished:
+                    continue
                 if self._paused:
                     raise RunError("the engine is paused: call resume() before going on")
-                finished = self._step(params) if scheduler.num_unfinished else []
+                finished = self._step(params)
                 scheduler.finish(s for s, _ in finished)
                 for sequence, reason in finished:
                     yield sequence.rollout(reason)
@@ -143,11 +145,11 @@ class EmbeddedEngine:
     def _step(self, params: SamplingParams) -> list[tuple[Sequence, FinishReason]]:
         """One forward: a token more for every running sequence, and contexts of others. Returns who is finished."""
         scheduler, slots = self._scheduler, self._scheduler.slots
-        chunks = scheduler.plan()
-        chunks.sort(key=lambda chunk: chunk.start == 0)  # those that continue come first, see kv.Step
-        decoding = scheduler.order
-        shares, alone = self._shares(decoding, chunks)
         try:
+            chunks = scheduler.plan()
+            chunks.sort(key=lambda chunk: chunk.start == 0)  # those that continue come first, see kv.Step
+            decoding = scheduler.order
+            shares, alone = self._shares(decoding, chunks)
             logits = each(self._forward, shares) if alone else [self._forward(*shares[0])]
         except BaseException:
             scheduler.tree.flush()  # it knows blocks that were not computed
@@ -200,7 +202,7 @@ class EmbeddedEngine:
         pieces: list[tuple[IntArray, list[Chunk]]] = [
             (decoding[i : i + size], []) for i in range(0, len(decoding), size)
         ]
-        if len(pieces) < num_threads:
+        if chunks and len(pieces) < num_threads:
             pieces.append((decoding[:0], []))
         pieces[-1][1].extend(chunks)
         return pieces, True
@@ -265,6 +267,7 @@ class EmbeddedEngine:
     def update_weights(self, source: WeightSource, version: int) -> None:
         """Sample from `source` from now on, without a copy where it is a model. All cached KV is flushed; responses
         in flight have theirs recomputed."""
+        self._check_open()
         if not isinstance(source, Decoder):
             source = load_model(source, next(self.model.parameters()).dtype, str(self._device))
         if source.spec != self.model.spec:
@@ -277,7 +280,7 @@ class EmbeddedEngine:
         self._version = version
 
     def _take(self, model: Decoder) -> None:
-        self.model = model
+        self.model = self._sampled = model  # the packed copies of before are given up first
         on_kernels = isinstance(self._cache, CPUCache) and self._dtype is torch.float32
         self._sampled = pack(model) if on_kernels and available() else model
 
@@ -310,4 +313,9 @@ class EmbeddedEngine:
             self._closed = True
             self._lost = len(self._scheduler.abort(None))
             self._graphs = None
+            self._sampled = self.model
             del self._cache
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise RunError("the engine is closed")

@@ -27,7 +27,7 @@ class Node:
 
 
 class PrefixTree:
-    """Prefixes by whole blocks. Becomes the pool's `evict`."""
+    """Prefixes by whole blocks. Becomes the pool's `evict` and `idle`."""
 
     def __init__(self, pool: BlockPool, block_tokens: int) -> None:
         self._pool, self._block_tokens = pool, block_tokens

@@ -60,9 +60,11 @@ def sample(
     """
     rows = np.arange(len(logits)) if rows is None else rows
     ban = np.zeros(len(rows), np.bool_) if ban is None else ban
-    plain = params.temperature > 0 and params.top_p == 1 and not params.top_k
+    # By the parameters alone, not by who is banned: what shares the batch must not decide which code runs (I8).
+    bans = params.min_new_tokens > 0 and len(params.stop_token_ids) > 0
+    plain = params.temperature > 0 and params.top_p == 1 and not params.top_k and not bans
     if plain and logits.device.type == "cpu" and logits.dtype is torch.float32:
-        return _sample_fused(logits, uniform, params, rows, ban)
+        return _sample_fused(logits, uniform, params, rows)
     return _sample_torch(logits, uniform, params, rows, ban)
 
 
@@ -88,19 +90,18 @@ def _sample_torch(
 
 
 def _sample_fused(
-    logits: Tensor, uniform: NDArray[np.float64], params: SamplingParams, rows: IntArray, ban: BoolArray
+    logits: Tensor, uniform: NDArray[np.float64], params: SamplingParams, rows: IntArray
 ) -> tuple[IntArray, FloatArray]:
     tokens, logprobs = np.empty(len(rows), np.int64), np.empty(len(rows), np.float32)
     size = logits.shape[1]
     flat = logits.detach().contiguous().numpy().reshape(-1)
-    stops = np.array(params.stop_token_ids, np.int64)
     bounds = even(len(rows), 32_768 // size + 1)
-    run(_draw, bounds, flat, size, rows, uniform, 1.0 / params.temperature, ban, stops, tokens, logprobs)
+    run(_draw, bounds, flat, size, rows, uniform, 1.0 / params.temperature, tokens, logprobs)
     return tokens, logprobs
 
 
 @kernel
-def _draw(first, last, logits, size, rows, uniform, scale, ban, stops, tokens, logprobs):
+def _draw(first, last, logits, size, rows, uniform, scale, tokens, logprobs):
     """By the inverse of the cumulative distribution over token ids, as `_inverse_cdf`; -1 where it is not finite."""
     room = (size + _SPAN - 1) // _SPAN * _SPAN
     weights, spans = np.empty(room, np.float32), np.empty(room // _SPAN, np.float32)
@@ -127,12 +128,6 @@ def _draw(first, last, logits, size, rows, uniform, scale, ban, stops, tokens, l
                 part = add(part, x)
             spans[span] = sum_of(part)
             total += spans[span]
-        full = total  # log-probs are those of the whole distribution
-        if ban[i]:
-            for stop in stops:
-                spans[stop // _SPAN] -= weights[stop]
-                total -= weights[stop]
-                weights[stop] = np.float32(0)
         goal, span, chosen = uniform[i] * total, 0, -1
         while span < len(spans) - 1 and goal >= spans[span]:
             goal -= spans[span]
@@ -143,8 +138,8 @@ def _draw(first, last, logits, size, rows, uniform, scale, ban, stops, tokens, l
                 goal -= weights[t]
                 if goal < 0:
                     break
-        tokens[i] = chosen if np.isfinite(full) else -1
-        logprobs[i] = (logits[at + chosen] - largest) * scale - np.log(full)
+        tokens[i] = chosen if np.isfinite(total) else -1
+        logprobs[i] = (logits[at + chosen] - largest) * scale - np.log(total)
 
 
 def _truncated(probs: Tensor, params: SamplingParams) -> Tensor:

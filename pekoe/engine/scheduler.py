@@ -128,11 +128,7 @@ class Scheduler:
         if count == 0:
             self.pool.release(cached)
             return None
-        try:
-            fresh = self.pool.take(rest + partial * (count - 1))
-        except OutOfBlocks:
-            self.pool.release(cached)
-            return None
+        fresh = self.pool.take(rest + partial * (count - 1))  # as many as `spare` says there are
         blocks, extra = cached + fresh[:rest], fresh[rest:]
         started, work.sequences = work.sequences[:count], work.sequences[count:]
         full = blocks[:-1] if partial else blocks

@@ -6,10 +6,13 @@ give each of torch's CPU threads a share. Compiled code is kept beside the sourc
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from itertools import pairwise
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numba
@@ -28,8 +31,19 @@ _here = threading.local()  # .worker is set on the pool's threads
 
 def kernel(function: F) -> F:
     """Compile `function` at its first call."""
-    compiled: Any = numba.njit(nogil=True, cache=True, fastmath=_FASTMATH, error_model="numpy")(function)
-    return compiled
+    options: dict[str, Any] = {"nogil": True, "fastmath": _FASTMATH, "error_model": "numpy"}
+    function.__qualname__ += f"_{_compiled_in()}"  # which the name of the file is made of
+    try:
+        return numba.njit(cache=True, **options)(function)
+    except RuntimeError:  # no directory can be written: it is compiled in each process
+        return numba.njit(**options)(function)
+
+
+@functools.cache
+def _compiled_in() -> str:
+    """A hash of what every kernel has in it but numba does not look at: kept code must not outlive a change of it."""
+    sources = (Path(__file__), Path(__file__).with_name("simd.py"))
+    return hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()[:12]
 
 
 def run(function: Callable[..., Any], bounds: Sequence[int], *args: Any) -> None:
@@ -40,8 +54,11 @@ def run(function: Callable[..., Any], bounds: Sequence[int], *args: Any) -> None
             function(*share, *args)
         return
     waiting = [_threads().submit(function, a, b, *args) for a, b in shares[1:]]
-    if shares:
-        function(*shares[0], *args)
+    try:
+        if shares:
+            function(*shares[0], *args)
+    finally:
+        wait(waiting)  # also after Ctrl-C: nobody may still write when this returns
     for future in waiting:
         future.result()
 
@@ -73,10 +90,14 @@ def _threads() -> ThreadPoolExecutor:
     with _lock:
         wanted = torch.get_num_threads()
         if _pool is None or _num_workers < wanted:
-            _pool, _num_workers = ThreadPoolExecutor(wanted, "pekoe-kernel", _become_worker), wanted
-            start = threading.Barrier(wanted)
-            for future in [_pool.submit(start.wait) for _ in range(wanted)]:
-                future.result()
+            pool, start = ThreadPoolExecutor(wanted, "pekoe-kernel", _become_worker), threading.Barrier(wanted)
+            try:
+                for future in [pool.submit(start.wait) for _ in range(wanted)]:
+                    future.result()
+            except BaseException:
+                start.abort()  # a thread could not be started: the others must not wait for it for ever
+                raise
+            _pool, _num_workers = pool, wanted
             torch.set_num_threads(wanted)  # the workers' setting is also what threads made later would begin with
         return _pool
 

@@ -6,16 +6,15 @@ import pytest
 
 from pekoe.core.config import EngineSection
 from pekoe.engine import EmbeddedEngine
+from pekoe.engine.cpu import CPUCache
 from pekoe.model import Decoder
 from tests.engine.contract import Contract
 from tests.engine.harness import SHAPE, Harness
 
-BLOCK = 4
 
-
-@pytest.fixture(scope="module")
-def embedded(make_model: Callable[..., Decoder]) -> Harness:
-    model = make_model(seed=0, **SHAPE)
+@pytest.fixture(scope="module", params=[4, 16], ids=["plain", "kernels"])
+def embedded(request: pytest.FixtureRequest, make_model: Callable[..., Decoder]) -> Harness:
+    model, block = make_model(seed=0, **SHAPE), request.param
 
     def open_engine(room: int | None = None) -> EmbeddedEngine:
         # Little room is little KV as well: less than the sequences that may run together take at their ends.
@@ -24,14 +23,16 @@ def embedded(make_model: Callable[..., Decoder]) -> Harness:
             if room
             else {"max_running": 64, "kv_tokens": 16384}
         )
-        return EmbeddedEngine(model, EngineSection.model_validate({"block_tokens": BLOCK} | sizes))
+        engine = EmbeddedEngine(model, EngineSection.model_validate({"block_tokens": block} | sizes))
+        assert isinstance(engine._cache, CPUCache) == (block == 16)
+        return engine
 
     return Harness(
         model=model,
         other=make_model(seed=1, **SHAPE),
         open=open_engine,
         launch=open_engine,
-        reusable=lambda length: (length - 1) // BLOCK * BLOCK,
+        reusable=lambda length: (length - 1) // block * block,
         check=EmbeddedEngine.check_integrity,
     )
 

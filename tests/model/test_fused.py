@@ -3,12 +3,14 @@
 # pyright: reportCallIssue=false
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
 
-from pekoe.model import fused
+from pekoe.model import fused, jit
 from pekoe.model.decoder import RMSNorm
 from pekoe.model.jit import even, kernel, run
 from pekoe.model.rope import apply_rope
@@ -74,3 +76,37 @@ def test_shares_cover_everything():
     assert even(10, 100) == [0, 10]
     assert even(1000, 100) == [0, 500, 1000]
     assert even(0, 100) == [0, 0]
+
+
+def test_kernels_are_kept_under_a_name_that_changes_with_what_is_compiled_into_them(monkeypatch: pytest.MonkeyPatch):
+    def nothing(first: int, last: int) -> None: ...
+
+    jit._compiled_in.cache_clear()
+    names: list[str] = []
+    for source in (b"one", b"two"):
+        monkeypatch.setattr(jit.Path, "read_bytes", lambda _, source=source: source)
+        nothing.__qualname__ = "nothing"
+        jit.kernel(nothing)
+        names.append(nothing.__qualname__)
+        jit._compiled_in.cache_clear()
+    assert names[0] != names[1]
+
+
+def test_where_no_code_can_be_kept_it_is_compiled_all_the_same(monkeypatch: pytest.MonkeyPatch):
+    compile_, asked = jit.numba.njit, list[bool]()
+
+    def njit(cache: bool = False, **options: Any) -> Any:
+        asked.append(cache)
+        if cache:
+            raise RuntimeError("cannot cache function: no locator available")
+        return compile_(**options)
+
+    def ones(first: Any, last: Any, x: Any) -> None:
+        for i in range(first, last):
+            x[i] = 1
+
+    monkeypatch.setattr(jit.numba, "njit", njit)
+    x = np.zeros(4, np.float32)
+    run(jit.kernel(ones), [0, 4], x)
+    assert asked == [True, False]
+    assert x.tolist() == [1, 1, 1, 1]
