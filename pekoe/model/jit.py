@@ -33,10 +33,12 @@ def kernel(function: F) -> F:
     """Compile `function` at its first call."""
     options: dict[str, Any] = {"nogil": True, "fastmath": _FASTMATH, "error_model": "numpy"}
     function.__qualname__ += f"_{_compiled_in()}"  # which the name of the file is made of
+    compiled: Any
     try:
-        return numba.njit(cache=True, **options)(function)
+        compiled = numba.njit(cache=True, **options)(function)
     except RuntimeError:  # no directory can be written: it is compiled in each process
-        return numba.njit(**options)(function)
+        compiled = numba.njit(**options)(function)
+    return compiled
 
 
 @functools.cache

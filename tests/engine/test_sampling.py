@@ -37,8 +37,11 @@ def chi_square(tokens: list[int], probs: torch.Tensor) -> float:
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Both ways of sampling: the CPU kernel, and torch's operations."""
     if request.param == "torch":
-        plain = sampling._sample_torch
-        monkeypatch.setattr(sampling, "_sample_fused", lambda *a: plain(*a, np.zeros(len(a[3]), np.bool_)))
+
+        def plain(logits: Any, uniform: Any, params: SamplingParams, rows: Any) -> Any:
+            return sampling._sample_torch(logits, uniform, params, rows, np.zeros(len(rows), np.bool_))
+
+        monkeypatch.setattr(sampling, "_sample_fused", plain)
     return request.param
 
 
