@@ -11,12 +11,14 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
+from pekoe.algo.allocation import allocate, assign
 from pekoe.algo.loss import Sums, chosen_logprobs
-from pekoe.algo.packing import MicroBatch, allocate, pack
+from pekoe.algo.packing import MicroBatch, pack
 from pekoe.core.config import OptimSection
 from pekoe.core.types import FloatArray, Sample
 from pekoe.model import Decoder, PackedAttention
 from pekoe.train.optim import learning_rate, make_optimizer
+from pekoe.train.parallel import Layout, compute_of
 
 Objective = Callable[[Tensor, Tensor, MicroBatch], tuple[Tensor, Sums]]
 
@@ -45,6 +47,8 @@ class Trainer:
         total_updates: optimizer steps of the whole run (the schedule's length).
         temperature: log-probs are of the distribution at this temperature.
         compute_dtype: dtype of the matrix products (autocast); weights stay as they are.
+        layout: where there are several processes, how they share weights and work. All call the same methods with the
+            same arguments, and get the same answers.
     """
 
     def __init__(
@@ -55,8 +59,11 @@ class Trainer:
         total_updates: int,
         temperature: float = 1.0,
         compute_dtype: torch.dtype = torch.float32,
+        layout: Layout | None = None,
     ) -> None:
-        self.model = model
+        self.model, self._layout = model, layout
+        if layout is not None:
+            layout.apply(model)
         self.optimizer = make_optimizer(model, optim)
         self.num_updates = 0
         self.num_not_finite = 0  # optimizer steps in a row, the last ones, whose loss or gradient was not finite
@@ -84,7 +91,7 @@ class Trainer:
             denominator: what the summed loss is divided by; by default the minibatch's trained tokens (I3).
             max_mean_ratio: with a mean importance ratio above this no update is made.
         """
-        bins = allocate([len(sample) for sample in samples], self._token_budget)
+        bins, num_bins = self._bins(samples)
         num_targets = int(sum(sample.loss_mask.sum() for sample in samples))
         divisor = float(denominator or num_targets)
         self.optimizer.zero_grad(set_to_none=True)
@@ -96,9 +103,13 @@ class Trainer:
             (loss / divisor).backward()
             loss_sum += loss.detach().double().cpu()
             _accumulate(sums, parts)
+        if self._layout is not None:
+            loss_sum = self._layout.sum(loss_sum.to(self.device))
+            for name in sorted(sums):
+                self._layout.sum(sums[name], largest=name.endswith("_max"))
         means = {k: float(v) if k.endswith("_max") else float(v) / num_targets for k, v in sums.items()}
         lr = learning_rate(self._optim, self.num_updates, self._total)
-        grad_norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), self._optim.grad_clip))
+        grad_norm = self._clip()
         loss_mean = float(loss_sum) / divisor
         skipped = None
         if not (np.isfinite(grad_norm) and np.isfinite(loss_mean)):
@@ -113,13 +124,13 @@ class Trainer:
         self.num_not_finite = self.num_not_finite + 1 if skipped and skipped.startswith("not finite") else 0
         self.optimizer.zero_grad(set_to_none=True)
         num_tokens = sum(len(sample) for sample in samples)
-        return StepStats(loss_mean, grad_norm, lr, num_tokens, num_targets, len(bins), means, skipped)
+        return StepStats(loss_mean, grad_norm, lr, num_tokens, num_targets, num_bins, means, skipped)
 
     @torch.no_grad()
     def logprobs(self, samples: Sequence[Sample], model: Decoder | None = None) -> list[FloatArray]:
         """Log-probs [L] of each sample's trained tokens (0 elsewhere), by `model` or, by default, the trainer's own."""
         out = [np.zeros(len(sample), np.float32) for sample in samples]
-        for members in allocate([len(sample) for sample in samples], self._token_budget):
+        for members in self._bins(samples)[0]:
             picked = [samples[i] for i in members]
             batch = pack(picked).to(self.device)
             flat = np.zeros(len(batch.tokens), np.float32)
@@ -127,7 +138,26 @@ class Trainer:
             offsets = batch.cu_seqlens.cpu().numpy()
             for i, start, stop in zip(members, offsets[:-1], offsets[1:], strict=True):
                 out[i] = flat[start:stop]
+        if self._layout is not None and out:
+            whole = self._layout.sum(torch.from_numpy(np.concatenate(out)).to(self.device)).cpu().numpy()
+            out = np.split(whole, np.cumsum([len(sample) for sample in samples])[:-1])
         return out
+
+    def _bins(self, samples: Sequence[Sample]) -> tuple[list[list[int]], int]:
+        """This rank's micro-batches, as indices into `samples`, and how many all ranks have together."""
+        lengths, layout = [len(sample) for sample in samples], self._layout
+        bins = allocate(lengths, self._token_budget, layout.num_ranks if layout is not None else 1)
+        if layout is None:
+            return bins, len(bins)
+        costs = [sum(compute_of(lengths[i], self.model.spec) for i in members) for members in bins]
+        return [bins[i] for i in assign(costs, layout.num_ranks)[layout.rank]], len(bins)
+
+    def _clip(self) -> float:
+        """Clip the gradients; returns their norm before."""
+        if self._layout is None:
+            return float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), self._optim.grad_clip))
+        self._layout.finish_gradients(self.model)
+        return self._layout.clip(self.model, self._optim.grad_clip)
 
     def _logprobs(self, batch: MicroBatch, model: Decoder | None = None) -> tuple[Tensor, Tensor]:
         """Log-probs and entropies [N] of the batch's targets."""

@@ -1,0 +1,122 @@
+"""Training on more than one process: who holds which part of the weights, and which micro-batches are whose.
+
+Sharded data parallelism by FSDP2 (`fully_shard`, replicated between groups of processes where asked: HSDP) and tensor
+parallelism by DTensor, over one mesh [replicas, shards, tp]. The decoder stays as it is; numbers stay as they are up to
+the order of sums (I2, I3).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+from pekoe.core.errors import UserError
+from pekoe.core.spec import ModelSpec
+from pekoe.model import Decoder
+
+# Heads and intermediate channels are split, the residual stream, embeddings and norms are not.
+_COLUMNS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj")
+_ROWS = ("self_attn.o_proj", "mlp.down_proj")
+_NORMS_OF_HEADS = ("q_norm.weight", "k_norm.weight")
+
+
+class Layout:
+    """A mesh of the processes of this `torch.distributed` group, [replicas, shards, tp].
+
+    Args:
+        spec: the model's shape.
+        tp: processes that share each layer's heads and channels.
+        replicas: groups of processes that each hold all weights; what is left of the processes shards them.
+        device: "cpu" or "cuda".
+
+    Raises:
+        UserError: sizes that do not divide the processes, or the model.
+    """
+
+    def __init__(self, spec: ModelSpec, tp: int = 1, replicas: int = 1, device: str = "cpu") -> None:
+        world = dist.get_world_size()
+        if world % (tp * replicas):
+            raise UserError(f"parallel: expected tp x replicas to divide {world} processes, got {tp} x {replicas}")
+        for name, size in (("num_key_value_heads", spec.num_kv_heads), ("intermediate_size", spec.intermediate_size)):
+            if size % tp:
+                raise UserError(f"parallel.tp: expected a divisor of the model's {name} = {size}, got {tp}")
+        shape = (replicas, world // (tp * replicas), tp)
+        self._mesh: DeviceMesh = init_device_mesh(device, shape, mesh_dim_names=("replicas", "shards", "tp"))
+        self.num_ranks = replicas * shape[1]
+        """Data-parallel ranks: each has micro-batches of its own."""
+        self.rank = self._mesh["replicas"].get_local_rank() * shape[1] + self._mesh["shards"].get_local_rank()
+
+    def apply(self, model: Decoder) -> None:
+        """Split the model's parameters, in place. They become DTensors; gradients are sums over all ranks."""
+        tp, data = self._mesh["tp"], self._mesh["replicas", "shards"]
+        if self._mesh["replicas"].size() == 1:
+            data = self._mesh["shards"]
+        for layer in model.model.layers:
+            if tp.size() > 1:
+                plan = {name: ColwiseParallel() for name in _COLUMNS} | {name: RowwiseParallel() for name in _ROWS}
+                parallelize_module(layer, tp, plan)
+            fully_shard(layer, mesh=data)
+        fully_shard(model, mesh=data)
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.set_gradient_divide_factor(1.0)  # losses are divided by the one denominator already (I3)
+
+    def sum(self, values: Tensor, largest: bool = False) -> Tensor:
+        """The sum (or the largest) of `values` over the data-parallel ranks, in place."""
+        for name in ("replicas", "shards"):
+            if self._mesh[name].size() > 1:
+                dist.all_reduce(values, dist.ReduceOp.MAX if largest else dist.ReduceOp.SUM, self._group(name))
+        return values
+
+    def finish_gradients(self, model: nn.Module) -> None:
+        """After the last backward: norms of heads, which every tp process has whole, saw its own heads alone."""
+        if self._mesh["tp"].size() == 1:
+            return
+        for name, parameter in model.named_parameters():
+            if name.endswith(_NORMS_OF_HEADS) and parameter.grad is not None:
+                dist.all_reduce(_local(parameter.grad), group=self._group("tp"))
+
+    def clip(self, model: nn.Module, limit: float) -> float:
+        """As `torch.nn.utils.clip_grad_norm_`, which does not take parameters of several meshes. Returns the norm."""
+        squares = torch.zeros(2, dtype=torch.float64, device=next(model.parameters()).device)  # whole, split by tp
+        gradients = list(self._gradients(model))
+        for gradient, split in gradients:
+            squares[split] += _local(gradient).double().square().sum()
+        if self._mesh["shards"].size() > 1:
+            dist.all_reduce(squares, group=self._group("shards"))
+        if self._mesh["tp"].size() > 1:
+            of_tp = squares[1:].clone()
+            dist.all_reduce(of_tp, group=self._group("tp"))
+            squares[1:] = of_tp
+        norm = float(squares.sum().sqrt())
+        scale = min(1.0, limit / (norm + 1e-6))
+        for gradient, _ in gradients:
+            _local(gradient).mul_(scale)
+        return norm
+
+    def _gradients(self, model: nn.Module) -> Iterator[tuple[Tensor, int]]:
+        """Each gradient, and whether tp splits it."""
+        for parameter in model.parameters():
+            if parameter.grad is not None:
+                assert isinstance(parameter, DTensor)
+                names = parameter.device_mesh.mesh_dim_names or ()
+                yield parameter.grad, int("tp" in names and parameter.placements[names.index("tp")].is_shard())
+
+    def _group(self, name: str) -> dist.ProcessGroup:
+        return self._mesh[name].get_group()
+
+
+def compute_of(length: int, spec: ModelSpec) -> float:
+    """Estimated multiplications of a sequence's forward: products, and attention, which is quadratic."""
+    return spec.num_parameters * length + spec.num_layers * spec.num_heads * spec.head_dim * length * length
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -1,0 +1,92 @@
+"""What each process of `test_parallel.py` does. A module of its own: spawned processes import it."""
+
+from __future__ import annotations
+
+import os
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+
+from pekoe.algo.loss import ppo
+from pekoe.core.config import AlgoSection, OptimSection
+from pekoe.core.spec import ModelSpec
+from pekoe.core.types import Sample
+from pekoe.model import Decoder
+from pekoe.train import Layout, Trainer
+
+OPTIM = OptimSection(lr=1e-2, warmup_fraction=0.0, grad_clip=0.05)  # below the norm: clipping is in it
+SHAPES = {
+    "qwen2, tied": {"family": "qwen2", "qkv_bias": True, "tied_embeddings": True},
+    "qwen3, untied": {"family": "qwen3", "qk_norm": True, "tied_embeddings": False},
+    "llama, biases": {"family": "llama", "qkv_bias": True, "out_bias": True, "mlp_bias": True, "tied_embeddings": True},
+}
+STEPS = 3
+
+
+def make_trainer(shape: str, layout: dict[str, int] | None = None) -> Trainer:
+    sizes: dict[str, Any] = {
+        "vocab_size": 50,
+        "hidden_size": 32,
+        "num_layers": 2,
+        "num_heads": 4,
+        "num_kv_heads": 2,
+        "head_dim": 8,
+        "intermediate_size": 48,
+        "max_positions": 128,
+    }
+    model = Decoder(ModelSpec(**sizes, **SHAPES[shape])).double()
+    model.init_weights(0)
+    with torch.no_grad():
+        for parameter in model.parameters():  # no bias 0, no norm 1
+            parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)).double() * 0.05)
+    return Trainer(model, OPTIM, 40, STEPS, layout=None if layout is None else Layout(model.spec, **layout))
+
+
+def make_samples() -> list[Sample]:
+    rng = np.random.default_rng(0)
+    samples: list[Sample] = []
+    for group, length in enumerate([5, 9, 20, 3, 14, 7, 31, 11, 2, 26]):
+        mask = np.arange(length) >= 1 + length // 3
+        behaviour = np.where(mask, rng.normal(-4, 0.3, length), 0).astype(np.float32)
+        advantages = np.where(mask, rng.normal(), 0).astype(np.float32)
+        samples.append(Sample(rng.integers(0, 50, length), mask, behaviour, advantages, group))
+    return samples
+
+
+def train(trainer: Trainer) -> dict[str, Any]:
+    """Some steps; what they said, and the log-probs before."""
+    samples = make_samples()
+    logprobs = np.concatenate(trainer.logprobs(samples))
+    stats = [trainer.step(samples, partial(ppo, algo=AlgoSection())) for _ in range(STEPS)]
+    return {
+        "logprobs": logprobs,
+        "loss": [s.loss for s in stats],
+        "grad_norm": [s.grad_norm for s in stats],
+        "entropy": [s.means["entropy"] for s in stats],
+        "logprob_diff_max": [s.means["logprob_diff_max"] for s in stats],
+        "num_targets": [s.num_targets for s in stats],
+    }
+
+
+def rank_main(rank: int, world: int, folder: str, layouts: list[dict[str, int]], shapes: list[str]) -> None:
+    """Train under each layout; rank 0 saves what was said, all of them the checkpoint."""
+    torch.set_num_threads(1)
+    os.environ["MASTER_ADDR"] = "127.0.0.1"
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous-{world}", rank=rank, world_size=world)
+    try:
+        for number, layout in enumerate(layouts):
+            for shape in shapes:
+                trainer = make_trainer(shape, layout)
+                said = train(trainer)
+                place = Path(folder) / f"{world}-{number}-{shape}"
+                dcp.save(trainer.state_dict(), checkpoint_id=str(place))
+                if rank == 0:
+                    torch.save(said, f"{place}.pt")
+        dist.barrier()
+    finally:
+        dist.destroy_process_group()

@@ -1,0 +1,69 @@
+"""I2 and I3 over processes: losses, gradients and updated weights do not depend on how training is laid out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+import torch.multiprocessing as mp
+
+from pekoe.core.errors import UserError
+from pekoe.train import Layout
+from pekoe.train.parallel import compute_of
+from tests.train.ranks import SHAPES, make_trainer, rank_main, train
+
+LAYOUTS: dict[int, list[dict[str, int]]] = {
+    2: [{}, {"tp": 2}],  # FSDP over 2; TP 2
+    4: [{}, {"tp": 2}, {"replicas": 2}],  # FSDP over 4; FSDP 2 x TP 2; HSDP 2 x 2
+}
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")  # a checkpoint read by one process is meant
+@pytest.mark.parametrize("world", LAYOUTS)
+def test_numbers_do_not_depend_on_the_layout(world: int, tmp_path: Path):
+    shapes, layouts = list(SHAPES), LAYOUTS[world]
+    mp.spawn(rank_main, (world, str(tmp_path), layouts, shapes), nprocs=world)
+    for shape in shapes:
+        alone = make_trainer(shape)
+        expected = train(alone)
+        assert min(expected["grad_norm"]) > 0.05, "clipping must be in it"
+        for number, layout in enumerate(layouts):
+            place = tmp_path / f"{world}-{number}-{shape}"
+            found: dict[str, Any] = torch.load(f"{place}.pt", weights_only=False)
+            for name, value in expected.items():
+                np.testing.assert_allclose(
+                    found[name], value, rtol=1e-6, atol=1e-9, err_msg=f"{name}, {layout}, {shape}"
+                )
+            # Saved on many ranks, loaded on one: weights, moments and counts.
+            again = make_trainer(shape)
+            state = again.state_dict()
+            dcp.load(state, checkpoint_id=str(place))
+            again.load_state_dict(state)
+            assert again.num_updates == alone.num_updates
+            pairs = zip(again.model.parameters(), alone.model.parameters(), strict=True)
+            for ours, theirs in pairs:
+                torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-10)
+                for moment in ("exp_avg", "exp_avg_sq"):
+                    a, b = again.optimizer.state[ours][moment], alone.optimizer.state[theirs][moment]
+                    torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-12)
+
+
+def test_sizes_that_do_not_divide_are_the_users_mistake(tmp_path: Path):
+    spec = make_trainer("qwen2, tied").model.spec
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/one", rank=0, world_size=1)
+    try:
+        with pytest.raises(UserError, match="expected tp x replicas to divide 1 processes, got 2 x 1"):
+            Layout(spec, tp=2)
+    finally:
+        dist.destroy_process_group()
+
+
+def test_attention_makes_long_sequences_dearer_than_their_tokens():
+    spec = make_trainer("qwen2, tied").model.spec
+    assert compute_of(200, spec) > 2 * compute_of(100, spec)
+    assert compute_of(1, spec) == spec.num_parameters + 2 * 4 * 8
