@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
 
 from pekoe.core.errors import UserError
 from pekoe.core.spec import ModelSpec
@@ -60,7 +60,8 @@ class Layout:
             data = self._mesh["shards"]
         for layer in model.model.layers:
             if tp.size() > 1:
-                plan = {name: ColwiseParallel() for name in _COLUMNS} | {name: RowwiseParallel() for name in _ROWS}
+                plan: dict[str, ParallelStyle] = {name: ColwiseParallel() for name in _COLUMNS}
+                plan |= {name: RowwiseParallel() for name in _ROWS}
                 parallelize_module(layer, tp, plan)
             fully_shard(layer, mesh=data)
         fully_shard(model, mesh=data)
