@@ -18,12 +18,16 @@ Listener = Callable[[Event], None]
 
 
 class JsonLines:
-    """An append-only file of JSON objects. Each line is flushed when written, and on disk after `sync`."""
+    """An append-only file of JSON objects. Each line is flushed when written, and on disk after `sync`.
 
-    def __init__(self, path: Path) -> None:
+    `path` None: nothing is kept; for processes beside the one that writes.
+    """
+
+    def __init__(self, path: Path | None) -> None:
         self.path = path
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = path.open("ab")
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = (path or Path(os.devnull)).open("ab")
 
     def append(self, event: Event) -> None:
         self._file.write(json.dumps(event, allow_nan=True, separators=(",", ":")).encode() + b"\n")
@@ -32,11 +36,14 @@ class JsonLines:
     def sync(self) -> int:
         """Bring everything to disk and return the file's length in bytes."""
         self._file.flush()
-        os.fsync(self._file.fileno())
+        if self.path is not None:
+            os.fsync(self._file.fileno())
         return self._file.tell()
 
     def cut(self, offset: int, discarded: Path) -> int:
         """Move all bytes after `offset` to the file `discarded` (appending), and return how many there were."""
+        if self.path is None:
+            return 0
         self._file.close()
         with self.path.open("rb+") as file:
             file.seek(offset)
@@ -58,7 +65,7 @@ class JsonLines:
 class Journal(JsonLines):
     """The run's log of events. Listeners (the live view, trackers) hear each event as it is written."""
 
-    def __init__(self, path: Path, listeners: tuple[Listener, ...] = ()) -> None:
+    def __init__(self, path: Path | None, listeners: tuple[Listener, ...] = ()) -> None:
         super().__init__(path)
         self._listeners = listeners
 

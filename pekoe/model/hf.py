@@ -91,8 +91,11 @@ def save_model(
     path: str | os.PathLike[str],
     max_shard_bytes: int = MAX_SHARD_BYTES,
     dtype: torch.dtype | None = None,
+    weights: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Write `model` as a Hugging Face checkpoint directory, in `dtype` (by default its own), whole or not at all.
+
+    `weights` are written in place of the model's own: an earlier copy of them, or what processes hold in parts.
 
     Everything is written and synced under a temporary name beside `path`, then renamed into place. A model directory
     that is already there is replaced; a crash between the two renames leaves it as `.<name>.old`.
@@ -104,7 +107,8 @@ def save_model(
     shutil.rmtree(partial, ignore_errors=True)  # of a save that was killed
     try:
         partial.mkdir(parents=True)
-        _write_directory(model, partial, max_shard_bytes, dtype or next(model.parameters()).dtype)
+        dtype = dtype or next(model.parameters()).dtype
+        _write_directory(model, weights or model.state_dict(), partial, max_shard_bytes, dtype)
         if target.exists():
             shutil.rmtree(old, ignore_errors=True)  # not sooner: it may be the only whole copy
             target.rename(old)
@@ -235,20 +239,24 @@ def _is_ours(path: Path) -> bool:
     return path.is_file() and (path.name in (_CONFIG, _INDEX, *ASSET_NAMES) or path.suffix == ".safetensors")
 
 
-def _write_directory(model: Decoder, directory: Path, max_shard_bytes: int, dtype: torch.dtype) -> None:
+def _write_directory(
+    model: Decoder, state: Mapping[str, Tensor], directory: Path, max_shard_bytes: int, dtype: torch.dtype
+) -> None:
     called = str(dtype).removeprefix("torch.")
     config = {**model.hf_config, **spec_to_hf_config(model.spec), "dtype": called, "torch_dtype": called}
     (directory / _CONFIG).write_text(json.dumps(config, indent=2) + "\n")
     for name, content in model.assets.items():
         (directory / name).write_bytes(content)
 
-    state = model.state_dict()
     shards = _shards(state, max_shard_bytes)
     weight_map: dict[str, str] = {}
     for i, names in enumerate(shards, start=1):
         file = _WEIGHTS if len(shards) == 1 else f"model-{i:05d}-of-{len(shards):05d}.safetensors"
         tensors = {name: state[name].detach().to("cpu", dtype).contiguous() for name in names}
-        save_file(tensors, directory / file, metadata={"format": "pt"})
+        try:
+            save_file(tensors, directory / file, metadata={"format": "pt"})
+        except SafetensorError as error:  # of the disk, which it does not say by an OSError
+            raise OSError(f"{directory / file}: {error}") from None
         weight_map |= dict.fromkeys(names, file)
     if len(shards) > 1:
         total = sum(tensor.numel() * dtype.itemsize for tensor in state.values())

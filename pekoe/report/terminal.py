@@ -56,12 +56,24 @@ def cells(event: Event) -> dict[str, str]:
     return row
 
 
-def _eval_line(event: Event) -> str:
-    low, high = event["ci95"]
-    return (
-        f"step {event['step']}: pass@1 {event['pass_at_1']:.1%} [{low:.1%}, {high:.1%}] on {event['num_problems']} "
-        f"held-out problems x {event['samples_per_problem']} samples"
-    )
+def line_of(event: Event) -> str | None:
+    """One line for an event that is no step, None where there is nothing to say."""
+    match event["event"]:
+        case "eval":
+            low, high = event["ci95"]
+            return (
+                f"step {event['step']}: pass@1 {event['pass_at_1']:.1%} [{low:.1%}, {high:.1%}] on "
+                f"{event['num_problems']} held-out problems x {event['samples_per_problem']} samples"
+            )
+        case "resumed":
+            return f"resumed after step {event['step']}"
+        case "checkpoint":
+            return (
+                f"saved step {event['step']}: {event['bytes'] / 2**20:.0f} MiB in {event['seconds']:.1f} s, "
+                f"of which training waited {event['stall_s']:.1f} s"
+            )
+        case _:
+            return None
 
 
 class PlainView:
@@ -82,10 +94,8 @@ class PlainView:
                 self._last = time.monotonic()
                 line = "  ".join(f"{header} {text}" for header, text in cells(event).items())
                 self.say(line + (f"  skipped: {event['skipped']}" if "skipped" in event else ""))
-        elif event["event"] == "eval":
-            self.say(_eval_line(event))
-        elif event["event"] == "resumed":
-            self.say(f"resumed after step {event['step']}")
+        elif line := line_of(event):
+            self.say(line)
 
     def say(self, text: str) -> None:
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)
@@ -133,10 +143,8 @@ class LiveView:
     def event(self, event: Event) -> None:
         if event["event"] == "step":
             self._rows.append(cells(event))
-        elif event["event"] == "eval":
-            self.say(_eval_line(event))
-        elif event["event"] == "resumed":
-            self.say(f"resumed after step {event['step']}")
+        elif line := line_of(event):
+            self.say(line)
 
     def say(self, text: str) -> None:
         self._live.console.print(text, markup=False, highlight=False)

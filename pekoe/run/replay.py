@@ -19,8 +19,8 @@ from pekoe.model import load_model
 from pekoe.run.build import make_trainer, open_model, set_threads
 from pekoe.run.control import Clock
 from pekoe.run.rl import learn
-from pekoe.run.state import checkpoints, load_checkpoint, read_rollouts
-from pekoe.train import StepStats
+from pekoe.run.state import checkpoints, read_rollouts
+from pekoe.train import StepStats, checkpoint
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +76,7 @@ def replay(run_dir: Path, step: int, view: View) -> Replayed:
     earlier = [path for path in checkpoints(run_dir) if int(path.name[5:]) < step]
     start = 0
     if earlier:
-        load_checkpoint(earlier[-1], trainer)
+        checkpoint.load(earlier[-1] / "trainer", trainer)
         start = json.loads((earlier[-1] / "state.json").read_text(encoding="utf-8"))["progress"]["step"]
     stats: list[StepStats] = []
     for number in range(start + 1, step + 1):

@@ -53,11 +53,13 @@ def run_rl(parts: RLParts) -> None:
                 save(parts, progress)
     except StopRequested:
         save(parts, progress)
+        parts.run.settle()
         raise Interrupted(
             f"stopped after step {progress['step']} of {config.num_steps}, which is saved; "
             f"run the same command again to go on from there"
         ) from None
     save(parts, progress)
+    parts.run.settle()
 
 
 def collect(parts: RLParts, clock: Clock) -> Batch:
@@ -146,6 +148,7 @@ def commit(
         account(parts, step, group.problem.uid, group.draw, reason)
     metrics = step_metrics(step, batch, scored, stats, parts.config, clock.seconds)
     parts.run.journal.write("step", **metrics, **synced.as_dict())
+    parts.run.settle(wait=False)
 
 
 def check_finite(parts: RLParts, step: int) -> None:
@@ -187,7 +190,4 @@ def bring(parts: RLParts, version: int) -> SyncReport:
 
 
 def save(parts: RLParts, progress: Progress) -> None:
-    clock = Clock(parts.view)
-    with clock("save"):
-        parts.run.save(parts.trainer, progress, parts.config.train.keep_checkpoints)
-    parts.view.say(f"saved step {progress['step']} in {clock.seconds['save']:.1f} s")
+    parts.run.save(parts.trainer, progress, parts.config.train.keep_checkpoints)

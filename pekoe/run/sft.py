@@ -47,10 +47,12 @@ def run_sft(config: SFTConfig, view: View) -> None:
                 batch = [samples[i] for i, _ in order.draw(size or config.sft.batch_size)]
                 train_one(trainer, batch, step, run, view)
                 progress = {"step": step, "order": order.state()}
+                run.settle(wait=False)
                 if step % config.train.save_every == 0:
                     save(run, trainer, progress, config)
         except StopRequested:
             save(run, trainer, progress, config)
+            run.settle()
             raise Interrupted(
                 f"stopped after step {progress['step']} of {total}, which is saved; "
                 "run the same command again to go on from there"
@@ -58,6 +60,7 @@ def run_sft(config: SFTConfig, view: View) -> None:
         finally:
             view.end()
         save(run, trainer, progress, config)
+        run.settle()
 
 
 def train_one(trainer: Trainer, batch: Sequence[Sample], step: int, run: RunDir, view: View) -> None:

@@ -8,8 +8,8 @@
     model/                 the last saved version in Hugging Face format
     discarded/             what a resumed run took back
 
-A checkpoint is written under a temporary name, brought to disk, and renamed; it stores the byte offsets of journal
-and ledger, so that a resumed run takes back exactly what came after it.
+A checkpoint is written under a temporary name while training goes on, brought to disk, and renamed; it stores the byte
+offsets of journal and ledger, so that a resumed run takes back exactly what came after it.
 """
 
 from __future__ import annotations
@@ -18,20 +18,19 @@ import fcntl
 import json
 import os
 import shutil
-import warnings
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+import time
+from collections.abc import Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-import torch.distributed.checkpoint as dcp
 import zstandard
 
 from pekoe.core.config import TrainingConfig, dump_config, load_config
-from pekoe.core.errors import UserError
+from pekoe.core.errors import RunError, UserError
 from pekoe.core.journal import Journal, JsonLines, Listener
 from pekoe.model import save_model
-from pekoe.train import Trainer
+from pekoe.train import Trainer, checkpoint
 
 Progress = dict[str, Any]  # what a loop needs to go on: plain JSON values
 
@@ -39,14 +38,45 @@ Progress = dict[str, Any]  # what a loop needs to go on: plain JSON values
 # number of threads moves the last bits of sums: a resumed run has the same bits with the same threads.
 MAY_CHANGE = {"num_steps", "run.threads", "train.save_every", "train.keep_checkpoints", "verify.workers"}
 MAY_CHANGE_BELOW = "engine.server."  # where the servers are and how they are started
+WRITE_LIMIT_S = 3600  # of one checkpoint
 
 
 class RunDir:
-    """An open run directory. Use as a context manager."""
+    """An open run directory. Use as a context manager.
 
-    def __init__(self, config: TrainingConfig, listeners: tuple[Listener, ...] = ()) -> None:
+    Args:
+        config: of the run; its `run.dir`.
+        listeners: hear each event of the journal.
+        leader: whether this process writes. Where several train, the others read, and write their part of checkpoints.
+    """
+
+    def __init__(self, config: TrainingConfig, listeners: tuple[Listener, ...] = (), leader: bool = True) -> None:
         self.path = Path(config.run.dir)
-        self._config = config
+        self._config, self._leader = config, leader
+        self._lock: IO[str] | None = None
+        if leader:
+            self._open()
+        self.journal = Journal(self.path / "journal.jsonl" if leader else None, listeners)
+        self.ledger = JsonLines(self.path / "ledger.jsonl" if leader else None)
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._writing: tuple[dict[str, Any], float, Future[int]] | None = None
+        self._saved: int | None = None  # the step of the last checkpoint
+
+    def __enter__(self) -> RunDir:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            if kind is None:
+                self.settle()
+        finally:
+            self._writer.shutdown()  # waits: what was begun may as well stand
+            self.journal.close()
+            self.ledger.close()
+            if self._lock is not None:
+                self._lock.close()
+
+    def _open(self) -> None:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             probe = self.path / ".writable"
@@ -62,19 +92,10 @@ class RunDir:
         except BaseException:
             self._lock.close()
             raise
-        self.journal = Journal(self.path / "journal.jsonl", listeners)
-        self.ledger = JsonLines(self.path / "ledger.jsonl")
-
-    def __enter__(self) -> RunDir:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.journal.close()
-        self.ledger.close()
-        self._lock.close()
 
     def _claim(self) -> None:
         """Take the directory for this process; write config.toml, or check that the one there is of the same run."""
+        assert self._lock is not None
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -108,7 +129,14 @@ class RunDir:
         if found:
             state = json.loads((found[-1] / "state.json").read_text(encoding="utf-8"))
             progress, offsets = state["progress"], state["offsets"]
-            load_checkpoint(found[-1], trainer)
+            checkpoint.load(found[-1] / "trainer", trainer)
+            self._saved = state["progress"]["step"]
+        if self._leader:
+            self._take_back(progress, offsets)
+        return progress
+
+    def _take_back(self, progress: Progress | None, offsets: Mapping[str, int]) -> None:
+        """Set aside what came after a checkpoint."""
         step = progress["step"] if progress else 0
         taken = self.journal.cut(offsets["journal"], self.path / "discarded" / "journal.jsonl")
         taken += self.ledger.cut(offsets["ledger"], self.path / "discarded" / "ledger.jsonl")
@@ -116,31 +144,76 @@ class RunDir:
             if int(file.name[5:11]) > step:
                 taken += file.stat().st_size
                 _set_aside(file, self.path / "discarded")
+        for partial in (self.path / "checkpoints").glob(".partial-*"):
+            shutil.rmtree(partial)
         if progress or taken:
             self.journal.write("resumed", step=step, discarded_bytes=taken)
-        return progress
 
-    def save(self, trainer: Trainer, progress: Progress, keep: int) -> Path:
-        """Write a checkpoint of `progress["step"]` and the model directory; remove checkpoints beyond `keep`."""
-        target = self.path / "checkpoints" / f"step-{progress['step']:06d}"
-        if target.exists():
-            return target
-        partial = target.with_name(f".partial-{target.name}")
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        with _one_process():
-            dcp.save(trainer.state_dict(), checkpoint_id=str(partial / "trainer"))
+    def save(self, trainer: Trainer, progress: Progress, keep: int) -> None:
+        """Begin a checkpoint of `progress["step"]`, with the model directory; then remove checkpoints beyond `keep`.
+
+        Returns as soon as the trainer's state is copied: it is written while training goes on. One at a time: waits
+        for the one before. What becomes of it, `settle` says.
+        """
+        self.settle()
+        if self._saved == progress["step"]:
+            return
+        start = time.perf_counter()
         offsets = {"journal": self.journal.sync(), "ledger": self.ledger.sync()}
-        state = json.dumps({"progress": progress, "offsets": offsets}, indent=1)
-        (partial / "state.json").write_text(state, encoding="utf-8")
-        _to_disk(partial)
-        # The model first: where a checkpoint stands, its model does too. Killed in between, the step is done again.
-        save_model(trainer.model, self.path / "model")
-        os.replace(partial, target)
-        _fsync(target.parent)
+        state = checkpoint.snapshot(trainer)
+        future = self._writer.submit(self._write, trainer, state, progress, offsets, keep)
+        stall = time.perf_counter() - start
+        self._writing = {"step": progress["step"], "stall_s": round(stall, 4)}, start, future
+
+    def settle(self, wait: bool = True) -> None:
+        """Journal the checkpoint that is being written, once it stands.
+
+        Raises RunError where it could not be written. Without `wait`, nothing happens while it is being written.
+        """
+        if self._writing is None:
+            return
+        said, start, future = self._writing
+        if not wait and not future.done():
+            return
+        self._writing = None
+        try:
+            size = future.result(WRITE_LIMIT_S)
+        except OSError as error:
+            kept = checkpoints(self.path)
+            late = isinstance(error, TimeoutError) and not future.done()
+            raise RunError(
+                f"checkpoint of step {said['step']}: {f'not written within {WRITE_LIMIT_S} s' if late else error}; "
+                f"{f'that of step {int(kept[-1].name[5:])} stands' if kept else 'there is none before it'}. "
+                f"With the cause removed, the same command goes on from there"
+            ) from None
+        self._saved = said["step"]
+        self.journal.write("checkpoint", **said, seconds=round(time.perf_counter() - start, 4), bytes=size)
+
+    def _write(
+        self, trainer: Trainer, state: checkpoint.Snapshot, progress: Progress, offsets: Mapping[str, int], keep: int
+    ) -> int:
+        """Write a checkpoint and return its size in bytes. In a thread of its own: touches nothing that changes."""
+        target = self.path / "checkpoints" / f"step-{progress['step']:06d}"
+        partial = target.with_name(f".partial-{target.name}")
+        try:
+            checkpoint.write(state, partial / "trainer", trainer.group)
+            if not self._leader:
+                return 0
+            text = json.dumps({"progress": progress, "offsets": offsets}, indent=1)
+            (partial / "state.json").write_text(text, encoding="utf-8")
+            size = _to_disk(partial)
+            # The model first: where a checkpoint stands, its model does too. Killed in between, the step is done again.
+            save_model(trainer.model, self.path / "model", weights=state.weights)
+            os.replace(partial, target)
+            _fsync(target.parent)
+        except OSError:
+            shutil.rmtree(partial, ignore_errors=True)  # its room may be what is lacking
+            raise
         for old in checkpoints(self.path)[:-keep]:
-            shutil.rmtree(old)
-        return target
+            doomed = old.with_name(f".partial-{old.name}")  # under its own name it would pass for whole
+            os.replace(old, doomed)
+            shutil.rmtree(doomed)
+        return size
 
     def write_rollouts(self, step: int, lines: Iterable[Mapping[str, Any]]) -> None:
         """Write a step's rollouts, compressed."""
@@ -155,26 +228,10 @@ def checkpoints(run_dir: Path) -> list[Path]:
     return sorted((run_dir / "checkpoints").glob("step-*"))
 
 
-def load_checkpoint(path: Path, trainer: Trainer) -> None:
-    """Give the trainer the state that it had."""
-    tensors = trainer.state_dict()
-    with _one_process():
-        dcp.load(tensors, checkpoint_id=str(path / "trainer"))
-    trainer.load_state_dict(tensors)
-
-
 def read_rollouts(file: Path) -> list[dict[str, Any]]:
     """The lines of one rollouts file."""
     text = zstandard.ZstdDecompressor().decompress(file.read_bytes())
     return [json.loads(line) for line in text.splitlines()]
-
-
-@contextmanager
-def _one_process() -> Iterator[None]:
-    """A checkpoint of a single process is meant, not a forgotten process group, of which DCP warns."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
-        yield
 
 
 def _set_aside(file: Path, folder: Path) -> None:
@@ -193,11 +250,12 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _to_disk(folder: Path) -> None:
-    for path in sorted(folder.rglob("*")):
-        if path.is_file():
-            _fsync(path)
-    _fsync(folder)
+def _to_disk(folder: Path) -> int:
+    """Sync all files below a folder; returns their bytes."""
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    for path in (*files, folder):
+        _fsync(path)
+    return sum(path.stat().st_size for path in files)
 
 
 def _fsync(path: Path) -> None:

@@ -8,6 +8,7 @@ the order of sums (I2, I3).
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import cast
 
 import torch
 import torch.distributed as dist
@@ -51,6 +52,8 @@ class Layout:
         self._mesh: DeviceMesh = init_device_mesh(device, shape, mesh_dim_names=("replicas", "shards", "tp"))
         self.num_ranks = replicas * shape[1]
         """Data-parallel ranks: each has micro-batches of its own."""
+        self.writers = cast(dist.ProcessGroup, dist.new_group(backend="gloo"))
+        """All processes, for checkpoints: those are written beside training, whose own groups must not wait for it."""
         self.rank = self._mesh["replicas"].get_local_rank() * shape[1] + self._mesh["shards"].get_local_rank()
 
     def apply(self, model: Decoder) -> None:

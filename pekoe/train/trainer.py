@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
@@ -69,6 +70,11 @@ class Trainer:
         self.num_not_finite = 0  # optimizer steps in a row, the last ones, whose loss or gradient was not finite
         self._optim, self._total = optim, total_updates
         self._token_budget, self.temperature, self.compute_dtype = token_budget, temperature, compute_dtype
+
+    @property
+    def group(self) -> dist.ProcessGroup | None:
+        """Of all processes, for what is written beside training; None where there is one."""
+        return None if self._layout is None else self._layout.writers
 
     @property
     def device(self) -> torch.device:
