@@ -1,8 +1,8 @@
 """Training on more than one process: who holds which part of the weights, and which micro-batches are whose.
 
-Sharded data parallelism by FSDP2 (`fully_shard`, replicated between groups of processes where asked: HSDP) and tensor
-parallelism by DTensor, over one mesh [replicas, shards, tp]. The decoder stays as it is; numbers stay as they are up to
-the order of sums (I2, I3).
+Sharded data parallelism by FSDP2 (`fully_shard`, replicated between groups of processes where asked: HSDP), context
+parallelism (see `context.py`) and tensor parallelism by DTensor, over one mesh [replicas, shards, cp, tp]. The decoder
+stays as it is; numbers stay as they are up to the order of sums (I2, I3).
 """
 
 from __future__ import annotations
@@ -29,11 +29,12 @@ _NORMS_OF_HEADS = ("q_norm.weight", "k_norm.weight")
 
 
 class Layout:
-    """A mesh of the processes of this `torch.distributed` group, [replicas, shards, tp].
+    """A mesh of the processes of this `torch.distributed` group, [replicas, shards, cp, tp].
 
     Args:
         spec: the model's shape.
         tp: processes that share each layer's heads and channels.
+        cp: processes that share the tokens of each micro-batch, which may then be cp times as many.
         replicas: groups of processes that each hold all weights; what is left of the processes shards them.
         device: "cpu" or "cuda".
 
@@ -41,26 +42,41 @@ class Layout:
         UserError: sizes that do not divide the processes, or the model.
     """
 
-    def __init__(self, spec: ModelSpec, tp: int = 1, replicas: int = 1, device: str = "cpu") -> None:
+    def __init__(self, spec: ModelSpec, tp: int = 1, cp: int = 1, replicas: int = 1, device: str = "cpu") -> None:
         world = dist.get_world_size()
-        if world % (tp * replicas):
-            raise UserError(f"parallel: expected tp x replicas to divide {world} processes, got {tp} x {replicas}")
+        if world % (tp * cp * replicas):
+            raise UserError(
+                f"parallel: expected tp x cp x replicas to divide {world} processes, got {tp} x {cp} x {replicas}"
+            )
         for name, size in (("num_key_value_heads", spec.num_kv_heads), ("intermediate_size", spec.intermediate_size)):
             if size % tp:
                 raise UserError(f"parallel.tp: expected a divisor of the model's {name} = {size}, got {tp}")
-        shape = (replicas, world // (tp * replicas), tp)
-        self._mesh: DeviceMesh = init_device_mesh(device, shape, mesh_dim_names=("replicas", "shards", "tp"))
+        heads, kv_heads = spec.num_heads // tp, spec.num_kv_heads // tp
+        if heads % cp or (kv_heads % cp and cp % kv_heads):
+            raise UserError(
+                f"parallel.cp: expected a divisor of the {heads} attention heads that each process has, and a divisor "
+                f"or multiple of its {kv_heads} key/value heads, got {cp}"
+            )
+        shape = (replicas, world // (tp * cp * replicas), cp, tp)
+        self._mesh: DeviceMesh = init_device_mesh(device, shape, mesh_dim_names=("replicas", "shards", "cp", "tp"))
+        self._device = device
+        # Weights are sharded over processes that share a micro-batch too: the parts' gradients are summed alike.
+        self._data = "data" if cp > 1 else "shards"
+        if cp > 1:
+            self._mesh["shards", "cp"]._flatten("data")  # pyright: ignore[reportPrivateUsage] (as torchtitan does)
         self.num_ranks = replicas * shape[1]
         """Data-parallel ranks: each has micro-batches of its own."""
+        self.cp = cp
+        self.context = self._group("cp") if cp > 1 else None
+        """The processes that share this one's micro-batches; None where none does."""
         self.writers = cast(dist.ProcessGroup, dist.new_group(backend="gloo"))
         """All processes, for checkpoints: those are written beside training, whose own groups must not wait for it."""
         self.rank = self._mesh["replicas"].get_local_rank() * shape[1] + self._mesh["shards"].get_local_rank()
 
     def apply(self, model: Decoder) -> None:
         """Split the model's parameters, in place. They become DTensors; gradients are sums over all ranks."""
-        tp, data = self._mesh["tp"], self._mesh["replicas", "shards"]
-        if self._mesh["replicas"].size() == 1:
-            data = self._mesh["shards"]
+        tp, replicated = self._mesh["tp"], self._mesh["replicas"].size() > 1
+        data = self._mesh["replicas", self._data] if replicated else self._mesh[self._data]
         for layer in model.model.layers:
             if tp.size() > 1:
                 plan: dict[str, ParallelStyle] = {name: ColwiseParallel() for name in _COLUMNS}
@@ -79,6 +95,12 @@ class Layout:
                 dist.all_reduce(values, dist.ReduceOp.MAX if largest else dist.ReduceOp.SUM, self._group(name))
         return values
 
+    def any(self, flag: bool) -> bool:
+        """Whether `flag` is set at any process."""
+        flags = torch.tensor([float(flag)], device=self._device)
+        dist.all_reduce(flags, dist.ReduceOp.MAX)
+        return bool(flags.item())
+
     def finish_gradients(self, model: nn.Module) -> None:
         """After the last backward: norms of heads, which every tp process has whole, saw its own heads alone."""
         if self._mesh["tp"].size() == 1:
@@ -93,8 +115,8 @@ class Layout:
         gradients = list(self._gradients(model))
         for gradient, split in gradients:
             squares[split] += _local(gradient).double().square().sum()
-        if self._mesh["shards"].size() > 1:
-            dist.all_reduce(squares, group=self._group("shards"))
+        if self._mesh[self._data].size() > 1:
+            dist.all_reduce(squares, group=self._group(self._data))
         if self._mesh["tp"].size() > 1:
             of_tp = squares[1:].clone()
             dist.all_reduce(of_tp, group=self._group("tp"))

@@ -17,7 +17,8 @@ from pekoe.algo.loss import Sums, chosen_logprobs
 from pekoe.algo.packing import MicroBatch, pack
 from pekoe.core.config import OptimSection
 from pekoe.core.types import FloatArray, Sample
-from pekoe.model import Decoder, PackedAttention
+from pekoe.model import Decoder
+from pekoe.train.context import Part
 from pekoe.train.optim import learning_rate, make_optimizer
 from pekoe.train.parallel import Layout, compute_of
 
@@ -44,7 +45,7 @@ class Trainer:
     Args:
         model: the decoder; its parameters are updated in place, so an engine that shares them needs no copy.
         optim: optimizer settings.
-        token_budget: most tokens of a micro-batch.
+        token_budget: most tokens of a micro-batch at one process.
         total_updates: optimizer steps of the whole run (the schedule's length).
         temperature: log-probs are of the distribution at this temperature.
         compute_dtype: dtype of the matrix products (autocast); weights stay as they are.
@@ -152,9 +153,10 @@ class Trainer:
     def _bins(self, samples: Sequence[Sample]) -> tuple[list[list[int]], int]:
         """This rank's micro-batches, as indices into `samples`, and how many all ranks have together."""
         lengths, layout = [len(sample) for sample in samples], self._layout
-        bins = allocate(lengths, self._token_budget, layout.num_ranks if layout is not None else 1)
         if layout is None:
+            bins = allocate(lengths, self._token_budget)
             return bins, len(bins)
+        bins = allocate(lengths, self._token_budget * layout.cp, layout.num_ranks)
         costs = [sum(compute_of(lengths[i], self.model.spec) for i in members) for members in bins]
         return [bins[i] for i in assign(costs, layout.num_ranks)[layout.rank]], len(bins)
 
@@ -170,9 +172,10 @@ class Trainer:
         model = model or self.model
         mixed = self.compute_dtype is not torch.float32
         with torch.autocast(self.device.type, self.compute_dtype, enabled=mixed):
-            hidden = model(batch.tokens, batch.positions, PackedAttention(batch.cu_seqlens))
-            head = model.head_weight
-            return chosen_logprobs(hidden[batch.targets - 1], head, batch.tokens[batch.targets], self.temperature)
+            part = Part.of(batch, self._layout.context if self._layout is not None else None)
+            hidden = model(part.tokens, part.positions, part.attention)
+            logprobs, entropy = chosen_logprobs(hidden[part.rows], model.head_weight, part.targets, self.temperature)
+            return part.gather(logprobs), part.gather(entropy)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that decides the trainer's future, in the layout-free form of torch.distributed.checkpoint."""

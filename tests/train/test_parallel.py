@@ -18,8 +18,9 @@ from pekoe.train.parallel import compute_of
 from tests.train.ranks import SHAPES, make_trainer, rank_main, train
 
 LAYOUTS: dict[int, list[dict[str, int]]] = {
-    2: [{}, {"tp": 2}],  # FSDP over 2; TP 2
-    4: [{}, {"tp": 2}, {"replicas": 2}],  # FSDP over 4; FSDP 2 x TP 2; HSDP 2 x 2
+    2: [{}, {"tp": 2}, {"cp": 2}],  # FSDP over 2; TP 2; context over 2
+    # FSDP over 4; FSDP 2 x TP 2; HSDP 2 x 2; FSDP 2 x CP 2; CP 2 x TP 2; CP 4 with 2 key/value heads; HSDP 2 x CP 2
+    4: [{}, {"tp": 2}, {"replicas": 2}, {"cp": 2}, {"cp": 2, "tp": 2}, {"cp": 4}, {"cp": 2, "replicas": 2}],
 }
 
 
@@ -57,7 +58,7 @@ def test_sizes_that_do_not_divide_are_the_users_mistake(tmp_path: Path):
     spec = make_trainer("qwen2, tied").model.spec
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/one", rank=0, world_size=1)
     try:
-        with pytest.raises(UserError, match="expected tp x replicas to divide 1 processes, got 2 x 1"):
+        with pytest.raises(UserError, match="expected tp x cp x replicas to divide 1 processes, got 2 x 1 x 1"):
             Layout(spec, tp=2)
     finally:
         dist.destroy_process_group()

@@ -1,0 +1,119 @@
+"""Context parallelism: a micro-batch whose row of tokens lies on several processes, for sequences too long for one.
+
+Ulysses (Jacobs et al., arXiv:2309.14509, section 3.1): each process computes everything but attention for its part of
+the row; around attention an all-to-all turns parts of the row with all heads into the whole row with part of the heads.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn import functional as F
+
+from pekoe.algo.packing import MicroBatch
+from pekoe.model import PackedAttention
+from pekoe.model.attention import Attention
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """What one process computes of a micro-batch: t of its T tokens (all of them, without context parallelism)."""
+
+    tokens: Tensor  # [t]
+    positions: Tensor  # [t]
+    attention: Attention
+    rows: Tensor  # [n] which of the t positions predict a target
+    targets: Tensor  # [n] the tokens predicted there
+    start: int = 0  # of these targets among the micro-batch's N
+    num_targets: int = 0  # N
+    group: dist.ProcessGroup | None = None
+
+    @staticmethod
+    def of(batch: MicroBatch, group: dist.ProcessGroup | None = None) -> Part:
+        """This process's part: the row is cut into as many equal pieces as `group` has processes."""
+        size = 1 if group is None else group.size()
+        rows, targets, num = batch.targets - 1, batch.tokens[batch.targets], len(batch.targets)
+        if group is None or size == 1:
+            return Part(batch.tokens, batch.positions, PackedAttention(batch.cu_seqlens), rows, targets, 0, num)
+        bounds, missing = batch.cu_seqlens, -len(batch.tokens) % size
+        if missing:  # up to equal pieces by one more document, of which nothing is trained on
+            bounds = torch.cat([bounds, bounds[-1:] + missing])
+        piece = (len(batch.tokens) + missing) // size
+        first = group.rank() * piece
+        start, stop = torch.searchsorted(rows, torch.tensor([first, first + piece], device=rows.device)).tolist()
+        return Part(
+            tokens=F.pad(batch.tokens, (0, missing))[first : first + piece],
+            positions=F.pad(batch.positions, (0, missing))[first : first + piece],
+            attention=_Ulysses(PackedAttention(bounds), group),
+            rows=rows[start:stop] - first,
+            targets=targets[start:stop],
+            start=start,
+            num_targets=num,
+            group=group,
+        )
+
+    def gather(self, values: Tensor) -> Tensor:
+        """[n] of each process -> [N], the same on all. The gradient goes back to where a value came from."""
+        if self.group is None:
+            return values
+        return cast(Tensor, _Gather.apply(values, self.start, self.num_targets, self.group))
+
+
+class _Ulysses:
+    """Attention over the whole row, of which each process holds a piece and computes a share of the heads."""
+
+    def __init__(self, whole: PackedAttention, group: dist.ProcessGroup) -> None:
+        self._whole, self._group, self._size = whole, group, group.size()
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """q [t, H, D], k and v [t, K, D] -> [t, H, D]."""
+        if k.shape[1] % self._size:  # fewer key/value heads than processes: each has a copy of the one it needs
+            times = self._size // k.shape[1]
+            k, v = k.repeat_interleave(times, dim=1), v.repeat_interleave(times, dim=1)
+        out = self._whole(layer, self._to_heads(q), self._to_heads(k), self._to_heads(v))
+        return self._to_tokens(out)
+
+    def _to_heads(self, x: Tensor) -> Tensor:
+        """[t, H, D] -> [T, H / size, D]."""
+        by_owner = x.unflatten(1, (self._size, -1)).movedim(1, 0).contiguous()
+        return cast(Tensor, _AllToAll.apply(by_owner, self._group)).flatten(0, 1)
+
+    def _to_tokens(self, x: Tensor) -> Tensor:
+        """[T, H / size, D] -> [t, H, D]."""
+        by_owner = x.unflatten(0, (self._size, -1)).contiguous()
+        return cast(Tensor, _AllToAll.apply(by_owner, self._group)).movedim(0, 1).flatten(1, 2)
+
+
+class _AllToAll(torch.autograd.Function):
+    """x[i] goes to process i, and what comes back has at i what process i sent: its own transpose."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        out = torch.empty_like(x)
+        dist.all_to_all_single(out, x, group=group)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        return _AllToAll.apply(grads[0].contiguous(), ctx.group), None
+
+
+class _Gather(torch.autograd.Function):
+    """All processes compute the same loss of what is gathered, so each keeps its own values' gradient, unsummed."""
+
+    @staticmethod
+    def forward(ctx: Any, part: Tensor, start: int, total: int, group: dist.ProcessGroup) -> Tensor:
+        ctx.bounds = (start, start + len(part))
+        whole = part.new_zeros(total)
+        whole[slice(*ctx.bounds)] = part
+        dist.all_reduce(whole, group=group)
+        return whole
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        return grads[0][slice(*ctx.bounds)], None, None, None
