@@ -20,7 +20,7 @@ from rich.console import Console
 from pekoe import __version__
 from pekoe.core.config import Config, EvalConfig, RLConfig, SFTConfig, dump_config, load_config
 from pekoe.core.errors import Interrupted, RunError, UserError, nearest
-from pekoe.core.view import View
+from pekoe.core.view import NoView, View
 from pekoe.report import LiveView, PlainView, make_view
 
 app = typer.Typer(
@@ -44,6 +44,9 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="print the resolved reci
 @contextlib.contextmanager
 def viewing() -> Iterator[View]:
     """The live view, closed whatever happens."""
+    if not _leads():
+        yield NoView()
+        return
     view: LiveView | PlainView = make_view()
     with view if isinstance(view, LiveView) else contextlib.nullcontext():
         yield view
@@ -96,13 +99,17 @@ def rl(
 
 @app.command()
 def sft(recipe: Recipe, overrides: Overrides = None, dry_run: DryRun = False) -> None:
-    """Supervised fine-tuning on worked solutions. A run found in run.dir goes on from its last checkpoint."""
+    """Supervised fine-tuning on worked solutions. A run found in run.dir goes on from its last checkpoint.
+
+    On N processes, shared as the recipe's section `parallel` says: torchrun --nproc-per-node N -m pekoe.cli sft RECIPE
+    """
     config = read_recipe(recipe, overrides, SFTConfig, dry_run)
     from pekoe.run.sft import run_sft
 
     with viewing() as view:
         run_sft(config, view)
-    typer.echo(f"done: the model is in {config.run.dir}/model")
+    if _leads():
+        typer.echo(f"done: the model is in {config.run.dir}/model")
 
 
 @app.command("eval")
@@ -227,8 +234,14 @@ def main() -> None:
         _fail(f"{type(error).__name__}: {error}; what was saved before is kept", 1)
 
 
+def _leads() -> bool:
+    """Whether this process speaks: the first of those that torchrun started, or the only one."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def _fail(message: str, status: int) -> None:
-    print(f"pekoe: {message}", file=sys.stderr)
+    if _leads() or status == 1:  # the user's mistake is the same at all of them, a failure may be one's own
+        print(f"pekoe: {message}", file=sys.stderr)
     raise SystemExit(status)
 
 

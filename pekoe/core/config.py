@@ -222,7 +222,13 @@ class OptimSection(Section):
 
 class TrainSection(Section):
     token_budget: int = Field(default=30720, ge=1)
-    """Tokens of a micro-batch; no sequence may be longer."""
+    """Tokens of a micro-batch at one process; no sequence may be longer (times parallel.cp). `pekoe doctor` says what
+    fits."""
+    activation_checkpointing: bool = False
+    """Compute each layer again in backward in place of keeping it: a fraction of the memory, a third more compute, the
+    same numbers."""
+    compile: bool = False
+    """Run layers through torch.compile; on a CPU it needs a C++ compiler. Numbers move in their last bits."""
     max_not_finite: int = Field(default=3, ge=1)
     """The run stops after so many optimizer steps in a row whose loss or gradient was not finite; each is skipped."""
     save_every: int = Field(default=10, ge=1)
@@ -317,6 +323,17 @@ class RLConfig(TrainingConfig):
         return self
 
 
+class ParallelSection(Section):
+    """How the processes that torchrun started share the work. What is left of them shards the weights (FSDP)."""
+
+    tp: int = Field(default=1, ge=1)
+    """Processes that share each layer's heads and channels (tensor parallelism)."""
+    cp: int = Field(default=1, ge=1)
+    """Processes that share each micro-batch's tokens (context parallelism); it may then have cp times as many."""
+    replicas: int = Field(default=1, ge=1)
+    """Groups of processes that each hold all weights (HSDP): one for each node."""
+
+
 class SFTSection(Section):
     epochs: int = Field(default=1, ge=1)
     """Passes over the demonstrations."""
@@ -331,6 +348,7 @@ class SFTConfig(TrainingConfig):
     sft: SFTSection = SFTSection()
     optim: OptimSection = OptimSection(lr=1e-5, warmup_fraction=0.03, weight_decay=0.1)
     train: TrainSection = TrainSection(token_budget=32768, save_every=100)
+    parallel: ParallelSection = ParallelSection()
 
 
 class EvalConfig(Config):

@@ -10,6 +10,7 @@ Shapes: [T] packed tokens, [C] hidden size, [H] query heads, [K] key/value heads
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -88,8 +89,14 @@ class Layer(nn.Module):
         self.mlp = MLP(spec)
         self.input_layernorm = RMSNorm(spec.hidden_size, spec.norm_eps)
         self.post_attention_layernorm = RMSNorm(spec.hidden_size, spec.norm_eps)
+        self.with_gradient: Callable[..., Tensor] = self.compute
+        """What stands in for `compute` where gradients are asked for: the trainer's compiled or recomputed one."""
 
     def forward(self, layer: int, x: Tensor, cos: Tensor, sin: Tensor, attention: Attention) -> Tensor:
+        compute = self.with_gradient if torch.is_grad_enabled() else self.compute
+        return compute(layer, x, cos, sin, attention)
+
+    def compute(self, layer: int, x: Tensor, cos: Tensor, sin: Tensor, attention: Attention) -> Tensor:
         x = x + self.self_attn(layer, self.input_layernorm(x), cos, sin, attention)
         return x + self.mlp(self.post_attention_layernorm(x))
 
@@ -135,6 +142,10 @@ class Decoder(nn.Module):
         for i, layer in enumerate(self.model.layers):
             x = layer(i, x, cos, sin, attention)
         return self.model.norm(x)
+
+    @property
+    def layers(self) -> list[Layer]:
+        return [layer for layer in self.model.layers if isinstance(layer, Layer)]
 
     @property
     def head_weight(self) -> Tensor:

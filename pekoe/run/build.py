@@ -21,6 +21,7 @@ from pekoe.engine import EmbeddedEngine, Generator, SGLangEngine, VLLMEngine
 from pekoe.model import Decoder, load_model
 from pekoe.run.control import Stop
 from pekoe.run.judging import make_judge
+from pekoe.run.processes import only_one_process
 from pekoe.run.rollout import Sampler
 from pekoe.run.state import RunDir
 from pekoe.run.sync import WeightSync
@@ -46,7 +47,7 @@ class RLParts:
 
 
 def set_threads(run: ProcessSection) -> None:
-    torch.set_num_threads(run.threads or os.cpu_count() or 1)
+    torch.set_num_threads(run.threads or max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 
 
 def open_model(model: ModelSection) -> tuple[Decoder, Tokenizer, torch.dtype]:
@@ -202,12 +203,22 @@ def open_engine(
 
 
 def make_trainer(config: RLConfig, model: Decoder, dtype: torch.dtype) -> Trainer:
-    updates = config.num_steps * config.algo.minibatches
-    return Trainer(model, config.optim, config.train.token_budget, updates, config.rollout.temperature, dtype)
+    updates, train = config.num_steps * config.algo.minibatches, config.train
+    return Trainer(
+        model,
+        config.optim,
+        train.token_budget,
+        updates,
+        config.rollout.temperature,
+        dtype,
+        activation_checkpointing=train.activation_checkpointing,
+        compile=train.compile,
+    )
 
 
 def build_rl(config: RLConfig, view: View, stop: Stop, stack: ExitStack) -> RLParts:
     """Everything for `pekoe rl`. What must be closed is pushed on `stack`."""
+    only_one_process("rl")
     set_threads(config.run)
     data, rollout = config.data, config.rollout
     model, tokenizer, dtype = open_model(config.model)

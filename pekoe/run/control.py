@@ -18,11 +18,13 @@ class StopRequested(Exception):
 class Stop:
     """Ctrl-C as a request: the loop drops what is unfinished, saves the last complete step, and ends.
 
-    While it listens, the first SIGINT or SIGTERM sets the request; a second one interrupts at once.
+    While it listens, the first SIGINT or SIGTERM sets the request; the same one again interrupts at once. (At Ctrl-C
+    torchrun sends a SIGTERM after the terminal's SIGINT.)
     """
 
     def __init__(self) -> None:
         self.requested = False
+        self._heard: set[int] = set()
 
     def check(self) -> None:
         """Raise StopRequested if the user asked to stop. Called only where nothing is half done."""
@@ -36,8 +38,9 @@ class Stop:
             return
 
         def hear(number: int, frame: object) -> None:
-            if self.requested:
+            if number in self._heard:
                 raise KeyboardInterrupt
+            self._heard.add(number)
             self.requested = True
 
         before = {number: signal.signal(number, hear) for number in (signal.SIGINT, signal.SIGTERM)}

@@ -12,55 +12,68 @@ from pekoe.algo.loss import cross_entropy
 from pekoe.core.config import SFTConfig
 from pekoe.core.errors import Interrupted, UserError
 from pekoe.core.types import Sample
-from pekoe.core.view import View
+from pekoe.core.view import NoView, View
 from pekoe.data.order import DataOrder
 from pekoe.data.sft_data import Demonstration, read_demonstrations
 from pekoe.data.tokenizer import Tokenizer
 from pekoe.run.build import open_model, set_threads
-from pekoe.run.control import Clock, Stop, StopRequested
+from pekoe.run.control import Clock, Stop
+from pekoe.run.processes import joined, make_layout
 from pekoe.run.state import Progress, RunDir
 from pekoe.train import Trainer
 
 
 def run_sft(config: SFTConfig, view: View) -> None:
-    """Train on `data.train` for `sft.epochs`. Ctrl-C keeps the last complete step and raises Interrupted."""
+    """Train on `data.train` for `sft.epochs`. Ctrl-C keeps the last complete step and raises Interrupted.
+
+    Started by torchrun, all processes call it, and train together as `parallel` says; the first one writes and shows.
+    """
+    with joined() as rank:
+        _run(config, view if rank == 0 else NoView(), rank == 0)
+
+
+def _run(config: SFTConfig, view: View, leader: bool) -> None:
     set_threads(config.run)
     model, tokenizer, dtype = open_model(config.model)
     samples = open_demonstrations(config, tokenizer, model.spec.max_positions, view)
     per_epoch = -(-len(samples) // config.sft.batch_size)
     total = per_epoch * config.sft.epochs
-    trainer = Trainer(model, config.optim, config.train.token_budget, total, compute_dtype=dtype)
+    trainer = Trainer(
+        model,
+        config.optim,
+        config.train.token_budget,
+        total,
+        compute_dtype=dtype,
+        layout=make_layout(model.spec, config.parallel, next(model.parameters()).device),
+        activation_checkpointing=config.train.activation_checkpointing,
+        compile=config.train.compile,
+    )
     uids = [f"{i}/{hashlib.blake2b(s.tokens.tobytes(), digest_size=8).hexdigest()}" for i, s in enumerate(samples)]
     order = DataOrder(uids, config.run.seed)  # refuses to go on with other demonstrations
     stop = Stop()
-    with stop.listening(), RunDir(config, (view.event,)) as run:
+    with stop.listening(), RunDir(config, (view.event,), leader) as run:
         progress: Progress = run.resume(trainer) or {"step": 0, "order": order.state()}
         order.restore(progress["order"])
         view.begin("sft", total)
         view.advance(progress["step"])
-        try:
-            while progress["step"] < total:
-                stop.check()
-                step = progress["step"] + 1
-                last_of_epoch = step % per_epoch == 0
-                size = len(samples) - (per_epoch - 1) * config.sft.batch_size if last_of_epoch else None
-                batch = [samples[i] for i, _ in order.draw(size or config.sft.batch_size)]
-                train_one(trainer, batch, step, run, view)
-                progress = {"step": step, "order": order.state()}
-                run.settle(wait=False)
-                if step % config.train.save_every == 0:
-                    save(run, trainer, progress, config)
-        except StopRequested:
-            save(run, trainer, progress, config)
-            run.settle()
-            raise Interrupted(
-                f"stopped after step {progress['step']} of {total}, which is saved; "
-                "run the same command again to go on from there"
-            ) from None
-        finally:
-            view.end()
-        save(run, trainer, progress, config)
+        while progress["step"] < total and not trainer.any(stop.requested):
+            step = progress["step"] + 1
+            last_of_epoch = step % per_epoch == 0
+            size = len(samples) - (per_epoch - 1) * config.sft.batch_size if last_of_epoch else None
+            batch = [samples[i] for i, _ in order.draw(size or config.sft.batch_size)]
+            train_one(trainer, batch, step, run, view)
+            progress = {"step": step, "order": order.state()}
+            run.settle(wait=False)
+            if step % config.train.save_every == 0:
+                run.save(trainer, progress, config.train.keep_checkpoints)
+        view.end()
+        run.save(trainer, progress, config.train.keep_checkpoints)
         run.settle()
+    if progress["step"] < total:
+        raise Interrupted(
+            f"stopped after step {progress['step']} of {total}, which is saved; "
+            "run the same command again to go on from there"
+        )
 
 
 def train_one(trainer: Trainer, batch: Sequence[Sample], step: int, run: RunDir, view: View) -> None:
@@ -84,15 +97,11 @@ def train_one(trainer: Trainer, batch: Sequence[Sample], step: int, run: RunDir,
     )
 
 
-def save(run: RunDir, trainer: Trainer, progress: Progress, config: SFTConfig) -> None:
-    run.save(trainer, progress, config.train.keep_checkpoints)
-
-
 def open_demonstrations(config: SFTConfig, tokenizer: Tokenizer, context: int, view: View) -> list[Sample]:
     """Read demonstrations as samples; one longer than the token budget or the context is an error, or skipped."""
     data = config.data
     file = read_demonstrations(Path(data.train), skip_malformed=data.skip_malformed)
-    limit = min(config.train.token_budget, context)
+    limit = min(config.train.token_budget * config.parallel.cp, context)
     samples: list[Sample] = []
     for number, demonstration in enumerate(file.demonstrations, 1):
         sample = to_sample(demonstration, tokenizer)

@@ -34,10 +34,19 @@ from pekoe.train import Trainer, checkpoint
 
 Progress = dict[str, Any]  # what a loop needs to go on: plain JSON values
 
-# Keys that may differ between a run and its continuation: how long it goes on, how often it saves, on what machine. The
-# number of threads moves the last bits of sums: a resumed run has the same bits with the same threads.
-MAY_CHANGE = {"num_steps", "run.threads", "train.save_every", "train.keep_checkpoints", "verify.workers"}
-MAY_CHANGE_BELOW = "engine.server."  # where the servers are and how they are started
+# Keys that may differ between a run and its continuation: how long it goes on, how often it saves, on what machine. How
+# the work is split (threads, processes, micro-batches) moves the last bits of sums: bits are the same with the same.
+MAY_CHANGE = {
+    "num_steps",
+    "run.threads",
+    "train.token_budget",
+    "train.activation_checkpointing",
+    "train.compile",
+    "train.save_every",
+    "train.keep_checkpoints",
+    "verify.workers",
+}
+MAY_CHANGE_BELOW = ("parallel.", "engine.server.")  # engine.server: where servers are, how they are started
 WRITE_LIMIT_S = 3600  # of one checkpoint
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.utils.checkpoint import checkpoint
 
 from pekoe.algo.allocation import allocate, assign
 from pekoe.algo.loss import Sums, chosen_logprobs
@@ -49,6 +51,9 @@ class Trainer:
         total_updates: optimizer steps of the whole run (the schedule's length).
         temperature: log-probs are of the distribution at this temperature.
         compute_dtype: dtype of the matrix products (autocast); weights stay as they are.
+        activation_checkpointing: keep each layer's input alone for backward and compute the layer again there: a third
+            more compute for a fraction of the memory, and the same numbers.
+        compile: run layers through torch.compile. Numbers move in their last bits.
         layout: where there are several processes, how they share weights and work. All call the same methods with the
             same arguments, and get the same answers.
     """
@@ -62,8 +67,17 @@ class Trainer:
         temperature: float = 1.0,
         compute_dtype: torch.dtype = torch.float32,
         layout: Layout | None = None,
+        activation_checkpointing: bool = False,
+        compile: bool = False,
     ) -> None:
-        self.model, self._layout = model, layout
+        self.model, self._layout, self._compile = model, layout, compile
+        for layer in model.layers:
+            if compile:
+                layer.with_gradient = torch.compile(layer.with_gradient, dynamic=True)
+            if activation_checkpointing:
+                # Nothing in a layer is drawn at random, so there is no state to bring back.
+                again = partial(checkpoint, layer.with_gradient, use_reentrant=False, preserve_rng_state=False)
+                layer.with_gradient = again
         if layout is not None:
             layout.apply(model)
         self.optimizer = make_optimizer(model, optim)
@@ -71,6 +85,10 @@ class Trainer:
         self.num_not_finite = 0  # optimizer steps in a row, the last ones, whose loss or gradient was not finite
         self._optim, self._total = optim, total_updates
         self._token_budget, self.temperature, self.compute_dtype = token_budget, temperature, compute_dtype
+
+    def any(self, flag: bool) -> bool:
+        """Whether `flag` is set at any of the processes that train."""
+        return flag if self._layout is None else self._layout.any(flag)
 
     @property
     def group(self) -> dist.ProcessGroup | None:
@@ -173,7 +191,9 @@ class Trainer:
         mixed = self.compute_dtype is not torch.float32
         with torch.autocast(self.device.type, self.compute_dtype, enabled=mixed):
             part = Part.of(batch, self._layout.context if self._layout is not None else None)
-            hidden = model(part.tokens, part.positions, part.attention)
+            # Attention's plan is another for each micro-batch: compiled, it would be compiled for each.
+            attention = torch.compiler.disable(part.attention) if self._compile else part.attention
+            hidden = model(part.tokens, part.positions, attention)
             logprobs, entropy = chosen_logprobs(hidden[part.rows], model.head_weight, part.targets, self.temperature)
             return part.gather(logprobs), part.gather(entropy)
 

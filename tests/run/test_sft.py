@@ -13,8 +13,8 @@ from pekoe.core.view import NoView
 from pekoe.data.sft_data import Demonstration, write_demonstrations
 from pekoe.data.tokenizer import Tokenizer
 from pekoe.model import load_model
-from pekoe.run.control import Stop
 from pekoe.run.sft import run_sft, to_sample
+from pekoe.train import Trainer
 
 
 @pytest.fixture
@@ -58,14 +58,13 @@ def test_ctrl_c_and_resume_reach_the_same_bits(tree: dict[str, Any], tmp_path: P
     unbroken = load_config(tree, [f"run.dir={tmp_path / 'a'}"], SFTConfig)
     run_sft(unbroken, NoView())
     broken = load_config(tree, [f"run.dir={tmp_path / 'b'}"], SFTConfig)
-    check, calls = Stop.check, []
+    any_of, calls = Trainer.any, []
 
-    def ask(self: Stop) -> None:
+    def ask(self: Trainer, flag: bool) -> bool:
         calls.append(1)
-        self.requested = len(calls) == 6
-        check(self)
+        return any_of(self, flag or len(calls) == 6)
 
-    monkeypatch.setattr(Stop, "check", ask)
+    monkeypatch.setattr(Trainer, "any", ask)
     with pytest.raises(Interrupted, match="stopped after step 5 of 9"):
         run_sft(broken, NoView())
     run_sft(broken, NoView())

@@ -28,7 +28,7 @@ SHAPES = {
 STEPS = 3
 
 
-def make_trainer(shape: str, layout: dict[str, int] | None = None) -> Trainer:
+def make_trainer(shape: str, layout: dict[str, int] | None = None, recompute: bool = False) -> Trainer:
     sizes: dict[str, Any] = {
         "vocab_size": 50,
         "hidden_size": 32,
@@ -44,7 +44,8 @@ def make_trainer(shape: str, layout: dict[str, int] | None = None) -> Trainer:
     with torch.no_grad():
         for parameter in model.parameters():  # no bias 0, no norm 1
             parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)).double() * 0.05)
-    return Trainer(model, OPTIM, 40, STEPS, layout=None if layout is None else Layout(model.spec, **layout))
+    where = None if layout is None else Layout(model.spec, **layout)
+    return Trainer(model, OPTIM, 40, STEPS, layout=where, activation_checkpointing=recompute)
 
 
 def make_samples() -> list[Sample]:
@@ -81,7 +82,7 @@ def rank_main(rank: int, world: int, folder: str, layouts: list[dict[str, int]],
     try:
         for number, layout in enumerate(layouts):
             for shape in shapes:
-                trainer = make_trainer(shape, layout)
+                trainer = make_trainer(shape, layout, recompute=shape == shapes[-1])  # which changes no number
                 said = train(trainer)
                 place = Path(folder) / f"{world}-{number}-{shape}"
                 dcp.save(trainer.state_dict(), checkpoint_id=str(place))

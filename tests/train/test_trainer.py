@@ -1,5 +1,6 @@
 """The trainer: I2 (packing and splitting change nothing) and I3 (one token denominator a step)."""
 
+import shutil
 from collections.abc import Callable
 from functools import partial
 
@@ -188,3 +189,48 @@ def test_state_goes_round(make_model: MakeModel):
     b.load_state_dict(a.state_dict())
     assert b.num_updates == 1
     assert a.step(samples, PPO) == b.step(samples, PPO)
+
+
+def saved_bytes(trainer: Trainer, samples: list[Sample]) -> int:
+    """Bytes that one micro-batch's forward keeps for its backward, weights left out."""
+    weights = {p.untyped_storage().data_ptr() for p in trainer.model.parameters()}
+    kept: dict[int, int] = {}
+
+    def pack(x: torch.Tensor) -> torch.Tensor:
+        storage = x.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        trainer.step(samples, PPO)
+    return sum(kept.values())
+
+
+def test_recomputed_layers_give_the_same_bits_and_keep_less(make_model: MakeModel):
+    samples = make_samples()
+    trainers = [
+        Recorder(make_model(num_layers=4), OPTIM, 100, 1, activation_checkpointing=again) for again in (False, True)
+    ]
+    plain, again = (trainer.gradients(samples) for trainer in trainers)
+    assert all(torch.equal(plain[name], again[name]) for name in plain)
+    kept = [
+        saved_bytes(Trainer(make_model(num_layers=4), OPTIM, 100, 1, activation_checkpointing=r), samples)
+        for r in (False, True)
+    ]
+    assert kept[1] < 0.4 * kept[0]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
+@pytest.mark.filterwarnings("default")  # torch's own, of its own making
+@pytest.mark.parametrize("recompute", [False, True])
+def test_compiled_layers_give_the_same_gradients(make_model: MakeModel, recompute: bool):
+    plain = Recorder(make_model(), OPTIM, 100, 1).gradients(make_samples())
+    trainer = Recorder(make_model(), OPTIM, 100, 1, compile=True, activation_checkpointing=recompute)
+    torch._dynamo.reset()
+    calls = torch._dynamo.utils.counters["stats"]["calls_captured"]
+    found = trainer.gradients(make_samples())
+    assert torch._dynamo.utils.counters["stats"]["calls_captured"] > calls, "nothing was compiled"
+    for name, expected in plain.items():
+        assert (found[name] - expected).norm() <= 1e-5 * expected.norm()

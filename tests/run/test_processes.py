@@ -1,0 +1,101 @@
+"""SFT on several processes, as torchrun starts them: the same numbers, one that speaks, a resume on another number."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from pekoe.core import SFTConfig, UserError, dump_config, load_config
+from pekoe.core.config import ParallelSection
+from pekoe.core.journal import read_lines
+from pekoe.core.view import NoView
+from pekoe.data.sft_data import Demonstration, write_demonstrations
+from pekoe.model import load_model
+from pekoe.run.processes import make_layout, only_one_process
+from pekoe.run.sft import run_sft
+
+LIMIT_S = 120
+
+
+@pytest.fixture
+def recipe(tiny_dir: Path, tmp_path: Path) -> Path:
+    numbers = [(a, b) for a in range(4) for b in range(4)]
+    demonstrations = [
+        Demonstration(({"role": "user", "content": f"{a}+{b}="},), f"\\boxed{{{a + b}}}") for a, b in numbers
+    ]
+    write_demonstrations(tmp_path / "demos.jsonl", demonstrations)
+    tree = {
+        "run": {"dir": str(tmp_path / "run"), "threads": 1},
+        "model": {"path": str(tiny_dir / "model"), "device": "cpu"},
+        "data": {"train": str(tmp_path / "demos.jsonl")},
+        "sft": {"epochs": 2, "batch_size": 8},
+        "optim": {"lr": 1e-3, "warmup_fraction": 0.0, "grad_clip": 0.1},
+        "train": {"token_budget": 40},
+    }
+    (tmp_path / "sft.toml").write_text(dump_config(load_config(tree, kind=SFTConfig)))
+    return tmp_path / "sft.toml"
+
+
+def torchrun(number: int, *words: str) -> "subprocess.Popen[str]":
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(number)]
+    return subprocess.Popen(
+        [*command, "-m", "pekoe.cli", *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+
+
+def weights(run: Path) -> torch.Tensor:
+    return torch.cat([p.detach().flatten() for p in load_model(run / "model").parameters()])
+
+
+def steps(run: Path) -> list[dict[str, float]]:
+    return [line for line in read_lines(run / "journal.jsonl") if line["event"] == "step"]
+
+
+def test_two_processes_are_as_one_and_one_goes_on_where_they_stopped(recipe: Path, tmp_path: Path):
+    alone, both = tmp_path / "alone", tmp_path / "both"
+    run_sft(load_config(recipe, [f"run.dir={alone}", "sft.epochs=40"], SFTConfig), NoView())
+    words = [str(recipe), f"run.dir={both}", "sft.epochs=40", "parallel.cp=2", "train.activation_checkpointing=true"]
+    process = torchrun(2, "sft", *words)
+    deadline = time.monotonic() + LIMIT_S
+    journal = both / "journal.jsonl"
+    while not (journal.exists() and journal.read_text().count('"step"') >= 3):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline, f"no step within {LIMIT_S} s"
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)  # torchrun passes a SIGTERM on
+    stdout, stderr = process.communicate(timeout=LIMIT_S)
+    assert process.returncode != 0
+    assert stderr.count("which is saved; run the same command again") == 1, stderr
+    assert stdout.count("step 2 ") == 1, "one process speaks"
+    done = len(steps(both))
+    assert 3 <= done < 80
+    run_sft(load_config(recipe, [f"run.dir={both}", "sft.epochs=40"], SFTConfig), NoView())  # another layout
+    for key in ("loss", "grad_norm"):
+        np.testing.assert_allclose([s[key] for s in steps(both)], [s[key] for s in steps(alone)], rtol=1e-3)
+    torch.testing.assert_close(weights(both), weights(alone), rtol=0, atol=1e-4)
+    assert [json.loads(line)["step"] for line in journal.read_text().splitlines() if "resumed" in line] == [done]
+
+
+def test_what_several_processes_do_not_do(recipe: Path, monkeypatch: pytest.MonkeyPatch):
+    config = load_config(recipe, ["parallel.tp=2"], SFTConfig)
+    with pytest.raises(
+        UserError, match=r"parallel: expected 2 processes or a multiple, got one; .* --nproc-per-node 2"
+    ):
+        run_sft(config, NoView())
+    spec = load_model(config.model.path).spec
+    assert make_layout(spec, ParallelSection(), torch.device("cpu")) is None
+    only_one_process("rl")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="rl: expected one process, got torchrun with 2; torchrun is for sft"):
+        only_one_process("rl")
