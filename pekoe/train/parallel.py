@@ -57,26 +57,24 @@ class Layout:
                 f"parallel.cp: expected a divisor of the {heads} attention heads that each process has, and a divisor "
                 f"or multiple of its {kv_heads} key/value heads, got {cp}"
             )
-        shape = (replicas, world // (tp * cp * replicas), cp, tp)
-        self._mesh: DeviceMesh = init_device_mesh(device, shape, mesh_dim_names=("replicas", "shards", "cp", "tp"))
-        self._device = device
+        shards = world // (tp * cp * replicas)
         # Weights are sharded over processes that share a micro-batch too: the parts' gradients are summed alike.
-        self._data = "data" if cp > 1 else "shards"
-        if cp > 1:
-            self._mesh["shards", "cp"]._flatten("data")  # pyright: ignore[reportPrivateUsage] (as torchtitan does)
-        self.num_ranks = replicas * shape[1]
+        weights, work = (replicas, shards * cp, tp), (replicas * shards, cp, tp)
+        self._weights: DeviceMesh = init_device_mesh(device, weights, mesh_dim_names=("replicas", "shards", "tp"))
+        self._work: DeviceMesh = init_device_mesh(device, work, mesh_dim_names=("ranks", "cp", "tp"))
+        self._device = device
+        self.num_ranks, self.rank = replicas * shards, self._work["ranks"].get_local_rank()
         """Data-parallel ranks: each has micro-batches of its own."""
         self.cp = cp
-        self.context = self._group("cp") if cp > 1 else None
+        self.context = self._work["cp"].get_group() if cp > 1 else None
         """The processes that share this one's micro-batches; None where none does."""
         self.writers = cast(dist.ProcessGroup, dist.new_group(backend="gloo"))
         """All processes, for checkpoints: those are written beside training, whose own groups must not wait for it."""
-        self.rank = self._mesh["replicas"].get_local_rank() * shape[1] + self._mesh["shards"].get_local_rank()
 
     def apply(self, model: Decoder) -> None:
         """Split the model's parameters, in place. They become DTensors; gradients are sums over all ranks."""
-        tp, replicated = self._mesh["tp"], self._mesh["replicas"].size() > 1
-        data = self._mesh["replicas", self._data] if replicated else self._mesh[self._data]
+        tp, replicated = self._weights["tp"], self._weights["replicas"].size() > 1
+        data = self._weights["replicas", "shards"] if replicated else self._weights["shards"]
         for layer in model.model.layers:
             if tp.size() > 1:
                 plan: dict[str, ParallelStyle] = {name: ColwiseParallel() for name in _COLUMNS}
@@ -87,12 +85,14 @@ class Layout:
         for module in model.modules():
             if isinstance(module, FSDPModule):
                 module.set_gradient_divide_factor(1.0)  # losses are divided by the one denominator already (I3)
+                module.set_force_sum_reduction_for_comms(True)  # gloo cannot multiply while it sums
 
     def sum(self, values: Tensor, largest: bool = False) -> Tensor:
         """The sum (or the largest) of `values` over the data-parallel ranks, in place."""
-        for name in ("replicas", "shards"):
-            if self._mesh[name].size() > 1:
-                dist.all_reduce(values, dist.ReduceOp.MAX if largest else dist.ReduceOp.SUM, self._group(name))
+        if self.num_ranks > 1:
+            dist.all_reduce(
+                values, dist.ReduceOp.MAX if largest else dist.ReduceOp.SUM, self._work["ranks"].get_group()
+            )
         return values
 
     def any(self, flag: bool) -> bool:
@@ -103,7 +103,7 @@ class Layout:
 
     def finish_gradients(self, model: nn.Module) -> None:
         """After the last backward: norms of heads, which every tp process has whole, saw its own heads alone."""
-        if self._mesh["tp"].size() == 1:
+        if self._weights["tp"].size() == 1:
             return
         for name, parameter in model.named_parameters():
             if name.endswith(_NORMS_OF_HEADS) and parameter.grad is not None:
@@ -115,9 +115,9 @@ class Layout:
         gradients = list(self._gradients(model))
         for gradient, split in gradients:
             squares[split] += _local(gradient).double().square().sum()
-        if self._mesh[self._data].size() > 1:
-            dist.all_reduce(squares, group=self._group(self._data))
-        if self._mesh["tp"].size() > 1:
+        if self._weights["shards"].size() > 1:
+            dist.all_reduce(squares, group=self._group("shards"))
+        if self._weights["tp"].size() > 1:
             of_tp = squares[1:].clone()
             dist.all_reduce(of_tp, group=self._group("tp"))
             squares[1:] = of_tp
@@ -136,7 +136,7 @@ class Layout:
                 yield parameter.grad, int("tp" in names and parameter.placements[names.index("tp")].is_shard())
 
     def _group(self, name: str) -> dist.ProcessGroup:
-        return self._mesh[name].get_group()
+        return self._weights[name].get_group()
 
 
 def compute_of(length: int, spec: ModelSpec) -> float:
