@@ -166,6 +166,34 @@ def demo(
 
 
 @app.command()
+def doctor(
+    recipe: Annotated[str | None, typer.Argument(metavar="[RECIPE.toml]", help="of rl or sft")] = None,
+    overrides: Overrides = None,
+    memory_gib: Annotated[
+        float | None, typer.Option(min=0.1, help="memory of another machine, or of one of its GPUs")
+    ] = None,
+    processes: Annotated[int, typer.Option(min=1, help="how many will train together (torchrun)")] = 1,
+) -> None:
+    """What there is on this machine; with a recipe, whether its training fits in memory.
+
+    Predicts the peak of one training process by running a step of the recipe's own shapes on tensors without numbers.
+    Says the largest train.token_budget that fits. Exit status 2 where it does not fit.
+    """
+    from pekoe.run.doctor import environment, examine
+
+    console = Console()
+    if recipe is None:
+        for name, value in environment():
+            console.print(f"{name:<14} {value}", markup=False, highlight=False, soft_wrap=True)
+        return
+    lines, fault = examine(recipe, overrides or [], processes, int(memory_gib * 2**30) if memory_gib else None)
+    for line in lines:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    if fault:
+        raise UserError(fault)
+
+
+@app.command()
 def verify(
     cases: Annotated[str, typer.Argument(metavar="CASES.jsonl", help='lines {"id"?, "response", "gold", "kind"?}')],
 ) -> None:

@@ -146,6 +146,10 @@ class EngineSection(Section):
     prefill_tokens: int = Field(default=8192, ge=1)
     """Tokens of one forward: what the running sequences leave of it goes to chunks of waiting prompts."""
 
+    def kv_room(self, longest: int, bytes_per_token: int) -> int:
+        """Tokens that the KV cache holds, for sequences of at most `longest`."""
+        return self.kv_tokens or min(self.max_running * longest, int(self.kv_gib * 2**30 / bytes_per_token))
+
     @model_validator(mode="after")
     def _one_way(self) -> EngineSection:
         server = self.server
@@ -384,7 +388,7 @@ def load_config(source: str | Path | Mapping[str, Any], overrides: Sequence[str]
         UserError: with where, expected, got, and the nearest valid name.
     """
     where = "recipe" if isinstance(source, Mapping) else str(source)
-    tree = json.loads(json.dumps(source)) if isinstance(source, Mapping) else _read_toml(Path(source))
+    tree = json.loads(json.dumps(source)) if isinstance(source, Mapping) else read_toml(Path(source))
     for override in overrides:
         _apply(tree, override)
     try:
@@ -402,7 +406,8 @@ def _nearest_multiple(value: int, of: int) -> int:
     return max(of, round(value / of) * of)
 
 
-def _read_toml(path: Path) -> dict[str, Any]:
+def read_toml(path: Path) -> dict[str, Any]:
+    """What a recipe says, not yet validated."""
     if not path.is_file():
         siblings = [p.name for p in path.parent.glob("*.toml")] if path.parent.is_dir() else []
         raise UserError(f"{path}: expected a recipe (a TOML file), found none.{nearest(path.name, siblings)}")

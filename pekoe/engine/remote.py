@@ -131,8 +131,7 @@ class RemoteEngine:
         if config.kv_tokens or self._device != "cpu":
             return config.kv_tokens
         value_bytes = 4 if self._dtype == "float32" else 2
-        affordable = int(config.kv_gib * 2**30 / (self._spec.kv_values_per_token * value_bytes))
-        return min(config.max_running * self._limit, affordable)
+        return config.kv_room(self._limit, self._spec.kv_values_per_token * value_bytes)
 
     async def _start(self) -> None:
         limits = httpx.Limits(max_connections=None, keepalive_expiry=_KEEP_ALIVE_S)

@@ -134,7 +134,12 @@ class Decoder(nn.Module):
         On CPU, raises ValueError for a position at or beyond `spec.max_positions`. On CUDA that check would wait for
         the device, so whoever makes the batch keeps to the bound.
         """
-        if positions.device.type == "cpu" and len(positions) and int(positions.max()) >= self.spec.max_positions:
+        if (
+            positions.device.type == "cpu"
+            and type(positions) is Tensor
+            and len(positions)
+            and int(positions.max()) >= self.spec.max_positions
+        ):
             raise ValueError(f"position: expected < {self.spec.max_positions}, got {int(positions.max())}")
         x = self.model.embed_tokens(tokens)
         self._inv_freq = self._inv_freq.to(x.device)

@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from pekoe.core.errors import UserError, nearest
+from pekoe.core.spec import ModelSpec
 from pekoe.model.decoder import Decoder
 from pekoe.model.hf_config import hf_config_to_spec, spec_to_hf_config
 
@@ -64,9 +65,8 @@ def load_model(
     The model keeps the directory's config (`hf_config`) and tokenizer files (`assets`), so that `save_model` writes
     a complete directory. Raises UserError for whatever is missing, malformed, mismatched or not supported.
     """
-    directory = _existing_directory(Path(path))
-    config = _read_json(directory / _CONFIG)
-    spec = hf_config_to_spec(config, str(directory / _CONFIG))
+    directory = Path(path)
+    spec, config = read_spec(directory)
     stored = _headers(_weight_files(directory))
     last_layer = f"model.layers.{spec.num_layers - 1}.input_layernorm.weight"
     if last_layer not in stored:  # before a config's absurd depth costs us memory
@@ -84,6 +84,12 @@ def load_model(
     model.hf_config = config
     model.assets = {name: (directory / name).read_bytes() for name in ASSET_NAMES if (directory / name).is_file()}
     return model
+
+
+def read_spec(directory: Path) -> tuple[ModelSpec, dict[str, Any]]:
+    """The shape of a checkpoint directory's model, and its config.json. Raises UserError as `load_model`."""
+    config = _read_json(_existing_directory(directory) / _CONFIG)
+    return hf_config_to_spec(config, str(directory / _CONFIG)), config
 
 
 def save_model(

@@ -41,6 +41,7 @@ COLUMNS: tuple[Column, ...] = (
     ("Δ logp", "logprob_diff_max", "{:.0e}".format),
     ("rollout tok/s", "rollout_tokens_per_s", _count),
     ("train tok/s", "train_tokens_per_s", _count),
+    ("peak GiB", "train_peak_bytes", lambda value: f"{value / 2**30:.2f}"),
     (_SECONDS, _seconds, str),
 )
 

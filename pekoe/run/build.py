@@ -26,6 +26,7 @@ from pekoe.run.rollout import Sampler
 from pekoe.run.state import RunDir
 from pekoe.run.sync import WeightSync
 from pekoe.train import Trainer
+from pekoe.train.memory import give_back
 
 
 @dataclass(slots=True)
@@ -46,7 +47,9 @@ class RLParts:
     stop: Stop
 
 
-def set_threads(run: ProcessSection) -> None:
+def prepare(run: ProcessSection) -> None:
+    """This process's threads and allocator."""
+    give_back()
     torch.set_num_threads(run.threads or max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 
 
@@ -219,7 +222,7 @@ def make_trainer(config: RLConfig, model: Decoder, dtype: torch.dtype) -> Traine
 def build_rl(config: RLConfig, view: View, stop: Stop, stack: ExitStack) -> RLParts:
     """Everything for `pekoe rl`. What must be closed is pushed on `stack`."""
     only_one_process("rl")
-    set_threads(config.run)
+    prepare(config.run)
     data, rollout = config.data, config.rollout
     model, tokenizer, dtype = open_model(config.model)
     new_tokens = max(rollout.max_new_tokens, config.eval.max_new_tokens or 0)

@@ -17,7 +17,7 @@ from pekoe.core.errors import Interrupted, RunError
 from pekoe.core.types import Group, Problem, SamplingParams, Verdict
 from pekoe.core.view import View
 from pekoe.data.tokenizer import Tokenizer
-from pekoe.run.build import check_context, open_model, open_problems, open_sampler, sampling_for, set_threads
+from pekoe.run.build import check_context, open_model, open_problems, open_sampler, prepare, sampling_for
 from pekoe.run.control import Clock, Stop, StopRequested
 from pekoe.run.rollout import Sampler, check_faults
 
@@ -84,7 +84,7 @@ def pass_at_1(verdicts: Sequence[Sequence[Verdict]]) -> tuple[float, tuple[float
 def run_eval(config: EvalConfig, view: View) -> EvalResult:
     """`pekoe eval`: evaluate one model on one problem file."""
     assert config.eval.data is not None
-    set_threads(config.run)
+    prepare(config.run)
     model, tokenizer, _ = open_model(config.model)
     new_tokens = config.eval.max_new_tokens or max(1, model.spec.max_positions - config.max_prompt_tokens)
     check_context(model, config.max_prompt_tokens, new_tokens)

@@ -64,6 +64,7 @@ def step_metrics(
         "num_microbatches": sum(s.num_microbatches for s in stats),
         "num_prompt_tokens": prompt_tokens,
         "train_tokens_per_s": sum(s.num_tokens for s in stats) / seconds["train"],
+        "train_peak_bytes": max((s.peak_bytes for s in stats if s.peak_bytes), default=None),
     }
     for name in ("reference_kl", "correction_weight", "correction_fraction"):
         if name in first:

@@ -16,7 +16,7 @@ from pekoe.core.journal import read_lines
 from pekoe.core.types import Sample
 from pekoe.core.view import View
 from pekoe.model import load_model
-from pekoe.run.build import make_trainer, open_model, set_threads
+from pekoe.run.build import make_trainer, open_model, prepare
 from pekoe.run.control import Clock
 from pekoe.run.rl import learn
 from pekoe.run.state import checkpoints, read_rollouts
@@ -69,7 +69,7 @@ def replay(run_dir: Path, step: int, view: View) -> Replayed:
         raise UserError(f"--replay: expected a step of {run_dir} ({known}), got {step}")
     if "loss" not in events[step]:
         raise UserError(f"--replay: step {step} trained on nothing: {events[step].get('skipped')}")
-    set_threads(config.run)
+    prepare(config.run)
     model, _, dtype = open_model(config.model)
     trainer = make_trainer(config, model, dtype)
     reference = load_model(config.model.path, torch.float32, str(trainer.device)) if config.algo.kl else None

@@ -16,7 +16,7 @@ from pekoe.core.view import NoView, View
 from pekoe.data.order import DataOrder
 from pekoe.data.sft_data import Demonstration, read_demonstrations
 from pekoe.data.tokenizer import Tokenizer
-from pekoe.run.build import open_model, set_threads
+from pekoe.run.build import open_model, prepare
 from pekoe.run.control import Clock, Stop
 from pekoe.run.processes import joined, make_layout
 from pekoe.run.state import Progress, RunDir
@@ -33,7 +33,7 @@ def run_sft(config: SFTConfig, view: View) -> None:
 
 
 def _run(config: SFTConfig, view: View, leader: bool) -> None:
-    set_threads(config.run)
+    prepare(config.run)
     model, tokenizer, dtype = open_model(config.model)
     samples = open_demonstrations(config, tokenizer, model.spec.max_positions, view)
     per_epoch = -(-len(samples) // config.sft.batch_size)
@@ -92,6 +92,7 @@ def train_one(trainer: Trainer, batch: Sequence[Sample], step: int, run: RunDir,
         num_targets=stats.num_targets,
         num_microbatches=stats.num_microbatches,
         train_tokens_per_s=stats.num_tokens / clock.seconds["train"],
+        train_peak_bytes=stats.peak_bytes,
         seconds=clock.seconds,
         **({"skipped": stats.skipped} if stats.skipped else {}),
     )

@@ -21,6 +21,7 @@ from pekoe.core.config import OptimSection
 from pekoe.core.types import FloatArray, Sample
 from pekoe.model import Decoder
 from pekoe.train.context import Part
+from pekoe.train.memory import Peak
 from pekoe.train.optim import learning_rate, make_optimizer
 from pekoe.train.parallel import Layout, compute_of
 
@@ -39,6 +40,7 @@ class StepStats:
     num_microbatches: int
     means: dict[str, float]
     skipped: str | None = None
+    peak_bytes: int | None = None  # the most memory meanwhile, of the process that had most (see `Peak`)
 
 
 class Trainer:
@@ -116,6 +118,7 @@ class Trainer:
             denominator: what the summed loss is divided by; by default the minibatch's trained tokens (I3).
             max_mean_ratio: with a mean importance ratio above this no update is made.
         """
+        peak = Peak(self.device)
         bins, num_bins = self._bins(samples)
         num_targets = int(sum(sample.loss_mask.sum() for sample in samples))
         divisor = float(denominator or num_targets)
@@ -148,8 +151,10 @@ class Trainer:
         self.num_updates += 1
         self.num_not_finite = self.num_not_finite + 1 if skipped and skipped.startswith("not finite") else 0
         self.optimizer.zero_grad(set_to_none=True)
-        num_tokens = sum(len(sample) for sample in samples)
-        return StepStats(loss_mean, grad_norm, lr, num_tokens, num_targets, num_bins, means, skipped)
+        num_tokens, most = sum(len(sample) for sample in samples), peak.bytes
+        if self._layout is not None and most is not None:
+            most = int(self._layout.sum(torch.tensor(most, dtype=torch.float64, device=self.device), largest=True))
+        return StepStats(loss_mean, grad_norm, lr, num_tokens, num_targets, num_bins, means, skipped, most)
 
     @torch.no_grad()
     def logprobs(self, samples: Sequence[Sample], model: Decoder | None = None) -> list[FloatArray]:
@@ -187,15 +192,19 @@ class Trainer:
 
     def _logprobs(self, batch: MicroBatch, model: Decoder | None = None) -> tuple[Tensor, Tensor]:
         """Log-probs and entropies [N] of the batch's targets."""
+        part = Part.of(batch, self._layout.context if self._layout is not None else None)
+        logprobs, entropy = self.forward(part, model)
+        return part.gather(logprobs), part.gather(entropy)
+
+    def forward(self, part: Part, model: Decoder | None = None) -> tuple[Tensor, Tensor]:
+        """Log-probs and entropies [n] of this process's part of a micro-batch."""
         model = model or self.model
         mixed = self.compute_dtype is not torch.float32
         with torch.autocast(self.device.type, self.compute_dtype, enabled=mixed):
-            part = Part.of(batch, self._layout.context if self._layout is not None else None)
             # Attention's plan is another for each micro-batch: compiled, it would be compiled for each.
             attention = torch.compiler.disable(part.attention) if self._compile else part.attention
             hidden = model(part.tokens, part.positions, attention)
-            logprobs, entropy = chosen_logprobs(hidden[part.rows], model.head_weight, part.targets, self.temperature)
-            return part.gather(logprobs), part.gather(entropy)
+            return chosen_logprobs(hidden[part.rows], model.head_weight, part.targets, self.temperature)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that decides the trainer's future, in the layout-free form of torch.distributed.checkpoint."""

@@ -1,0 +1,166 @@
+"""`pekoe doctor`: what there is on this machine, and whether a recipe's training fits in its memory."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import psutil
+import torch
+
+from pekoe.core.config import RLConfig, SFTConfig, load_config, read_toml
+from pekoe.core.errors import UserError
+from pekoe.core.spec import ModelSpec
+from pekoe.model import read_spec
+from pekoe.train.predict import StepMemory, predict
+
+GIB = 2**30
+USABLE = 0.9  # of what is available: the rest for allocators' gaps, and what comes and goes
+PROCESS = int(0.6 * GIB)  # Python, torch, compiled kernels; on a GPU its context
+JUDGE = int(0.15 * GIB)  # a judge process
+
+_LIMIT, _USED = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+
+
+@dataclass(frozen=True, slots=True)
+class Forecast:
+    """Whether a recipe fits: bytes of one training process at its peak."""
+
+    parts: dict[str, int]
+    available: int
+    token_budget: int
+    largest_budget: int
+    """The largest train.token_budget that fits; 0 where none does."""
+    smallest_budget: int
+    """What the longest sequence needs."""
+    advice: str
+    """What would make it fit where no budget does, if anything is known."""
+
+    @property
+    def total(self) -> int:
+        return sum(self.parts.values())
+
+    @property
+    def fits(self) -> bool:
+        return self.total <= USABLE * self.available
+
+
+def environment() -> list[tuple[str, str]]:
+    """What a run finds here, as names and values."""
+    gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+    compiler = next(filter(None, map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))), None)
+    return [
+        ("pekoe", version("pekoe")),
+        ("Python", f"{platform.python_version()} on {platform.platform(terse=True)}"),
+        ("torch", torch.__version__),
+        ("cores", f"{os.cpu_count()} ({torch.backends.cpu.get_cpu_capability()})"),
+        ("memory", f"{available_bytes('cpu') / GIB:.1f} GiB available"),
+        ("GPUs", ", ".join(f"{g.name}, {g.total_memory / GIB:.0f} GiB" for g in gpus) or "none"),
+        ("train.compile", f"possible ({compiler})" if compiler or gpus else "no: it needs a C++ compiler"),
+    ]
+
+
+def examine(
+    recipe: str, overrides: Sequence[str], processes: int, memory_bytes: int | None
+) -> tuple[list[str], str | None]:
+    """A recipe's forecast in words, and what is wrong with it, if anything is."""
+    kind = RLConfig if "num_steps" in read_toml(Path(recipe)) else SFTConfig  # a recipe of `rl` must have it
+    found = forecast(load_config(recipe, overrides, kind), processes, memory_bytes)
+    lines = [f"{name:<29} {size / GIB:8.2f} GiB" for name, size in found.parts.items()]
+    lines.append(f"{'together, at the peak':<29} {found.total / GIB:8.2f} GiB")
+    lines.append(f"{f'{USABLE:.0%} of what is available':<29} {USABLE * found.available / GIB:8.2f} GiB")
+    if found.fits:
+        lines.append(f"it fits; the largest train.token_budget that does is about {found.largest_budget:,}")
+        return lines, None
+    if found.largest_budget >= found.smallest_budget:
+        return lines, (
+            f"train.token_budget: expected at most {found.largest_budget}, which fits, got {found.token_budget}"
+        )
+    nearest = f"; nearest: {found.advice}" if found.advice else ""
+    return lines, (
+        f"memory: expected {found.total / GIB:.1f} GiB or more, got {USABLE * found.available / GIB:.1f} GiB; "
+        f"no train.token_budget fits the longest sequence, {found.smallest_budget} tokens at each process{nearest}"
+    )
+
+
+def available_bytes(device: str) -> int:
+    """Memory that a new process could have: of the first GPU, or of this machine or container."""
+    if device == "cuda":
+        if not torch.cuda.is_available():
+            raise UserError("doctor: expected --memory-gib for a GPU (model.device = 'cuda'), as this machine has none")
+        return torch.cuda.mem_get_info()[0]
+    free = psutil.virtual_memory().available
+    if _LIMIT.is_file() and (limit := _LIMIT.read_text().strip()).isdecimal():
+        free = min(free, int(limit) - int(_USED.read_text()))
+    return free
+
+
+def forecast(config: RLConfig | SFTConfig, processes: int = 1, memory_bytes: int | None = None) -> Forecast:
+    """Whether a recipe's training fits.
+
+    Args:
+        processes: how many train together; those on one machine share its memory, on a GPU each has its own.
+        memory_bytes: for a machine other than this one.
+    """
+    spec, _ = read_spec(Path(config.model.path))
+    cuda = config.model.device == "cuda" or (config.model.device == "auto" and torch.cuda.is_available())
+    device = "cuda" if cuda else "cpu"
+    available = memory_bytes or available_bytes(device) // (1 if cuda else processes)
+    beside = _beside(config, spec, cuda)
+    room = int(USABLE * available) - sum(beside.values())
+    step = _step(config, spec, processes, device, config.train.token_budget)
+    parts = {
+        "weights": step.weights,
+        "gradients": step.gradients,
+        "Adam's moments": step.moments,
+        "gathered by FSDP": step.gathered,
+        "forward and backward": step.activations,
+    } | beside
+    if not cuda:  # on a GPU it goes to the host
+        held = parts["copy for checkpoints"] = step.weights + step.moments
+        room -= held
+    largest, advice = step.largest_budget(room), ""
+    if largest:  # chunks and padding make it less than linear: once more, where it matters
+        largest = _step(config, spec, processes, device, largest).largest_budget(room)
+    smallest = _longest(config, spec) // (config.parallel.cp if isinstance(config, SFTConfig) else 1)
+    if largest < smallest and not config.train.activation_checkpointing:
+        less = config.train.model_copy(update={"activation_checkpointing": True})
+        again = config.model_copy(update={"train": less})
+        if _step(again, spec, processes, device, smallest).largest_budget(room) >= smallest:
+            advice = "train.activation_checkpointing = true"
+    parts = {name: size for name, size in parts.items() if size}
+    return Forecast(parts, available, config.train.token_budget, largest, smallest, advice)
+
+
+def _step(config: RLConfig | SFTConfig, spec: ModelSpec, processes: int, device: str, budget: int) -> StepMemory:
+    tp, replicas = (config.parallel.tp, config.parallel.replicas) if isinstance(config, SFTConfig) else (1, 1)
+    longest = min(budget, _longest(config, spec))
+    dtype, again = getattr(torch, config.model.dtype), config.train.activation_checkpointing
+    return predict(spec, budget, longest, dtype, again, device, tp, processes // (tp * replicas))
+
+
+def _longest(config: RLConfig | SFTConfig, spec: ModelSpec) -> int:
+    if isinstance(config, RLConfig):
+        return config.data.max_prompt_tokens + config.rollout.max_new_tokens
+    return min(config.train.token_budget * config.parallel.cp, spec.max_positions)
+
+
+def _beside(config: RLConfig | SFTConfig, spec: ModelSpec, cuda: bool) -> dict[str, int]:
+    """What the process holds beside training."""
+    beside = {"Python and torch": PROCESS}
+    if isinstance(config, SFTConfig):
+        return beside
+    beside["judges"] = 0 if cuda else config.verify.workers * JUDGE
+    beside["reference model"] = 4 * spec.num_parameters if config.algo.kl else 0
+    engine = config.engine
+    if engine.backend == "embedded":
+        half = cuda and config.model.dtype == "bfloat16"
+        per_token = spec.kv_values_per_token * (2 if half else 4)
+        beside["KV cache"] = engine.kv_room(_longest(config, spec), per_token) * per_token
+        beside["weights laid out for decoding"] = (2 if half else 4) * spec.num_parameters
+    return beside

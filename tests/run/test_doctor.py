@@ -1,0 +1,91 @@
+"""`pekoe doctor`: what fits, and the largest budget that does."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pekoe.core import RLConfig, SFTConfig, UserError, dump_config, load_config
+from pekoe.run import doctor
+from pekoe.run.doctor import GIB, USABLE, environment, examine, forecast
+
+
+@pytest.fixture
+def tree(tiny_dir: Path, tmp_path: Path) -> dict[str, Any]:
+    return {
+        "num_steps": 1,
+        "run": {"dir": str(tmp_path / "run")},
+        "model": {"path": str(tiny_dir / "model"), "device": "cpu"},
+        "data": {"train": str(tiny_dir / "train.jsonl"), "max_prompt_tokens": 16},
+        "rollout": {"max_new_tokens": 48},
+        "engine": {"kv_gib": 0.1},
+        "train": {"token_budget": 65536},
+    }
+
+
+def test_the_largest_budget_fits_and_a_larger_one_does_not(tree: dict[str, Any]):
+    memory = 2 * GIB
+    found = forecast(load_config(tree), memory_bytes=memory)
+    assert found.fits
+    assert found.largest_budget > 65536
+    at = forecast(load_config(tree, [f"train.token_budget={found.largest_budget}"]), memory_bytes=memory)
+    assert 0.95 * USABLE * memory < at.total < 1.01 * USABLE * memory
+    above = forecast(load_config(tree, [f"train.token_budget={2 * found.largest_budget}"]), memory_bytes=memory)
+    assert not above.fits
+    assert above.largest_budget == pytest.approx(found.largest_budget, rel=0.05)
+
+
+def test_every_part_of_a_recipe_counts(tree: dict[str, Any]):
+    def parts(*overrides: str) -> dict[str, int]:
+        return forecast(load_config(tree, overrides), memory_bytes=GIB).parts
+
+    plain = parts()
+    assert plain["KV cache"] == 512 * 64 * 256  # sequences, tokens, bytes
+    assert "reference model" not in plain
+    assert parts("algo.kl=0.1")["reference model"] == plain["weights"]
+    assert "KV cache" not in parts("engine.backend='vllm'", "engine.server.urls=['http://127.0.0.1:1']")
+    assert parts("verify.workers=3")["judges"] == 3 * doctor.JUDGE
+    sft = {key: tree[key] for key in ("run", "model", "train")} | {"data": {"train": "demos.jsonl"}}
+    alone, shared = (forecast(load_config(sft, kind=SFTConfig), n, GIB).parts for n in (1, 2))
+    assert shared["weights"] == alone["weights"] // 2
+    assert shared["gathered by FSDP"] > 0
+
+
+def test_what_does_not_fit_is_said_with_what_would(tree: dict[str, Any], tmp_path: Path):
+    recipe = tmp_path / "rl.toml"
+    recipe.write_text(dump_config(load_config(tree, kind=RLConfig)))
+    lines, fault = examine(str(recipe), [], 1, 2 * GIB)
+    assert fault is None
+    assert "it fits; the largest train.token_budget that does is about" in lines[-1]
+    _, fault = examine(str(recipe), ["train.token_budget=1000000"], 1, 2 * GIB)
+    assert fault is not None
+    assert "train.token_budget: expected at most" in fault
+    assert fault.endswith("which fits, got 1000000")
+    _, fault = examine(str(recipe), [], 1, GIB // 2)
+    assert fault is not None
+    assert "no train.token_budget fits the longest sequence, 64 tokens at each process" in fault
+
+
+def test_a_gpu_that_is_not_here_needs_its_memory(tree: dict[str, Any], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    config = load_config(tree, ["model.device='cuda'", "model.dtype='bfloat16'"])
+    with pytest.raises(UserError, match="expected --memory-gib for a GPU"):
+        forecast(config)
+    found = forecast(config, memory_bytes=80 * GIB)
+    assert found.fits
+    assert "copy for checkpoints" not in found.parts  # in the host's memory
+
+
+def test_a_containers_limit_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(doctor, "_LIMIT", tmp_path / "max")
+    monkeypatch.setattr(doctor, "_USED", tmp_path / "current")
+    (tmp_path / "max").write_text("max\n")
+    machine = doctor.available_bytes("cpu")
+    assert machine > 2**20
+    (tmp_path / "max").write_text(f"{2**20}\n")
+    (tmp_path / "current").write_text(f"{2**18}\n")
+    assert doctor.available_bytes("cpu") == 2**20 - 2**18
+
+
+def test_the_environment_names_what_matters():
+    assert {"Python", "torch", "cores", "memory", "GPUs"} <= {name for name, _ in environment()}

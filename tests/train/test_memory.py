@@ -1,0 +1,99 @@
+"""Memory of a training step: what is predicted is what is measured."""
+
+import multiprocessing
+import sys
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from pekoe.algo.loss import cross_entropy
+from pekoe.core.config import OptimSection
+from pekoe.core.spec import ModelSpec
+from pekoe.core.types import Sample
+from pekoe.model import Decoder
+from pekoe.train import Trainer
+from pekoe.train.memory import Peak, give_back, resident
+from pekoe.train.predict import predict
+
+SPEC = ModelSpec("qwen2", 2048, 192, 4, 6, 2, 32, 512, 4096, tied_embeddings=True, qkv_bias=True)
+LARGE_VOCAB = replace(SPEC, vocab_size=32_768, num_layers=1)
+BUDGET, LONGEST = 3072, 256
+CASES = [
+    (SPEC, "float32", False),
+    (SPEC, "float32", True),
+    pytest.param(SPEC, "bfloat16", True, marks=pytest.mark.slow),
+    pytest.param(LARGE_VOCAB, "float32", False, marks=pytest.mark.slow),
+]
+
+
+def samples(number: int, length: int) -> list[Sample]:
+    rng, zeros = np.random.default_rng(0), np.zeros(length, np.float32)
+    return [Sample(rng.integers(0, 2048, length), np.arange(length) > 0, zeros, zeros) for _ in range(number)]
+
+
+def measure(spec: ModelSpec, dtype: str, again: bool, answer: Any) -> None:
+    torch.set_num_threads(1)
+    give_back()
+    before = resident()
+    model = Decoder(spec)
+    model.init_weights(0)
+    trainer = Trainer(model, OptimSection(), BUDGET, 2, 1.0, getattr(torch, dtype), activation_checkpointing=again)
+    trainer.step(samples(2, 32), cross_entropy)  # libraries that come at first use
+    held = 12 * spec.num_parameters
+    before = min(resident() - held, before + 2**28)
+    two_microbatches = samples(2 * BUDGET // LONGEST, LONGEST)
+    stats = trainer.step(two_microbatches, cross_entropy)
+    assert stats.num_microbatches == 2
+    assert stats.peak_bytes is not None
+    answer.put(stats.peak_bytes - before)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the peak of a step is told by Linux alone")
+@pytest.mark.parametrize(("spec", "dtype", "again"), CASES)
+def test_what_is_predicted_is_measured(spec: ModelSpec, dtype: str, again: bool):
+    context = multiprocessing.get_context("spawn")
+    answer = context.Queue()
+    process = context.Process(target=measure, args=(spec, dtype, again, answer))
+    process.start()
+    measured = answer.get(timeout=120)
+    process.join()
+    predicted = predict(spec, BUDGET, LONGEST, getattr(torch, dtype), again)
+    assert 0.85 * measured < predicted.total < 1.15 * measured
+
+
+def test_largest_budget_is_what_fits():
+    memory = predict(SPEC, BUDGET, LONGEST)
+    assert memory.total == pytest.approx(16 * SPEC.num_parameters + memory.fixed + BUDGET * memory.per_token, rel=1e-6)
+    room = memory.total + 2**30
+    larger = predict(SPEC, memory.largest_budget(room), LONGEST)  # by now with logits in several chunks
+    assert larger.token_budget > BUDGET
+    assert predict(SPEC, larger.largest_budget(room), LONGEST).total == pytest.approx(room, rel=0.05)
+    assert memory.largest_budget(4 * SPEC.num_parameters) == 0
+
+
+def test_what_takes_less():
+    of = partial(predict, SPEC, BUDGET, LONGEST)
+    plain, again = of(), of(activation_checkpointing=True)
+    assert again.activations < 0.4 * plain.activations
+    split, shared = of(tp=2), of(shards=4)
+    assert 0.4 * plain.activations < split.activations < 0.9 * plain.activations  # norms are not split
+    assert shared.weights == plain.weights // 4
+    assert shared.gathered > 0
+    flash = of(torch.bfloat16, device="cuda")
+    assert flash.activations < of(torch.bfloat16).activations
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the peak of a step is told by Linux alone")
+def test_a_peak_is_of_its_own_time():
+    torch.ones(2**26)  # 256 MiB, and gone
+    peak = Peak(torch.device("cpu"))
+    first = peak.bytes
+    assert first is not None
+    assert first < resident() + 2**26
+    torch.ones(2**26)
+    assert peak.bytes is not None
+    assert peak.bytes - first > 0.9 * 2**28
