@@ -150,7 +150,9 @@ def make(directory: str, options: dict[str, Any], place: str) -> FixedCompletion
     )
     model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
     dataset = Dataset.from_dict({"prompt": ["a"] * 512})
-    trainer = FixedCompletions(model, lambda completions, **_: [0.0] * len(completions), config, dataset, None, tokenizer())
+    trainer = FixedCompletions(
+        model, lambda completions, **_: [0.0] * len(completions), config, dataset, None, tokenizer()
+    )
     trainer.set_case(case)
     return trainer
 

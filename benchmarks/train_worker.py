@@ -1,31 +1,28 @@
-"""Pekoe's trainer in a process of its own, which answers JSON lines: packed, or padded.
+"""Pekoe's trainer in a process of its own, which answers as `rollout_worker.py` does: packed, or padded.
 
     python train_worker.py packed|padded|padded-sorted MODEL_DIRECTORY OPTIONS_JSON
 
 The padded ones are the same trainer, model, objective and optimizer on rows filled up to the longest of their
-micro-batch, whose rectangle keeps to the token budget: as the tokens were sampled, or sorted by length first. The filling is computed and
-not trained on. To their favour it is no part of the loss (most trainers make logits of it too) and needs no mask, as
-it lies to the right.
+micro-batch, whose rectangle keeps to the token budget: in the order in which they were sampled, or sorted by length
+first. The filling is computed and not trained on. To their favour it gets no logits (most trainers make them) and
+needs no mask, as it lies to the right.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import statistics
-import sys
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 import numpy as np
+import rollout_worker
 import torch
 from train_cases import CLIP, OPTIM, Case, Row
-from train_flops import Ceiling, flops, seconds
+from train_flops import reached
 from train_memory import Peak
 
 from pekoe.algo.loss import ppo
-from pekoe.algo.packing import pack
 from pekoe.core.config import AlgoSection, OptimSection
 from pekoe.core.types import Sample
 from pekoe.model import Decoder, load_model
@@ -59,7 +56,9 @@ class Padded(Trainer):
     in_order = True
 
     def step(self, samples: Sequence[Sample], *args: Any, **kwargs: Any) -> StepStats:
-        order = list(range(len(samples))) if self.in_order else sorted(range(len(samples)), key=lambda i: len(samples[i]))
+        order = (
+            list(range(len(samples))) if self.in_order else sorted(range(len(samples)), key=lambda i: len(samples[i]))
+        )
         self._rectangles = rectangles([len(samples[i]) for i in order], self._token_budget)
         filled = list(samples)
         for members in self._rectangles:
@@ -92,12 +91,8 @@ def rectangles(lengths: Sequence[int], budget: int) -> Bins:
 
 
 def fill(sample: Sample, length: int) -> Sample:
-    def filled(array: Any) -> Any:
-        return np.pad(array, (0, length - len(array)))
-
-    return Sample(
-        filled(sample.tokens), filled(sample.loss_mask), filled(sample.behaviour_logprobs), filled(sample.advantages)
-    )
+    names = ("tokens", "loss_mask", "behaviour_logprobs", "advantages")
+    return Sample(**{name: np.pad(getattr(sample, name), (0, length - len(sample))) for name in names})
 
 
 TRAINERS: dict[str, type[Trainer]] = {"packed": Trainer, "padded": Padded, "padded-sorted": PaddedSorted}
@@ -122,84 +117,25 @@ class Worker:
         for _ in range(number):
             samples = self.minibatches[self.done % len(self.minibatches)]
             self.done += 1
-            stats: list[StepStats] = []
-            taken = seconds(lambda samples=samples, s=stats: s.append(self.trainer.step(samples, OBJECTIVE)), self.trainer.device)
+            start = time.perf_counter()
+            stats = self.trainer.step(samples, OBJECTIVE)
+            taken = time.perf_counter() - start
             found.append(
                 {
                     "seconds": taken,
-                    "loss": stats[0].loss,
-                    "grad_norm": stats[0].grad_norm,
+                    "loss": stats.loss,
+                    "grad_norm": stats.grad_norm,
                     "tokens": sum(map(len, samples)),
-                    "computed": stats[0].num_tokens,
-                    "microbatches": stats[0].num_microbatches,
+                    "computed": stats.num_tokens,
+                    "microbatches": stats.num_microbatches,
                 }
             )
         return {"steps": found, **self.peak.about()}
 
     def reached(self, rounds: int) -> dict[str, Any]:
-        return reached(self.trainer, self.minibatches[0], rounds)
-
-
-def reached(trainer: Trainer, samples: Sequence[Sample], rounds: int) -> dict[str, Any]:
-    """FLOP/s of a micro-batch's forward and backward beside those of torch.matmul at the same shapes, in turns.
-
-    `samples`: cut where the token budget is full. One round comes before and is not counted.
-    """
-    lengths: list[int] = []
-    for sample in samples:
-        if sum(lengths) + len(sample) > trainer._token_budget:
-            break
-        lengths.append(len(sample))
-    batch = pack(samples[: len(lengths)]).to(trainer.device)
-    count = flops(trainer.model.spec, lengths, len(batch.targets))
-    ceiling = Ceiling(trainer.model, len(batch.tokens), len(batch.targets), trainer.compute_dtype)
-    assert abs(ceiling.flops / count.matmul - 1) < 1e-9, "both count the same products"
-    forwards: list[float] = []
-    backwards: list[float] = []
-    products: list[float] = []
-    for _ in range(rounds + 1):
-        losses: list[Any] = []
-        forward = lambda losses=losses: losses.append(OBJECTIVE(*trainer._logprobs(batch), batch)[0])  # noqa: E731
-        forwards.append(seconds(forward, trainer.device))
-        backwards.append(seconds(losses[0].backward, trainer.device))
-        trainer.optimizer.zero_grad(set_to_none=True)
-        products.append(ceiling.measure())
-    both = [f + b for f, b in zip(forwards, backwards, strict=True)][1:]
-    return {
-        "num_tokens": len(batch.tokens),
-        "num_targets": len(batch.targets),
-        "flops": {"linear": count.linear, "head": count.head, "attention": count.attention},
-        "forward_s": statistics.median(forwards[1:]),
-        "backward_s": statistics.median(backwards[1:]),
-        "matmul_s": statistics.median(products[1:]),
-        "flop_s": count.total / statistics.median(both),
-        "matmul_flop_s": count.matmul / statistics.median(products[1:]),
-        "share": statistics.median(
-            (count.total / b) / (count.matmul / p) for b, p in zip(both, products[1:], strict=True)
-        ),
-        "rounds": {"forward_backward_s": both, "matmul_s": products[1:]},
-        "shapes_flop_s": ceiling.shapes(),
-    }
-
-
-def main() -> None:
-    system, directory, options = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # libraries print
-
-    def answer(work: Callable[[], Any]) -> None:
-        try:
-            print(json.dumps({"ok": work()}), file=answers, flush=True)
-        except Exception as error:
-            print(json.dumps({"error": f"{type(error).__name__}: {error}"}), file=answers, flush=True)
-            raise
-
-    made: list[Worker] = []
-    answer(lambda: made.append(Worker(system, directory, options)) or made[0].about())
-    for line in sys.stdin:
-        request = json.loads(line)
-        answer(lambda request=request: getattr(made[0], request.pop("do"))(**request))
+        """What the forward and backward of a micro-batch reach of torch.matmul's FLOP/s."""
+        return reached(self.trainer, OBJECTIVE, self.minibatches[0], rounds)
 
 
 if __name__ == "__main__":
-    main()
+    rollout_worker.main({name: partial(Worker, name) for name in TRAINERS})
