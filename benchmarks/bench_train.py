@@ -12,10 +12,10 @@ backward, beside torch.matmul's on the same shapes. memory: log-probs over a lar
 large: the GPU form, whole optimizer steps. It has NOT been run on a GPU.
 
 Every system is a process of its own that loads once and is warmed; they take turns, each with all cores, the others
-stopped. Medians are of the rounds, ratios taken round by round. "packed" sleeps at OpenMP's barriers as Pekoe's command
-line has it (decision 0002), "packed-spin" leaves OpenMP as it is by default, as trl does. "trl" and "trl-8" are in
-float32 without gradient checkpointing, 16 and 8 rows to a micro-batch; "trl-defaults" is as trl comes: bf16,
-checkpointing, 8 rows. Results become a file with --out.
+stopped. Medians are of the rounds, ratios taken round by round. Threads sleep at OpenMP's barriers, as Pekoe's command
+line has it (decision 0002), but for "-spin", which leaves OpenMP's default: faster alone, much slower as soon as anybody
+else wants a core. "trl" is in float32, without gradient checkpointing, all 16 rows in one micro-batch (8 are no faster);
+"trl-defaults" is as trl comes: bf16, checkpointing, 8 rows. Results become a file with --out.
 """
 
 from __future__ import annotations
@@ -43,12 +43,13 @@ SECTIONS = ("packed", "trl", "flops", "memory")
 ASK_LIMIT_S, START_LIMIT_S = 900.0, 120.0
 VOCAB, TOKENS, LOGITS_COPIES = 151_936, 8192, 3.5  # of section memory; copies that unchunked needs, with room to spare
 PADDED = {"packed": {}, "padded": {}, "padded-sorted": {}}
+TUNED = {"rows": 16, "bf16": False, "checkpointing": False}
 BESIDE_TRL: dict[str, dict[str, Any]] = {
     "packed": {},
     "packed-spin": {},
-    "trl": {"rows": 16, "bf16": False, "checkpointing": False},
-    "trl-8": {"rows": 8, "bf16": False, "checkpointing": False},
-    "trl-defaults": {"rows": 8, "bf16": True, "checkpointing": True},
+    "trl": TUNED,
+    "trl-spin": TUNED,
+    "trl-defaults-spin": {"rows": 8, "bf16": True, "checkpointing": True},
 }
 
 
@@ -129,7 +130,7 @@ class Bench:
         is_trl = name.startswith("trl")
         options = {"case": case.options(), "threads": self.args.threads, "trainer": self.args.trainer} | more
         env = {"OMP_NUM_THREADS": str(self.args.threads), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-        if not is_trl and name != "packed-spin":
+        if not name.endswith("-spin"):
             env["OMP_WAIT_POLICY"] = "PASSIVE"
         python, script = (self.trl, "train_trl.py") if is_trl else (sys.executable, "train_worker.py")
         system, log = name.removesuffix("-spin"), self.place / f"{directory.name}-{name}.log"
@@ -138,13 +139,13 @@ class Bench:
         return worker
 
     def in_turns(self, directory: Path, case: Case, systems: dict[str, dict[str, Any]], steps: int) -> dict[str, Any]:
-        """Rounds of optimizer steps by each system, after one to warm it. A system that fails is left out."""
+        """Rounds of optimizer steps by each system, after some to warm it. A system that fails is left out."""
         rounds: dict[str, list[Any]] = {}
         with closing({}) as workers:
             for name, more in systems.items():
                 try:
                     workers[name] = self.start(name, directory, case, more)
-                    workers[name].ask({"do": "steps", "number": case.minibatches}, ASK_LIMIT_S)
+                    workers[name].ask({"do": "steps", "number": min(2, case.minibatches)}, ASK_LIMIT_S)
                 except Failed as failed:
                     self.note(f"{directory.name}, {name}: {failed}")
                     if name in workers:

@@ -76,7 +76,7 @@ def packed_case(name: str, quick: bool) -> Case:
 
 def trl_case(name: str, quick: bool) -> Case:
     """One prompt's 16 responses to an optimizer step, which all go into one micro-batch."""
-    return Case(SHAPES[name], 16, 2 if quick else 8, 4096)
+    return Case(SHAPES[name], 16, 2 if quick else 4 if name == "small" else 8, 4096)
 
 
 # Optimizer and clipping, the same for every system; so small a rate that all go on seeing the same losses.

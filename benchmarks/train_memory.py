@@ -64,8 +64,8 @@ def head(options: dict[str, Any]) -> dict[str, Any]:
     assert weight.grad is not None
     return {
         "seconds": time.perf_counter() - start,
-        "logprob_mean": float(logprobs.mean()),
-        "entropy_mean": float(entropy.mean()),
+        "logprob_mean": float(logprobs.detach().mean()),
+        "entropy_mean": float(entropy.detach().mean()),
         "grad_norms": [float(hidden.grad.norm()), float(weight.grad.norm())],
         **peak.about(),
     }
