@@ -4,9 +4,30 @@
 VENV_VLLM ?= .venv-vllm
 VENV_SGLANG ?= .venv-sglang
 
-.PHONY: bench-rollout
+.PHONY: bench-rollout bench-train
 
 bench-rollout: $(VENV)/.stamp-test ## Measure rollouts beside vLLM and transformers: make bench-rollout ARGS=--quick
 	@[ -x $(VENV_VLLM)/bin/python ] || echo "Without vLLM: $(VENV_VLLM) is not there (make $(VENV_VLLM)/.stamp builds it)"
 	PEKOE_VLLM_PYTHON=$(abspath $(VENV_VLLM)/bin/python) PEKOE_SGLANG_PYTHON=$(abspath $(VENV_SGLANG)/bin/python) \
 	  $(PY) benchmarks/bench_rollout.py $(ARGS)
+
+# The training benchmark: the trainer beside a padded one and trl's, which has an environment of its own in $(VENV_TRL)
+# (about 1.5 GB, some minutes). A stamp says that it is done; changed requirements, a dead Python or a move undo it.
+
+VENV_TRL ?= .venv-trl
+TRL_PIP   = $(VENV_TRL)/bin/python -m pip --disable-pip-version-check install $(if $(CI),--quiet --progress-bar off)
+TRL_SOUND := $(shell [ "$$(cat $(VENV_TRL)/.stamp 2>/dev/null)" = "$(CURDIR)" ] && \
+               $(VENV_TRL)/bin/python -c '' 2>/dev/null && echo yes)
+
+bench-train: $(VENV)/.stamp-test $(VENV_TRL)/.stamp ## Measure training beside trl's: make bench-train ARGS=--quick
+	PEKOE_TRL_PYTHON=$(abspath $(VENV_TRL)/bin/python) $(PY) benchmarks/bench_train.py $(ARGS)
+
+$(VENV_TRL)/.stamp: benchmarks/trl.txt $(if $(TRL_SOUND),,FORCE)
+	@echo "Installing trl in $(VENV_TRL) (minutes, the first time)"
+	@[ "$(VENV_TRL)" = .venv-trl ] || [ -e $@ ] || [ ! -e $(VENV_TRL) ] || \
+	  { echo "$(VENV_TRL) is there and was not made here: name another, or remove it yourself" >&2; exit 1; }
+	@rm -rf $(VENV_TRL)
+	@$(PYTHON) -m venv $(VENV_TRL)
+	@$(TRL_PIP) $$(grep ^torch $<)
+	@$(TRL_PIP) -r $<
+	@printf '%s' "$(CURDIR)" > $@

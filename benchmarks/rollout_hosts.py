@@ -1,4 +1,4 @@
-"""The processes that `bench_rollout.py` measures: started, asked one at a time, stopped in between."""
+"""The processes that `bench_rollout.py` and `bench_train.py` measure: started, asked in turns, stopped in between."""
 
 from __future__ import annotations
 
@@ -37,13 +37,14 @@ class Worker:
         env: dict[str, str],
         log: Path,
         limit_s: float,
+        script: Path = WORKER,
     ) -> None:
         self.system, self.options, self._log = system, options, log
         self._answers: queue.Queue[str | None] = queue.Queue()
         keeper = [sys.executable, "-I", "-S", str(KEEPER), str(os.getpid())]
         with log.open("w") as stderr:
             self._process = subprocess.Popen(
-                [*keeper, python, str(WORKER), system, str(directory), json.dumps(options)],
+                [*keeper, python, str(script), system, str(directory), json.dumps(options)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=stderr,

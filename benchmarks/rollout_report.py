@@ -49,14 +49,15 @@ def hardware(device: str) -> tuple[str, str]:
     return f"{cores} x {platform.machine()} cores ({name})", f"{cores}core-{(words or ['cpu'])[0].lower()}"
 
 
-def default_out(args: argparse.Namespace) -> Path:
+def default_out(args: argparse.Namespace, what: str = "rollout") -> Path:
     date = time.strftime("%Y-%m-%d")
-    return ROOT / "benchmarks/results" / f"rollout_{hardware(args.device)[1]}_{date}.json"
+    return ROOT / "benchmarks/results" / f"{what}_{hardware(args.device)[1]}_{date}.json"
 
 
-def header(args: argparse.Namespace) -> Result:
+def about(what: str, args: argparse.Namespace) -> Result:
+    """What any benchmark's results begin with."""
     return {
-        "what": "bench-rollout",
+        "what": what,
         "hardware": hardware(args.device)[0],
         "date": time.strftime("%Y-%m-%d"),
         "commit": _git("rev-parse", "--short", "HEAD"),
@@ -65,6 +66,11 @@ def header(args: argparse.Namespace) -> Result:
         "args": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()},
         "parameters": {},
         "notes": [],
+    }
+
+
+def header(args: argparse.Namespace) -> Result:
+    return about("bench-rollout", args) | {
         "vllm_mode": {},
         "cases": [],
         "memory": {},
@@ -144,7 +150,7 @@ def case_line(result: Result) -> str:
     return f"{place}: {rates} tokens/s (rounds)"
 
 
-def _table(title: str, *columns: str) -> Table:
+def new_table(title: str, *columns: str) -> Table:
     table = Table(title=title, title_justify="left")
     for i, column in enumerate(columns):
         table.add_column(column, justify="left" if i == 0 else "right")
@@ -170,7 +176,7 @@ def _throughput(results: Result) -> Table:
     systems = results["args"]["systems"]
     others = [system for system in systems if system != "embedded"]
     columns = [f"{system}\ntokens/s" for system in systems] + [f"x {system}" for system in others]
-    table = _table("Throughput: medians of response tokens a second", "case", "sequences", *columns, "rounds")
+    table = new_table("Throughput: medians of response tokens a second", "case", "sequences", *columns, "rounds")
     for case in results["cases"]:
         name = f"{case['model']}, n {case['n']}, prompt {case['prompt_tokens']}, {case['lengths']}"
         rates = [f"{case['systems'][s]['tokens_per_s']:,.0f}" if s in case["systems"] else "-" for s in systems]
@@ -182,7 +188,7 @@ def _throughput(results: Result) -> Table:
 
 def _memory(results: Result) -> Table:
     keys = list(dict.fromkeys(key for memory in results["memory"].values() for key in memory))
-    table = _table("Memory, GB", "model", *(key.removesuffix("_bytes").replace("_", " ") for key in keys))
+    table = new_table("Memory, GB", "model", *(key.removesuffix("_bytes").replace("_", " ") for key in keys))
     for model, memory in results["memory"].items():
         table.add_row(model, *(f"{memory[key] / 1e9:.2f}" if key in memory else "-" for key in keys))
     return table
@@ -190,7 +196,7 @@ def _memory(results: Result) -> Table:
 
 def _sharing(results: Result) -> Table:
     columns = ("on, tokens/s", "off, tokens/s", "on / off", "prefill on", "prefill off", "again: hits")
-    table = _table("Prefix sharing of the embedded engine, n 16, equal lengths", "case", *columns)
+    table = new_table("Prefix sharing of the embedded engine, n 16, equal lengths", "case", *columns)
     for model, lengths in results["sharing"].items():
         for length, s in lengths.items():
             rates = [f"{s['on_tokens_per_s']:,.0f}", f"{s['off_tokens_per_s']:,.0f}", f"{s['ratio']:.2f}"]
@@ -201,7 +207,7 @@ def _sharing(results: Result) -> Table:
 
 def _ceilings(model: str, found: Result) -> Table:
     machine, decode, taken = found["machine"], found["decode"], found["breakdown"]
-    table = _table(
+    table = new_table(
         f"Ceilings: {found['case']}, decode at {decode['tokens_per_s']:,.0f} tokens/s", "what", "", "reached"
     )
     for name, unit, top, share in (
@@ -223,7 +229,7 @@ def _ceilings(model: str, found: Result) -> Table:
 
 
 def _updates(results: Result) -> Table:
-    table = _table("Weight updates, seconds", "model and route", "save", "update", "whole", "first")
+    table = new_table("Weight updates, seconds", "model and route", "save", "update", "whole", "first")
     for model, engines in results["updates"].items():
         for engine, routes in engines.items():
             for route, times in routes.items():

@@ -174,7 +174,8 @@ class VLLM:
 SYSTEMS: dict[str, Any] = {"embedded": Embedded, "transformers": Transformers, "vllm": VLLM}
 
 
-def main() -> None:
+def main(systems: dict[str, Any]) -> None:
+    """Serve the one of `systems` that the command line names."""
     system, directory, options = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # libraries print
@@ -183,7 +184,7 @@ def main() -> None:
         print(json.dumps(value), file=answers, flush=True)
 
     try:
-        worker = SYSTEMS[system](directory, options)
+        worker = systems[system](directory, options)
         answer({"ok": worker.about()})
     except Exception as error:
         answer({"error": f"{type(error).__name__}: {error}"})
@@ -198,4 +199,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(SYSTEMS)
