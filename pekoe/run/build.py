@@ -10,7 +10,15 @@ from pathlib import Path
 
 import torch
 
-from pekoe.core.config import EvalConfig, EvalSection, ModelSection, ProcessSection, RLConfig, RolloutSection
+from pekoe.core.config import (
+    EvalConfig,
+    EvalSection,
+    ModelSection,
+    ProcessSection,
+    RLConfig,
+    RolloutSection,
+    TrainSection,
+)
 from pekoe.core.errors import UserError
 from pekoe.core.types import Problem, Prompt, SamplingParams
 from pekoe.core.view import View
@@ -47,9 +55,10 @@ class RLParts:
     stop: Stop
 
 
-def prepare(run: ProcessSection) -> None:
-    """This process's threads and allocator."""
-    give_back()
+def prepare(run: ProcessSection, train: TrainSection | None = None) -> None:
+    """This process's threads, and its allocator where memory was asked to be spared."""
+    if train is not None and train.activation_checkpointing:
+        give_back()
     torch.set_num_threads(run.threads or max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 
 
@@ -222,7 +231,7 @@ def make_trainer(config: RLConfig, model: Decoder, dtype: torch.dtype) -> Traine
 def build_rl(config: RLConfig, view: View, stop: Stop, stack: ExitStack) -> RLParts:
     """Everything for `pekoe rl`. What must be closed is pushed on `stack`."""
     only_one_process("rl")
-    prepare(config.run)
+    prepare(config.run, config.train)
     data, rollout = config.data, config.rollout
     model, tokenizer, dtype = open_model(config.model)
     new_tokens = max(rollout.max_new_tokens, config.eval.max_new_tokens or 0)

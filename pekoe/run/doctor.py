@@ -23,6 +23,7 @@ GIB = 2**30
 USABLE = 0.9  # of what is available: the rest for allocators' gaps, and what comes and goes
 PROCESS = int(0.6 * GIB)  # Python, torch, compiled kernels; on a GPU its context
 JUDGE = int(0.15 * GIB)  # a judge process
+GAPS = 0.5  # on a CPU, of forward and backward: the most seen; see `give_back`, which activation checkpointing calls
 
 _LIMIT, _USED = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
 
@@ -121,20 +122,29 @@ def forecast(config: RLConfig | SFTConfig, processes: int = 1, memory_bytes: int
         "gathered by FSDP": step.gathered,
         "forward and backward": step.activations,
     } | beside
-    if not cuda:  # on a GPU it goes to the host
+    if not cuda:  # on a GPU the copy goes to the host, and the allocator is torch's
         held = parts["copy for checkpoints"] = step.weights + step.moments
         room -= held
-    largest, advice = step.largest_budget(room), ""
+        if not config.train.activation_checkpointing:
+            parts["gaps of the allocator"] = round(GAPS * step.activations)
+    largest, advice = _largest(step, room, parts), ""
     if largest:  # chunks and padding make it less than linear: once more, where it matters
-        largest = _step(config, spec, processes, device, largest).largest_budget(room)
+        largest = _largest(_step(config, spec, processes, device, largest), room, parts)
     smallest = _longest(config, spec) // (config.parallel.cp if isinstance(config, SFTConfig) else 1)
     if largest < smallest and not config.train.activation_checkpointing:
         less = config.train.model_copy(update={"activation_checkpointing": True})
         again = config.model_copy(update={"train": less})
-        if _step(again, spec, processes, device, smallest).largest_budget(room) >= smallest:
+        if _largest(_step(again, spec, processes, device, smallest), room, {}) >= smallest:
             advice = "train.activation_checkpointing = true"
     parts = {name: size for name, size in parts.items() if size}
     return Forecast(parts, available, config.train.token_budget, largest, smallest, advice)
+
+
+def _largest(step: StepMemory, room: int, parts: dict[str, int]) -> int:
+    """The largest budget within `room`, of which state has its bytes once and the rest, where it does, gaps."""
+    state = step.total - step.activations
+    gaps = GAPS if "gaps of the allocator" in parts else 0.0
+    return step.largest_budget(state + int((room - state) / (1 + gaps)))
 
 
 def _step(config: RLConfig | SFTConfig, spec: ModelSpec, processes: int, device: str, budget: int) -> StepMemory:

@@ -33,7 +33,7 @@ def run_sft(config: SFTConfig, view: View) -> None:
 
 
 def _run(config: SFTConfig, view: View, leader: bool) -> None:
-    prepare(config.run)
+    prepare(config.run, config.train)
     model, tokenizer, dtype = open_model(config.model)
     samples = open_demonstrations(config, tokenizer, model.spec.max_positions, view)
     per_epoch = -(-len(samples) // config.sft.batch_size)
