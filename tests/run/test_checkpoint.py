@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import threading
 from collections.abc import Callable
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from pekoe.core import RLConfig, RunError
 from pekoe.core.journal import read_lines
 from pekoe.model import load_model
+from pekoe.run import state
 from pekoe.run.build import RLParts
 from pekoe.run.state import checkpoints
 from pekoe.train import checkpoint
@@ -72,21 +74,22 @@ def test_training_goes_on_while_a_checkpoint_is_written(
         train(loaded, compare)
 
 
+@pytest.mark.parametrize("name", ["checkpoint.write", "_to_disk", "save_model"])  # tensors, state.json, the model
 def test_a_full_disk_stops_the_run_and_the_older_checkpoint_stands(
-    build: Build, train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    build: Build, train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ):
     unbroken = build("num_steps=4", f"run.dir={tmp_path / 'unbroken'}", "train.save_every=1")
     train(unbroken)
     config = build("num_steps=4", "train.save_every=1")
-    write, calls = checkpoint.write, []
+    write, calls = attrgetter(name)(state), []
 
-    def full(state: Any, path: Path, group: Any) -> None:
-        calls.append(path)
-        write(state, path, group)
+    def full(*args: Any, **more: Any) -> Any:
+        calls.append(args)
         if len(calls) == 2:
-            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+            raise OSError(errno.ENOSPC, "No space left on device", "step-000002")
+        return write(*args, **more)
 
-    monkeypatch.setattr(checkpoint, "write", full)
+    monkeypatch.setattr(f"pekoe.run.state.{name}", full)
     with pytest.raises(RunError, match=r"checkpoint of step 2: .*No space left.*that of step 1 stands"):
         train(config)
     assert [p.name for p in (Path(config.run.dir) / "checkpoints").iterdir()] == ["step-000001"]

@@ -17,7 +17,7 @@ from pekoe.core.config import AlgoSection, OptimSection
 from pekoe.core.spec import ModelSpec
 from pekoe.core.types import Sample
 from pekoe.model import Decoder
-from pekoe.train import Layout, Trainer
+from pekoe.train import Layout, Trainer, checkpoint
 
 OPTIM = OptimSection(lr=1e-2, warmup_fraction=0.0, grad_clip=0.05)  # below the norm: clipping is in it
 SHAPES = {
@@ -88,6 +88,24 @@ def rank_main(rank: int, world: int, folder: str, layouts: list[dict[str, int]],
                 dcp.save(trainer.state_dict(), checkpoint_id=str(place))
                 if rank == 0:
                     torch.save(said, f"{place}.pt")
+        dist.barrier()
+    finally:
+        dist.destroy_process_group()
+
+
+def resume_main(rank: int, world: int, folder: str, layout: dict[str, int], shape: str, load: str, save: str) -> None:
+    """Train some steps, from the checkpoint `load` where it is named, and save."""
+    torch.set_num_threads(1)
+    os.environ["MASTER_ADDR"] = "127.0.0.1"
+    dist.init_process_group("gloo", init_method=f"file://{folder}/join-{save}", rank=rank, world_size=world)
+    try:
+        trainer = make_trainer(shape, layout)
+        if load:
+            checkpoint.load(Path(folder, load), trainer)
+        said = train(trainer)
+        checkpoint.write(checkpoint.snapshot(trainer), Path(folder, save), trainer.group)
+        if rank == 0:
+            torch.save(said, f"{folder}/{save}.pt")
         dist.barrier()
     finally:
         dist.destroy_process_group()

@@ -15,7 +15,7 @@ import torch.multiprocessing as mp
 from pekoe.core.errors import UserError
 from pekoe.train import Layout
 from pekoe.train.parallel import compute_of
-from tests.train.ranks import SHAPES, make_trainer, rank_main, train
+from tests.train.ranks import SHAPES, make_trainer, rank_main, resume_main, train
 
 LAYOUTS: dict[int, list[dict[str, int]]] = {
     2: [{}, {"tp": 2}, {"cp": 2}],  # FSDP over 2; TP 2; context over 2
@@ -52,6 +52,21 @@ def test_numbers_do_not_depend_on_the_layout(world: int, tmp_path: Path):
                 for moment in ("exp_avg", "exp_avg_sq"):
                     a, b = again.optimizer.state[ours][moment], alone.optimizer.state[theirs][moment]
                     torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-12)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_a_checkpoint_of_any_layout_goes_on_under_any_other(tmp_path: Path):
+    shape = "qwen2, tied"
+    alone = make_trainer(shape)
+    lives: list[tuple[int, dict[str, int]]] = [(2, {"tp": 2}), (4, {"replicas": 2}), (2, {"cp": 2})]
+    load = ""
+    for number, (world, layout) in enumerate(lives):
+        save = f"life-{number}"
+        mp.spawn(resume_main, (world, str(tmp_path), layout, shape, load, save), nprocs=world)
+        load, found = save, torch.load(tmp_path / f"{save}.pt", weights_only=False)
+        for name, value in train(alone).items():
+            np.testing.assert_allclose(found[name], value, rtol=1e-6, atol=1e-9, err_msg=f"{name}, {world} {layout}")
 
 
 def test_sizes_that_do_not_divide_are_the_users_mistake(tmp_path: Path):

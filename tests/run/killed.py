@@ -1,0 +1,121 @@
+"""A child that runs a recipe, and kills itself at a given point: by SIGKILL, so nothing is flushed, closed or told."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import os
+import signal
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+import psutil
+import torch
+
+from pekoe.core import RLConfig, SFTConfig
+from pekoe.core.view import NoView
+from pekoe.run.build import build_rl
+from pekoe.run.control import Stop
+from pekoe.run.rl import run_rl
+from pekoe.run.sft import run_sft
+
+torch.set_num_threads(1)
+
+
+@dataclass(frozen=True)
+class Point:
+    """At the `call`-th call of `target` ("module:name.name") whose arguments `where` accepts, `act` (see `ACTS`)."""
+
+    target: str
+    call: int = 1
+    act: str = "before"
+    where: Callable[..., bool] = lambda *_: True
+
+
+def kill() -> NoReturn:
+    os.kill(os.getpid(), signal.SIGKILL)
+    raise AssertionError("alive")
+
+
+def before(function: Callable[..., Any], *args: Any, **more: Any) -> NoReturn:
+    kill()
+
+
+def after(function: Callable[..., Any], *args: Any, **more: Any) -> NoReturn:
+    function(*args, **more)
+    kill()
+
+
+def torn_line(function: Callable[..., Any], *args: Any, **more: Any) -> NoReturn:
+    """Half of a line reaches the file."""
+    lines = args[0]
+    size = lines.path.stat().st_size
+    function(*args, **more)
+    os.truncate(lines.path, (size + lines.path.stat().st_size) // 2)
+    kill()
+
+
+def torn_bytes(function: Callable[..., Any], path: Path, data: bytes) -> NoReturn:
+    function(path, data[: len(data) // 2])
+    kill()
+
+
+def torn_tensors(function: Callable[..., Any], *args: Any) -> NoReturn:
+    function(*args)
+    for file in args[1].glob("*.distcp"):
+        os.truncate(file, file.stat().st_size // 2)
+    kill()
+
+
+def in_backward(function: Callable[..., Any], *args: Any, **more: Any) -> Any:
+    """Gradients of the last layers are there, those of the first are not."""
+    args[0].model.layers[0].mlp.down_proj.weight.register_hook(lambda _: kill())
+    return function(*args, **more)
+
+
+def half_removed(function: Callable[..., Any], folder: Path, *args: Any, **more: Any) -> NoReturn:
+    next(file for file in folder.rglob("*") if file.is_file()).unlink()
+    kill()
+
+
+def with_children(function: Callable[..., Any], *args: Any, **more: Any) -> NoReturn:
+    """Writes down which processes it leaves behind."""
+    function(*args, **more)
+    children = psutil.Process().children(recursive=True)
+    Path(args[0].config.run.dir, "children").write_text(" ".join(str(child.pid) for child in children))
+    kill()
+
+
+_ACTS = (before, after, torn_line, torn_bytes, torn_tensors, in_backward, half_removed, with_children)
+ACTS = {act.__name__: act for act in _ACTS}
+
+
+def arm(point: Point) -> None:
+    module, names = point.target.split(":")
+    *path, name = names.split(".")
+    owner = functools.reduce(getattr, path, importlib.import_module(module))
+    function, calls = getattr(owner, name), 0
+
+    @functools.wraps(function)
+    def armed(*args: Any, **more: Any) -> Any:
+        nonlocal calls
+        calls += point.where(*args)
+        if calls == point.call and point.where(*args):
+            return ACTS[point.act](function, *args, **more)
+        return function(*args, **more)
+
+    setattr(owner, name, armed)
+
+
+def run(config: RLConfig | SFTConfig, points: Sequence[Point]) -> None:
+    """The child's whole life."""
+    for point in points:
+        arm(point)
+    if isinstance(config, SFTConfig):
+        run_sft(config, NoView())
+        return
+    with ExitStack() as stack:
+        run_rl(build_rl(config, NoView(), Stop(), stack))

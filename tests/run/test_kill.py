@@ -1,0 +1,242 @@
+"""I5: a run that is killed anywhere, and started again, ends with the bits of one that was not."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import signal
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+
+from pekoe.core import RLConfig, SFTConfig, load_config
+from pekoe.core.journal import read_lines
+from pekoe.data.sft_data import Demonstration, write_demonstrations
+from pekoe.run.state import checkpoints
+from tests.run import killed
+from tests.run.killed import Point
+
+LIMIT_S = 60
+Build = Callable[..., RLConfig]
+
+# Of the files that are renamed, and the lines that are written, those meant.
+_STEP = lambda _, to: Path(to).name.startswith("step-")  # noqa: E731
+_DOOMED = lambda _, to: Path(to).name.startswith(".partial-")  # noqa: E731
+_LEDGER = lambda lines, *_: lines.path.name == "ledger.jsonl"  # noqa: E731
+_METRICS = lambda _, event: event.get("event") == "step"  # noqa: E731
+_SAVED = lambda _, event: event.get("event") == "checkpoint"  # noqa: E731
+_ROLLOUTS = lambda path, _: path.parent.name == "rollouts"  # noqa: E731
+
+RESPONSE, OPTIMIZER = "pekoe.run.judging:RandomJudge.submit", "torch.optim:AdamW.step"
+FORWARD, LINE = "pekoe.train.trainer:Trainer.forward", "pekoe.core.journal:JsonLines.append"
+TENSORS, EXPORT = "pekoe.train.checkpoint:write", "pekoe.run.state:save_model"
+
+# Three steps of 16 responses and 4 optimizer steps each, an evaluation after the second; every step is saved, one kept.
+POINTS: dict[str, Point] = {
+    "nothing is done": Point("pekoe.run.state:RunDir.resume"),
+    "first response": Point(RESPONSE),
+    "mid-rollout of step 1": Point(RESPONSE, 9),
+    "mid-rollout of step 2": Point(RESPONSE, 25),
+    "mid-decode": Point("pekoe.model.decoder:Decoder.forward", 30),
+    "all responses of step 2": Point("pekoe.run.rl:collect", 2, "after"),
+    "before learning": Point("pekoe.run.rl:learn", 2),
+    "before a forward": Point(FORWARD, 6),
+    "after a forward": Point(FORWARD, 10, "after"),
+    "mid-backward of step 1": Point(FORWARD, 2, "in_backward"),
+    "mid-backward of step 2": Point(FORWARD, 14, "in_backward"),
+    "before an optimizer step": Point(OPTIMIZER, 6),
+    "after an optimizer step": Point(OPTIMIZER, 6, "after"),
+    "after the last optimizer step": Point(OPTIMIZER, 8, "after"),
+    "before a sync": Point("pekoe.run.sync:WeightSync.__call__", 2),
+    "after a sync": Point("pekoe.run.sync:WeightSync.__call__", 3, "after"),
+    "half of a rollouts file": Point("pathlib:Path.write_bytes", 2, "torn_bytes", _ROLLOUTS),
+    "after a rollouts file": Point("pekoe.run.state:RunDir.write_rollouts", 2, "after"),
+    "half of the first ledger line": Point(LINE, 1, "torn_line", _LEDGER),
+    "half of a ledger line": Point(LINE, 7, "torn_line", _LEDGER),
+    "between ledger lines": Point(LINE, 6, "after", _LEDGER),
+    "after a step's ledger": Point(LINE, 8, "after", _LEDGER),
+    "half of a journal line": Point(LINE, 2, "torn_line", _METRICS),
+    "after a journal line": Point(LINE, 3, "after", _METRICS),
+    "before the snapshot": Point("pekoe.train.checkpoint:snapshot", 2),
+    "after the snapshot": Point("pekoe.train.checkpoint:snapshot", 2, "after"),
+    "first save, half of the tensors": Point(TENSORS, 1, "torn_tensors"),
+    "half of the tensors": Point(TENSORS, 2, "torn_tensors"),
+    "after the tensors": Point(TENSORS, 2, "after"),
+    "before the checkpoint is on disk": Point("pekoe.run.state:_to_disk", 2),
+    "before the model": Point(EXPORT, 2),
+    "after the model": Point(EXPORT, 2, "after"),
+    "before the rename": Point("os:replace", 2, "before", _STEP),
+    "after the rename": Point("os:replace", 2, "after", _STEP),
+    "between rename and journal": Point(LINE, 2, "before", _SAVED),
+    "half of the line on a save": Point(LINE, 2, "torn_line", _SAVED),
+    "after the line on a save": Point(LINE, 1, "after", _SAVED),
+    "before an old checkpoint goes": Point("os:replace", 1, "before", _DOOMED),
+    "an old checkpoint has no name": Point("os:replace", 1, "after", _DOOMED),
+    "an old checkpoint is half gone": Point("shutil:rmtree", 1, "half_removed", lambda path, *_: _DOOMED(0, path)),
+    "before an evaluation": Point("pekoe.run.rl:evaluate"),
+    "mid-evaluation": Point(RESPONSE, 35),
+    "after an evaluation": Point("pekoe.run.rl:evaluate", 1, "after"),
+    "the last save": Point("os:replace", 3, "after", _STEP),
+}
+AGAIN: dict[str, Point] = {  # and once more, by the run that goes on
+    "before loading": Point("pekoe.train.checkpoint:load"),
+    "after loading": Point("pekoe.train.checkpoint:load", 1, "after"),
+    "between journal and ledger": Point("pekoe.core.journal:JsonLines.cut", 1, "after"),
+    "before rollouts are set aside": Point("pekoe.run.state:_set_aside"),
+    "rollouts are set aside": Point("pekoe.run.state:_set_aside", 1, "after"),
+    "half of the line on going on": Point(LINE, 1, "torn_line"),
+    "mid-rollout": Point(RESPONSE, 5),
+}
+
+
+@pytest.fixture(scope="module")
+def life() -> Callable[..., int | None]:
+    """Runs a recipe in a child forked from a process that has imported everything; gives its exit status."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])  # imports everything, once
+
+    def run(config: RLConfig | SFTConfig, *points: Point) -> int | None:
+        # A Point's predicate is a lambda, which no pickle carries: children are told names.
+        names = [name for point in points for name, each in ALL.items() if each is point]
+        process = context.Process(target=in_child, args=(config, names))
+        process.start()
+        process.join(LIMIT_S)
+        assert process.exitcode is not None, f"a child ran for more than {LIMIT_S} s"
+        return process.exitcode
+
+    return run
+
+
+def in_child(config: RLConfig | SFTConfig, names: list[str]) -> None:
+    killed.run(config, [ALL[name] for name in names])
+
+
+def future_of(run: Path) -> dict[str, Any]:
+    """All that decides what a run would do next, and what it said, but for times."""
+    said = {
+        name: [
+            {k: v for k, v in line.items() if not k.endswith(("_s", "time", "seconds", "peak_bytes"))}
+            for line in read_lines(run / name)
+            if line.get("event") not in ("resumed", "sync", "checkpoint")  # each start has its own
+        ]
+        for name in ("journal.jsonl", "ledger.jsonl")
+    }
+    rollouts = {p.name: p.read_bytes() for p in sorted((run / "rollouts").glob("*"))}
+    return said | {"rollouts": rollouts} | trained(run)
+
+
+def trained(run: Path) -> dict[str, Any]:
+    """The last checkpoint, and the model."""
+    last = checkpoints(run)[-1]
+    progress = json.loads((last / "state.json").read_text())["progress"]
+    dcp_to_torch_save(last / "trainer", run / "trainer.pt")  # files hold tensors in the order in which they came
+    tensors = flat_bytes(torch.load(run / "trainer.pt"))
+    model = (run / "model" / "model.safetensors").read_bytes()
+    return {"progress": progress, "tensors": tensors, "model": model}
+
+
+def flat_bytes(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """Leaves by their path: bytes of tensors, other values as they are."""
+    if isinstance(tree, dict):
+        return {k: v for name, branch in tree.items() for k, v in flat_bytes(branch, f"{prefix}/{name}").items()}
+    return {prefix: tree.numpy().tobytes() if isinstance(tree, torch.Tensor) else tree}
+
+
+def assert_same(found: dict[str, Any], expected: dict[str, Any]) -> None:
+    for name, value in expected.items():
+        assert found[name] == value, f"{name} differs"
+
+
+MORE = ("num_steps=3", "train.save_every=1", "train.keep_checkpoints=1", "eval.every=2", "eval.samples=2")
+
+
+@pytest.fixture(scope="module")
+def expected() -> dict[str, Any]:
+    return {}
+
+
+@pytest.fixture
+def rl(build: Build, tiny_dir: Path, life: Callable[..., int | None], expected: dict[str, Any], tmp_path: Path):
+    """A recipe, and what it comes to when nobody kills it."""
+    more = (*MORE, f"eval.data={tiny_dir / 'held_out.jsonl'}")
+    if not expected:
+        whole = build(*more, f"run.dir={tmp_path / 'whole'}")
+        assert life(whole) == 0
+        expected |= future_of(tmp_path / "whole")
+        assert [e["step"] for e in expected["journal.jsonl"]] == [1, 2, 2, 3]
+    return build(*more)
+
+
+def some_slow(names: Iterable[str]) -> list[Any]:
+    """Every third is always run."""
+    return [name if i % 3 == 0 else pytest.param(name, marks=pytest.mark.slow) for i, name in enumerate(names)]
+
+
+@pytest.mark.parametrize("name", some_slow(POINTS))
+def test_killed_and_started_again(name: str, rl: RLConfig, life: Callable[..., int | None], expected: dict[str, Any]):
+    assert life(rl, POINTS[name]) == -signal.SIGKILL, "the point was not reached"
+    assert life(rl) == 0
+    assert_same(future_of(Path(rl.run.dir)), expected)
+
+
+@pytest.mark.parametrize("name", some_slow(AGAIN))
+def test_killed_while_going_on(name: str, rl: RLConfig, life: Callable[..., int | None], expected: dict[str, Any]):
+    assert life(rl, POINTS["before the rename"]) == -signal.SIGKILL
+    assert life(rl, AGAIN[name]) == -signal.SIGKILL, "the point was not reached"
+    assert life(rl) == 0
+    assert_same(future_of(Path(rl.run.dir)), expected)
+
+
+SFT: dict[str, Point] = {
+    "SFT: mid-backward": Point(FORWARD, 8, "in_backward"),
+    "SFT: after an optimizer step": Point(OPTIMIZER, 4, "after"),
+    "SFT: half of a journal line": Point(LINE, 4, "torn_line", _METRICS),
+    "SFT: half of the tensors": Point(TENSORS, 2, "torn_tensors"),
+    "SFT: after the rename": Point("os:replace", 2, "after", _STEP),
+    "SFT: between rename and journal": Point(LINE, 1, "before", _SAVED),
+}
+
+
+def test_sft_killed_and_started_again(tiny_dir: Path, tmp_path: Path, life: Callable[..., int | None]):
+    numbers = [(a, b) for a in range(5) for b in range(4)]
+    write_demonstrations(
+        tmp_path / "demos.jsonl",
+        [Demonstration(({"role": "user", "content": f"{a}+{b}="},), f"\\boxed{{{a + b}}}") for a, b in numbers],
+    )
+    tree = {
+        "model": {"path": str(tiny_dir / "model"), "device": "cpu"},
+        "data": {"train": str(tmp_path / "demos.jsonl")},
+        "sft": {"epochs": 2, "batch_size": 8},
+        "train": {"token_budget": 64, "save_every": 1, "keep_checkpoints": 1},
+    }
+
+    def recipe(name: str) -> SFTConfig:
+        return load_config(tree | {"run": {"dir": str(tmp_path / name), "threads": 1}}, kind=SFTConfig)
+
+    assert life(recipe("whole")) == 0
+    for number, (name, point) in enumerate(SFT.items()):
+        config = recipe(str(number))
+        assert life(config, point) == -signal.SIGKILL, name
+        assert life(config) == 0
+        assert_same(trained(Path(config.run.dir)), trained(tmp_path / "whole"))
+
+
+JUDGES: dict[str, Point] = {"judges": Point("pekoe.run.rl:collect", 1, "with_children")}
+ALL = POINTS | AGAIN | SFT | JUDGES
+
+
+def test_no_judge_outlives_its_run(rl: RLConfig, life: Callable[..., int | None]):
+    config = rl.model_copy(update={"verify": rl.verify.model_copy(update={"random": False})})
+    assert life(config, JUDGES["judges"]) == -signal.SIGKILL
+    children = [int(pid) for pid in Path(rl.run.dir, "children").read_text().split()]
+    assert children, "judges are processes"
+    deadline = time.monotonic() + 20
+    while alive := [pid for pid in children if psutil.pid_exists(pid)]:
+        assert time.monotonic() < deadline, f"still there: {alive}"
+        time.sleep(0.05)
