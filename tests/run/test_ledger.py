@@ -1,0 +1,293 @@
+"""I6 by property: the ledger accounts for every prompt drawn, once, with what became of it.
+
+The real loop, run directory, data order and scoring; engine, judge, trainer and sync are stand-ins that do as they are
+told. A kill is an exception that nothing catches, at any call of any of them, in the checkpoint's thread too.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pekoe.core import RLConfig, load_config
+from pekoe.core.journal import JsonLines, read_lines
+from pekoe.core.types import Payload, Problem, Prompt, Rollout, Sample, SamplingParams, Verdict
+from pekoe.core.view import NoView
+from pekoe.data.order import DataOrder
+from pekoe.run import state
+from pekoe.run.build import RLParts
+from pekoe.run.control import Stop
+from pekoe.run.rl import run_rl
+from pekoe.run.rollout import Sampler
+from pekoe.run.state import RunDir
+from pekoe.run.sync import SyncReport
+from pekoe.train import StepStats, checkpoint
+
+SAMPLES = 3  # responses to a prompt
+FATES = ("mixed", "right", "wrong", "one fault", "faults", "aborted", "cut", "skipped")
+Drawn = tuple[str, int]  # a problem and its epoch
+
+
+class Killed(BaseException):
+    """Nothing in the code under test catches it."""
+
+
+@dataclass
+class Life:
+    """What hypothesis decides, and how often the process has been called so far."""
+
+    fates: list[str]
+    kills: list[int] = field(default_factory=list)  # calls between one kill and the next
+    seed: int = 0
+    calls: int = 0
+    dead: bool = False
+
+    def tick(self) -> None:
+        self.calls += 1
+        if self.kills and self.calls >= self.kills[0]:
+            self.dead = True
+        if self.dead:  # in whichever thread
+            raise Killed
+
+    def fate(self, uid: str, draw: int) -> str:
+        return self.fates[(int(uid) * 5 + draw * 3) % len(self.fates)]
+
+
+class Words:
+    """A tokenizer whose prompts are the problem's number."""
+
+    stop_token_ids = (1,)
+
+    def encode_prompt(self, messages: Any) -> Any:
+        return np.array([int(messages[0]["content"])])
+
+    def decode(self, tokens: Any, skip_special_tokens: bool = False) -> str:
+        return ""
+
+
+@dataclass
+class Engine:
+    life: Life
+    max_sequence_tokens: int = 64
+
+    def generate(self, prompts: Sequence[Prompt], params: SamplingParams) -> Iterator[Rollout]:
+        pairs = [(prompt, i) for prompt in prompts for i in range(params.n)]
+        random.Random(self.life.seed + self.life.calls).shuffle(pairs)  # responses end in any order
+        for prompt, i in pairs:
+            self.life.tick()
+            fate = self.life.fate(prompt.uid, prompt.draw)
+            reason = {"aborted": "abort", "cut": "length"}.get(fate, "stop")
+            tokens = np.array([prompt.draw, i])
+            payload = Payload(prompt.tokens, tokens, np.zeros(2, np.float32))
+            yield Rollout(prompt.uid, prompt.draw, i, 1, 2, cast(Any, reason), ((0, 0),), payload)
+
+
+@dataclass
+class Judge:
+    life: Life
+    limit_s: float = 1.0
+
+    def submit(self, problem: Problem, rollout: Rollout) -> Future[Verdict]:
+        self.life.tick()
+        fate, first = self.life.fate(problem.uid, rollout.draw), rollout.sample_index == 0
+        right = fate == "right" or (fate not in ("wrong", "cut") and rollout.sample_index == 1)
+        label = "fault" if fate == "faults" or (fate == "one fault" and first) else "correct" if right else "wrong"
+        future: Future[Verdict] = Future()
+        future.set_result(Verdict(cast(Any, label), None, "told"))
+        return future
+
+    def close(self) -> None: ...
+
+
+class Trainer:
+    """Remembers what it was trained on; a minibatch with a group whose fate is "skipped" makes no update."""
+
+    group = None
+    num_not_finite = 0
+    model = None
+
+    def __init__(self, life: Life, problems: Sequence[Problem]) -> None:
+        self._life, self._problems = life, problems
+        self.num_updates = 0
+        self.log: list[tuple[str, int, bool]] = []  # problem, epoch, whether an update was made
+
+    def step(self, samples: Sequence[Sample], *args: Any) -> StepStats:
+        self._life.tick()
+        drawn = {(str(s.tokens[0]), int(s.tokens[1])) for s in samples}
+        skipped = any(self._life.fate(*each) == "skipped" for each in drawn)
+        self.log += [(*each, not skipped) for each in sorted(drawn)]
+        self.num_updates += 1
+        self._life.tick()
+        names = ("entropy", "clip_fraction", "ratio", "approx_kl", "logprob_diff", "logprob_diff_max")
+        return StepStats(
+            0.0, 0.0, 0.0, 1, len(samples), 1, dict.fromkeys(names, 0.0), "told to skip" if skipped else None
+        )
+
+
+@dataclass
+class Sync:
+    life: Life
+    route: str = "alias"
+
+    def __call__(self, version: int) -> SyncReport:
+        self.life.tick()
+        return SyncReport(version, "alias", 0.0, 0, 0.0, "equal")
+
+
+def stand_in_for_tensors(monkeypatch: pytest.MonkeyPatch, life: Callable[[], Life]) -> None:
+    """Checkpoints of the trainer's stand-in; every write and rename may be the last."""
+
+    def write(log: Any, path: Path, group: Any) -> None:
+        life().tick()
+        path.mkdir(parents=True)
+        (path / "log.json").write_text(json.dumps(log.weights))
+        life().tick()
+
+    def load(path: Path, trainer: Any) -> None:
+        trainer.num_updates, log = json.loads((path / "log.json").read_text())
+        trainer.log = [tuple(each) for each in log]
+
+    def ticking(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **more: Any) -> Any:
+            life().tick()
+            result = function(*args, **more)
+            life().tick()
+            return result
+
+        return call
+
+    copied = lambda trainer: SimpleNamespace(weights=[trainer.num_updates, list(trainer.log)])  # noqa: E731
+    monkeypatch.setattr(checkpoint, "snapshot", copied)
+    monkeypatch.setattr(checkpoint, "write", write)
+    monkeypatch.setattr(checkpoint, "load", load)
+    monkeypatch.setattr(state, "save_model", lambda *_, **__: life().tick())
+    monkeypatch.setattr(state, "_fsync", lambda _: None)
+    monkeypatch.setattr(os, "fsync", lambda _: None)
+    for owner, name in ((JsonLines, "append"), (JsonLines, "cut"), (RunDir, "write_rollouts"), (os, "replace")):
+        monkeypatch.setattr(owner, name, ticking(getattr(owner, name)))
+
+
+def live(config: RLConfig, life: Life) -> tuple[Trainer, DataOrder]:
+    """Run until the end, starting again after each kill."""
+    problems = [Problem(str(i), ({"role": "user", "content": str(i)},), "0") for i in range(7)]
+    while True:
+        trainer, words = Trainer(life, problems), cast(Any, Words())
+        stop, order = Stop(), DataOrder([p.uid for p in problems], 0)
+        sampler = Sampler(cast(Any, Engine(life)), words, Judge(life), NoView(), stop)
+        try:
+            with ExitStack() as stack:
+                run = stack.enter_context(RunDir(config))
+                parts = [config, problems, [], order, words, trainer, None, sampler, Sync(life), run, NoView(), stop]
+                run_rl(RLParts(*cast(Any, parts)))
+            return trainer, order
+        except Killed:
+            life.kills.pop(0)
+            life.calls, life.dead = 0, False
+
+
+def expected_reason(fate: str, config: RLConfig) -> str | None:
+    """Why a group is dropped, None where it is trained on."""
+    if fate == "faults":
+        return "3 of 3 rollouts faulted or aborted"
+    if config.rollout.dynamic_rounds and fate in ("right", "wrong", "cut"):
+        return f"dynamic sampling: {'all' if fate == 'right' else 'none'} right"
+    if fate == "aborted":
+        return "3 of 3 rollouts faulted or aborted"
+    return "all responses truncated, and algo.mask_truncated is on" if fate == "cut" else None
+
+
+def check(config: RLConfig, life: Life, trainer: Trainer, order: DataOrder) -> list[dict[str, Any]]:
+    """Everything that I6 says of a run that has ended. Returns the ledger."""
+    run = Path(config.run.dir)
+    lines = list(read_lines(run / "ledger.jsonl"))
+    drawn: list[Drawn] = [(line["uid"], line["draw"]) for line in lines]
+    at = order.state()
+    assert len(drawn) == at["epoch"] * 7 + at["position"], "what the order gave is what the ledger has"
+    assert len(set(drawn)) == len(drawn), "none twice in an epoch"
+    whole = Counter(epoch for _, epoch in drawn)
+    assert all(whole[epoch] == 7 for epoch in range(at["epoch"])), "none missing"
+    for line in lines:
+        assert set(line) == {"step", "uid", "draw", "outcome"} | ({"reason"} if line["outcome"] == "dropped" else set())
+    assert [line["step"] for line in lines] == sorted(line["step"] for line in lines)
+    steps = [event for event in read_lines(run / "journal.jsonl") if event["event"] == "step"]
+    assert [event["step"] for event in steps] == list(range(1, config.num_steps + 1))
+    assert Counter(line["step"] for line in lines) == {e["step"]: e["num_prompts"] for e in steps if e["num_prompts"]}
+    learned: list[Drawn] = [(uid, draw) for uid, draw, updated in trainer.log if updated]
+    assert len(learned) == len(set(learned)), "none trained on twice"
+    assert set(learned) == {(line["uid"], line["draw"]) for line in lines if line["outcome"] == "trained"}
+    seen = {(uid, draw) for uid, draw, _ in trainer.log}
+    for line in lines:
+        fate = expected_reason(life.fate(line["uid"], line["draw"]), config)
+        if (line["uid"], line["draw"]) in seen:
+            assert fate is None
+            assert line.get("reason") in (None, "told to skip")
+        else:  # where all advantages of a step are 0, nothing of it is trained on
+            assert line["reason"] == (fate or "all advantages are 0")
+    return lines
+
+
+RUNS = st.fixed_dictionaries(
+    {
+        "fates": st.lists(st.sampled_from(FATES), min_size=1, max_size=12),
+        "kills": st.lists(st.integers(1, 150), max_size=5),
+        "num_steps": st.integers(1, 6),
+        "prompts": st.integers(1, 7),
+        "rounds": st.sampled_from([0, 0, 1, 3]),
+        "minibatches": st.integers(1, 3),
+        "save_every": st.integers(1, 3),
+    }
+)
+
+
+def prove(run: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    lives: list[Life] = []
+    stand_in_for_tensors(monkeypatch, lambda: lives[-1])
+    ledgers: list[list[dict[str, Any]]] = []
+    prompts = -(-run["prompts"] // run["minibatches"]) * run["minibatches"]
+    for kills in ([], run["kills"]):
+        with tempfile.TemporaryDirectory() as folder:
+            tree: dict[str, Any] = {
+                "num_steps": run["num_steps"],
+                "run": {"dir": folder},
+                "model": {"path": "none"},
+                "data": {"train": "none", "max_prompt_tokens": 1},
+                "rollout": {"prompts_per_step": prompts, "samples_per_prompt": SAMPLES, "max_new_tokens": 2}
+                | {"dynamic_rounds": run["rounds"]},
+                "algo": {"minibatches": run["minibatches"], "advantage": "grpo", "mask_truncated": True},
+                "train": {"save_every": run["save_every"], "keep_checkpoints": 1},
+                "verify": {"max_fault_rate": 1.0},
+            }
+            config = load_config(tree)
+            lives.append(Life(run["fates"], list(kills)))
+            ledgers.append(check(config, lives[-1], *live(config, lives[-1])))
+    assert ledgers[0] == ledgers[1], "kills leave no trace"
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(run=RUNS)
+def test_every_prompt_drawn_is_accounted_for(run: dict[str, Any]):
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        prove(run, monkeypatch)
+
+
+@pytest.mark.slow
+@settings(max_examples=1000, deadline=None)
+@given(run=RUNS)
+def test_every_prompt_drawn_is_accounted_for_in_many_runs(run: dict[str, Any]):
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        prove(run, monkeypatch)
