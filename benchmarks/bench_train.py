@@ -13,9 +13,9 @@ large: the GPU form, whole optimizer steps. It has NOT been run on a GPU.
 
 Every system is a process of its own that loads once and is warmed; they take turns, each with all cores, the others
 stopped. Medians are of the rounds, ratios taken round by round. Threads sleep at OpenMP's barriers, as Pekoe's command
-line has it (decision 0002), but for "-spin", which leaves OpenMP's default: faster alone, much slower as soon as anybody
-else wants a core. "trl" is in float32, without gradient checkpointing, all 16 rows in one micro-batch (8 are no faster);
-"trl-defaults" is as trl comes: bf16, checkpointing, 8 rows. Results become a file with --out.
+line has it (decision 0002), but for "-spin", which leaves OpenMP's default: faster alone, much slower as soon as
+anybody else wants a core. "trl" is in float32, without gradient checkpointing, all 16 rows in one micro-batch (8 are no
+faster); "trl-defaults" is as trl comes: bf16, checkpointing, 8 rows. Results become a file with --out.
 """
 
 from __future__ import annotations

@@ -18,6 +18,7 @@ from train_worker import OBJECTIVE, make_trainer, sample_of
 
 from pekoe.core.spec import ModelSpec, RopeSpec
 from pekoe.model import Decoder
+from pekoe.train.predict import predict
 
 Q7B = Shape("q7b", 152064, 3584, 28, 28, 4, 18944, {}, 8192, (256, 27136))
 LARGE = {shape.name: shape for shape in (SHAPES["nano"], SHAPES["q1.5b"], Q7B)}
@@ -50,13 +51,23 @@ def make_model(spec: ModelSpec, device: torch.device) -> Decoder:
     return model
 
 
+def room(device: torch.device) -> int:
+    """Bytes that may be used: all but a fiftieth of a GPU's. On a CPU, where models are small, no limit."""
+    return int(0.98 * torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else 1 << 50
+
+
 def measure(name: str, spec: ModelSpec, device: torch.device, rounds: int, options: dict[str, Any]) -> dict[str, Any]:
     """Whole optimizer steps: tokens/s, and which share of torch.matmul's FLOP/s at the model's own shapes they reach
     (MFU against what was measured, not against a data sheet; recomputation is not counted). Raises OutOfMemoryError."""
     case = case_of(name)
     torch.manual_seed(0)
-    trainer = make_trainer(make_model(spec, device), case.budget, torch.bfloat16, **options)
     samples = [sample_of(row) for row in case.rows()[0]]
+    longest, again = max(map(len, samples)), bool(options.get("activation_checkpointing"))
+    predicted = predict(spec, case.budget, longest, torch.bfloat16, again, device.type)
+    budget = min(case.budget, predicted.largest_budget(room(device)))
+    if budget < longest:
+        raise torch.OutOfMemoryError(f"predicted: {predicted.total / 2**30:.0f} GiB")
+    trainer = make_trainer(make_model(spec, device), budget, torch.bfloat16, **options)
     warm = trainer.step(samples, OBJECTIVE)
     peak = Peak()
     if device.type == "cuda":
@@ -65,18 +76,20 @@ def measure(name: str, spec: ModelSpec, device: torch.device, rounds: int, optio
     memory = peak.about() if device.type == "cpu" else {"peak_bytes": torch.cuda.max_memory_allocated()}
     lengths = list(map(len, samples))
     count = flops(spec, lengths, warm.num_targets)
-    targets = round(case.budget * warm.num_targets / warm.num_tokens)
-    ceiling = Ceiling(trainer.model, case.budget, targets, torch.bfloat16)
+    targets = round(budget * warm.num_targets / warm.num_tokens)
+    ceiling = Ceiling(trainer.model, budget, targets, torch.bfloat16)
     matmul_s = statistics.median([ceiling.measure() for _ in range(rounds + 1)][1:])
     step_s = statistics.median(taken)
     return {
         "parameters": spec.num_parameters,
         "layers": spec.num_layers,
         "num_sequences": len(samples),
-        "longest": max(lengths),
+        "longest": longest,
         "num_tokens": warm.num_tokens,
         "num_microbatches": warm.num_microbatches,
-        "token_budget": case.budget,
+        "token_budget": budget,
+        "trainer": options,
+        "predicted_bytes": predict(spec, budget, longest, torch.bfloat16, again, device.type).total,
         "loss": warm.loss,
         "seconds": taken,
         "tokens_per_s": warm.num_tokens / step_s,
@@ -94,6 +107,7 @@ def run(
 ) -> dict[str, Any] | None:
     """`measure`; where memory does not bear the whole model, with half its layers, and so on."""
     spec = spec_of(name)
+    options = {"activation_checkpointing": name != "nano"} | options
     while spec.num_layers:
         try:
             return measure(name, spec, device, rounds, options)

@@ -75,6 +75,7 @@ def test_systems_are_given_the_same(module: Any):
     assert sum(map(len, rows[0])) <= case.budget  # one micro-batch, as trl's
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(240)
 def test_a_run_measures_and_reports(repository: Path, tmp_path: Path):
     argv = ("--quick", "--sections", "packed", "flops", "memory")
@@ -97,6 +98,7 @@ def test_a_run_measures_and_reports(repository: Path, tmp_path: Path):
     assert "Packed beside padded" in shown
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(120)
 def test_the_gpu_form_runs_on_a_cpu(repository: Path, tmp_path: Path):
     results, shown = run(repository, tmp_path / "results.json", "--smoke")
