@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from pekoe.core import RLConfig, UserError, load_config
+from pekoe.core import RLConfig, SFTConfig, UserError, load_config
 from pekoe.core.view import NoView
 from pekoe.data.problems import read_problems
 from pekoe.data.sft_data import read_demonstrations
-from pekoe.run.demo import NUM_WORKED, make_data, rl_recipe, run_demo
+from pekoe.run.demo import NUM_WORKED, make_data, rl_recipe, run_demo, sft_recipe
 
 
 def test_the_laptop_recipe_is_the_demos_rl_stage(repository: Path):
@@ -17,6 +17,11 @@ def test_the_laptop_recipe_is_the_demos_rl_stage(repository: Path):
     made = load_config(rl_recipe(Path("runs/demo"), 0), ["run.dir=runs/laptop"])
     assert on_file == made
     assert isinstance(on_file, RLConfig)
+
+
+def test_the_sft_recipe_is_the_demos_sft_stage(repository: Path):
+    on_file = load_config(repository / "recipes" / "sft.toml", kind=SFTConfig)
+    assert on_file == load_config(sft_recipe(Path("runs/demo"), 0), ["run.dir=runs/sft"], SFTConfig)
 
 
 @pytest.mark.slow
