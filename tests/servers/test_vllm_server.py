@@ -131,16 +131,24 @@ def test_evaluation_may_truncate(engine: VLLMEngine, models: list[Decoder], make
 
 def test_abort_of_one_and_of_all(engine: VLLMEngine, models: list[Decoder], make_prompt: MakePrompt):
     prompts = [make_prompt(f"p{i}", 20, VOCAB) for i in range(3)]
-    running = engine.generate(prompts, SamplingParams(n=2, max_new_tokens=2500))
-    threading.Thread(target=lambda: (wait_running(engine), engine.abort(["p1"]))).start()
-    aborted = [next(running) for _ in range(2)]
-    assert {(r.uid, r.finish_reason) for r in aborted} == {("p1", "abort")}
-    engine.abort()
-    rest = list(running)
-    assert {(r.uid, r.finish_reason) for r in rest} == {("p0", "abort"), ("p2", "abort")}
-    for rollout in aborted + rest:
-        assert rollout.num_tokens < 2500
-        assert not rollout.num_tokens or difference(models[0], rollout) <= 1e-4
+    for _ in range(8):  # on a busy machine the responses may end before the abort comes: try again
+        running = engine.generate(prompts, SamplingParams(n=2, max_new_tokens=2500))
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            pool.submit(wait_running, engine)
+            aborting = pool.submit(engine.abort, ["p1"])
+            rollouts = [next(running) for _ in range(2)]
+            aborting.result(timeout=60)
+        first = {(r.uid, r.finish_reason) for r in rollouts}
+        engine.abort()
+        rest = list(running)
+        rollouts += rest
+        assert len(rollouts) == 6
+        for rollout in rollouts:
+            assert (rollout.num_tokens < 2500) == (rollout.finish_reason == "abort")
+            assert not rollout.num_tokens or difference(models[0], rollout) <= 1e-4
+        if first == {("p1", "abort")} and {r.finish_reason for r in rest} == {"abort"}:
+            return
+    raise AssertionError("no abort met a response in the middle")
 
 
 @pytest.mark.parametrize("route", ["disk", "shm", "broadcast"])
