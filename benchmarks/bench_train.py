@@ -12,10 +12,11 @@ backward, beside torch.matmul's on the same shapes. memory: log-probs over a lar
 large: the GPU form, whole optimizer steps. It has NOT been run on a GPU.
 
 Every system is a process of its own that loads once and is warmed; they take turns, each with all cores, the others
-stopped. Medians are of the rounds, ratios taken round by round. Threads sleep at OpenMP's barriers, as Pekoe's command
-line has it (decision 0002), but for "-spin", which leaves OpenMP's default: faster alone, much slower as soon as
-anybody else wants a core. "trl" is in float32, without gradient checkpointing, all 16 rows in one micro-batch (8 are no
-faster); "trl-defaults" is as trl comes: bf16, checkpointing, 8 rows. Results become a file with --out.
+stopped. Medians are of the rounds, ratios taken round by round. Threads wait at OpenMP's barriers as Pekoe's command
+line has it (decision 0002), but for "-spin", which leaves OpenMP's default: slower as soon as anybody else wants a
+core. "trl" is in float32, without gradient checkpointing, all 16 rows in one micro-batch (8 are no faster);
+"trl-defaults" is as trl comes: bf16, checkpointing, 8 rows. "packed-bf16" multiplies in bf16 too. Results become a file
+with --out.
 """
 
 from __future__ import annotations
@@ -38,6 +39,8 @@ from rollout_cases import SHAPES
 from rollout_hosts import Failed, Worker, closing
 from train_cases import Case, packed_case, trl_case
 
+from pekoe.cli import WAITING
+
 HERE = Path(__file__).resolve().parent
 SECTIONS = ("packed", "trl", "flops", "memory")
 ASK_LIMIT_S, START_LIMIT_S = 900.0, 120.0
@@ -47,6 +50,7 @@ TUNED = {"rows": 16, "bf16": False, "checkpointing": False}
 BESIDE_TRL: dict[str, dict[str, Any]] = {
     "packed": {},
     "packed-spin": {},
+    "packed-bf16": {"bf16": True},
     "trl": TUNED,
     "trl-spin": TUNED,
     "trl-defaults-spin": {"rows": 8, "bf16": True, "checkpointing": True},
@@ -131,9 +135,9 @@ class Bench:
         options = {"case": case.options(), "threads": self.args.threads, "trainer": self.args.trainer} | more
         env = {"OMP_NUM_THREADS": str(self.args.threads), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
         if not name.endswith("-spin"):
-            env["OMP_WAIT_POLICY"] = "PASSIVE"
+            env |= WAITING
         python, script = (self.trl, "train_trl.py") if is_trl else (sys.executable, "train_worker.py")
-        system, log = name.removesuffix("-spin"), self.place / f"{directory.name}-{name}.log"
+        system, log = name.removesuffix("-spin").removesuffix("-bf16"), self.place / f"{directory.name}-{name}.log"
         worker = Worker(system, python, directory, options, env, log, START_LIMIT_S, HERE / script)
         self.results["versions"] |= {k: v for k, v in worker.about.items() if isinstance(v, str)}
         return worker
@@ -212,7 +216,8 @@ def available_bytes() -> int:
 def main(argv: Sequence[str] | None = None) -> None:
     args = arguments(argv)
     start = time.perf_counter()
-    os.environ.pop("OMP_WAIT_POLICY", None)  # each system has its own
+    for variable in WAITING:
+        os.environ.pop(variable, None)  # each system has its own
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # workers are closed on the way out
     with tempfile.TemporaryDirectory(prefix="pekoe-bench-") as place:
         bench = Bench(args, Path(place))

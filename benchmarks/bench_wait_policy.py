@@ -1,4 +1,4 @@
-"""What OpenMP's wait policy costs: one optimizer step, alone and beside a busy process (decision 0002).
+"""What waiting at OpenMP's barriers costs: one optimizer step, alone and beside a busy process (decision 0002).
 
     python benchmarks/bench_wait_policy.py
 
@@ -14,7 +14,10 @@ import subprocess
 import sys
 import time
 
-NUM_SEQUENCES, NUM_STEPS, NUM_ROUNDS = 64, 4, 3
+NUM_SEQUENCES, NUM_STEPS, NUM_ROUNDS = 64, 6, 3
+VARIABLES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
+SPINS = [f"GOMP_SPINCOUNT={count}" for count in (100, 1000, 10_000, 100_000)]
+CASES = ["", "OMP_WAIT_POLICY=ACTIVE", "OMP_WAIT_POLICY=PASSIVE", *SPINS]
 
 
 def child() -> None:
@@ -46,10 +49,9 @@ def child() -> None:
     print(statistics.median(seconds))
 
 
-def measure(policy: str | None, busy: bool) -> float:
-    environment = {k: v for k, v in os.environ.items() if k != "OMP_WAIT_POLICY"}
-    if policy:
-        environment["OMP_WAIT_POLICY"] = policy
+def measure(case: str, busy: bool) -> float:
+    environment = {k: v for k, v in os.environ.items() if k not in VARIABLES}
+    environment |= dict([case.split("=")] if case else [])
     other = subprocess.Popen([sys.executable, "-c", "while True: pass"]) if busy else None
     try:
         done = subprocess.run(
@@ -63,13 +65,13 @@ def measure(policy: str | None, busy: bool) -> float:
 
 
 def main() -> None:
-    cases = [(policy, busy) for busy in (False, True) for policy in (None, "ACTIVE", "PASSIVE")]
-    seconds: dict[str, list[float]] = {}
+    seconds: dict[str, dict[str, list[float]]] = {}
     for _ in range(NUM_ROUNDS):
-        for policy, busy in cases:
-            name = f"{policy or 'unset'}, {'beside a busy process' if busy else 'alone'}"
-            seconds.setdefault(name, []).append(measure(policy, busy))
-    print(json.dumps({name: round(statistics.median(values), 3) for name, values in seconds.items()}, indent=1))
+        for busy in ("alone", "beside a busy process"):
+            for case in CASES:
+                seconds.setdefault(case or "unset", {}).setdefault(busy, []).append(measure(case, busy != "alone"))
+    medians = {c: {b: round(statistics.median(v), 3) for b, v in values.items()} for c, values in seconds.items()}
+    print(json.dumps(medians, indent=1))
 
 
 if __name__ == "__main__":

@@ -15,6 +15,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from pekoe.cli import WAITING
+
 WORKER = Path(__file__).with_name("rollout_worker.py")
 KEEPER = Path(__file__).resolve().parent.parent / "pekoe/engine/keeper.py"  # ends the group should we be killed
 CLOSE_LIMIT_S = 20.0
@@ -158,11 +160,11 @@ def vllm_layouts(threads: int) -> dict[str, dict[str, str]]:
 
 
 def environment(system: str, options: dict[str, Any], python: str) -> dict[str, str]:
-    """What a worker's environment adds to ours. Pekoe's command line sets the wait policy (decision 0002)."""
+    """What a worker's environment adds to ours. Pekoe's command line says how threads wait (decision 0002)."""
     threads = options["threads"]
     env = {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     if system == "embedded":
-        env["OMP_WAIT_POLICY"] = "PASSIVE"
+        env |= WAITING
     if system == "vllm":
         env |= {"VLLM_HOST_IP": "127.0.0.1", "VLLM_NO_USAGE_STATS": "1"}
         if options["device"] == "cpu":

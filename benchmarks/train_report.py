@@ -42,11 +42,18 @@ def beside(case: Case, rounds: dict[str, list[Result]]) -> Result:
             "peak_bytes": answers[-1]["peak_bytes"],
         }
     about = case.options() | {"tokens_per_step": sum(s["tokens"] for s in ours[0]["steps"]) / len(ours[0]["steps"])}
-    trl = [one["step_s"] for name, one in systems.items() if name.startswith("trl")]
-    spinning = systems.get("packed-spin", systems["packed"])["step_s"]
-    fastest = {"fastest_trl_over_packed": min(trl) / systems["packed"]["step_s"]} if trl else {}
-    fastest |= {"fastest_trl_over_fastest_packed": min(trl) / min(spinning, systems["packed"]["step_s"])} if trl else {}
-    return fastest | {
+    seconds = {name: one["step_s"] for name, one in systems.items()}
+    pairs = {
+        "float32": (("trl", "trl-spin"), ("packed",)),
+        "float32, each at its fastest": (("trl", "trl-spin"), ("packed", "packed-spin")),
+        "bf16": (("trl-defaults-spin",), ("packed-bf16",)),
+    }
+    faster = {
+        name: min(seconds[s] for s in theirs) / min(seconds[s] for s in mine)
+        for name, (theirs, mine) in pairs.items()
+        if seconds.keys() >= {*theirs, *mine}
+    }
+    return ({"faster_than_trl": faster} if faster else {}) | {
         "case": about,
         "num_rounds": len(ours),
         "steps_a_round": len(ours[0]["steps"]),
@@ -59,10 +66,8 @@ def show(results: Result) -> None:
         CONSOLE.print(_beside(f"Packed beside padded, {model}", found))
     for model, found in results["trl"].items():
         CONSOLE.print(_beside(f"Beside trl's GRPOTrainer, {model}", found))
-        if "fastest_trl_over_packed" in found:
-            best = found["fastest_trl_over_fastest_packed"]
-            text = f"fastest trl / packed {found['fastest_trl_over_packed']:.2f}, / fastest packed {best:.2f}"
-            CONSOLE.print(text, highlight=False)
+        for name, ratio in found.get("faster_than_trl", {}).items():
+            CONSOLE.print(f"{name}: {ratio:.2f} times as fast as trl", highlight=False)
     if results["flops"]:
         CONSOLE.print(_flops(results["flops"]))
     if results["memory"]:

@@ -103,7 +103,8 @@ class Worker:
         torch.set_num_threads(options["threads"])
         self.case = Case.of(options["case"])
         self.model = load_model(directory)
-        self.trainer = make_trainer(self.model, self.case.budget, kind=TRAINERS[system], **options["trainer"])
+        dtype = torch.bfloat16 if options.get("bf16") else torch.float32
+        self.trainer = make_trainer(self.model, self.case.budget, dtype, TRAINERS[system], **options["trainer"])
         self.minibatches = [[sample_of(row) for row in rows] for rows in self.case.rows()]
         self.done = 0
         self.peak = Peak()

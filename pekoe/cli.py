@@ -33,6 +33,11 @@ app = typer.Typer(
 )
 C = TypeVar("C", bound=Config)
 
+# How OpenMP's threads wait at barriers, set before torch is loaded: they spin a little and then sleep (decision 0002).
+# Threads that only spin make a step several times slower as soon as another process (a judge, say) wants a core;
+# threads that sleep at once make small models slow on a machine that is quiet. Other runtimes than GNU's just sleep.
+WAITING = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "1000"}
+
 Recipe = Annotated[str, typer.Argument(metavar="RECIPE.toml", help="the recipe")]
 Overrides = Annotated[
     list[str] | None,
@@ -243,9 +248,8 @@ def _main(
 
 def main() -> None:
     """Entry point. Exit status: 0 done, 1 the run failed, 2 the user's input is wrong, 130 interrupted."""
-    # Before torch is loaded. Threads that spin at OpenMP barriers make a step up to ten times slower as soon as
-    # another process (a judge, say) wants a core; with threads that sleep it is what the lost core costs.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if not WAITING.keys() & os.environ:
+        os.environ |= WAITING
     try:
         app(prog_name="pekoe")
     except UserError as error:
