@@ -1,4 +1,4 @@
-r"""Finding the final answer: the content of the last complete `\boxed{...}` (or `\fbox{...}`) of a response."""
+r"""Finding the final answer: the last complete `\boxed{...}` (or `\fbox{...}`) of a response, or what it says it is."""
 
 from __future__ import annotations
 
@@ -7,6 +7,19 @@ import re
 # One match takes a whole run of backslashes, so that no character is looked at twice and `\{` is told from `\\{`:
 # after an odd run a brace is escaped, after an even one it is a brace. `++` never gives back what it took.
 _TOKEN = re.compile(r"\\++(?:(?P<box>(?:boxed|fbox)\s*+\{)|(?P<brace>[{}]))?|[{}]")
+
+
+# What may stand between two boxes that are one answer: `\boxed{1}, \boxed{2} and \boxed{3}`.
+_LINK = re.compile(r"(?:\s|\$|\\[()\[\],;! ]|\\q?quad|,|;|and|\\text\s*\{\s*,?\s*and\s*\}|[a-z](?:_[0-9])?\s*=){1,40}")
+_MAX_BOXES = 20
+
+_WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{3,}")
+_SENTENCE = re.compile(r"(?<=[^0-9\s])\.\s+|(?<=[0-9])\.\s+(?=[A-Z])|\n\n+")
+_SAYS = re.compile(r"=|:|\b(?:is|are|equals|was|be)\b|\\Rightarrow|\\implies")
+_MATHS = re.compile(r"\$\$([^$]+)\$\$|\$([^$\n]+)\$|\\\(([^\n]+?)\\\)|\\\[(.+?)\\\]", re.DOTALL)
+_DENIES = re.compile(r"(?i)\b(?:cannot|can't|not|no|impossible)\b")
+_ANSWER = re.compile(r"(?i)\banswer\b")
+_CLOSING = re.compile(r"(?is)\s*(?:i hope (?:it|this) is correct.*|<\|im_(?:start|end)\|>.*)$")
 
 
 def last_boxed(text: str) -> str | None:
@@ -18,22 +31,65 @@ def last_boxed(text: str) -> str | None:
     if opens < 0:
         return None
     # Most responses end with their only box: look there first, and read the whole only if that box is not complete.
-    found = _scan(text, opens)
-    return found if found is not None else _scan(text, 0)
+    found = _boxes(text, opens) or _boxes(text, 0)
+    if not found:
+        return None
+    _, start, end = max(found, key=lambda box: box[1])
+    return text[start:end]
 
 
-def _scan(text: str, start: int) -> str | None:
-    stack: list[int] = []  # where the content of each open box begins; -1 for a plain brace
-    best = (-1, -1)
-    for match in _TOKEN.finditer(text, start):
+def linked_boxes(text: str) -> list[str]:
+    r"""Return the contents of the last box and of those that lead up to it as one answer (`\boxed{1}, \boxed{2}`)."""
+    tail = text[-4000:]
+    boxes = sorted(_boxes(tail, 0))
+    linked = [tail[start:end] for _, start, end in boxes[-1:]]
+    for before, after in zip(reversed(boxes[:-1]), reversed(boxes), strict=False):
+        if len(linked) >= _MAX_BOXES or not _LINK.fullmatch(tail[before[2] + 1 : after[0]]):
+            break
+        linked.insert(0, tail[before[1] : before[2]])
+    return linked
+
+
+def is_prose(text: str) -> bool:
+    """Whether `text` is sentences rather than an expression."""
+    return len(_WORD.findall(re.sub(r"\\text[a-z]*\s*\{[^{}]*\}", "", text[:4000]))) >= 4
+
+
+def conclusion(text: str) -> str | None:
+    """Return what the last sentence of `text` says something is: `... so the answer is 10.` gives `10`."""
+    text = _CLOSING.sub("", text[-2000:]).strip()
+    if _DENIES.search(text):
+        return None
+    sentence = next((one for one in reversed(_SENTENCE.split(text)) if one.strip(" .$")), "")
+    *_, said = _SAYS.split(sentence)
+    said = said.strip().rstrip(".").strip()
+    if said != sentence.strip().rstrip(".") and said.strip("$ ") and len(_WORD.findall(said)) <= 3:
+        maths = _MATHS.findall(said)
+        return next(filter(None, maths[-1])).strip() if maths else said.strip("$ ")
+    return None
+
+
+def unboxed(text: str) -> str | None:
+    """Return what a response without a box says that the answer is, after the last word "answer"."""
+    last = None
+    for last in _ANSWER.finditer(text, max(0, len(text) - 2000)):
+        pass
+    return conclusion(text[last.end() :].split("\n\n")[0] if last else "") if last else None
+
+
+def _boxes(text: str, first: int) -> list[tuple[int, int, int]]:
+    """The complete boxes from `first` on: where the command, the content and its closing brace begin."""
+    stack: list[tuple[int, int]] = []  # of each open box; (-1, -1) for a plain brace
+    found: list[tuple[int, int, int]] = []
+    for match in _TOKEN.finditer(text, first):
         token = match[0]
         if match["box"]:
-            stack.append(match.end())
+            stack.append((match.start(), match.end()))
             continue
         if token[-1] == "\\" or (match["brace"] and len(token) % 2 == 0):  # a bare run, or an escaped brace
             continue
         if token[-1] == "{":
-            stack.append(-1)
-        elif stack and (opened := stack.pop()) > best[0]:
-            best = (opened, match.start("brace") if match["brace"] else match.start())
-    return text[best[0] : best[1]] if best[0] >= 0 else None
+            stack.append((-1, -1))
+        elif stack and (opened := stack.pop()) != (-1, -1):
+            found.append((*opened, match.start("brace") if match["brace"] else match.start()))
+    return found

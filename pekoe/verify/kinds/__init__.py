@@ -6,7 +6,7 @@ from pekoe.core.errors import UserError, nearest
 from pekoe.verify.kinds import math
 from pekoe.verify.kinds.base import Kind
 
-KINDS: dict[str, Kind] = {kind.name: kind for kind in (math.KIND,)}
+KINDS: dict[str, Kind] = {kind.name: kind for kind in (math.KIND, math.UNBOXED)}
 
 
 def find_kind(name: str) -> Kind:

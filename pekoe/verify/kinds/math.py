@@ -18,7 +18,8 @@ import re
 from typing import Any, NamedTuple, cast
 
 from pekoe.core.types import Label, Verdict
-from pekoe.verify.extract import last_boxed
+from pekoe.verify import numeric
+from pekoe.verify.extract import conclusion, is_prose, last_boxed, linked_boxes, unboxed
 from pekoe.verify.kinds.base import Kind
 
 MAX_ANSWER_CHARS = 10_000  # no answer is this long; a list of 40,000 numbers would only buy time in the parser
@@ -26,6 +27,7 @@ MAX_ANSWER_CHARS = 10_000  # no answer is this long; a list of 40,000 numbers wo
 _UNICODE = str.maketrans(
     {"\N{MINUS SIGN}": "-", "\N{EN DASH}": "-", "\N{MULTIPLICATION SIGN}": r"\times ", "∞": r"\infty ", "π": r"\pi "}
     | {"·": r"\cdot ", "÷": "/", "≤": r"\leq ", "≥": r"\geq ", "≠": r"\neq ", "°": r"^\circ ", "²": "^2", "³": "^3"}
+    | {"\x0c": r"\f", "\x08": r"\b", "€": "", "£": "", "¥": ""}  # \frac and \binom, read as escapes; currencies
     | {"\N{UNION}": r"\cup ", "∩": r"\cap ", "∅": r"\emptyset ", "½": r"\frac{1}{2}", "¾": r"\frac{3}{4}"}
 )
 _REWRITES = [
@@ -36,6 +38,7 @@ _REWRITES = [
         (r"√", r"\\sqrt"),
         (r"(^|[(\[,] ?)\+(?= ?\\infty)", r"\1"),
         (r"(?<![A-Za-z\\])pi(?![A-Za-z])", r"\\pi "),
+        (r"\^\s*$", ""),
         (r"\\varnothing", r"\\emptyset"),
         (r" (\\?%)", r"\1"),
         (r"(?<=[0-9])(?: |\\,|\\ )(?=[0-9]{3}(?![0-9]))", ""),  # 1 000
@@ -46,6 +49,8 @@ _REWRITES = [
 ]
 _TEXT_GROUP = re.compile(r"\\(?:text[a-z]*|mbox|math(?:rm|it|bf)) ?\{[^{}]*\}")
 _PLAIN = re.compile(r"[+-]?(?:[0-9]{1,40}|[0-9]{1,3}(?:,[0-9]{3}){1,12})")
+_PARTS, _BRACKETS = re.compile(r",(?![0-9]{3})|;|\band\b"), re.compile(r"\([^()]*\)|\[[^\[\]]*\]")
+_COMMA, _POINT = re.compile(r"-?(?:[0-9]+,[0-9]{1,2}|0,[0-9]+)"), re.compile(r"-?[0-9]+\.[0-9]+")
 _VARIABLE = re.compile(r"[A-Za-z]")
 _BASE = re.compile(r"[0-9]_\{?([0-9]+)")
 
@@ -150,6 +155,26 @@ def prepare(response: str, gold: Any) -> Verdict | str:
     answer = last_boxed(response)
     if answer is None:
         return Verdict("unparsed", None, r"no complete \boxed{...}")
+    return _prepared(_several(response, golds) or answer, golds)
+
+
+def prepare_unboxed(response: str, gold: Any) -> Verdict | str:
+    """As `prepare`, but where no box is complete what follows the last "answer is" will do."""
+    golds = _golds(gold)
+    if golds and last_boxed(response) is None and (answer := unboxed(response)):
+        return _prepared(answer, golds)
+    return prepare(response, gold)
+
+
+def _several(response: str, golds: list[str]) -> str | None:
+    """Boxes side by side as one answer, where a reference is a list of as many."""
+    boxes = linked_boxes(response)
+    if len(boxes) > 1 and any(len(_PARTS.findall(_BRACKETS.sub("", gold))) == len(boxes) - 1 for gold in golds):
+        return ", ".join(boxes)
+    return None
+
+
+def _prepared(answer: str, golds: list[str]) -> Verdict | str:
     answer = answer.strip()
     if not answer:
         return Verdict("unparsed", answer, "the box is empty")
@@ -175,9 +200,29 @@ def _check_alone(value: Any, text: str) -> None:
 
 
 def _compare(gold: str, answer: str) -> Label:
+    label = _compare_once(gold, answer)
+    if label != "correct" and is_prose(answer) and not is_prose(gold) and (said := conclusion(answer)):
+        return _compare_once(gold, said)
+    return label
+
+
+def _second(reference: _Read, response: _Read, gold: str, answer: str) -> bool | None:
+    """The second judgement: on the texts as they are, else on them as math-verify normalises them."""
+    said = numeric.compare(_decimal_point(_tidy(gold), answer), _decimal_point(_tidy(answer), gold))
+    return numeric.compare(reference.text, response.text) if said is None else said
+
+
+def _decimal_point(text: str, other: str) -> str:
+    """1000,99 as 1000.99 where the other side has a decimal point."""
+    return text.replace(",", ".") if _COMMA.fullmatch(text) and _POINT.fullmatch(other.strip(" $")) else text
+
+
+def _compare_once(gold: str, answer: str) -> Label:
     reference, response = _read_both(gold, answer)
     if (reference.text, reference.unit) == (response.text, response.unit):
         return "correct"
+    if (said := _second(reference, response, gold, answer)) is not None:
+        return "correct" if said else "wrong"
     if reference.value is None:
         _check_alone(reference.value, gold)
     if response.value is None:
@@ -236,3 +281,4 @@ def warm_up() -> None:
 
 
 KIND = Kind("math", prepare, decide, check_reference, warm_up)
+UNBOXED = Kind("math-unboxed", prepare_unboxed, decide, check_reference, warm_up)

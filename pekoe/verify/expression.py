@@ -1,0 +1,420 @@
+r"""The second reader of answers: LaTeX, or plain text, to a small tree. Ours, so that it errs in other places than sympy's.
+
+A tree is a tuple whose head says what it is:
+
+    ("number", Fraction, is_decimal)  ("symbol", name)  ("text", words)
+    ("add", a, b)  ("mul", a, b)  ("div", a, b)  ("pow", a, b)  ("pm", a)  ("call", name, argument)  ("percent", a)
+    ("relation", operators, sides)  ("group", brackets, items)  ("list", items)  ("union", parts)  ("minus", a, b)
+    ("such_that", condition)  ("matrix", rows)  ("in", name, set)  ("or", parts)
+
+Whatever it does not know raises Unreadable: then this reader says nothing about the answer. Time is linear in the text,
+but for the depth of brackets, which is bounded.
+"""
+
+from __future__ import annotations
+
+import re
+from fractions import Fraction
+from typing import Any
+
+MAX_CHARS, MAX_DEPTH = 1_000, 40
+
+Tree = tuple[Any, ...]
+
+
+class Unreadable(ValueError):
+    """This reader has nothing to say about the text."""
+
+
+_FUNCTIONS = {"sin", "cos", "tan", "cot", "sec", "csc", "arcsin", "arccos", "arctan", "sinh", "cosh", "tanh", "ln", "exp"}
+_FUNCTIONS |= {"log", "lg", "max", "min", "gcd", "lcm"}
+_GREEK = set(
+    "alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta iota kappa lambda mu nu xi rho sigma tau upsilon"
+    " phi varphi chi psi omega Gamma Delta Theta Lambda Xi Sigma Phi Psi Omega ell".split()
+)
+_RELATIONS = {"=": "=", "<": "<", ">": ">", "leq": "<=", "le": "<=", "leqslant": "<=", "geq": ">=", "ge": ">="}
+_RELATIONS |= {"geqslant": ">=", "lt": "<", "gt": ">", "neq": "!=", "ne": "!=", "<=": "<=", ">=": ">=", "!=": "!="}
+_SKIPPED = {"left", "right", "big", "Big", "bigl", "bigr", "Bigl", "Bigr", "displaystyle", "limits", "quad", "qquad"}
+_CONSTANTS = {"pi": "pi", "infty": "infinity", "R": "reals"}
+_LINKS = (",", ";", "and", "or", "vee", "lor")
+_OPEN, _CLOSE = {"(": ")", "[": "]", "{": "}", "|": "|", "lfloor": "rfloor", "lceil": "rceil"}, set(")]}")
+_EMPTY = re.compile(r"(there (is|are) )?no (such )?(real |integer )?(solutions?|values?|roots?)|none|empty( set)?")
+
+_TOKEN = re.compile(
+    r"\s+|\\[,;:!> ]|~|\$"  # nothing
+    r"|\\(?:text[a-z]*|mbox|mathrm|operatorname|mathbf|mathit)\s*\{(?P<text>[^{}]*)\}"
+    r"|(?P<number>(?:[0-9]{1,3}(?:\{,\}[0-9]{3})+|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+)"
+    r"|\\(?P<command>[A-Za-z]+|[\\{}%|])"
+    r"|(?P<word>[A-Za-z]+)"
+    r"|(?P<symbol><=|>=|!=|.)"
+)
+_REWRITES = [
+    (re.compile(pattern), new)
+    for pattern, new in (
+        (r"\\[dtc]frac", r"\\frac"),
+        (r"\\mathbb ?\{?R\}?", r"\\R "),
+        (r"\\(?:\^|degree|circ)|\^ ?\{? ?\\circ ?\}?", r"\\text{degrees}"),
+        (r"\\(?:lbrace|rbrace)(?![a-z])", lambda m: "\\{" if m[0][1] == "l" else "\\}"),  # type: ignore[list-item]
+        (r"\\(?:mid|vert|lvert|rvert)(?![a-z])", "|"),
+        (r"\\(?:ldots|cdots|dots)(?![a-z])", r"\\text{dots}"),
+        (r"\\setminus|\\backslash", r"\\setminus "),
+        (r"\*\*", "^"),
+        (r",\s*\\!", ","),
+        (r"(?<=[0-9])(?:st|nd|rd|th)\b", ""),
+        (r"\\text\s*\{\s*for (?:all|any|every)\s*\} ?[a-z](?:, ?[a-z])* ?\\in ?\\[A-Za-z]+ ?(?:\{[A-Z]\})?(?:[_^](?:\{[^{}]*\}|\S))*", ""),
+    )
+]
+Token = tuple[str, str]
+
+
+def tokens_of(text: str) -> list[Token]:
+    """The tokens of `text`: (kind, value) with kinds number, word, text, command, symbol."""
+    for pattern, new in _REWRITES:
+        text = pattern.sub(new, text)
+    found: list[Token] = []
+    for match in _TOKEN.finditer(text):
+        kind = match.lastgroup
+        if kind is None or (kind == "command" and match[kind] in _SKIPPED):
+            continue
+        if kind == "word" and match[kind] not in _FUNCTIONS | {"pi", "or", "and", "sqrt", "infinity", "in"}:
+            if len(match[kind]) >= 3:
+                found.append(("text", match[kind]))
+            else:
+                found += [("word", letter) for letter in match[kind]]
+            continue
+        value = match[kind].strip()
+        is_link = kind == "text" and value.lower() in ("and", "or", "in")
+        found.append(("word", value.lower()) if is_link else (kind, value))
+    return found
+
+
+def read(text: str) -> Tree:
+    """The tree of a whole answer. Raises Unreadable."""
+    if len(text) > MAX_CHARS:
+        raise Unreadable("too long")
+    plain = re.sub(r"\\(?:text[a-z]*|mathrm|mbox) ?\{([^{}]*)\}", r"\1", text).strip(" .$").lower()
+    if _EMPTY.fullmatch(plain):
+        return ("group", "{}", ())
+    # Thousands separators: at the top alone, for `(1,234)` is a pair.
+    if not re.search(r"[()\[\]{}]|,(?![0-9]{3}(?![0-9]))|(?<![0-9])0[0-9]*,", text):
+        text = text.replace(",", "")
+    reader = _Reader(tokens_of(text))
+    tree = reader.whole()
+    if reader.left:
+        raise Unreadable(f"what follows is not understood: {reader.left[0]}")
+    return tree
+
+
+class _Reader:
+    """Recursive descent. Each method reads what its name says and leaves the rest."""
+
+    def __init__(self, tokens: list[Token]) -> None:
+        self._tokens, self._at, self._depth = tokens, 0, 0
+        self._closers: list[str] = []  # of the brackets that are open; "|" is ambiguous without
+
+    @property
+    def left(self) -> list[Token]:
+        return self._tokens[self._at :]
+
+    def _peek(self, ahead: int = 0) -> Token:
+        return self._tokens[self._at + ahead] if self._at + ahead < len(self._tokens) else ("end", "")
+
+    def _next(self) -> Token:
+        token = self._peek()
+        self._at += 1
+        return token
+
+    def _take(self, *values: str) -> bool:
+        if self._peek()[1] in values and self._peek()[0] in ("symbol", "command", "word", "text"):
+            self._at += 1
+            return True
+        return False
+
+    def _need(self, value: str) -> None:
+        if not self._take(value):
+            raise Unreadable(f"expected {value!r}, got {self._peek()[1]!r}")
+
+    def whole(self) -> Tree:
+        items = self._items()
+        return items[0] if len(items) == 1 else ("list", items)
+
+    def _items(self) -> tuple[Tree, ...]:
+        """Items between commas, semicolons, "and" or "or"; one of kind "or" where nothing else stands between them."""
+        items = [self._relation()]
+        only_or = True
+        while (link := self._peek()[1]) in _LINKS and self._peek()[0] != "number":
+            self._at += 1
+            while self._take("and", "or"):
+                link = "or"
+            only_or &= link in ("or", "vee", "lor")
+            items.append(self._relation())
+        return (("or", tuple(items)),) if only_or and len(items) > 1 else tuple(items)
+
+    def _relation(self) -> Tree:
+        if self._peek()[0] == "text" and self._peek(1) == ("symbol", ":"):  # minimum: 1
+            self._at += 2
+        sides, operators = [self._set()], list[str]()
+        while (relation := _RELATIONS.get(self._peek()[1])) and self._peek()[0] in ("symbol", "command"):
+            self._at += 1
+            operators.append(relation)
+            sides.append(self._set())
+        if self._take("in"):
+            return ("in", sides[0], self._set())
+        return ("relation", tuple(operators), tuple(sides)) if operators else sides[0]
+
+    def _set(self) -> Tree:
+        tree = self._sum()
+        while True:
+            if self._take("cup"):
+                tree = ("union", tree, self._sum())
+            elif self._take("setminus"):
+                tree = ("minus", tree, self._sum())
+            else:
+                return tree
+
+    def _sum(self) -> Tree:
+        self._depth += 1
+        if self._depth > MAX_DEPTH:
+            raise Unreadable("too deep")
+        tree = self._sign()
+        while self._peek()[1] in ("+", "-", "pm", "mp") and self._peek()[0] in ("symbol", "command"):
+            sign = self._next()[1]
+            right = self._product()
+            if sign == "-" and tree[0] == "group" and right[0] == "group" and right[1] == "{}":
+                tree = ("minus", tree, right)
+            else:
+                tree = ("add", tree, _signed(sign, right))
+        self._depth -= 1
+        return tree
+
+    def _sign(self) -> Tree:
+        if self._peek()[1] in ("+", "-", "pm", "mp") and self._peek()[0] in ("symbol", "command"):
+            return _signed(self._next()[1], self._product())
+        return self._product()
+
+    def _product(self) -> Tree:
+        tree = self._power()
+        while True:
+            kind, value = self._peek()
+            if value in ("*", "times", "cdot", "ast") and kind != "word":
+                self._at += 1
+                tree = ("mul", tree, self._signed_power())
+            elif value in ("/", "div", ":") and kind != "word":
+                self._at += 1
+                tree = ("div", tree, self._signed_power())
+            elif self._starts_factor(kind, value):
+                before = self._tokens[self._at - 1]
+                right = self._power()
+                if before[0] == "number" and tree[0] == "number" and right[0] == "div":  # a mixed number
+                    tree = ("add", tree, right)
+                elif right[0] == "number" or right[0] == "text":
+                    raise Unreadable("a number or words after a factor")
+                else:
+                    tree = ("mul", tree, right)
+            else:
+                return tree
+
+    def _starts_factor(self, kind: str, value: str) -> bool:
+        if kind == "symbol":
+            return value in "([{" or (value == "|" and "|" not in self._closers)
+        if kind == "command":
+            return value not in _RELATIONS and value not in ("cup", "setminus", "in", "}", "pm", "mp", "\\", "%", "|") and (
+                value not in ("vee", "lor", "rfloor", "rceil", "end")
+            )
+        return kind in ("number", "text") or (kind == "word" and value not in ("or", "and", "in"))
+
+    def _signed_power(self) -> Tree:
+        return _signed("-", self._power()) if self._take("-") else self._power()
+
+    def _power(self) -> Tree:
+        tree = self._atom()
+        while True:
+            if self._take("!"):
+                tree = ("call", "factorial", tree)
+            elif self._take("%"):
+                tree = ("percent", tree)
+            elif self._take("^"):
+                tree = ("pow", tree, self._argument())
+            elif self._take("'"):
+                raise Unreadable("a derivative")
+            else:
+                return tree
+
+    def _argument(self) -> Tree:
+        """What follows `^`, `\\frac` or `\\sqrt`: a brace, or one token (`\\frac12`, `x^2`)."""
+        if self._take("{"):
+            return self._closed("}", self._sum)
+        kind, value = self._peek()
+        if kind == "number" and len(value) > 1 and "." not in value and self._tokens[self._at - 1][1] in ("frac", "sqrt"):
+            self._tokens[self._at] = (kind, value[1:])
+            return ("number", Fraction(int(value[0])), False)
+        if self._take("-"):
+            return _signed("-", self._atom())
+        return self._atom()
+
+    def _closed(self, closer: str, inner: Any) -> Any:
+        self._closers.append(closer)
+        found = inner()
+        self._closers.pop()
+        self._need(closer)
+        return found
+
+    def _atom(self) -> Tree:
+        kind, value = self._next()
+        if kind == "number":
+            return self._number(value)
+        if kind == "word":
+            if value in _FUNCTIONS or value == "sqrt":
+                return self._call(value)
+            return ("symbol", {"infinity": "infinity"}.get(value, value) + self._subscript())
+        if kind == "text":
+            return ("text", value.strip().lower())
+        if kind == "command":
+            return self._command(value)
+        if value in _OPEN and value != "{" or value == "{":
+            return self._bracket(value)
+        raise Unreadable(f"{value!r} is not understood")
+
+    def _number(self, value: str) -> Tree:
+        value = value.replace("{,}", "")
+        if self._peek() == ("command", "overline") and "." in value:  # 0.1\overline{6}
+            self._at += 1
+            self._need("{")
+            digits = self._next()[1]
+            self._need("}")
+            if not digits.isdecimal():
+                raise Unreadable("a repeating decimal")
+            places = len(value) - value.index(".") - 1
+            tail = Fraction(int(digits), 10**places * (10 ** len(digits) - 1))
+            return ("number", Fraction(value if value[-1] != "." else value + "0") + tail, False)
+        if self._peek() == ("symbol", "_"):
+            base = self._subscript()[1:]
+            if not base.isdecimal() or not 2 <= int(base) <= 36 or not value.isdecimal():
+                raise Unreadable("a number with a subscript")
+            return ("based", value.lstrip("0"), int(base))
+        return ("number", Fraction(value), "." in value)
+
+    def _subscript(self) -> str:
+        if not self._take("_"):
+            return ""
+        if not self._take("{"):
+            return "_" + self._next()[1]
+        parts: list[str] = []
+        while not self._take("}"):
+            if self._peek()[0] == "end":
+                raise Unreadable("an open subscript")
+            parts.append(self._next()[1])
+        return "_" + "".join(parts)
+
+    def _command(self, name: str) -> Tree:
+        if name == "frac":
+            return ("div", self._argument(), self._argument())
+        if name in ("binom", "dbinom", "tbinom"):
+            return ("call", "binomial", (self._argument(), self._argument()))
+        if name in _FUNCTIONS or name == "sqrt":
+            return self._call(name)
+        if name in ("emptyset", "varnothing"):
+            return ("group", "{}", ())
+        if name in _CONSTANTS:
+            return ("symbol", _CONSTANTS[name])
+        if name in _GREEK:
+            return ("symbol", name + self._subscript())
+        if name == "{" or name in _OPEN:
+            return self._bracket(name)
+        if name == "begin":
+            return self._matrix()
+        raise Unreadable(f"\\{name} is not understood")
+
+    def _call(self, name: str) -> Tree:
+        if name == "sqrt":
+            root: Tree = ("number", Fraction(2), False)
+            if self._peek()[1] == "[":
+                self._at += 1
+                root = self._closed("]", self._sum)
+            inner = self._argument()
+            return ("pow", inner, ("div", ("number", Fraction(1), False), root))
+        base = None
+        power = None
+        for _ in range(2):
+            if name == "log" and self._take("_"):
+                base = self._argument()
+            if self._take("^"):
+                power = self._argument()
+        if self._peek()[1] in ("(", "[", "{") and self._peek()[0] == "symbol":
+            closer = _OPEN[self._next()[1]]
+            items = self._closed(closer, self._items)
+            inner = items[0] if len(items) == 1 else items
+        else:
+            inner = self._power()
+            while self._peek()[0] in ("word", "command") and (self._peek()[1] in _GREEK or len(self._peek()[1]) == 1):
+                if not self._starts_factor(*self._peek()):
+                    break
+                inner = ("mul", inner, self._power())  # \sin 2x
+        if power == ("number", Fraction(-1), False):
+            name, power = "arc" + name, None
+        tree: Tree = ("call", name, inner)
+        if base is not None:
+            tree = ("div", ("call", "ln", inner), ("call", "ln", base))
+        return ("pow", tree, power) if power else tree
+
+    def _bracket(self, opener: str) -> Tree:
+        is_set = self._tokens[self._at - 1] == ("command", "{")
+        if opener == "|":
+            return ("call", "abs", self._closed("|", self._sum))
+        if opener in ("lfloor", "lceil"):
+            return ("call", opener[1:], self._closed(_OPEN[opener], self._sum))
+        if is_set and self._take("}"):
+            return ("group", "{}", ())
+        closers = {"}"} if opener == "{" else {")", "]"}
+        self._closers.append("|" if is_set else "")
+        items = self._items()
+        if is_set and self._take("|", ":"):  # {x | x < 3}
+            items = (("such_that", self._items()),)
+        self._closers.pop()
+        closer = self._peek()[1]
+        if closer not in closers:
+            raise Unreadable(f"expected {' or '.join(sorted(closers))}, got {closer!r}")
+        self._at += 1
+        if opener == "{" and not is_set:
+            return items[0] if len(items) == 1 else ("list", items)
+        if len(items) == 1 and opener + closer in ("()", "[]"):
+            return items[0] if items[0][0] not in ("text",) else ("group", "()", items)
+        return ("group", opener + closer, items)
+
+    def _matrix(self) -> Tree:
+        name = self._environment()
+        if name == "array":
+            self._environment()
+        elif not name.endswith("matrix"):
+            raise Unreadable(f"{name} is not understood")
+        rows, row = list[tuple[Tree, ...]](), list[Tree]()
+        while True:
+            row.append(self._sum())
+            if self._take("&"):
+                continue
+            rows.append(tuple(row))
+            row = []
+            if self._take("\\") and self._peek() != ("command", "end"):
+                continue
+            self._need("end")
+            self._environment()
+            return ("matrix", tuple(rows))
+
+    def _environment(self) -> str:
+        self._need("{")
+        name = ""
+        while not self._take("}"):
+            if self._peek()[0] == "end":
+                raise Unreadable("an open brace")
+            name += self._next()[1]
+        return name
+
+
+def _signed(sign: str, tree: Tree) -> Tree:
+    if sign == "+":
+        return tree
+    if sign in ("pm", "mp"):
+        return ("pm", tree)
+    if tree[0] == "number":
+        return ("number", -tree[1], tree[2])
+    return ("mul", ("number", Fraction(-1), False), tree)
