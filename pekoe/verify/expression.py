@@ -1,4 +1,4 @@
-r"""The second reader of answers: LaTeX, or plain text, to a small tree. Ours, so that it errs in other places than sympy's.
+r"""The second reader of answers: LaTeX or plain text to a small tree. Ours: it errs in other places than sympy's.
 
 A tree is a tuple whose head says what it is:
 
@@ -26,42 +26,44 @@ class Unreadable(ValueError):
     """This reader has nothing to say about the text."""
 
 
-_FUNCTIONS = {"sin", "cos", "tan", "cot", "sec", "csc", "arcsin", "arccos", "arctan", "sinh", "cosh", "tanh", "ln", "exp"}
-_FUNCTIONS |= {"log", "lg", "max", "min", "gcd", "lcm"}
-_GREEK = set(
-    "alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta iota kappa lambda mu nu xi rho sigma tau upsilon"
-    " phi varphi chi psi omega Gamma Delta Theta Lambda Xi Sigma Phi Psi Omega ell".split()
+_FUNCTION = re.compile(r"(?:arc)?(?:sin|cos|tan)|(?:sin|cos|tan)h|cot|sec|csc|ln|exp|log|lg|max|min|gcd|lcm")
+_GREEK = re.compile(
+    "alpha|beta|(?:var)?(?:epsilon|theta|phi)|[gG]amma|[dD]elta|zeta|eta|iota|kappa|[lL]ambda|mu|nu|[xX]i|rho|[sS]igma|tau"
+    "|upsilon|chi|[pP]si|[oO]mega|Theta|Phi|ell"
 )
-_RELATIONS = {"=": "=", "<": "<", ">": ">", "leq": "<=", "le": "<=", "leqslant": "<=", "geq": ">=", "ge": ">="}
-_RELATIONS |= {"geqslant": ">=", "lt": "<", "gt": ">", "neq": "!=", "ne": "!=", "<=": "<=", ">=": ">=", "!=": "!="}
+_KNOWN = re.compile(rf"{_FUNCTION.pattern}|pi|or|and|sqrt|infinity|in")
+_RELATIONS = {sign: sign for sign in ("=", "<", ">", "<=", ">=", "!=")}
+_RELATIONS.update(leq="<=", le="<=", leqslant="<=", geq=">=", ge=">=", geqslant=">=", lt="<", gt=">", neq="!=", ne="!=")
 _SKIPPED = {"left", "right", "big", "Big", "bigl", "bigr", "Bigl", "Bigr", "displaystyle", "limits", "quad", "qquad"}
 _CONSTANTS = {"pi": "pi", "infty": "infinity", "R": "reals"}
+_NO_FACTORS = {"cup", "setminus", "in", "}", "pm", "mp", "\\", "%", "|", "vee", "lor", "rfloor", "rceil", "end"}
 _LINKS = (",", ";", "and", "or", "vee", "lor")
-_OPEN, _CLOSE = {"(": ")", "[": "]", "{": "}", "|": "|", "lfloor": "rfloor", "lceil": "rceil"}, set(")]}")
+_OPEN = {"(": ")", "[": "]", "{": "}", "|": "|", "lfloor": "rfloor", "lceil": "rceil"}
 _EMPTY = re.compile(r"(there (is|are) )?no (such )?(real |integer )?(solutions?|values?|roots?)|none|empty( set)?")
 
 _TOKEN = re.compile(
     r"\s+|\\[,;:!> ]|~|\$"  # nothing
     r"|\\(?:text[a-z]*|mbox|mathrm|operatorname|mathbf|mathit)\s*\{(?P<text>[^{}]*)\}"
-    r"|(?P<number>(?:[0-9]{1,3}(?:\{,\}[0-9]{3})+|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+)"
+    r"|(?P<number>[0-9]+(?:\.[0-9]+)?|\.[0-9]+)"
     r"|\\(?P<command>[A-Za-z]+|[\\{}%|])"
     r"|(?P<word>[A-Za-z]+)"
     r"|(?P<symbol><=|>=|!=|.)"
 )
+_A_SET = r"\\[A-Za-z]+ ?(?:\{[A-Z]\})?(?:[_^](?:\{[^{}]*\}|\S))*"  # \mathbb{Q}_{>0}
 _REWRITES = [
     (re.compile(pattern), new)
     for pattern, new in (
         (r"\\[dtc]frac", r"\\frac"),
         (r"\\mathbb ?\{?R\}?", r"\\R "),
         (r"\\(?:\^|degree|circ)|\^ ?\{? ?\\circ ?\}?", r"\\text{degrees}"),
-        (r"\\(?:lbrace|rbrace)(?![a-z])", lambda m: "\\{" if m[0][1] == "l" else "\\}"),  # type: ignore[list-item]
+        (r"\\lbrace(?![a-z])", r"\\{"),
+        (r"\\rbrace(?![a-z])", r"\\}"),
         (r"\\(?:mid|vert|lvert|rvert)(?![a-z])", "|"),
         (r"\\(?:ldots|cdots|dots)(?![a-z])", r"\\text{dots}"),
         (r"\\setminus|\\backslash", r"\\setminus "),
         (r"\*\*", "^"),
-        (r",\s*\\!", ","),
         (r"(?<=[0-9])(?:st|nd|rd|th)\b", ""),
-        (r"\\text\s*\{\s*for (?:all|any|every)\s*\} ?[a-z](?:, ?[a-z])* ?\\in ?\\[A-Za-z]+ ?(?:\{[A-Z]\})?(?:[_^](?:\{[^{}]*\}|\S))*", ""),
+        (rf"\\text\s*\{{\s*for (?:all|any|every)\s*\}} ?[a-z](?:, ?[a-z])* ?\\in ?{_A_SET}", ""),
     )
 ]
 Token = tuple[str, str]
@@ -76,7 +78,7 @@ def tokens_of(text: str) -> list[Token]:
         kind = match.lastgroup
         if kind is None or (kind == "command" and match[kind] in _SKIPPED):
             continue
-        if kind == "word" and match[kind] not in _FUNCTIONS | {"pi", "or", "and", "sqrt", "infinity", "in"}:
+        if kind == "word" and not _KNOWN.fullmatch(match[kind]):
             if len(match[kind]) >= 3:
                 found.append(("text", match[kind]))
             else:
@@ -95,6 +97,7 @@ def read(text: str) -> Tree:
     plain = re.sub(r"\\(?:text[a-z]*|mathrm|mbox) ?\{([^{}]*)\}", r"\1", text).strip(" .$").lower()
     if _EMPTY.fullmatch(plain):
         return ("group", "{}", ())
+    text = text.replace(r",\!", ",").replace("{,}", ",")
     # Thousands separators: at the top alone, for `(1,234)` is a pair.
     if not re.search(r"[()\[\]{}]|,(?![0-9]{3}(?![0-9]))|(?<![0-9])0[0-9]*,", text):
         text = text.replace(",", "")
@@ -218,9 +221,7 @@ class _Reader:
         if kind == "symbol":
             return value in "([{" or (value == "|" and "|" not in self._closers)
         if kind == "command":
-            return value not in _RELATIONS and value not in ("cup", "setminus", "in", "}", "pm", "mp", "\\", "%", "|") and (
-                value not in ("vee", "lor", "rfloor", "rceil", "end")
-            )
+            return value not in _RELATIONS and value not in _NO_FACTORS
         return kind in ("number", "text") or (kind == "word" and value not in ("or", "and", "in"))
 
     def _signed_power(self) -> Tree:
@@ -245,7 +246,8 @@ class _Reader:
         if self._take("{"):
             return self._closed("}", self._sum)
         kind, value = self._peek()
-        if kind == "number" and len(value) > 1 and "." not in value and self._tokens[self._at - 1][1] in ("frac", "sqrt"):
+        before = self._tokens[self._at - 1][1]
+        if kind == "number" and len(value) > 1 and value.isdecimal() and before in ("frac", "sqrt"):
             self._tokens[self._at] = (kind, value[1:])
             return ("number", Fraction(int(value[0])), False)
         if self._take("-"):
@@ -264,19 +266,18 @@ class _Reader:
         if kind == "number":
             return self._number(value)
         if kind == "word":
-            if value in _FUNCTIONS or value == "sqrt":
+            if _FUNCTION.fullmatch(value) or value == "sqrt":
                 return self._call(value)
             return ("symbol", {"infinity": "infinity"}.get(value, value) + self._subscript())
         if kind == "text":
             return ("text", value.strip().lower())
         if kind == "command":
             return self._command(value)
-        if value in _OPEN and value != "{" or value == "{":
+        if value in _OPEN:
             return self._bracket(value)
         raise Unreadable(f"{value!r} is not understood")
 
     def _number(self, value: str) -> Tree:
-        value = value.replace("{,}", "")
         if self._peek() == ("command", "overline") and "." in value:  # 0.1\overline{6}
             self._at += 1
             self._need("{")
@@ -311,13 +312,13 @@ class _Reader:
             return ("div", self._argument(), self._argument())
         if name in ("binom", "dbinom", "tbinom"):
             return ("call", "binomial", (self._argument(), self._argument()))
-        if name in _FUNCTIONS or name == "sqrt":
+        if _FUNCTION.fullmatch(name) or name == "sqrt":
             return self._call(name)
         if name in ("emptyset", "varnothing"):
             return ("group", "{}", ())
         if name in _CONSTANTS:
             return ("symbol", _CONSTANTS[name])
-        if name in _GREEK:
+        if _GREEK.fullmatch(name):
             return ("symbol", name + self._subscript())
         if name == "{" or name in _OPEN:
             return self._bracket(name)
@@ -346,7 +347,9 @@ class _Reader:
             inner = items[0] if len(items) == 1 else items
         else:
             inner = self._power()
-            while self._peek()[0] in ("word", "command") and (self._peek()[1] in _GREEK or len(self._peek()[1]) == 1):
+            while self._peek()[0] in ("word", "command") and (
+                _GREEK.fullmatch(self._peek()[1]) or len(self._peek()[1]) == 1
+            ):
                 if not self._starts_factor(*self._peek()):
                     break
                 inner = ("mul", inner, self._power())  # \sin 2x

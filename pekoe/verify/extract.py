@@ -71,10 +71,8 @@ def conclusion(text: str) -> str | None:
 
 def unboxed(text: str) -> str | None:
     """Return what a response without a box says that the answer is, after the last word "answer"."""
-    last = None
-    for last in _ANSWER.finditer(text, max(0, len(text) - 2000)):
-        pass
-    return conclusion(text[last.end() :].split("\n\n")[0] if last else "") if last else None
+    *_, last = [None, *_ANSWER.finditer(text, max(0, len(text) - 2000))]
+    return conclusion(text[last.end() :].split("\n\n")[0]) if last else None
 
 
 def _boxes(text: str, first: int) -> list[tuple[int, int, int]]:

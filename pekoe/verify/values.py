@@ -1,0 +1,157 @@
+"""The value of an expression at a point, exact where it is rational. Everything is bounded: see the limits below."""
+
+from __future__ import annotations
+
+import cmath
+import math
+from collections.abc import Callable
+from fractions import Fraction
+from typing import Any
+
+from pekoe.verify.expression import Tree, Unreadable
+
+Number = Fraction | complex
+Values = dict[str, Number]
+MAX_BITS, MAX_FACTORIAL = 20_000, 1_000
+
+
+class Undefined(ArithmeticError):
+    """The expression has no (finite, bounded) value at this point."""
+
+
+def symbols_of(tree: Any) -> frozenset[str]:
+    """The names in `tree` that have no value of their own."""
+    if not isinstance(tree, tuple):
+        return frozenset()
+    if tree[:1] == ("symbol",):
+        return frozenset() if tree[1] in ("pi", "e", "i", "infinity") else frozenset({tree[1]})
+    return frozenset().union(*(symbols_of(part) for part in tree))
+
+
+def value_of(tree: Tree, values: Values) -> Number:
+    """The value of `tree`. Raises Undefined where it has none, and Unreadable where it is no expression."""
+    match tree:
+        case ("number", value, _):
+            return value
+        case ("symbol", "pi"):
+            return complex(math.pi)
+        case ("symbol", "e"):
+            return complex(math.e)
+        case ("symbol", "i"):
+            return 1j
+        case ("symbol", name) if name in values:
+            return values[name]
+        case ("add", a, b):
+            return _exactly(lambda x, y: x + y, value_of(a, values), value_of(b, values))
+        case ("mul", a, b):
+            return _exactly(lambda x, y: x * y, value_of(a, values), value_of(b, values))
+        case ("div", a, b):
+            return _exactly(lambda x, y: x / y, value_of(a, values), value_of(b, values))
+        case ("pow", a, b):
+            return _power(value_of(a, values), value_of(b, values))
+        case ("percent", a):
+            return value_of(a, values) / 100
+        case ("call", name, argument):
+            return _call(name, [value_of(one, values) for one in _arguments(argument)])
+        case ("based", digits, base):
+            return Fraction(int(digits, base))
+        case _:
+            raise Unreadable(f"no value: {tree[0]}")
+
+
+def _arguments(argument: Any) -> list[Tree]:
+    return [argument] if isinstance(argument[0], str) else list(argument)
+
+
+def _exactly(operation: Callable[[Any, Any], Any], left: Number, right: Number) -> Number:
+    if not (isinstance(left, Fraction) and isinstance(right, Fraction)):
+        left, right = complex(left), complex(right)
+    found = operation(left, right)
+    if isinstance(found, Fraction):
+        if found.numerator.bit_length() + found.denominator.bit_length() > MAX_BITS:
+            raise Undefined("too long a number")
+    elif not cmath.isfinite(found):
+        raise Undefined("not finite")
+    return found
+
+
+def _power(base: Number, exponent: Number) -> Number:
+    if isinstance(base, Fraction) and isinstance(exponent, Fraction):
+        size = max(base.numerator.bit_length(), base.denominator.bit_length())
+        if exponent.denominator == 1:
+            if abs(exponent) * size > MAX_BITS:
+                raise Undefined("too large a power")
+            return base ** int(exponent)
+        if base > 0 and exponent.denominator <= 64 and abs(exponent) < 64 and size <= 1000:
+            roots = [_exact_root(part, exponent.denominator) for part in (base.numerator, base.denominator)]
+            if roots[0] is not None and roots[1] is not None:
+                return Fraction(roots[0], roots[1]) ** exponent.numerator
+        if base < 0 and exponent.denominator % 2:  # the real root, as schools have it
+            return -_power(-base, exponent) if exponent.numerator % 2 else _power(-base, exponent)
+    base, exponent = complex(base), complex(exponent)
+    if base == 0:
+        if exponent.real <= 0:
+            raise Undefined("zero to no positive power")
+        return Fraction(0)
+    found = base**exponent
+    if not cmath.isfinite(found):
+        raise Undefined("not finite")
+    return found
+
+
+def _exact_root(value: int, degree: int) -> int | None:
+    guess = round(value ** (1 / degree)) if value.bit_length() < 1000 else 0
+    return next((g for g in (guess - 1, guess, guess + 1) if g >= 0 and g**degree == value), None)
+
+
+_CALLS: dict[str, Callable[[complex], complex]] = {
+    "sin": cmath.sin,
+    "cos": cmath.cos,
+    "tan": cmath.tan,
+    "cot": lambda x: 1 / cmath.tan(x),
+    "sec": lambda x: 1 / cmath.cos(x),
+    "csc": lambda x: 1 / cmath.sin(x),
+    "arcsin": cmath.asin,
+    "arccos": cmath.acos,
+    "arctan": cmath.atan,
+    "sinh": cmath.sinh,
+    "cosh": cmath.cosh,
+    "tanh": cmath.tanh,
+    "exp": cmath.exp,
+    "ln": cmath.log,
+    "lg": cmath.log10,
+}
+
+
+def _call(name: str, arguments: list[Number]) -> Number:
+    first = arguments[0]
+    if name in ("max", "min", "gcd", "lcm", "binomial", "factorial", "floor", "ceil"):
+        whole = [one for one in arguments if isinstance(one, Fraction)]
+        if len(whole) != len(arguments):
+            raise Undefined(f"{name} of what is not exact")
+        return Fraction(_exact_call(name, whole))
+    if len(arguments) != 1:
+        raise Unreadable(f"{name} of {len(arguments)}")
+    if name == "abs":
+        return abs(first) if isinstance(first, Fraction) else complex(abs(first))
+    if name not in _CALLS:  # "log" without a base is 10 or e
+        raise Unreadable(f"{name} is not known")
+    found = _CALLS[name](complex(first))
+    if not cmath.isfinite(found):
+        raise Undefined("not finite")
+    return found
+
+
+def _exact_call(name: str, arguments: list[Fraction]) -> Fraction | int:
+    if name in ("max", "min"):
+        return (max if name == "max" else min)(arguments)
+    if name in ("floor", "ceil"):
+        return math.floor(arguments[0]) if name == "floor" else math.ceil(arguments[0])
+    if any(one.denominator != 1 or abs(one) > 10**12 for one in arguments):
+        raise Undefined(f"{name} of what is not whole, or too large")
+    whole = [int(one) for one in arguments]
+    if name in ("factorial", "binomial"):
+        if min(whole) < 0 or max(whole) > MAX_FACTORIAL:
+            raise Undefined(f"{name} of more than {MAX_FACTORIAL}")
+        return math.factorial(whole[0]) if name == "factorial" else math.comb(whole[0], whole[1])
+    return math.gcd(*whole) if name == "gcd" else math.lcm(*whole)
