@@ -97,7 +97,7 @@ def read(text: str) -> Tree:
     plain = re.sub(r"\\(?:text[a-z]*|mathrm|mbox) ?\{([^{}]*)\}", r"\1", text).strip(" .$").lower()
     if _EMPTY.fullmatch(plain):
         return ("group", "{}", ())
-    text = text.replace(r",\!", ",").replace("{,}", ",")
+    text = re.sub(r"(?<=[0-9])(?:,\\!|\{,\})(?=[0-9]{3})", "", text.strip()).rstrip(" .,$")
     # Thousands separators: at the top alone, for `(1,234)` is a pair.
     if not re.search(r"[()\[\]{}]|,(?![0-9]{3}(?![0-9]))|(?<![0-9])0[0-9]*,", text):
         text = text.replace(",", "")

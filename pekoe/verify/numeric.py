@@ -222,6 +222,8 @@ def _same_value(gold: Tree, answer: Tree) -> bool | None:
     if _without_percent(gold) != gold or _without_percent(answer) != answer:
         bare = _without_percent(gold), _without_percent(answer)
         return None if bare != (gold, answer) and same(*bare) is not False else False
+    if bool(symbols_of(gold)) != bool(symbols_of(answer)):
+        return None  # 10 cm, read as 10 times c times m, may be 10
     # A reference may be the rounding of what the answer has exactly; an answer that is rounded is another number.
     is_rounding = _has_decimal(gold) and not _has_decimal(answer) and not symbols
     return None if is_rounding and all(_close(complex(a), complex(b), 5e-3) for a, b in pairs) else False
