@@ -65,7 +65,7 @@ class SourceSection(Section):
     time as uid#2."""
     limit: int | None = Field(default=None, ge=1)
     """Keep at most this many of its problems, a seeded choice; `weight` counts from there."""
-    where: dict[str, tuple[str, ...]] = Field(default={}, strict=False)
+    where: dict[str, list[str]] = {}
     """Read only rows whose column (the key) holds one of these values."""
 
 
@@ -80,7 +80,8 @@ class ProblemSection(Section):
     """A longer prompt is an error, unless skip_malformed is on."""
     dedup: Literal["off", "exact", "near"] = "off"
     """exact: of problems with the same prompt (spaces and chat markers aside) keep the first. near: also of those with
-    the same answer, the same numbers and nearly the same words. off: only say how many there are."""
+    the same answer, the same numbers and nearly the same words (not for puzzles of one template: there a word makes
+    another puzzle). off: only say how many there are."""
     dedup_threshold: float = Field(default=0.8, ge=0.5, le=1)
     """For near: the share of three-word runs that two prompts have in common (Jaccard), from which they are one."""
     conflicts: Literal["drop", "first"] = "drop"

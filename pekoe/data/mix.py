@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import zlib
 from collections import Counter, defaultdict
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -192,7 +193,7 @@ def _unknown_to_evaluation(items: list[_Item], data: ProblemSection, report: Dat
     return _without(items, {i: (CONTAMINATED, f"{hit[0]}: {hit[1]}") for i, hit in found if hit}, report)
 
 
-def _without(items: list[_Item], drop: _Drops, report: DataReport) -> list[_Item]:
+def _without(items: list[_Item], drop: Mapping[int, tuple[str, str]], report: DataReport) -> list[_Item]:
     """The items whose index is not in `drop`; the others are reported."""
     for index, (reason, detail) in sorted(drop.items()):
         item = items[index]
@@ -207,7 +208,7 @@ def _drawn(source: SourceSection, items: list[_Item], seed: int, report: DataRep
     chosen = np.argsort(bits.random_raw(len(own)), kind="stable")[: source.limit].tolist()
     number = max(1, round(source.weight * len(chosen)))
     places = sorted((turn // len(chosen), chosen[turn % len(chosen)]) for turn in range(number))
-    left_out = {index: (NOT_DRAWN, "by limit or weight") for index in set(range(len(own))) - {i for _, i in places}}
+    left_out = dict.fromkeys(set(range(len(own))) - {i for _, i in places}, (NOT_DRAWN, "by limit or weight"))
     report.num_kept[source.name] = len(_without(own, left_out, report))
     report.num_drawn[source.name] = number
     problems = [(copy, own[index].problem) for copy, index in places]

@@ -9,7 +9,7 @@ import hashlib
 import json
 import re
 import zlib
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
@@ -18,14 +18,14 @@ from pekoe.data.tables import needs
 
 # What a prompt says about the form of an answer, not about the problem: it would hide duplicates and feign overlap.
 _FRAME = re.compile(
-    r"<[|｜][^<>\n]{1,40}[|｜]>|</?think>"
+    r"<[|｜][^<>\s|｜]{3,40}[|｜]>(?:(?<=start\|>)(?:system|user|assistant)\b)?|</?think>"
     r"|please reason step by step,? and (?:put|enclose) your final answer (?:with)?in \\boxed\{\}\.?",
     re.IGNORECASE,
 )
 _TOKEN = re.compile(r"[\u3040-\u9fff]|\d+|[^\W\d_]+|[-+*/=<>^%!]")  # an ideograph, a number, a word, an operator
 _SPELLINGS = (("\\dfrac", "\\frac"), ("\\tfrac", "\\frac"), ("\\left", ""), ("\\right", ""), ("$", ""))
 _SHINGLE = 3
-_STOCK = 2  # an n-gram of more evaluation problems than this is a stock phrase, and betrays none of them
+_STOCK = 2  # what stands in more evaluation problems than this is a stock phrase, and betrays none of them
 
 Tokens = list[str]
 
@@ -75,15 +75,15 @@ def near_duplicates(problems: Sequence[Problem], threshold: float) -> dict[int, 
         numbers = " ".join(sorted(token for token in tokens_of(problem) if token.isdigit()))
         alike[problem.kind, gold_key(problem.gold), numbers].append(index)
     found: dict[int, int] = {}
-    permutations = MinHash(num_perm=128).permutations
+    empty = MinHash(num_perm=128, hashfunc=int)
     for group in alike.values():
         if len(group) == 1:  # most: nothing to sketch
             continue
-        lsh = MinHashLSH(num_perm=128, params=_bands(threshold))
+        lsh: Any = MinHashLSH(num_perm=128, params=_bands(threshold))
         kept: dict[int, frozenset[int]] = {}
         for index in group:
             shingles = _shingles(tokens_of(problems[index]))
-            sketch = MinHash(num_perm=128, permutations=permutations, hashfunc=int)
+            sketch = empty.copy()  # a new one would draw its permutations anew
             sketch.update_batch(shingles)
             close = (other for other in sorted(lsh.query(sketch)) if _jaccard(kept[other], shingles) >= threshold)
             first = next(close, None)
@@ -113,25 +113,26 @@ def _jaccard(a: frozenset[int], b: frozenset[int]) -> float:
 class Contamination:
     """Finds problems that share a run of n tokens with an evaluation problem (Brown et al. 2020, appendix C: n = 13).
 
-    A run that occurs in more than two different evaluation problems is a stock phrase ("where m and n are relatively
-    prime positive integers") and does not count. An evaluation problem is also found by its whole text, which is the
-    only way for one shorter than n.
+    A run of half that length that occurs in more than two different evaluation problems is a stock phrase ("where m
+    and n are relatively prime", the opening of a family of puzzles); a run of n that is made mostly of them does not
+    count. An evaluation problem is also found by its whole text, which is the only way for one shorter than n.
     """
 
     def __init__(self, sets: Mapping[str, Sequence[Problem]], n: int) -> None:
         """`sets`: evaluation problems by the name of their set."""
         self._n = n
         self._whole: dict[str, str] = {}
-        owners: dict[str, list[str]] = defaultdict(list)
         for name, problems in sets.items():
-            for problem in problems:
-                tokens = tokens_of(problem)
-                text, label = " ".join(tokens), f"{name}: {problem.uid}"
-                if self._whole.setdefault(text, label) != label:
-                    continue  # the same problem again, in this or another set
-                for run in set(self._runs(tokens)):
-                    owners[run].append(label)
-        self._owner = {run: labels[0] for run, labels in owners.items() if len(labels) <= _STOCK}
+            for problem in problems:  # the same problem again, in this or another set, is known by its first label
+                self._whole.setdefault(" ".join(tokens_of(problem)), f"{name}: {problem.uid}")
+        half = (n + 1) // 2
+        pieces = Counter(piece for text in self._whole for piece in set(_runs(text.split(), half)))
+        self._owner: dict[str, str] = {}
+        for text, label in self._whole.items():
+            for run in _runs(text.split(), n):
+                stock = [pieces[piece] > _STOCK for piece in _runs(run.split(), half)]
+                if sum(stock) <= len(stock) // 2:
+                    self._owner.setdefault(run, label)
 
     def find(self, problem: Problem) -> tuple[str, str] | None:
         """The evaluation problem that this one shares text with, and the shared text; None if there is none."""
@@ -139,7 +140,8 @@ class Contamination:
         text = " ".join(tokens)
         if text in self._whole:
             return self._whole[text], text
-        return next(((self._owner[run], run) for run in self._runs(tokens) if run in self._owner), None)
+        return next(((self._owner[run], run) for run in _runs(tokens, self._n) if run in self._owner), None)
 
-    def _runs(self, tokens: Tokens) -> list[str]:
-        return [" ".join(tokens[start : start + self._n]) for start in range(len(tokens) - self._n + 1)]
+
+def _runs(tokens: Tokens, n: int) -> list[str]:
+    return [" ".join(tokens[start : start + n]) for start in range(len(tokens) - n + 1)]

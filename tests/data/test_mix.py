@@ -108,20 +108,19 @@ def test_malformed_rows_stop_or_are_listed():
     assert report.summary() == ["a.jsonl: kept 2 of 3 problems; skipped 1 malformed"]
 
 
-def test_long_prompts_stop_or_are_listed(tmp_path: Path):
-    make_char_tokenizer(tmp_path / "tokenizer", "0123456789+=")
-    tokenizer = Tokenizer.load(tmp_path / "tokenizer")
+def test_long_prompts_stop_or_are_listed():
+    tokenizer = Tokenizer(make_char_tokenizer("1+="))  # each prompt within two markers
     save("a.jsonl", [row("a", "1+1="), row("b", "1+1+1=")])
-    with pytest.raises(UserError, match=r"problem 'b': expected a prompt of at most 4 tokens .*, got 6"):
-        gather(train="a.jsonl", max_prompt_tokens=4, tokenizer=tokenizer)
-    problems, report = gather(train="a.jsonl", max_prompt_tokens=4, skip_malformed=True, tokenizer=tokenizer)
+    with pytest.raises(UserError, match=r"problem 'b': expected a prompt of at most 6 tokens .*, got 8"):
+        gather(train="a.jsonl", max_prompt_tokens=6, tokenizer=tokenizer)
+    problems, report = gather(train="a.jsonl", max_prompt_tokens=6, skip_malformed=True, tokenizer=tokenizer)
     assert uids(problems) == ["a"]
     assert reasons(report) == [("a.jsonl", 2, "b", "too long")]
 
 
 def test_contaminated_problems_are_named_one_by_one():
     text = "one two three four five six seven eight nine ten eleven twelve thirteen fourteen"
-    save("a.jsonl", [row("a", f"So: {text}?"), row("b", "Something else"), row("c", "Short one!")])
+    save("a.jsonl", [row("a", f"So: {text}?"), row("b", "Something else"), row("c", "Short one?")])
     save("eval.jsonl", [row("e1", text), row("e2", "short one")])
     problems, report = gather(train="a.jsonl", decontaminate=["eval.jsonl"])
     assert uids(problems) == ["b"]
@@ -136,7 +135,7 @@ def test_contaminated_problems_are_named_one_by_one():
         "reason": "contaminated",
         "detail": "eval.jsonl: e2: short one",
     }
-    with pytest.raises(UserError, match="evil.jsonl: expected"):
+    with pytest.raises(UserError, match=r"evil\.jsonl: expected"):
         gather(train="a.jsonl", decontaminate=["evil.jsonl"])
     with pytest.raises(UserError, match=r"a\.jsonl: expected problems, got none that can be used"):
         gather(train="a.jsonl", decontaminate=["a.jsonl"])
@@ -144,7 +143,9 @@ def test_contaminated_problems_are_named_one_by_one():
 
 def test_near_repeats_leave():
     pytest.importorskip("datasketch", reason="pip install 'pekoe[data]'")
-    text = "A farmer has 12 sheep and buys some more at the market, until the number of his sheep has doubled. How many?"
+    text = (
+        "A farmer has 12 sheep and buys some more at the market, until the number of his sheep has doubled. How many?"
+    )
     save("a.jsonl", [row("a", text), row("b", text.replace("sheep", "cows")), row("c", text.replace("some", "a few"))])
     problems, report = gather(train="a.jsonl", dedup="near", dedup_threshold=0.7)
     assert uids(problems) == ["a", "b"]
@@ -212,12 +213,13 @@ def test_names_that_collide_after_all():
         gather(sources=sources)
 
 
-class TestConfig:
-    RECIPE: dict[str, Any] = {"num_steps": 1, "run": {"dir": "r"}, "model": {"path": "m"}}
+RECIPE: dict[str, Any] = {"num_steps": 1, "run": {"dir": "r"}, "model": {"path": "m"}}
 
+
+class TestConfig:
     def refused(self, data: dict[str, Any]) -> str:
         with pytest.raises(UserError) as caught:
-            load_config({**self.RECIPE, "data": data}, kind=RLConfig)
+            load_config({**RECIPE, "data": data}, kind=RLConfig)
         return str(caught.value)
 
     def test_train_or_sources(self):
@@ -232,8 +234,8 @@ class TestConfig:
 
     def test_overrides_and_round_trip(self):
         source = '[{name = "a", path = "p", where = {source = ["x"]}}]'
-        config = load_config({**self.RECIPE, "data": {}}, [f"data.sources={source}", "data.dedup=exact"])
-        assert config.data.sources[0].where == {"source": ("x",)}
+        config = load_config({**RECIPE, "data": {}}, [f"data.sources={source}", "data.dedup=exact"])
+        assert config.data.sources[0].where == {"source": ["x"]}
         from pekoe.core.config import dump_config
 
         Path("config.toml").write_text(dump_config(config))

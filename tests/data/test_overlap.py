@@ -32,12 +32,13 @@ def words(seed: int, num: int) -> str:
         ("What is 1+2?", "What is 1-2?", False),
         ("What is 1+2?", "what is 1+2?", False),
         (
-            "<｜User｜>1+2?\nPlease reason step by step, and put your final answer within \\boxed{}.<｜Assistant｜><think>\n",
+            "<｜User｜>1+2?\nPlease reason step by step, and put your final answer within \\boxed{}."
+            "<｜Assistant｜><think>\n",
             "1+2?",
             True,
         ),
         ("<|im_start|>user\n1+2?<|im_end|>", "1+2?", True),
-        ("Is 1 <| 2 |> 3?", "Is 1 3?", True),
+        ("Is |x|<|y|>3?", "Is |x|3?", False),
     ],
 )
 def test_prompts_are_the_same(one: str, other: str, same: bool):
@@ -66,7 +67,18 @@ def test_golds_are_the_same(one: Any, other: Any, same: bool):
 
 
 def test_tokens():
-    assert tokens_of(problem("Let $x_{12} \\le 3.5$, 若a=b?")) == "let x 12 le 3 5 若 a = b".split()
+    assert tokens_of(problem("Let $x_{12} \\le 3.5$, 若a=b?")) == [
+        "let",
+        "x",
+        "12",
+        "le",
+        "3",
+        "5",
+        "若",
+        "a",
+        "=",
+        "b",
+    ]
 
 
 class TestNear:

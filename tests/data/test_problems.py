@@ -93,8 +93,8 @@ LAYOUTS = {
             "prompt": [
                 {
                     "role": "user",
-                    "content": "Solve the following math problem step by step. The last line of your response should be "
-                    "of the form Answer: $Answer (without quotes) where $Answer is the answer to the problem.\n\n"
+                    "content": "Solve the following math problem step by step. The last line of your response should "
+                    "be of the form Answer: $Answer (without quotes) where $Answer is the answer to the problem.\n\n"
                     'Solve.\n\nRemember to put your answer on its own line after "Answer:".',
                 }
             ],
@@ -110,11 +110,11 @@ LAYOUTS = {
     "light-r1": (
         {
             "conversations": [
-                {"from": "user", "value": "Solve."},
+                {"from": "user", "value": "Solve it."},
                 {"from": "assistant", "value": "<think>\\boxed{1}</think> \\boxed{x^{2}}"},
             ]
         },
-        Problem("?", user("Solve."), "x^{2}"),
+        Problem("?", user("Solve it."), "x^{2}"),
     ),
     "knights and knaves": (
         {
@@ -143,8 +143,8 @@ LAYOUTS = {
         Problem(
             "?",
             user(
-                "Make 98 out of the numbers 44, 19, 35 with +, -, *, / and parentheses, using each number at most once. "
-                "Answer with the expression."
+                "Make 98 out of the numbers 44, 19, 35 with +, -, *, / and parentheses, using each number at most "
+                "once. Answer with the expression."
             ),
             {"numbers": [44, 19, 35], "target": 98},
             "countdown",

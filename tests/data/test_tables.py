@@ -93,7 +93,9 @@ class TestHub:
         assert asked == []
 
     def test_failures_are_one_line(self, asked: list[Any]):
-        with pytest.raises(RunError, match=r"^hf:owner/away: cannot be loaded: ConnectionError: Couldn't reach the hub$"):
+        with pytest.raises(
+            RunError, match=r"^hf:owner/away: cannot be loaded: ConnectionError: Couldn't reach the hub$"
+        ):
             read_problems("hf:owner/away")
         with pytest.raises(UserError, match="hf:owner/absent: cannot be loaded"):
             read_problems("hf:owner/absent")
