@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from pekoe.core.config import ProblemSection, SourceSection
+from pekoe.core.data_config import ProblemSection, SourceSection
 from pekoe.core.errors import UserError
 from pekoe.core.types import Problem
 from pekoe.data.formats import parse_problem

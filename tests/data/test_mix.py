@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from pekoe.core.config import ProblemSection, RLConfig, load_config, read_toml
+from pekoe.core.config import RLConfig, dump_config, load_config, read_toml
+from pekoe.core.data_config import ProblemSection
 from pekoe.core.errors import UserError
 from pekoe.core.types import Problem
 from pekoe.data import DataReport, Tokenizer, gather_problems, make_char_tokenizer
@@ -236,8 +237,6 @@ class TestConfig:
         source = '[{name = "a", path = "p", where = {source = ["x"]}}]'
         config = load_config({**RECIPE, "data": {}}, [f"data.sources={source}", "data.dedup=exact"])
         assert config.data.sources[0].where == {"source": ["x"]}
-        from pekoe.core.config import dump_config
-
         Path("config.toml").write_text(dump_config(config))
         assert load_config("config.toml") == config
 
