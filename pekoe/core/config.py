@@ -75,7 +75,7 @@ class ServerSection(Section):
     """CUDA_VISIBLE_DEVICES of each server to start, such as ["1", "2,3"]; not the trainer's with sync = "broadcast"."""
     args: tuple[str, ...] = Field(default=(), strict=False)
     """More arguments of the server's own command line, as they are."""
-    env: dict[str, str] = {}
+    env: dict[str, str] = Field(default_factory=dict[str, str])
     """More environment variables of the server."""
     sync: Literal["disk", "shm", "broadcast"] = "disk"
     """How weights reach a server: a checkpoint in the run directory, one in shared memory (same host), or a

@@ -80,6 +80,7 @@ class _Item:
     problem: Problem
     source: str
     row: int
+    key: bytes  # of its prompt
 
     def __str__(self) -> str:
         return f"{self.source}, row {self.row} ({self.problem.uid})"
@@ -123,7 +124,8 @@ def _read(source: SourceSection, data: ProblemSection, report: DataReport) -> li
         if source.where and not (isinstance(value, dict) and all(wanted)):
             return None
         problem = parse_problem(value)
-        content = prompt_key(problem) + gold_key(problem.gold).encode()
+        key = prompt_key(problem)
+        content = key + gold_key(problem.gold).encode()
         first, same = rows.setdefault(problem.uid, (row, content))
         if first != row:
             if content != same or data.dedup == "off":
@@ -131,7 +133,7 @@ def _read(source: SourceSection, data: ProblemSection, report: DataReport) -> li
             report.dropped.append(Dropped(source.name, row, problem.uid, DUPLICATE, f"row {first}"))
             return None
         uid = f"{source.name}/{problem.uid}" if data.sources else problem.uid
-        return _Item(replace(problem, uid=uid), source.name, row)
+        return _Item(replace(problem, uid=uid), source.name, row, key)
 
     items, skipped = parse_rows(source.path, parse, data.skip_malformed)
     report.dropped.extend(Dropped(source.name, row, None, MALFORMED, why) for row, why in skipped)
@@ -144,7 +146,7 @@ def _one_of_each_prompt(items: list[_Item], data: ProblemSection, report: DataRe
     """Of items with the same prompt keep the first; where their answers differ, as `data.conflicts` says."""
     groups: dict[bytes, list[int]] = defaultdict(list)
     for index, item in enumerate(items):
-        groups[prompt_key(item.problem)].append(index)
+        groups[item.key].append(index)
     drop: _Drops = {}
     for group in groups.values():
         if len(group) == 1:

@@ -189,6 +189,10 @@ class TestWeights:
         report = gather(sources=[{**source, "limit": 7}])[1]
         assert report.summary() == ["a: kept 7 of 100 problems; skipped 93 not drawn"]
 
+    def test_two_sources_draw_their_own_halves(self, source: dict[str, Any]):
+        both = uids(gather(sources=[{**source, "weight": 0.5}, {**source, "name": "b", "weight": 0.5}])[0])
+        assert {uid[2:] for uid in both[:50]} != {uid[2:] for uid in both[50:]}
+
     def test_one_source_does_not_move_another(self, source: dict[str, Any]):
         other = {"name": "b", "path": save("b.jsonl", [row("x", "?")])}
         alone = self.drawn(**source, weight=0.5)

@@ -4,7 +4,7 @@ import random
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from pekoe.core.types import Problem
@@ -131,6 +131,8 @@ class TestContamination:
         assert known.find(problem(words(0, 50))) is None
 
     @given(st.integers(0, 39), st.integers(0, 20))
+    @example(0, 13)
+    @example(27, 13)
     def test_exactly_n_in_a_row(self, start: int, num: int):
         text = words(5, 40).split()
         known = Contamination({"e": [problem(" ".join(text))]}, 13)
