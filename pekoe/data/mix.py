@@ -54,18 +54,19 @@ class DataReport:
 
     def summary(self) -> list[str]:
         """One line a source that lost a problem or is drawn more than once, and the notes."""
-        reasons: dict[str, Counter[str]] = defaultdict(Counter)
-        for drop in self.dropped:
-            reasons[drop.source][drop.reason] += 1
         lines: list[str] = []
         for source, read in self.num_read.items():
-            kept, drawn = self.num_kept[source], self.num_drawn[source]
-            skipped = ", ".join(f"{number:,} {reason}" for reason, number in reasons[source].items())
+            kept, drawn, skipped = self.num_kept[source], self.num_drawn[source], self.losses(source)
             line = f"{source}: kept {kept:,} of {read:,} problems"
             line += f"; skipped {skipped}" * bool(skipped) + f"; an epoch draws {drawn:,}" * (drawn != kept)
             if skipped or drawn != kept or len(self.num_read) > 1:
                 lines.append(line)
         return lines + self.notes
+
+    def losses(self, source: str) -> str:
+        """How many problems of a source were dropped, by reason; empty if none."""
+        reasons = Counter(drop.reason for drop in self.dropped if drop.source == source)
+        return ", ".join(f"{number:,} {reason}" for reason, number in reasons.items())
 
     def write(self, path: str | Path) -> None:
         """Write JSONL, one line for each problem dropped: `{"source", "row", "uid", "reason", "detail"}`."""
@@ -107,7 +108,8 @@ def gather_problems(data: ProblemSection, seed: int, tokenizer: Tokenizer | None
     left = Counter(item.source for item in items)
     for source in sources:
         if not left[source.name]:
-            raise UserError(f"{source.path}: expected problems, got none that can be used")
+            lost = report.losses(source.name)
+            raise UserError(f"{source.path}: expected problems, got none that can be used" + f" ({lost})" * bool(lost))
     problems = [problem for source in sources for problem in _drawn(source, items, seed, report)]
     twice = [uid for uid, number in Counter(problem.uid for problem in problems).items() if number > 1]
     if twice:

@@ -138,7 +138,7 @@ def test_contaminated_problems_are_named_one_by_one():
     }
     with pytest.raises(UserError, match=r"evil\.jsonl: expected"):
         gather(train="a.jsonl", decontaminate=["evil.jsonl"])
-    with pytest.raises(UserError, match=r"a\.jsonl: expected problems, got none that can be used"):
+    with pytest.raises(UserError, match=r"a\.jsonl: expected problems, got none that can be used \(3 contaminated\)"):
         gather(train="a.jsonl", decontaminate=["a.jsonl"])
 
 
