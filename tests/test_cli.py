@@ -114,6 +114,8 @@ def test_a_malformed_problem_line(folder: Path):
     )
     assert done.returncode == 0, done.stderr
     assert "skipped 1 malformed" in done.stdout
+    (dropped,) = map(json.loads, (folder / "skip" / "data.jsonl").read_text().splitlines())
+    assert (dropped["row"], dropped["reason"]) == (len(lines) + 1, "malformed")
 
 
 def test_a_prompt_longer_than_allowed_and_than_the_context(folder: Path):

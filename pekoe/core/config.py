@@ -14,15 +14,11 @@ from typing import Any, Literal, TypeVar, get_args
 from urllib.parse import urlsplit
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
+from pekoe.core.data_config import DataSection, ProblemSection
 from pekoe.core.errors import UserError, nearest
-
-
-class Section(BaseModel):
-    """Frozen and closed: an unknown key is an error, a wrong type is an error, nothing changes later."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
+from pekoe.core.section import Section
 
 
 class ProcessSection(Section):
@@ -44,18 +40,6 @@ class ModelSection(Section):
     """Where to train and sample; auto takes a GPU where there is one."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype of the matrix products. Weights and optimizer state are float32 always."""
-
-
-class DataSection(Section):
-    train: str
-    """What to train on, JSONL: problems for `rl`, demonstrations for `sft`."""
-    skip_malformed: bool = False
-    """Skip, and report, lines that cannot be used, in place of stopping."""
-
-
-class ProblemSection(DataSection):
-    max_prompt_tokens: int = Field(default=1024, ge=1)
-    """A longer prompt is an error, unless skip_malformed is on."""
 
 
 class RolloutSection(Section):
@@ -91,7 +75,7 @@ class ServerSection(Section):
     """CUDA_VISIBLE_DEVICES of each server to start, such as ["1", "2,3"]; not the trainer's with sync = "broadcast"."""
     args: tuple[str, ...] = Field(default=(), strict=False)
     """More arguments of the server's own command line, as they are."""
-    env: dict[str, str] = {}
+    env: dict[str, str] = Field(default_factory=dict[str, str])
     """More environment variables of the server."""
     sync: Literal["disk", "shm", "broadcast"] = "disk"
     """How weights reach a server: a checkpoint in the run directory, one in shared memory (same host), or a
@@ -459,6 +443,8 @@ def _keys(kind: type[Section], path: list[str]) -> list[str]:
     """The valid keys of the section at `path`."""
     section: Any = kind
     for part in path:
+        if part.isdigit():  # the place in an array of sections, which `get_args` below has gone into
+            continue
         annotation = section.model_fields[part].annotation
         section = next((a for a in (annotation, *get_args(annotation)) if hasattr(a, "model_fields")), None)
         if section is None:

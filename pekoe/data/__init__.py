@@ -2,6 +2,7 @@
 
 from pekoe.data.char_tokenizer import make_char_tokenizer
 from pekoe.data.gym import make_arithmetic
+from pekoe.data.mix import DataReport, gather_problems
 from pekoe.data.order import DataOrder
 from pekoe.data.problems import ProblemFile, read_problems, write_problems
 from pekoe.data.sft_data import Demonstration, DemonstrationFile, read_demonstrations, write_demonstrations
@@ -9,10 +10,12 @@ from pekoe.data.tokenizer import Tokenizer
 
 __all__ = [
     "DataOrder",
+    "DataReport",
     "Demonstration",
     "DemonstrationFile",
     "ProblemFile",
     "Tokenizer",
+    "gather_problems",
     "make_arithmetic",
     "make_char_tokenizer",
     "read_demonstrations",

@@ -6,6 +6,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable
+from string import ascii_uppercase
 from typing import Any
 
 from pekoe.core.errors import nearest
@@ -14,6 +15,12 @@ from pekoe.data import rows
 from pekoe.data.rows import Malformed, Messages, text_of
 
 NATIVE_KEYS = {"uid", "prompt", "messages", "answer", "answers", "kind"}
+# What DAPO's prompts wrap around a problem: it asks for `Answer: x`, while every judge here reads the box.
+_DAPO = (
+    "Solve the following math problem step by step. The last line of your response should be of the form "
+    "Answer: $Answer (without quotes) where $Answer is the answer to the problem.",
+    'Remember to put your answer on its own line after "Answer:".',
+)
 _THOUSANDS = re.compile(r"-?\d{1,3}(,\d{3})+(\.\d+)?")
 
 
@@ -68,11 +75,19 @@ def _math(row: dict[str, Any]) -> Problem:
 
 
 def _dapo(row: dict[str, Any]) -> Problem:
-    """DAPO and verl: `prompt` (messages), `reward_model.ground_truth`, `extra_info.index`."""
+    """DAPO and verl: `prompt` (messages, or text), `reward_model.ground_truth`, `extra_info.index`.
+
+    DAPO's instruction to write `Answer: x` is taken off: the judges read boxes.
+    """
     truth = rows.expect(row["reward_model"], dict, "'reward_model'").get("ground_truth")
     index = rows.expect(row.get("extra_info") or {}, dict, "'extra_info'").get("index")
     uid = index if isinstance(index, str) else None  # verl numbers each split from 0: an int names no problem
-    return _problem(rows.prompt_of({"prompt": row.get("prompt")}), _golds(truth, alone=True), uid)
+    messages = rows.prompt_of({"prompt": row.get("prompt")})
+    content = messages[-1]["content"].strip()
+    if content.startswith(_DAPO[0]):
+        content = content.removeprefix(_DAPO[0]).removesuffix(_DAPO[1]).strip()
+        messages = (*messages[:-1], {**messages[-1], "content": content})
+    return _problem(messages, _golds(truth, alone=True), uid)
 
 
 def _open_reasoner_zero(turns: list[Any]) -> Problem:
@@ -90,8 +105,86 @@ def _svamp(row: dict[str, Any]) -> Problem:
     return _problem(rows.question(text), rows.answer_text(row["Answer"]), row.get("ID"))
 
 
+def _light_r1(row: dict[str, Any]) -> Problem:
+    """Light-R1: `conversations`, a user's turn and an assistant's, whose last box is the answer."""
+    turns = [rows.expect(turn, dict, "turn") for turn in rows.expect(row["conversations"], list, "'conversations'")]
+    human = next((turn for turn in turns if turn.get("from") in ("human", "user")), {})
+    gold = last_boxed(text_of(turns[-1], "value"))
+    if gold is None or turns[-1].get("from") not in ("assistant", "gpt"):
+        raise Malformed("'conversations': expected an assistant's turn with a \\boxed{} answer at the end, got none")
+    return _problem(rows.question(text_of(human, "value")), gold)
+
+
+def _knights_knaves(row: dict[str, Any]) -> Problem:
+    """Logic-RL's knights and knaves: `quiz`, `names`, `solution` (true: a knight). Its `prompt` is one model's."""
+    names, knights = (rows.expect(row[key], list, repr(key)) for key in ("names", "solution"))
+    if len(names) != len(knights) or not all(isinstance(value, bool) for value in knights):
+        raise Malformed(f"'solution': expected true or false for each of {len(names)} names, got {knights}")
+    gold = {str(name): "knight" if knight else "knave" for name, knight in zip(names, knights, strict=True)}
+    return _problem(rows.question(text_of(row, "quiz")), gold, kind="logic")
+
+
+def _zebra_grid(row: dict[str, Any]) -> Problem:
+    """ZebraLogic's grids: `puzzle`, and `solution` with `header` and `rows` (which the public copy may hide)."""
+    grid = rows.expect(row["solution"], dict, "'solution'")
+    header, lines = (rows.expect(grid.get(key), list, f"'solution.{key}'") for key in ("header", "rows"))
+    if any("___" in rows.expect(line, list, "'solution.rows'") for line in lines):
+        raise Malformed("'solution': expected the solved grid, got one with its cells hidden (___)")
+    return _problem(rows.question(text_of(row, "puzzle")), {"header": header, "rows": lines}, row.get("id"), "logic")
+
+
+def _zebra_choice(row: dict[str, Any]) -> Problem:
+    """ZebraLogic's questions: `puzzle`, `question`, `choices`, `answer` (one of the choices)."""
+    text = f"{text_of(row, 'puzzle').strip()}\n\n{text_of(row, 'question').strip()}"
+    return _choice(text, rows.expect(row["choices"], list, "'choices'"), row["answer"], row.get("id"))
+
+
+def _gpqa(row: dict[str, Any]) -> Problem:
+    """GPQA: `Question`, `Correct Answer`, `Incorrect Answer 1` to 3, put in an order that depends on the text alone."""
+    text, right = text_of(row, "Question").strip(), text_of(row, "Correct Answer").strip()
+    options = [right, *(text_of(row, f"Incorrect Answer {i}").strip() for i in (1, 2, 3))]
+    options.sort(key=lambda option: hashlib.sha256(f"{text}\n{option}".encode()).digest())
+    return _choice(text, options, right, row.get("Record ID"))
+
+
+def _big_bench_hard(row: dict[str, Any]) -> Problem:
+    """BIG-Bench-Hard's tasks with options: `input`, which lists them, and `target`, such as `(A)`."""
+    target = re.fullmatch(r"\(([A-Z])\)", text_of(row, "target").strip())
+    if not target:
+        raise Malformed(f"'target': expected an option such as '(A)', got {row['target']!r}")
+    return _problem(rows.question(text_of(row, "input")), target[1], kind="choice")
+
+
+def _choice(text: str, options: list[str], right: Any, uid: Any) -> Problem:
+    if right not in options or not 2 <= len(options) <= 26:
+        raise Malformed(f"answer: expected one of 2 to 26 choices {options}, got {right!r}")
+    listed = (f"({letter}) {option}" for letter, option in zip(ascii_uppercase, options, strict=False))
+    return _problem(
+        rows.question("\n".join([text, "Options:", *listed])), ascii_uppercase[options.index(right)], uid, "choice"
+    )
+
+
+def _countdown(row: dict[str, Any]) -> Problem:
+    """Countdown (TinyZero): `nums` and the `target` to be made of them. The rows hold no text: it is written here."""
+    numbers, target = rows.expect(row["nums"], list, "'nums'"), row["target"]
+    if not all(type(value) is int for value in (*numbers, target)):
+        raise Malformed(f"'nums', 'target': expected whole numbers, got {numbers}, {target!r}")
+    text = (
+        f"Make {target} out of the numbers {', '.join(map(str, numbers))} with +, -, *, / and parentheses, "
+        "using each number at most once. Answer with the expression."
+    )
+    return _problem(rows.question(text), {"numbers": numbers, "target": target}, kind="countdown")
+
+
 # The first layout whose keys are all there is the row's. Native comes last: its keys are the commonest.
 _LAYOUTS: tuple[tuple[set[str], Callable[[dict[str, Any]], Problem]], ...] = (
+    ({"quiz", "names", "solution"}, _knights_knaves),
+    ({"puzzle", "question", "choices", "answer"}, _zebra_choice),
+    ({"puzzle", "solution"}, _zebra_grid),
+    ({"Question", "Correct Answer"}, _gpqa),
+    ({"input", "target"}, _big_bench_hard),
+    ({"nums", "target"}, _countdown),
+    ({"conversations"}, _light_r1),
     ({"0", "1"}, lambda row: _open_reasoner_zero([row["0"], row["1"]])),
     ({"reward_model"}, _dapo),
     ({"prompt", "solutions"}, _areal),

@@ -21,16 +21,18 @@ class ProblemFile:
 
 
 def read_problems(path: str | Path, skip_malformed: bool = False) -> ProblemFile:
-    """Read problems: JSONL, or a `.json` file with one array. Layouts are told by their keys, row by row.
+    """Read problems from a `.jsonl`, `.json` or `.parquet` file or a Hugging Face data set (see `parse_rows`).
 
-    Native is `{"uid", "prompt" | "messages", "answer" | "answers", "kind"}`; AReaL's, GSM8K's, SVAMP's, MATH's, DAPO's
-    and Open-Reasoner-Zero's are read as they are. A row without a uid is named by a hash of its content.
+    Layouts are told by their keys, row by row. Native is `{"uid", "prompt" | "messages", "answer" | "answers",
+    "kind"}`; AReaL's, GSM8K's, SVAMP's, MATH's (DeepScaleR's, NuminaMath's), DAPO's, Open-Reasoner-Zero's, Light-R1's,
+    Logic-RL's, ZebraLogic's, GPQA's, BIG-Bench-Hard's and TinyZero's are read as they are. A row without a uid is
+    named by a hash of its content.
 
     `Problem.messages` is a conversation for the chat template, or one message of role `"prompt"` (native bare text: a
     user turn where the model has a template, used as it is elsewhere) or `"raw"` (AReaL: never templated).
 
     Raises UserError, naming file and line, for a malformed row or a second row of the same uid (with `skip_malformed`
-    these are skipped and reported), and for a file that is missing, not UTF-8 or without a usable row.
+    these are skipped and reported), and for a source that is missing, unreadable or without a usable row.
     """
     lines: dict[str, int] = {}
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from pekoe.core.errors import UserError, nearest
+from pekoe.data.tables import HUB, read_dataset, read_parquet
 
 T = TypeVar("T")
 Messages = tuple[dict[str, str], ...]
@@ -37,30 +38,45 @@ class Malformed(ValueError):
 def parse_rows(
     path: str | Path, parse: Callable[[Any, int], T], skip_malformed: bool
 ) -> tuple[tuple[T, ...], tuple[Skipped, ...]]:
-    """Read a JSONL file (or a `.json` file holding one array) and `parse(value, line)` every row of it.
+    """Read a source and `parse(value, number)` every row of it.
+
+    `path`: a JSONL file (a row's number is its line), a `.json` file holding one array (or an object whose `examples`
+    is one), a `.parquet` file, or a Hugging Face data set `hf:OWNER/NAME[/CONFIG][:SPLIT]`.
 
     `parse` raises Malformed for a row it refuses. Raises UserError at the first such row unless `skip_malformed`,
-    for a file that cannot be read, and for one without a single usable row.
+    for a source that cannot be read, and for one without a single usable row.
     """
-    path = Path(path)
-    whole = path.suffix == ".json"
-    text = _read_text(path)
+    unit, values = _open(path)
     rows: list[T] = []
     skipped: list[Skipped] = []
-    # JSON strings may hold U+2028 and other characters that `splitlines` cuts at: only a newline ends a row.
-    for line, source in enumerate(_array(path, text) if whole else text.split("\n"), 1):
-        if not whole and not source.strip():
+    for number, value in enumerate(values, 1):
+        if isinstance(value, str) and unit == ":" and not value.strip():
             continue
         try:
-            rows.append(parse(source if whole else _loads(source), line))
+            rows.append(parse(_loads(value) if unit == ":" else value, number))
         except Malformed as error:
             if not skip_malformed:
-                raise UserError(f"{path}{', item ' if whole else ':'}{line}: {error}") from None
-            skipped.append((line, str(error)))
+                raise UserError(f"{path}{unit}{number}: {error}") from None
+            skipped.append((number, str(error)))
     if not rows:
         got = f"{len(skipped)} malformed ones (row {skipped[0][0]}: {skipped[0][1]})" if skipped else "an empty file"
         raise UserError(f"{path}: expected at least one row, got {got}")
     return tuple(rows), tuple(skipped)
+
+
+def _open(source: str | Path) -> tuple[str, Iterable[Any]]:
+    """What stands between a source's name and the number of a row (":": rows are lines of JSON), and the rows."""
+    if str(source).startswith(HUB):
+        return ", row ", read_dataset(str(source))
+    path = Path(source)
+    if path.suffix == ".parquet":
+        if not path.exists():
+            raise missing(path, "a Parquet file")
+        return ", row ", read_parquet(path)
+    text = _read_text(path)
+    if path.suffix == ".json":
+        return ", item ", _array(path, text)
+    return ":", text.split("\n")  # JSON strings may hold U+2028 and others that `splitlines` cuts at
 
 
 def write_rows(path: str | Path, rows: Iterable[dict[str, Any]]) -> None:
@@ -102,7 +118,8 @@ def _read_text(path: Path) -> str:
 
 def _array(path: Path, text: str) -> list[Any]:
     try:
-        return expect(_loads(text), list, "the file")
+        value = _loads(text)
+        return expect(value["examples"] if isinstance(value, dict) and "examples" in value else value, list, "the file")
     except Malformed as error:
         raise UserError(f"{path}: {error} (a file of one object a line is named .jsonl)") from None
 

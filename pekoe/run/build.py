@@ -22,6 +22,7 @@ from pekoe.core.config import (
 from pekoe.core.errors import UserError
 from pekoe.core.types import Problem, Prompt, SamplingParams
 from pekoe.core.view import View
+from pekoe.data.mix import gather_problems
 from pekoe.data.order import DataOrder
 from pekoe.data.problems import read_problems
 from pekoe.data.tokenizer import Tokenizer
@@ -236,16 +237,20 @@ def build_rl(config: RLConfig, view: View, stop: Stop, stack: ExitStack) -> RLPa
     model, tokenizer, dtype = open_model(config.model)
     new_tokens = max(rollout.max_new_tokens, config.eval.max_new_tokens or 0)
     check_context(model, data.max_prompt_tokens, new_tokens)
-    problems = open_problems(data.train, tokenizer, data.max_prompt_tokens, data.skip_malformed, view)
+    problems, report = gather_problems(data, config.run.seed, tokenizer)
+    for line in report.summary():
+        view.say(line)
     held_out: list[Problem] = []
     if config.eval.data and config.eval.every:
         held_out = open_problems(config.eval.data, tokenizer, data.max_prompt_tokens, data.skip_malformed, view)
     if len(problems) < rollout.prompts_per_step:
         raise UserError(
-            f"rollout.prompts_per_step: expected at most the {len(problems)} problems of {data.train}, "
+            f"rollout.prompts_per_step: expected at most the {len(problems)} problems of an epoch, "
             f"got {rollout.prompts_per_step}"
         )
     run = stack.enter_context(RunDir(config, (view.event,)))
+    if report.dropped:
+        report.write(run.path / "data.jsonl")
     trainer = make_trainer(config, model, dtype)
     longest = data.max_prompt_tokens + new_tokens
     asked = [sampling(rollout, tokenizer, config.run.seed)]

@@ -3,6 +3,7 @@
     config.toml            the resolved recipe
     journal.jsonl          events; `step` events carry all metrics
     ledger.jsonl           what became of every prompt drawn
+    data.jsonl             problems that were read and dropped, each with the reason; absent if there are none
     rollouts/              one compressed JSONL a step
     checkpoints/           trainer state by torch.distributed.checkpoint, and state.json with everything else
     model/                 the last saved version in Hugging Face format

@@ -88,6 +88,68 @@ LAYOUTS = {
         },
         Problem("9a9b", user("Solve."), "34"),
     ),
+    "dapo's instruction": (
+        {
+            "prompt": [
+                {
+                    "role": "user",
+                    "content": "Solve the following math problem step by step. The last line of your response should "
+                    "be of the form Answer: $Answer (without quotes) where $Answer is the answer to the problem.\n\n"
+                    'Solve.\n\nRemember to put your answer on its own line after "Answer:".',
+                }
+            ],
+            "reward_model": {"ground_truth": "34"},
+            "extra_info": {"index": "9a9c"},
+        },
+        Problem("9a9c", user("Solve."), "34"),
+    ),
+    "dapo as text": (
+        {"prompt": "Solve!", "solution": "34", "reward_model": {"ground_truth": "34"}, "extra_info": {"index": "9a9d"}},
+        Problem("9a9d", ({"role": "prompt", "content": "Solve!"},), "34"),
+    ),
+    "light-r1": (
+        {
+            "conversations": [
+                {"from": "user", "value": "Solve it."},
+                {"from": "assistant", "value": "<think>\\boxed{1}</think> \\boxed{x^{2}}"},
+            ]
+        },
+        Problem("?", user("Solve it."), "x^{2}"),
+    ),
+    "knights and knaves": (
+        {
+            "quiz": "Zoey and Oliver: who?",
+            "names": ["Zoey", "Oliver"],
+            "solution": [True, False],
+            "prompt": [{"role": "user", "content": "<|im_start|>system"}],
+            "reward_model": {"ground_truth": {"statements": "..."}},
+        },
+        Problem("?", user("Zoey and Oliver: who?"), {"Zoey": "knight", "Oliver": "knave"}, "logic"),
+    ),
+    "zebra grid": (
+        {"id": "z1", "puzzle": "Houses.", "solution": {"header": ["House", "Name"], "rows": [["1", "Eric"]]}},
+        Problem("z1", user("Houses."), {"header": ["House", "Name"], "rows": [["1", "Eric"]]}, "logic"),
+    ),
+    "zebra question": (
+        {"id": "z2", "puzzle": "Houses.", "question": "Who?", "choices": ["Eric", "Bob"], "answer": "Bob"},
+        Problem("z2", user("Houses.\n\nWho?\nOptions:\n(A) Eric\n(B) Bob"), "B", "choice"),
+    ),
+    "big-bench-hard": (
+        {"input": "Which?\nOptions:\n(A) x\n(B) y", "target": "(B)"},
+        Problem("?", user("Which?\nOptions:\n(A) x\n(B) y"), "B", "choice"),
+    ),
+    "countdown": (
+        {"target": 98, "nums": [44, 19, 35]},
+        Problem(
+            "?",
+            user(
+                "Make 98 out of the numbers 44, 19, 35 with +, -, *, / and parentheses, using each number at most "
+                "once. Answer with the expression."
+            ),
+            {"numbers": [44, 19, 35], "target": 98},
+            "countdown",
+        ),
+    ),
     "open reasoner zero": (
         [{"from": "human", "value": "Solve."}, {"from": "assistant", "ground_truth": {"value": "\\boxed{x^{2}}"}}],
         Problem("?", user("Solve."), "x^{2}"),
@@ -123,6 +185,23 @@ def test_a_json_file_is_one_array(file: File):
         read_problems(file([NATIVE, {"uid": "b", "prompt": "p"}], name="bad.json"))
     with pytest.raises(UserError, match=r"expected JSON, got Extra data.*named \.jsonl"):
         read_problems(file(NATIVE, NATIVE, name="lines.json"))
+
+
+def test_a_json_file_may_hold_examples(file: File):
+    examples = [LAYOUTS["big-bench-hard"][0], {"input": "Other?\n(A) x", "target": "(A)"}]
+    path = file({"canary": "text", "examples": examples}, name="task.json")
+    assert [problem.gold for problem in read_problems(path).problems] == ["B", "A"]
+
+
+def test_gpqa_options_are_shuffled_by_their_text(file: File):
+    rows = [
+        {"Question": f"Q{i}?", "Correct Answer": "right", **{f"Incorrect Answer {j}": f"wrong {j}" for j in (1, 2, 3)}}
+        for i in range(40)
+    ]
+    problems = read_problems(file(*rows)).problems
+    assert {problem.gold for problem in problems} == {"A", "B", "C", "D"}
+    assert all(f"({problem.gold}) right" in problem.messages[0]["content"] for problem in problems)
+    assert read_problems(file(*rows[::-1])).problems == problems[::-1]
 
 
 def test_uid_depends_on_the_content_alone(file: File):
@@ -179,6 +258,24 @@ MALFORMED = {
     "orz": ([{"from": "human", "value": "v"}], "expected two turns (human, assistant), got 1"),
     "surrogate": (b'{"prompt": "\\ud800", "answer": "1"}', "half of a surrogate pair"),
     "deep": (b"[" * 100_000, "expected JSON, got"),
+    "light-r1 without a box": (
+        {"conversations": [{"from": "user", "value": "q"}, {"from": "assistant", "value": "5"}]},
+        "expected an assistant's turn with a \\boxed{} answer",
+    ),
+    "knights without roles": (
+        {"quiz": "q", "names": ["A", "B"], "solution": [True]},
+        "'solution': expected true or false for each of 2 names, got [True]",
+    ),
+    "zebra hidden": (
+        {"puzzle": "p", "solution": {"header": ["House"], "rows": [["___"]]}},
+        "expected the solved grid, got one with its cells hidden",
+    ),
+    "choice not offered": (
+        {"puzzle": "p", "question": "q", "choices": ["x", "y"], "answer": "z"},
+        "answer: expected one of 2 to 26 choices ['x', 'y'], got 'z'",
+    ),
+    "target without options": ({"input": "p", "target": "True"}, "expected an option such as '(A)', got 'True'"),
+    "countdown of text": ({"target": "98", "nums": [1, 2]}, "expected whole numbers, got [1, 2], '98'"),
     "same uid": (NATIVE, "uid 'a': expected a name of its own, got that of row 1"),
 }
 
@@ -287,3 +384,25 @@ def test_reads_the_real_files(shared_dir: Path, name: str, num: int, first: str)
     assert problems[0].gold == first
     odd = [problem.gold for problem in problems if not str(problem.gold).replace("-", "").replace(".", "").isdigit()]
     assert odd == []
+
+
+def test_reads_big_bench_hard(shared_dir: Path):
+    problems = read_problems(shared_dir / "data/problems/bbh/logical_deduction_three_objects.json").problems
+    assert len(problems) == 250
+    assert {(problem.kind, problem.gold) for problem in problems} == {("choice", letter) for letter in "ABC"}
+
+
+@pytest.mark.parametrize(("name", "num"), [("3ppl_train", 900), ("4ppl_test", 100), ("5ppl_test", 100)])
+def test_reads_knights_and_knaves(shared_dir: Path, name: str, num: int):
+    pytest.importorskip("pyarrow", reason="Parquet needs pyarrow: pip install 'pekoe[data]'")
+    path = shared_dir / "data/problems/knights_knaves" / f"{name}.parquet"
+    problems = read_problems(path).problems
+    assert len(problems) == num
+    assert {problem.kind for problem in problems} == {"logic"}
+    for problem in problems:
+        text = problem.messages[0]["content"]
+        assert problem.messages[0]["role"] == "user"
+        assert "im_start" not in text
+        assert len(problem.gold) == int(name[0])
+        assert all(person in text for person in problem.gold)
+        assert set(problem.gold.values()) <= {"knight", "knave"}

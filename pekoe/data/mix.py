@@ -1,0 +1,219 @@
+"""From the `[data]` section of a recipe to the problems of a run: read, thinned out, mixed, and accounted for.
+
+The order of things: rows are read (malformed ones named), repeats and conflicts of the same prompt leave, then prompts
+too long, then what evaluation sets know, then near repeats, and what is left is drawn by limit and weight. Everything
+depends on the sources' content, the config and the seed alone.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections import Counter, defaultdict
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pekoe.core.data_config import ProblemSection, SourceSection
+from pekoe.core.errors import UserError
+from pekoe.core.types import Problem
+from pekoe.data.formats import parse_problem
+from pekoe.data.overlap import Contamination, gold_key, near_duplicates, prompt_key
+from pekoe.data.problems import read_problems
+from pekoe.data.rows import Malformed, parse_rows, write_rows
+from pekoe.data.tokenizer import Tokenizer
+
+# Why a problem was dropped, as reports say it.
+MALFORMED, TOO_LONG = "malformed", "too long"
+DUPLICATE, CONFLICT, NEAR = "duplicate", "conflicting answers", "near duplicate"
+CONTAMINATED, NOT_DRAWN = "contaminated", "not drawn"
+
+
+@dataclass(frozen=True, slots=True)
+class Dropped:
+    """A problem that was read and not kept. `row` counts from 1 in its source; `detail` names what it collided with."""
+
+    source: str
+    row: int
+    uid: str | None
+    reason: str
+    detail: str
+
+
+@dataclass(slots=True)
+class DataReport:
+    """What became of every row."""
+
+    num_read: Counter[str] = field(default_factory=Counter[str])  # by source
+    num_kept: Counter[str] = field(default_factory=Counter[str])  # different problems, by source
+    num_drawn: Counter[str] = field(default_factory=Counter[str])  # with repeats: what an epoch draws
+    dropped: list[Dropped] = field(default_factory=list[Dropped])
+    notes: list[str] = field(default_factory=list[str])
+
+    def summary(self) -> list[str]:
+        """One line a source that lost a problem or is drawn more than once, and the notes."""
+        lines: list[str] = []
+        for source, read in self.num_read.items():
+            kept, drawn, skipped = self.num_kept[source], self.num_drawn[source], self.losses(source)
+            line = f"{source}: kept {kept:,} of {read:,} problems"
+            line += f"; skipped {skipped}" * bool(skipped) + f"; an epoch draws {drawn:,}" * (drawn != kept)
+            if skipped or drawn != kept or len(self.num_read) > 1:
+                lines.append(line)
+        return lines + self.notes
+
+    def losses(self, source: str) -> str:
+        """How many problems of a source were dropped, by reason; empty if none."""
+        reasons = Counter(drop.reason for drop in self.dropped if drop.source == source)
+        return ", ".join(f"{number:,} {reason}" for reason, number in reasons.items())
+
+    def write(self, path: str | Path) -> None:
+        """Write JSONL, one line for each problem dropped: `{"source", "row", "uid", "reason", "detail"}`."""
+        write_rows(path, (asdict(drop) for drop in self.dropped))
+
+
+_Drops = dict[int, tuple[str, str]]  # index of an item -> why it goes, and the detail
+
+
+@dataclass(frozen=True, slots=True)
+class _Item:
+    problem: Problem
+    source: str
+    row: int
+    key: bytes  # of its prompt
+
+    def __str__(self) -> str:
+        return f"{self.source}, row {self.row} ({self.problem.uid})"
+
+
+def gather_problems(data: ProblemSection, seed: int, tokenizer: Tokenizer | None) -> tuple[list[Problem], DataReport]:
+    """Read the sources of `data` and return the problems that an epoch draws, with what became of the others.
+
+    A problem of `data.sources` is named `source/uid`; one of `data.train` keeps its uid. A second copy (weight above
+    1) is named `uid#2`. `tokenizer` measures prompts; None: none is too long.
+
+    Raises UserError for a source that cannot be used, and, unless `data.skip_malformed`, for the first malformed row
+    or prompt longer than `data.max_prompt_tokens`.
+    """
+    report = DataReport()
+    sources = data.sources or (SourceSection(path=data.train or "", name=data.train or ""),)
+    items = [item for source in sources for item in _read(source, data, report)]
+    items = _one_of_each_prompt(items, data, report)
+    items = _short_enough(items, data, tokenizer, report)
+    items = _unknown_to_evaluation(items, data, report)
+    if data.dedup == "near":
+        near = near_duplicates([item.problem for item in items], data.dedup_threshold)
+        items = _without(items, {i: (NEAR, f"nearly {items[first]}") for i, first in near.items()}, report)
+    left = Counter(item.source for item in items)
+    for source in sources:
+        if not left[source.name]:
+            lost = report.losses(source.name)
+            raise UserError(f"{source.path}: expected problems, got none that can be used" + f" ({lost})" * bool(lost))
+    problems = [problem for source in sources for problem in _drawn(source, items, seed, report)]
+    twice = [uid for uid, number in Counter(problem.uid for problem in problems).items() if number > 1]
+    if twice:
+        raise UserError(f"data.sources: expected different uids, got {twice[0]!r} twice; give the sources other names")
+    return problems, report
+
+
+def _read(source: SourceSection, data: ProblemSection, report: DataReport) -> list[_Item]:
+    """The items of one source, each with a uid of its own. Rows that `where` leaves out do not count as read."""
+    rows: dict[str, tuple[int, bytes]] = {}
+
+    def parse(value: Any, row: int) -> _Item | None:
+        wanted = (str(value.get(column)) in values for column, values in source.where.items())
+        if source.where and not (isinstance(value, dict) and all(wanted)):
+            return None
+        problem = parse_problem(value)
+        key = prompt_key(problem)
+        content = key + gold_key(problem.gold).encode()
+        first, same = rows.setdefault(problem.uid, (row, content))
+        if first != row:
+            if content != same or data.dedup == "off":
+                raise Malformed(f"uid {problem.uid!r}: expected a name of its own, got that of row {first}")
+            report.dropped.append(Dropped(source.name, row, problem.uid, DUPLICATE, f"row {first}"))
+            return None
+        uid = f"{source.name}/{problem.uid}" if data.sources else problem.uid
+        return _Item(replace(problem, uid=uid), source.name, row, key)
+
+    items, skipped = parse_rows(source.path, parse, data.skip_malformed)
+    report.dropped.extend(Dropped(source.name, row, None, MALFORMED, why) for row, why in skipped)
+    found = [item for item in items if item is not None]
+    report.num_read[source.name] = len(found) + sum(drop.source == source.name for drop in report.dropped)
+    return found
+
+
+def _one_of_each_prompt(items: list[_Item], data: ProblemSection, report: DataReport) -> list[_Item]:
+    """Of items with the same prompt keep the first; where their answers differ, as `data.conflicts` says."""
+    groups: dict[bytes, list[int]] = defaultdict(list)
+    for index, item in enumerate(items):
+        groups[item.key].append(index)
+    drop: _Drops = {}
+    for group in groups.values():
+        if len(group) == 1:
+            continue
+        first = items[group[0]]
+        other = next((items[i] for i in group if gold_key(items[i].problem.gold) != gold_key(first.problem.gold)), None)
+        if other is None:
+            drop |= dict.fromkeys(group[1:], (DUPLICATE, f"repeats {first}"))
+        else:
+            detail = f"{first} says {first.problem.gold!r}, {other} says {other.problem.gold!r}"
+            drop |= dict.fromkeys(group[data.conflicts == "first" :], (CONFLICT, detail))
+    if data.dedup != "off":
+        return _without(items, drop, report)
+    if drop:
+        reasons = Counter(reason for reason, _ in drop.values())
+        report.notes.append(
+            f"{reasons[DUPLICATE]:,} problems repeat an earlier prompt, and {reasons[CONFLICT]:,} have a prompt that "
+            'occurs with different answers: data.dedup = "exact" drops them'
+        )
+    return items
+
+
+def _short_enough(
+    items: list[_Item], data: ProblemSection, tokenizer: Tokenizer | None, report: DataReport
+) -> list[_Item]:
+    drop: _Drops = {}
+    if tokenizer is None:
+        return items
+    for index, item in enumerate(items):
+        size, limit = len(tokenizer.encode_prompt(item.problem.messages)), data.max_prompt_tokens
+        if size > limit and not data.skip_malformed:
+            raise UserError(
+                f"{item.source}: problem {item.problem.uid!r}: expected a prompt of at most {limit} tokens "
+                f"(max_prompt_tokens), got {size}; raise the limit, or set data.skip_malformed = true"
+            )
+        if size > limit:
+            drop[index] = (TOO_LONG, f"{size} tokens, at most {limit}")
+    return _without(items, drop, report)
+
+
+def _unknown_to_evaluation(items: list[_Item], data: ProblemSection, report: DataReport) -> list[_Item]:
+    if not data.decontaminate:
+        return items
+    known = Contamination({path: read_problems(path).problems for path in data.decontaminate}, data.ngram)
+    found = ((index, known.find(item.problem)) for index, item in enumerate(items))
+    return _without(items, {i: (CONTAMINATED, f"{hit[0]}: {hit[1]}") for i, hit in found if hit}, report)
+
+
+def _without(items: list[_Item], drop: Mapping[int, tuple[str, str]], report: DataReport) -> list[_Item]:
+    """The items whose index is not in `drop`; the others are reported."""
+    for index, (reason, detail) in sorted(drop.items()):
+        item = items[index]
+        report.dropped.append(Dropped(item.source, item.row, item.problem.uid, reason, detail))
+    return [item for index, item in enumerate(items) if index not in drop]
+
+
+def _drawn(source: SourceSection, items: list[_Item], seed: int, report: DataReport) -> list[Problem]:
+    """What an epoch draws of a source: its problems by limit and weight, in their order, further copies behind."""
+    own = [item for item in items if item.source == source.name]
+    bits = np.random.Philox(np.random.SeedSequence([seed, zlib.crc32(source.name.encode())]))
+    chosen = np.argsort(bits.random_raw(len(own)), kind="stable")[: source.limit].tolist()
+    number = max(1, round(source.weight * len(chosen)))
+    places = sorted((turn // len(chosen), chosen[turn % len(chosen)]) for turn in range(number))
+    left_out = dict.fromkeys(set(range(len(own))) - {i for _, i in places}, (NOT_DRAWN, "by limit or weight"))
+    report.num_kept[source.name] = len(_without(own, left_out, report))
+    report.num_drawn[source.name] = number
+    problems = [(copy, own[index].problem) for copy, index in places]
+    return [replace(problem, uid=f"{problem.uid}#{copy + 1}") if copy else problem for copy, problem in problems]

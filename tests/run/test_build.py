@@ -1,0 +1,44 @@
+"""A mix of sources, from the recipe to the ledger."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from pekoe.core.journal import read_lines
+from pekoe.core.view import NoView
+
+
+class Heard(NoView):
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    def say(self, text: str) -> None:
+        self.said.append(text)
+
+
+def test_a_mix_is_drawn_by_weight_and_goes_on_after_a_stop(tiny_dir: Path, tmp_path: Path, recipe: Any, build, train):
+    lines = (tiny_dir / "train.jsonl").read_text().splitlines()
+    (tmp_path / "a.jsonl").write_text("\n".join(lines[:8]))
+    (tmp_path / "b.jsonl").write_text("\n".join([*lines[7:10], '{"promt": 1}']))  # the first is in a.jsonl too
+    sources = [
+        {"name": "a", "path": str(tmp_path / "a.jsonl"), "weight": 0.5},
+        {"name": "b", "path": str(tmp_path / "b.jsonl"), "weight": 2.0},
+    ]
+    recipe["data"] = {"sources": sources, "dedup": "exact", "skip_malformed": True, "max_prompt_tokens": 8}
+    view = Heard()
+    train(build("num_steps=2"), view=view)
+    assert view.said[:2] == [
+        "a: kept 4 of 8 problems; skipped 4 not drawn",
+        "b: kept 2 of 4 problems; skipped 1 malformed, 1 duplicate; an epoch draws 4",
+    ]
+    train(build("num_steps=4"))  # 16 prompts: two epochs of eight
+    drawn = [(line["uid"], line["draw"]) for line in read_lines(tmp_path / "run" / "ledger.jsonl")]
+    assert len(set(drawn)) == len(drawn) == 16
+    assert Counter(epoch for _, epoch in drawn) == {0: 8, 1: 8}
+    assert Counter(uid.partition("/")[0] for uid, _ in drawn) == {"a": 8, "b": 8}
+    assert {uid for uid, epoch in drawn if epoch == 0} == {uid for uid, epoch in drawn if epoch == 1}
+    dropped = [json.loads(line) for line in (tmp_path / "run" / "data.jsonl").read_text().splitlines()]
+    assert Counter(line["reason"] for line in dropped) == {"not drawn": 4, "malformed": 1, "duplicate": 1}
