@@ -47,7 +47,7 @@ format: $(VENV)/.stamp-dev ## Format the code and mend what lint can mend
 	$(BIN)/ruff check --fix .
 
 clean: ## Remove the virtual environments and every cache; runs/ stays
-	rm -rf $(VENV) $(VENV_SGLANG) $(VENV_VLLM) $(VENV_TRL) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(VENV_SGLANG) $(VENV_VLLM) $(VENV_TRL) $(VENV_GRADERS) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache
 	find pekoe tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # An environment is sound when its stamp names this directory and its own Python still runs, and is new enough.

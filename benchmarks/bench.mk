@@ -4,7 +4,7 @@
 VENV_VLLM ?= .venv-vllm
 VENV_SGLANG ?= .venv-sglang
 
-.PHONY: bench-rollout bench-train
+.PHONY: bench-rollout bench-train bench-verify
 
 bench-rollout: $(VENV)/.stamp-test ## Measure rollouts beside vLLM and transformers: make bench-rollout ARGS=--quick
 	@[ -x $(VENV_VLLM)/bin/python ] || echo "Without vLLM: $(VENV_VLLM) is not there (make $(VENV_VLLM)/.stamp builds it)"
@@ -30,4 +30,24 @@ $(VENV_TRL)/.stamp: benchmarks/trl.txt $(if $(TRL_SOUND),,FORCE)
 	@$(PYTHON) -m venv $(VENV_TRL)
 	@$(TRL_PIP) $$(grep ^torch $<)
 	@$(TRL_PIP) -r $<
+	@printf '%s' "$(CURDIR)" > $@
+
+# The judge beside graders of the field, which have an environment of their own in $(VENV_GRADERS) (200 MB).
+
+VENV_GRADERS ?= .venv-graders
+GRADERS_PIP   = $(VENV_GRADERS)/bin/python -m pip --disable-pip-version-check install $(if $(CI),--quiet --progress-bar off)
+GRADERS_SOUND := $(shell [ "$$(cat $(VENV_GRADERS)/.stamp 2>/dev/null)" = "$(CURDIR)" ] && \
+                   $(VENV_GRADERS)/bin/python -c '' 2>/dev/null && echo yes)
+
+bench-verify: $(VENV)/.stamp-test $(VENV_GRADERS)/.stamp ## Measure the judge beside other graders: needs ../shared/data
+	PEKOE_GRADERS_PYTHON=$(abspath $(VENV_GRADERS)/bin/python) $(PY) benchmarks/bench_verify.py $(ARGS)
+
+$(VENV_GRADERS)/.stamp: benchmarks/graders.txt benchmarks/graders-alone.txt $(if $(GRADERS_SOUND),,FORCE)
+	@echo "Installing graders in $(VENV_GRADERS)"
+	@[ "$(VENV_GRADERS)" = .venv-graders ] || [ -e $@ ] || [ ! -e $(VENV_GRADERS) ] || \
+	  { echo "$(VENV_GRADERS) is there and was not made here: name another, or remove it yourself" >&2; exit 1; }
+	@rm -rf $(VENV_GRADERS)
+	@$(PYTHON) -m venv $(VENV_GRADERS)
+	@$(GRADERS_PIP) -r benchmarks/graders.txt
+	@$(GRADERS_PIP) --no-deps -r benchmarks/graders-alone.txt
 	@printf '%s' "$(CURDIR)" > $@

@@ -41,10 +41,17 @@ def _package_without_its_init(name: str) -> None:
     sys.modules[name] = package
 
 
+def _unlimited(**_: Any) -> Callable[[Any], Any]:
+    return lambda function: function
+
+
 def prime_math() -> Grader:
-    """verl's `prime_math`: prm800k's grader, then sympy."""
+    """verl's `prime_math`: prm800k's grader, then sympy. Its own time limits want torch: ours hold."""
     for name in ("verl", "verl.utils", "verl.utils.reward_score"):
         _package_without_its_init(name)
+    limits: Any = types.ModuleType("verl.utils.py_functional")
+    limits.timeout_limit = _unlimited
+    sys.modules[limits.__name__] = limits
     library = importlib.import_module("verl.utils.reward_score.prime_math")
     return lambda gold, response: bool(library.compute_score(response, gold)[0])
 

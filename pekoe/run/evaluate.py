@@ -1,25 +1,33 @@
-"""Evaluation: n samples a problem, judged; pass@1 with an interval over problems."""
+"""Evaluation: n samples a problem, judged; pass@1 with an interval over problems, pass@k, majority@k; by data set."""
 
 from __future__ import annotations
 
+import json
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich.table import Table
 
+from pekoe import __version__
 from pekoe.core.config import EvalConfig
-from pekoe.core.errors import Interrupted, RunError
+from pekoe.core.errors import Interrupted, RunError, UserError, nearest
 from pekoe.core.types import Group, Problem, SamplingParams, Verdict
 from pekoe.core.view import View
 from pekoe.data.tokenizer import Tokenizer
 from pekoe.run.build import check_context, open_model, open_problems, open_sampler, prepare, sampling_for
 from pekoe.run.control import Clock, Stop, StopRequested
 from pekoe.run.rollout import Sampler, check_faults
+from pekoe.run.sampled import Judged, SampleFile
+from pekoe.run.scores import majority_at_k, paired, pass_at_1, pass_at_k, powers_up_to
+
+MAX_TRUNCATION = 0.05  # above it a figure says more about the length limit than about the model
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,14 +38,37 @@ class EvalResult:
     ci95: tuple[float, float]
     num_problems: int
     samples_per_problem: int
+    pass_at_k: dict[str, float]
+    majority_at_k: dict[str, float]
     response_tokens: float
     truncation_rate: float
     unparsed_rate: float
     fault_rate: float
     examples: tuple[dict[str, Any], ...] = ()  # one response to each of the first problems
+    by_set: dict[str, EvalResult] = field(default_factory=dict[str, "EvalResult"])  # where there are several
 
     def as_dict(self) -> dict[str, Any]:
-        return {k: v for k, v in asdict(self).items() if k != "examples"}
+        figures = {k: v for k, v in asdict(self).items() if k not in ("examples", "by_set")}
+        return figures | ({"sets": {k: v.as_dict() for k, v in self.by_set.items()}} if self.by_set else {})
+
+
+def result_of(rows: Sequence[Judged], num_samples: int) -> EvalResult:
+    """The figures of judged problems."""
+    labels = [label for row in rows for label in row.labels]
+    mean, interval = pass_at_1(rows)
+    sizes = powers_up_to(num_samples)
+    return EvalResult(
+        pass_at_1=mean,
+        ci95=interval,
+        num_problems=len(rows),
+        samples_per_problem=num_samples,
+        pass_at_k={str(k): pass_at_k(rows, k) for k in sizes},
+        majority_at_k={str(k): majority_at_k(rows, k) for k in sizes},
+        response_tokens=float(np.mean([tokens for row in rows for tokens in row.tokens])),
+        truncation_rate=float(np.mean([reason == "length" for row in rows for reason in row.reasons])),
+        unparsed_rate=labels.count("unparsed") / len(labels),
+        fault_rate=labels.count("fault") / len(labels),
+    )
 
 
 def evaluate(
@@ -45,64 +76,156 @@ def evaluate(
 ) -> EvalResult:
     """Sample `params.n` responses to each problem and judge them."""
     groups = sampler([(problem, 0) for problem in problems], params, clock)
-    fault_rate = check_faults((v for _, verdicts in groups for v in verdicts), max_fault_rate)
-    rollouts = [rollout for group, _ in groups for rollout in group.rollouts]
-    labels = [v.label for _, verdicts in groups for v in verdicts]
-    mean, interval = pass_at_1([verdicts for _, verdicts in groups])
-    return EvalResult(
-        pass_at_1=mean,
-        ci95=interval,
-        num_problems=len(groups),
-        samples_per_problem=params.n,
-        response_tokens=float(np.mean([r.num_tokens for r in rollouts])),
-        truncation_rate=float(np.mean([r.finish_reason == "length" for r in rollouts])),
-        unparsed_rate=labels.count("unparsed") / len(labels),
-        fault_rate=fault_rate,
-        examples=tuple(_example(sampler.tokenizer, group, verdicts) for group, verdicts in groups[:8]),
-    )
+    check_faults((v for _, verdicts in groups for v in verdicts), max_fault_rate)
+    result = result_of([Judged.of(*group) for group in groups], params.n)
+    return replace(result, examples=_examples(sampler.tokenizer, groups))
 
 
-def pass_at_1(verdicts: Sequence[Sequence[Verdict]]) -> tuple[float, tuple[float, float]]:
-    """pass@1 and its 95 % interval.
-
-    The mean over problems of each problem's share of correct samples (FAULT left out); the interval is +-1.96
-    standard errors over problems, since the samples of one problem are not independent (Miller 2024,
-    arXiv:2411.00640, section 2.2), cut to [0, 1].
-    """
-    rates = []
-    for row in verdicts:
-        judged = [v.label == "correct" for v in row if v.label != "fault"]
-        if judged:
-            rates.append(np.mean(judged))
-    if not rates:
-        return float("nan"), (float("nan"), float("nan"))
-    mean = float(np.mean(rates))
-    error = float(np.std(rates, ddof=1) / np.sqrt(len(rates))) if len(rates) > 1 else 1.0
-    return mean, (max(0.0, mean - 1.96 * error), min(1.0, mean + 1.96 * error))
+def warn_truncation(rate: float, max_new_tokens: int, view: View) -> None:
+    """Say so where more than 5 % of responses were cut."""
+    if rate > MAX_TRUNCATION:
+        view.say(
+            f"warning: {rate:.1%} of the responses were cut at {max_new_tokens} tokens (max_new_tokens); they count as "
+            f"wrong whatever they would have said"
+        )
 
 
 def run_eval(config: EvalConfig, view: View) -> EvalResult:
-    """`pekoe eval`: evaluate one model on one problem file."""
-    assert config.eval.data is not None
+    """`pekoe eval`: evaluate one model on one problem file, or several. With `out`, what an earlier run of the same
+    recipe sampled is taken from there, and `results.json` is written."""
     prepare(config.run)
     model, tokenizer, _ = open_model(config.model)
     new_tokens = config.eval.max_new_tokens or max(1, model.spec.max_positions - config.max_prompt_tokens)
     check_context(model, config.max_prompt_tokens, new_tokens)
-    problems = open_problems(config.eval.data, tokenizer, config.max_prompt_tokens, False, view)
+    sets = _open_sets(config, tokenizer, view)
     params = sampling_for(config.eval, new_tokens, tokenizer, config.run.seed)
     longest = config.max_prompt_tokens + new_tokens
     stop = Stop()
+    out = Path(config.out) if config.out else None
     with stop.listening(), ExitStack() as stack:
+        samples = SampleFile(out / "samples.jsonl" if out else None, _about(config))
+        stack.callback(samples.close)
         log_dir = stack.enter_context(_kept_on_failure())
         sampler = open_sampler(config, model, tokenizer, longest, [params], log_dir, view, stop, stack)
         if config.engine.server.urls:  # what they held before is not known
             sampler.engine.update_weights(model, 0)
         if sampler.engine.holds(model) is False:
             raise RunError(f"expected the engine to hold the parameters of {config.model.path}, got others")
+        problems = [problem for its in sets.values() for problem in its]
         try:
-            return evaluate(sampler, problems, params, Clock(view), config.verify.max_fault_rate)
+            rows, groups = samples.sample(sampler, problems, params, Clock(view))
         except StopRequested:
-            raise Interrupted("stopped; nothing was measured. Run the same command again to start over") from None
+            kept = f"{len(samples.done)} of {len(problems)} problems are kept" if out else "nothing was kept (no `out`)"
+            raise Interrupted(f"stopped; {kept}. Run the same command again to go on") from None
+    check_faults((v for _, verdicts in groups for v in verdicts), config.verify.max_fault_rate)
+    result = replace(result_of(rows, params.n), examples=_examples(tokenizer, groups))
+    by_set: dict[str, EvalResult] = {}
+    for name, its in sets.items():
+        if len(sets) > 1:
+            by_set[name] = result_of(rows[: len(its)], params.n)
+        rows = rows[len(its) :]
+    result = replace(result, by_set=by_set)
+    warn_truncation(result.truncation_rate, new_tokens, view)
+    if out:
+        _write_results(out / "results.json", config, result, list(samples.done.values()))
+    return result
+
+
+def _open_sets(config: EvalConfig, tokenizer: Tokenizer, view: View) -> dict[str, list[Problem]]:
+    """The problems of each data set, by its name; where there are several, uids begin with that name."""
+    assert config.eval.data is not None
+    paths = [config.eval.data] if isinstance(config.eval.data, str) else list(config.eval.data)
+    sets: dict[str, list[Problem]] = {}
+    for path in paths:
+        name = Path(path).stem if len(paths) > 1 else ""
+        if name in sets:
+            raise UserError(f"eval.data: expected files of different names, got {name!r} twice")
+        problems = open_problems(path, tokenizer, config.max_prompt_tokens, False, view)
+        sets[name] = [replace(p, uid=f"{name}/{p.uid}") for p in problems] if name else problems
+    return sets
+
+
+def _about(config: EvalConfig) -> dict[str, Any]:
+    """What decides the responses, and their verdicts."""
+    return {
+        "model.path": config.model.path,
+        "run.seed": config.run.seed,
+        "max_prompt_tokens": config.max_prompt_tokens,
+        **{f"eval.{key}": value for key, value in config.eval.model_dump(mode="json").items()},
+    }
+
+
+def _write_results(path: Path, config: EvalConfig, total: EvalResult, rows: Sequence[Judged]) -> None:
+    results = {
+        "schema": 1,
+        "pekoe": __version__,
+        "config": config.model_dump(mode="json", exclude_none=True),
+        "total": total.as_dict(),
+        "problems": [
+            {"uid": row.uid, "num_correct": row.num_correct, "num_judged": row.num_judged}
+            for row in sorted(rows, key=lambda row: row.uid)
+        ],
+    }
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(json.dumps(results, indent=1) + "\n")
+    os.replace(partial, path)
+
+
+def table_of(result: EvalResult) -> Table:
+    """One line a data set, and one for all."""
+    table = Table(title=f"{result.samples_per_problem} responses a problem")
+    sizes = [k for k in result.pass_at_k if k != "1"]
+    wide = sizes[-1:]
+    for name in ("set", "problems", "pass@1", "95 %", *(f"pass@{k}" for k in wide), *(f"maj@{k}" for k in wide)):
+        table.add_column(name, justify="left" if name == "set" else "right")
+    for name in ("tokens", "cut", "unparsed", "fault"):
+        table.add_column(name, justify="right")
+    for name, one in [*result.by_set.items(), ("all", result)]:
+        table.add_row(
+            name,
+            str(one.num_problems),
+            f"{one.pass_at_1:.1%}",
+            f"{one.ci95[0]:.1%} to {one.ci95[1]:.1%}",
+            *(f"{one.pass_at_k[k]:.1%}" for k in wide),
+            *(f"{one.majority_at_k[k]:.1%}" for k in wide),
+            f"{one.response_tokens:.0f}",
+            f"{one.truncation_rate:.1%}",
+            f"{one.unparsed_rate:.1%}",
+            f"{one.fault_rate:.1%}",
+        )
+    return table
+
+
+def compare(before: Path, after: Path) -> dict[str, Any]:
+    """`pekoe eval --compare`: two `results.json` problem by problem. Raises UserError unless of the same problems."""
+    rates = [_rates(path) for path in (before, after)]
+    if rates[0].keys() != rates[1].keys():
+        only = [sorted(rates[i].keys() - rates[1 - i].keys()) for i in (0, 1)]
+        raise UserError(
+            f"eval --compare: expected results on the same problems, got {len(only[0])} that only {before} has "
+            f"and {len(only[1])} that only {after} has, such as {(only[0] + only[1])[0]!r}"
+        )
+    uids = sorted(rates[0])
+    moved = sorted(uids, key=lambda uid: -abs(rates[1][uid] - rates[0][uid]))[:10]
+    return {
+        "before": float(np.mean([rates[0][uid] for uid in uids])),
+        "after": float(np.mean([rates[1][uid] for uid in uids])),
+        **paired([rates[0][uid] for uid in uids], [rates[1][uid] for uid in uids]),
+        "moved_most": {uid: [rates[0][uid], rates[1][uid]] for uid in moved if rates[0][uid] != rates[1][uid]},
+    }
+
+
+def _rates(path: Path) -> dict[str, float]:
+    """The pass rate of each problem that was judged."""
+    path = path / "results.json" if path.is_dir() else path
+    try:
+        problems = json.loads(path.read_text(encoding="utf-8"))["problems"]
+        return {one["uid"]: one["num_correct"] / one["num_judged"] for one in problems if one["num_judged"]}
+    except FileNotFoundError:
+        siblings = [p.name for p in path.parent.glob("*.json")] if path.parent.is_dir() else []
+        raise UserError(f"{path}: expected results of pekoe eval, found none.{nearest(path.name, siblings)}") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: expected results of pekoe eval, got something else: {error}") from None
 
 
 @contextmanager
@@ -118,11 +241,15 @@ def _kept_on_failure() -> Iterator[Path]:
     shutil.rmtree(path)
 
 
-def _example(tokenizer: Tokenizer, group: Group, verdicts: Sequence[Verdict]) -> dict[str, Any]:
-    payload = group.rollouts[0].payload.resolve()
-    return {
-        "prompt": group.problem.messages[-1]["content"],
-        "response": tokenizer.decode(payload.tokens, skip_special_tokens=True),
-        "label": verdicts[0].label,
-        "gold": group.problem.gold,
-    }
+def _examples(
+    tokenizer: Tokenizer, groups: Sequence[tuple[Group, Sequence[Verdict]]], number: int = 8
+) -> tuple[dict[str, Any], ...]:
+    return tuple(
+        {
+            "prompt": group.problem.messages[-1]["content"],
+            "response": tokenizer.decode(group.rollouts[0].payload.resolve().tokens, skip_special_tokens=True),
+            "label": verdicts[0].label,
+            "gold": group.problem.gold,
+        }
+        for group, verdicts in groups[:number]
+    )

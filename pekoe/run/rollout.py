@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
@@ -44,31 +45,51 @@ class Sampler:
     stop: Stop
 
     def __call__(
-        self, drawn: list[tuple[Problem, int]], params: SamplingParams, clock: Clock
+        self,
+        drawn: list[tuple[Problem, int]],
+        params: SamplingParams,
+        clock: Clock,
+        keep: Callable[[Group, list[Verdict]], None] | None = None,
     ) -> list[tuple[Group, list[Verdict]]]:
-        """Sample `params.n` responses to each (problem, draw), and judge each as it finishes."""
+        """Sample `params.n` responses to each (problem, draw), and judge each as it finishes.
+
+        `keep` hears of each group as soon as all of it is judged.
+        """
         by_uid = {(problem.uid, draw): i for i, (problem, draw) in enumerate(drawn)}
         prompts = [Prompt(p.uid, draw, self.tokenizer.encode_prompt(p.messages)) for p, draw in drawn]
-        rollouts: list[list[Rollout | None]] = [[None] * params.n for _ in drawn]
-        futures: list[list[Future[Verdict] | None]] = [[None] * params.n for _ in drawn]
+        rollouts: list[dict[int, Rollout]] = [{} for _ in drawn]
+        futures: list[dict[int, Future[Verdict]]] = [{} for _ in drawn]
+        groups: dict[int, tuple[Group, list[Verdict]]] = {}
+
+        def finish(row: int) -> None:
+            problem, draw = drawn[row]
+            assert len(rollouts[row]) == params.n, f"{problem.uid}: the engine lost {params.n - len(rollouts[row])}"
+            complete = tuple(rollouts[row][i] for i in range(params.n))
+            verdicts = await_verdicts([futures[row][i] for i in range(params.n)], self.judge)
+            groups[row] = Group(problem, draw, complete), verdicts
+            if keep is not None:
+                keep(*groups[row])
+
+        sampled: deque[int] = deque()  # rows whose verdicts may still be awaited
         with clock("rollout", len(drawn) * params.n):
             stream = self.engine.generate(prompts, params)
             for rollout in stream:
                 row = by_uid[rollout.uid, rollout.draw]
                 rollouts[row][rollout.sample_index] = rollout
                 futures[row][rollout.sample_index] = self.judge.submit(drawn[row][0], rollout)
+                if len(futures[row]) == params.n:
+                    sampled.append(row)
+                while keep is not None and sampled and all(f.done() for f in futures[sampled[0]].values()):
+                    finish(sampled.popleft())
                 self.view.advance()
                 self.stop.check()
-        groups: list[tuple[Group, list[Verdict]]] = []
         with clock("verify", len(drawn)):
-            for (problem, draw), row, waiting in zip(drawn, rollouts, futures, strict=True):
-                complete = [r for r in row if r is not None]
-                assert len(complete) == params.n, f"{problem.uid}: the engine lost {params.n - len(complete)} rollouts"
-                verdicts = await_verdicts([f for f in waiting if f is not None], self.judge)
-                groups.append((Group(problem, draw, tuple(complete)), verdicts))
+            for row in range(len(drawn)):
+                if row not in groups:
+                    finish(row)
                 self.view.advance()
                 self.stop.check()
-        return groups
+        return [groups[row] for row in range(len(drawn))]
 
 
 def check_faults(verdicts: Iterable[Verdict], max_rate: float) -> float:
