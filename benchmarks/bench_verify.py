@@ -94,15 +94,16 @@ class Grader:
 def graded(name: str, python: str, cases: Sequence[Case]) -> Iterator[tuple[bool | None, float]]:
     """Whether each case was accepted, and the seconds that this took."""
     with tempfile.TemporaryDirectory() as place:
-        pool = JudgePool(num_workers=1, time_limit_s=LIMIT_S, memo_size=0) if name == "pekoe" else None
+        kind = {"pekoe": "math", "pekoe, boxes or not": "math-unboxed"}.get(name)
+        pool = JudgePool(num_workers=1, time_limit_s=LIMIT_S, memo_size=0) if kind else None
         grader = None if pool else Grader(name, python, place)
         if pool:
             pool.submit(r"\boxed{x+1}", "1+x").result()  # started
         try:
             for case in cases:
                 start = time.perf_counter()
-                if pool:
-                    yield pool.submit(case["response"], case["gold"]).result().label == "correct", _since(start)
+                if pool and kind:
+                    yield pool.submit(case["response"], case["gold"], kind).result().label == "correct", _since(start)
                 elif grader:
                     yield grader.grade(case["gold"], case["response"]), _since(start)
         finally:
@@ -163,12 +164,15 @@ def show(results: report.Result) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     args = arguments(argv)
     python = os.environ.get("PEKOE_GRADERS_PYTHON") or str(HERE.parent / ".venv-graders/bin/python")
-    results: report.Result = report.about("bench-verify", args) | {"files": [path.stem for path in args.cases]}
+    results: report.Result = report.about("bench-verify", args) | {
+        "args": {},
+        "files": [path.stem for path in args.cases],
+    }
     by_file = {path.stem: read_cases(path) for path in args.cases}
     cases = [case for file in by_file.values() for case in file]
     results["graders"] = {}
-    for name in ("pekoe", *args.graders):
-        if name != "pekoe" and not os.access(python, os.X_OK):
+    for name in ("pekoe", "pekoe, boxes or not", *args.graders):
+        if name in GRADERS and not os.access(python, os.X_OK):
             report.CONSOLE.print(f"without {name}: {python} is not there (make .venv-graders/.stamp)")
             continue
         accepted, seconds = zip(*graded(name, python, cases), strict=True)

@@ -18,7 +18,7 @@ import typer
 from rich.console import Console
 
 from pekoe import __version__
-from pekoe.core.config import Config, EvalConfig, RLConfig, SFTConfig, dump_config, load_config
+from pekoe.core.config import Config, CurateConfig, EvalConfig, RLConfig, SFTConfig, dump_config, load_config
 from pekoe.core.errors import Interrupted, RunError, UserError, nearest
 from pekoe.core.view import NoView, View
 from pekoe.report import LiveView, PlainView, make_view
@@ -124,11 +124,24 @@ def evaluate(
     model: Annotated[str | None, typer.Option(help="model directory, in place of a recipe")] = None,
     data: Annotated[str | None, typer.Option(help="problem file, in place of a recipe")] = None,
     dry_run: DryRun = False,
+    compare: Annotated[
+        bool, typer.Option("--compare", help="two results problem by problem: pekoe eval --compare BEFORE AFTER")
+    ] = False,
 ) -> None:
-    """Measure pass@1 with its 95 % interval: 32 samples a problem, judged.
+    """Measure pass@1 with its 95 % interval, pass@k and majority@k: 32 samples a problem, judged.
 
-    Takes a recipe, or --model DIR --data FILE.jsonl. Prints the result as JSON.
+    Takes a recipe, or --model DIR --data FILE.jsonl. Prints the result as JSON, and a table beside it. With out=DIR the
+    verdicts are kept, and the same command goes on from them.
+
+    --compare BEFORE AFTER compares two such directories (or their results.json) with a paired test.
     """
+    if compare:
+        if recipe is None or len(overrides or []) != 1:
+            raise UserError(f"eval --compare: expected two results, got {' '.join([recipe or '', *(overrides or [])])}")
+        from pekoe.run.evaluate import compare as compare_results
+
+        typer.echo(json.dumps(compare_results(Path(recipe), Path((overrides or [""])[0])), indent=2))
+        return
     words = [*([recipe] if recipe and "=" in recipe else []), *(overrides or [])]
     if recipe and "=" not in recipe:
         if model or data:
@@ -142,11 +155,28 @@ def evaluate(
             raise typer.Exit()
     else:
         raise UserError("eval: expected a recipe, or both --model DIR and --data FILE.jsonl")
-    from pekoe.run.evaluate import run_eval
+    from pekoe.run.evaluate import run_eval, table_of
 
     with viewing() as view:
         result = run_eval(config, view)
+    Console(stderr=True).print(table_of(result))
     typer.echo(json.dumps(result.as_dict(), indent=2))
+
+
+@app.command()
+def curate(recipe: Recipe, overrides: Overrides = None, dry_run: DryRun = False) -> None:
+    """Keep the problems worth training on: sample each (8 times), judge, drop those that are all right.
+
+    Writes problems.jsonl with pass rates, and dropped.jsonl with reasons, into the recipe's `out`. Stopped in the
+    middle, the same command goes on. curate.samples=0 only reads, thins out and mixes.
+    """
+    config = read_recipe(recipe, overrides, CurateConfig, dry_run)
+    from pekoe.run.curate import run_curate, table_of
+
+    with viewing() as view:
+        curated = run_curate(config, view)
+    Console().print(table_of(curated))
+    typer.echo(f"done: {len(curated.problems)} problems in {config.out}/problems.jsonl")
 
 
 @app.command()

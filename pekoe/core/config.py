@@ -10,7 +10,7 @@ import json
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args
+from typing import Annotated, Any, Literal, TypeVar, get_args
 from urllib.parse import urlsplit
 
 import tomli_w
@@ -237,8 +237,6 @@ class VerifySection(Section):
 
 
 class EvalSection(Section):
-    data: str | None = None
-    """Held-out problems, JSONL."""
     samples: int = Field(default=32, ge=1)
     """Responses sampled for each problem."""
     temperature: float = Field(default=1.0, ge=0)
@@ -250,7 +248,14 @@ class EvalSection(Section):
     max_prompt_tokens."""
 
 
+class SetsSection(EvalSection):
+    data: str | Annotated[tuple[str, ...], Field(strict=False)]
+    """Held-out problems: a file, or a list of them, measured each and together."""
+
+
 class WatchSection(EvalSection):
+    data: str | None = None
+    """Held-out problems."""
     every: int | None = Field(default=None, ge=1)
     """Steps between evaluations while training. Absent: none."""
 
@@ -342,21 +347,44 @@ class SFTConfig(TrainingConfig):
 class EvalConfig(Config):
     """A recipe of `pekoe eval`."""
 
-    eval: EvalSection
+    eval: SetsSection
     run: ProcessSection = ProcessSection()
     engine: EngineSection = EngineSection()
     verify: VerifySection = VerifySection()
     max_prompt_tokens: int = Field(default=1024, ge=1)
     """A longer prompt is an error."""
-
-    @model_validator(mode="after")
-    def _possible(self) -> EvalConfig:
-        if self.eval.data is None:
-            raise ValueError("eval.data: expected a problem file, got none")
-        return self
+    out: str | None = None
+    """A directory for results.json and the verdicts so far, from which the same command goes on. Absent: neither."""
 
 
-KINDS: dict[str, type[Config]] = {"rl": RLConfig, "sft": SFTConfig, "eval": EvalConfig}
+class CurateSection(Section):
+    samples: int = Field(default=8, ge=0)
+    """Responses sampled for each problem; 0: problems are read, thinned out and written, and nothing is sampled."""
+    temperature: float = Field(default=1.0, ge=0)
+    """Sampling temperature."""
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    """Nucleus truncation; 1 is off."""
+    max_new_tokens: int = Field(default=1024, ge=1)
+    """A response is cut at this length."""
+    drop_all_right: bool = True
+    """Leave out problems whose responses are all right: they teach nothing."""
+    drop_all_wrong: bool = False
+    """Leave out problems of which no response is right."""
+
+
+class CurateConfig(Config):
+    """A recipe of `pekoe curate`."""
+
+    data: ProblemSection
+    out: str
+    """A directory for problems.jsonl, dropped.jsonl, and the verdicts from which the same command goes on."""
+    curate: CurateSection = CurateSection()
+    run: ProcessSection = ProcessSection()
+    engine: EngineSection = EngineSection()
+    verify: VerifySection = VerifySection()
+
+
+KINDS: dict[str, type[Config]] = {"rl": RLConfig, "sft": SFTConfig, "eval": EvalConfig, "curate": CurateConfig}
 C = TypeVar("C", bound=Config)
 
 
@@ -366,7 +394,7 @@ def load_config(source: str | Path | Mapping[str, Any], overrides: Sequence[str]
     Args:
         source: path of a TOML file, or its content as a mapping.
         overrides: each `section.key=value`; the value is read as TOML, and as a plain string where that fails.
-        kind: RLConfig, SFTConfig or EvalConfig.
+        kind: RLConfig, SFTConfig, EvalConfig or CurateConfig.
 
     Raises:
         UserError: with where, expected, got, and the nearest valid name.

@@ -54,6 +54,8 @@ class ProblemSection(Section):
     """Evaluation sets (as in `train`); problems that share a run of `ngram` words with one of theirs are dropped."""
     ngram: int = Field(default=13, ge=4)
     """Length of such a run, in words, numbers and operators. Shorter evaluation problems must match as a whole."""
+    pass_rate: tuple[float, float] | None = Field(default=None, strict=False)
+    """Keep problems whose pass rate, as `pekoe curate` writes it, lies between the two."""
 
     @model_validator(mode="after")
     def _one_origin(self) -> ProblemSection:

@@ -31,6 +31,7 @@ class Problem:
     messages: tuple[dict[str, str], ...]  # each {"role", "content"}
     gold: Any
     kind: str = "math"
+    pass_rate: float | None = None  # of some model's samples, as `pekoe curate` measured it
 
 
 @dataclass(frozen=True, slots=True)

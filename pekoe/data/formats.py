@@ -6,6 +6,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from string import ascii_uppercase
 from typing import Any
 
@@ -14,7 +15,7 @@ from pekoe.core.types import Problem
 from pekoe.data import rows
 from pekoe.data.rows import Malformed, Messages, text_of
 
-NATIVE_KEYS = {"uid", "prompt", "messages", "answer", "answers", "kind"}
+NATIVE_KEYS = {"uid", "prompt", "messages", "answer", "answers", "kind", "pass_rate"}
 # What DAPO's prompts wrap around a problem: it asks for `Answer: x`, while every judge here reads the box.
 _DAPO = (
     "Solve the following math problem step by step. The last line of your response should be of the form "
@@ -44,7 +45,10 @@ def _native(row: dict[str, Any]) -> Problem:
         gold: Any = _golds(row["answers"])
     else:
         gold = rows.answer_text(row["answer"]) if kind == "math" else row["answer"]
-    return _problem(rows.prompt_of(row), gold, row.get("uid"), kind)
+    problem, rate = _problem(rows.prompt_of(row), gold, row.get("uid"), kind), row.get("pass_rate")
+    if rate is not None and (isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 <= rate <= 1):
+        raise Malformed(f"'pass_rate': expected a number from 0 to 1, got {rate!r}")
+    return problem if rate is None else replace(problem, pass_rate=float(rate))
 
 
 def _areal(row: dict[str, Any]) -> Problem:

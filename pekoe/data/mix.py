@@ -28,7 +28,7 @@ from pekoe.data.tokenizer import Tokenizer
 # Why a problem was dropped, as reports say it.
 MALFORMED, TOO_LONG = "malformed", "too long"
 DUPLICATE, CONFLICT, NEAR = "duplicate", "conflicting answers", "near duplicate"
-CONTAMINATED, NOT_DRAWN = "contaminated", "not drawn"
+CONTAMINATED, NOT_DRAWN, PASS_RATE = "contaminated", "not drawn", "pass rate"
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +99,7 @@ def gather_problems(data: ProblemSection, seed: int, tokenizer: Tokenizer | None
     report = DataReport()
     sources = data.sources or (SourceSection(path=data.train or "", name=data.train or ""),)
     items = [item for source in sources for item in _read(source, data, report)]
+    items = _of_pass_rate(items, data, report)
     items = _one_of_each_prompt(items, data, report)
     items = _short_enough(items, data, tokenizer, report)
     items = _unknown_to_evaluation(items, data, report)
@@ -142,6 +143,23 @@ def _read(source: SourceSection, data: ProblemSection, report: DataReport) -> li
     found = [item for item in items if item is not None]
     report.num_read[source.name] = len(found) + sum(drop.source == source.name for drop in report.dropped)
     return found
+
+
+def _of_pass_rate(items: list[_Item], data: ProblemSection, report: DataReport) -> list[_Item]:
+    """Those within `data.pass_rate`. UserError for a problem that has none."""
+    if data.pass_rate is None:
+        return items
+    low, high = data.pass_rate
+    drops: dict[int, tuple[str, str]] = {}
+    for index, item in enumerate(items):
+        rate = item.problem.pass_rate
+        if rate is None:
+            raise UserError(
+                f"data.pass_rate: expected problems that `pekoe curate` measured, got {item} without a rate"
+            )
+        if not low <= rate <= high:
+            drops[index] = (PASS_RATE, f"{rate:.3g}")
+    return _without(items, drops, report)
 
 
 def _one_of_each_prompt(items: list[_Item], data: ProblemSection, report: DataReport) -> list[_Item]:

@@ -55,4 +55,5 @@ def _native_row(problem: Problem) -> dict[str, Any]:
     first = problem.messages[0]
     prompt = {"prompt": first["content"]} if first["role"] == PLAIN else {"messages": list(problem.messages)}
     many = problem.kind == "math" and isinstance(problem.gold, list)
-    return {"uid": problem.uid, **prompt, "answers" if many else "answer": problem.gold, "kind": problem.kind}
+    rate = {} if problem.pass_rate is None else {"pass_rate": problem.pass_rate}
+    return {"uid": problem.uid, **prompt, "answers" if many else "answer": problem.gold, "kind": problem.kind} | rate

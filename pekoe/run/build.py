@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from pekoe.core.config import (
+    CurateConfig,
     EvalConfig,
     EvalSection,
     ModelSection,
@@ -137,7 +138,7 @@ def sampling_for(section: EvalSection, max_new_tokens: int, tokenizer: Tokenizer
 
 
 def open_sampler(
-    config: RLConfig | EvalConfig,
+    config: RLConfig | EvalConfig | CurateConfig,
     model: Decoder,
     tokenizer: Tokenizer,
     longest: int,
@@ -172,7 +173,7 @@ def check_room(kv_tokens: int, longest: int) -> None:
 
 
 def open_engine(
-    config: RLConfig | EvalConfig,
+    config: RLConfig | EvalConfig | CurateConfig,
     model: Decoder,
     longest: int,
     asked: Sequence[SamplingParams],

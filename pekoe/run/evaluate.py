@@ -113,12 +113,11 @@ def run_eval(config: EvalConfig, view: View) -> EvalResult:
             raise RunError(f"expected the engine to hold the parameters of {config.model.path}, got others")
         problems = [problem for its in sets.values() for problem in its]
         try:
-            rows, groups = samples.sample(sampler, problems, params, Clock(view))
+            rows = samples.sample(sampler, problems, params, Clock(view), config.verify.max_fault_rate)
         except StopRequested:
             kept = f"{len(samples.done)} of {len(problems)} problems are kept" if out else "nothing was kept (no `out`)"
             raise Interrupted(f"stopped; {kept}. Run the same command again to go on") from None
-    check_faults((v for _, verdicts in groups for v in verdicts), config.verify.max_fault_rate)
-    result = replace(result_of(rows, params.n), examples=_examples(tokenizer, groups))
+    result = replace(result_of(rows, params.n), examples=_examples(tokenizer, samples.groups))
     by_set: dict[str, EvalResult] = {}
     for name, its in sets.items():
         if len(sets) > 1:
@@ -133,7 +132,6 @@ def run_eval(config: EvalConfig, view: View) -> EvalResult:
 
 def _open_sets(config: EvalConfig, tokenizer: Tokenizer, view: View) -> dict[str, list[Problem]]:
     """The problems of each data set, by its name; where there are several, uids begin with that name."""
-    assert config.eval.data is not None
     paths = [config.eval.data] if isinstance(config.eval.data, str) else list(config.eval.data)
     sets: dict[str, list[Problem]] = {}
     for path in paths:

@@ -20,12 +20,14 @@ from pekoe.core.view import View
 from pekoe.model import Decoder
 from pekoe.run.build import RLParts, sampling, sampling_for
 from pekoe.run.control import Clock, StopRequested
-from pekoe.run.evaluate import evaluate
+from pekoe.run.evaluate import evaluate, warn_truncation
 from pekoe.run.metrics import step_metrics
 from pekoe.run.rollout import Batch, check_faults, is_useless, rollout_lines
 from pekoe.run.state import Progress
 from pekoe.run.sync import SyncReport
 from pekoe.train import StepStats, Trainer
+
+TELL_EVERY = 10  # steps: how often a warning is repeated
 
 
 def run_rl(parts: RLParts) -> None:
@@ -148,6 +150,8 @@ def commit(
         account(parts, step, group.problem.uid, group.draw, reason)
     metrics = step_metrics(step, batch, scored, stats, parts.config, clock.seconds)
     parts.run.journal.write("step", **metrics, **synced.as_dict())
+    if step % TELL_EVERY == 1:
+        warn_truncation(metrics["truncation_rate"], parts.config.rollout.max_new_tokens, parts.view)
     parts.run.settle(wait=False)
 
 

@@ -17,7 +17,7 @@ from pekoe.core.errors import UserError
 from pekoe.core.journal import JsonLines, read_lines
 from pekoe.core.types import Group, Problem, SamplingParams, Verdict
 from pekoe.run.control import Clock
-from pekoe.run.rollout import Sampler
+from pekoe.run.rollout import Sampler, check_faults
 
 SYNC_EVERY = 16  # problems
 
@@ -62,6 +62,7 @@ class SampleFile:
     def __init__(self, path: Path | None, about: dict[str, Any]) -> None:
         self._about = json.loads(json.dumps(about))
         self.done: dict[str, Judged] = {}
+        self.groups: list[tuple[Group, list[Verdict]]] = []  # sampled here, not read from the file
         if path is not None and path.is_file():
             self._read(path)
         self._lines = JsonLines(path)
@@ -87,9 +88,14 @@ class SampleFile:
         self.done = {line["uid"]: Judged(**line) for line in lines[1:]}
 
     def sample(
-        self, sampler: Sampler, problems: Sequence[Problem], params: SamplingParams, clock: Clock
-    ) -> tuple[list[Judged], list[tuple[Group, list[Verdict]]]]:
-        """Sample and judge what is missing. Returns all of it, in the problems' order, and the new groups."""
+        self,
+        sampler: Sampler,
+        problems: Sequence[Problem],
+        params: SamplingParams,
+        clock: Clock,
+        max_fault_rate: float,
+    ) -> list[Judged]:
+        """Sample and judge what is missing. Returns all of it, in the problems' order. RunError as `check_faults`."""
         missing = [(problem, 0) for problem in problems if problem.uid not in self.done]
 
         def keep(group: Group, verdicts: list[Verdict]) -> None:
@@ -99,10 +105,11 @@ class SampleFile:
                 self._lines.sync()
 
         try:
-            groups = sampler(missing, params, clock, keep) if missing else []
+            self.groups = sampler(missing, params, clock, keep) if missing else []
         finally:
             self._lines.sync()
-        return [self.done[problem.uid] for problem in problems], groups
+        check_faults((verdict for _, verdicts in self.groups for verdict in verdicts), max_fault_rate)
+        return [self.done[problem.uid] for problem in problems]
 
     def close(self) -> None:
         self._lines.close()

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 
-from pekoe.core.types import FloatArray
 from pekoe.run.sampled import Judged
 
 MAJORITY_DRAWS, PERMUTATIONS = 64, 10_000
@@ -58,7 +57,9 @@ def majority_at_k(rows: Sequence[Judged], k: int) -> float:
         ]
         if len(votes) >= k:
             draws = 1 if len(votes) == k else MAJORITY_DRAWS
-            found += [float(np.mean([_majority([votes[i] for i in rng.permutation(len(votes))[:k]]) for _ in range(draws)]))]
+            found += [
+                float(np.mean([_majority([votes[i] for i in rng.permutation(len(votes))[:k]]) for _ in range(draws)]))
+            ]
     return float(np.mean(found)) if found else float("nan")
 
 
@@ -75,7 +76,7 @@ def _majority(votes: Sequence[tuple[str | None, bool]]) -> float:
 def paired(before: Sequence[float], after: Sequence[float]) -> dict[str, Any]:
     """The mean difference of pass rates on the same problems, its 95 % interval (over problems), and how likely chance
     alone makes one as large: a two-sided sign-flip permutation test with 10,000 seeded flips."""
-    differences: FloatArray = np.asarray(after, np.float64) - np.asarray(before, np.float64)
+    differences = np.asarray(after, np.float64) - np.asarray(before, np.float64)
     mean, number = float(differences.mean()), len(differences)
     error = float(differences.std(ddof=1) / np.sqrt(number)) if number > 1 else 1.0
     flips = np.random.default_rng(0).choice(np.array([-1.0, 1.0]), (PERMUTATIONS, number))

@@ -38,6 +38,16 @@ def last_boxed(text: str) -> str | None:
     return text[start:end]
 
 
+def boxed_or_tagged(text: str) -> str | None:
+    r"""Return what the last complete `\boxed{...}` holds, or else the last `<answer>...</answer>`."""
+    boxed = last_boxed(text)
+    if boxed is not None:
+        return boxed.strip()
+    end = text.rfind("</answer>")
+    start = text.rfind("<answer>", 0, max(end, 0))
+    return text[start + len("<answer>") : end].strip() if start >= 0 else None
+
+
 def linked_boxes(text: str) -> list[str]:
     r"""Return the contents of the last box and of those that lead up to it as one answer (`\boxed{1}, \boxed{2}`)."""
     tail = text[-4000:]
@@ -57,10 +67,9 @@ def is_prose(text: str) -> bool:
 
 def conclusion(text: str) -> str | None:
     """Return what the last sentence of `text` says something is: `... so the answer is 10.` gives `10`."""
-    text = _CLOSING.sub("", text[-2000:]).strip()
-    if _DENIES.search(text):
+    if _DENIES.search(text[-2000:]):
         return None
-    sentence = next((one for one in reversed(_SENTENCE.split(text)) if one.strip(" .$")), "")
+    sentence = _last_sentence(text)
     *_, said = _SAYS.split(sentence)
     said = said.strip().rstrip(".").strip()
     if said != sentence.strip().rstrip(".") and said.strip("$ ") and len(_WORD.findall(said)) <= 3:
@@ -70,9 +79,18 @@ def conclusion(text: str) -> str | None:
 
 
 def unboxed(text: str) -> str | None:
-    """Return what a response without a box says that the answer is, after the last word "answer"."""
+    """Return what a response without a box says that the answer is: after the last word "answer", else at its end."""
     *_, last = [None, *_ANSWER.finditer(text, max(0, len(text) - 2000))]
-    return conclusion(text[last.end() :].split("\n\n")[0]) if last else None
+    if last and (said := conclusion(text[last.end() :].split("\n\n")[0])):
+        return said
+    sentence = _last_sentence(text)
+    maths = _MATHS.findall(sentence)
+    return next(filter(None, maths[-1])).strip() if maths else conclusion(sentence)
+
+
+def _last_sentence(text: str) -> str:
+    text = _CLOSING.sub("", text[-2000:]).strip()
+    return next((one for one in reversed(_SENTENCE.split(text)) if one.strip(" .$")), "")
 
 
 def _boxes(text: str, first: int) -> list[tuple[int, int, int]]:

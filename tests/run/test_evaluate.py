@@ -1,6 +1,11 @@
 """pass@1 and its interval; the engine's evaluation stream is not the training one."""
 
+import itertools
+import json
 import math
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,13 +14,16 @@ import numpy as np
 import pytest
 
 from pekoe.core import EvalConfig, UserError, load_config
-from pekoe.core.types import Label, Verdict
+from pekoe.core.types import Label
 from pekoe.core.view import NoView
-from pekoe.run.evaluate import pass_at_1, run_eval
+from pekoe.run.evaluate import compare, run_eval
+from pekoe.run.sampled import Judged
+from pekoe.run.scores import majority_at_k, paired, pass_at_1, pass_at_k, powers_up_to
 
 
-def row(*labels: Label) -> list[Verdict]:
-    return [Verdict(label) for label in labels]
+def row(*labels: Label, answers: tuple[str | None, ...] = ()) -> Judged:
+    size = len(labels)
+    return Judged("p", list(labels), list(answers or (None,) * size), [1] * size, ["stop"] * size)
 
 
 def test_the_interval_is_over_problems():
@@ -29,7 +37,7 @@ def test_the_interval_is_over_problems():
 
 def test_more_samples_of_the_same_problems_do_not_narrow_it():
     few = pass_at_1([row("correct"), row("wrong"), row("correct")])
-    many = pass_at_1([row("correct") * 50, row("wrong") * 50, row("correct") * 50])
+    many = pass_at_1([row(*["correct"] * 50), row(*["wrong"] * 50), row(*["correct"] * 50)])
     assert few == many
 
 
@@ -39,14 +47,94 @@ def test_faults_are_left_out():
     assert math.isnan(pass_at_1([row("fault")])[0])
 
 
-def test_run_eval(tiny_dir: Path):
-    tree: dict[str, Any] = {
+def test_pass_at_k_is_the_mean_over_all_subsets():
+    labels: list[Label] = ["correct", "wrong", "wrong", "fault", "correct", "wrong"]
+    judged = [label for label in labels if label != "fault"]
+    for k in range(1, 6):
+        subsets = list(itertools.combinations(judged, k))
+        expected = sum("correct" in subset for subset in subsets) / len(subsets)
+        assert pass_at_k([row(*labels)], k) == pytest.approx(expected)
+    assert math.isnan(pass_at_k([row(*labels)], 6))  # one is a fault
+    assert powers_up_to(6) == [1, 2, 4, 6]
+    assert powers_up_to(8) == [1, 2, 4, 8]
+
+
+def test_majority_at_k():
+    votes = row("wrong", "correct", "correct", "unparsed", "fault", answers=("1", "7", " 7", None, "1"))
+    assert majority_at_k([votes], 4) == 1
+    assert majority_at_k([row("wrong", "correct", answers=("1", "7"))], 2) == 0.5  # a tie
+    assert majority_at_k([row("unparsed", "unparsed")], 2) == 0
+    assert majority_at_k([votes], 1) == pytest.approx(0.5, abs=0.25)  # two of four, by draws
+    assert majority_at_k([votes], 1) == majority_at_k([votes], 1)
+
+
+def test_a_paired_test_tells_chance_from_change():
+    rng = np.random.default_rng(0)
+    before = rng.random(200)
+    same = paired(before.tolist(), (before + rng.normal(0, 0.1, 200)).tolist())
+    better = paired(before.tolist(), (before + rng.normal(0.05, 0.1, 200)).tolist())
+    assert same["p_value"] > 0.05 > better["p_value"]
+    assert better["ci95"][0] > 0 > same["ci95"][0]
+    assert paired([0.5, 1.0], [0.5, 1.0])["p_value"] == 1
+
+
+def tree_of(tiny_dir: Path, out: Path | None = None, samples: int = 3) -> dict[str, Any]:
+    return {
         "run": {"threads": 1},
         "model": {"path": str(tiny_dir / "model"), "device": "cpu"},
-        "eval": {"data": str(tiny_dir / "held_out.jsonl"), "samples": 3, "max_new_tokens": 10},
+        "eval": {"data": str(tiny_dir / "held_out.jsonl"), "samples": samples, "max_new_tokens": 10},
         "max_prompt_tokens": 8,
         "verify": {"workers": 1},
-    }
+    } | ({"out": str(out)} if out else {})
+
+
+def test_several_sets_and_a_comparison(tiny_dir: Path, tmp_path: Path):
+    trees = [tree_of(tiny_dir, tmp_path / name) for name in ("a", "b")]
+    for tree, seed in zip(trees, (0, 1), strict=True):
+        tree["eval"]["data"] = [str(tiny_dir / "train.jsonl"), str(tiny_dir / "held_out.jsonl")]
+        tree["run"]["seed"] = seed
+    result, _ = (run_eval(load_config(tree, kind=EvalConfig), NoView()) for tree in trees)
+    assert {name: one.num_problems for name, one in result.by_set.items()} == {"train": 18, "held_out": 7}
+    assert result.num_problems == 25
+    found = compare(tmp_path / "a", tmp_path / "b/results.json")
+    assert found["num_problems"] == 25
+    results = json.loads((tmp_path / "a/results.json").read_text())
+    results["problems"].pop()
+    (tmp_path / "c.json").write_text(json.dumps(results))
+    with pytest.raises(UserError, match=r"expected results on the same problems, got 1 that only .*, such as 'train/"):
+        compare(tmp_path / "a", tmp_path / "c.json")
+    with pytest.raises(UserError, match=r"expected results of pekoe eval, got something else"):
+        compare(tmp_path / "a", tmp_path / "a/samples.jsonl")
+    with pytest.raises(UserError, match=r"found none. Did you mean 'c.json'"):
+        compare(tmp_path / "a", tmp_path / "d.json")
+
+
+@pytest.mark.parametrize("act", ["after", "torn_line"])
+def test_killed_and_resumed_is_never_killed(tiny_dir: Path, tmp_path: Path, act: str):
+    whole = run_eval(load_config(tree_of(tiny_dir, tmp_path / "whole"), kind=EvalConfig), NoView())
+    tree = tree_of(tiny_dir, tmp_path / "part")
+    code = (
+        "import json, sys; from tests.run.killed import Point, arm; from pekoe.core import EvalConfig, load_config;"
+        "from pekoe.core.view import NoView; from pekoe.run.evaluate import run_eval;"
+        f"arm(Point('pekoe.core.journal:JsonLines.append', 4, {act!r}));"
+        "run_eval(load_config(json.loads(sys.argv[1]), kind=EvalConfig), NoView())"
+    )
+    child = subprocess.run([sys.executable, "-c", code, json.dumps(tree)], timeout=120, capture_output=True, text=True)
+    assert child.returncode == -signal.SIGKILL, child.stderr
+    lines = (tmp_path / "part/samples.jsonl").read_bytes()
+    assert lines.count(b"\n") == (4 if act == "after" else 3)
+    assert run_eval(load_config(tree, kind=EvalConfig), NoView()).as_dict() == whole.as_dict()
+    files = [sorted((tmp_path / name / "samples.jsonl").read_text().splitlines()) for name in ("whole", "part")]
+    assert files[0] == files[1]
+    before = (tmp_path / "part/samples.jsonl").read_bytes()
+    assert run_eval(load_config(tree, kind=EvalConfig), NoView()).as_dict() == whole.as_dict()
+    assert (tmp_path / "part/samples.jsonl").read_bytes() == before  # nothing sampled again
+    with pytest.raises(UserError, match=r"expected responses sampled with eval.temperature = 0.5, got 1.0"):
+        run_eval(load_config(tree, ["eval.temperature=0.5"], EvalConfig), NoView())
+
+
+def test_run_eval(tiny_dir: Path):
+    tree = tree_of(tiny_dir)
     config = load_config(tree, kind=EvalConfig)
     result = run_eval(config, NoView())
     assert result == run_eval(config, NoView())
@@ -82,13 +170,9 @@ def test_a_judged_evaluation_sees_right_answers(
             yield replace(rollout, payload=replace(rollout.payload.resolve(), tokens=tokens))
 
     monkeypatch.setattr(EmbeddedEngine, "generate", answer)
-    tree: dict[str, Any] = {
-        "run": {"threads": 1},
-        "model": {"path": str(tiny_dir / "model"), "device": "cpu"},
-        "eval": {"data": str(tiny_dir / "held_out.jsonl"), "samples": 4, "max_new_tokens": 10},
-        "max_prompt_tokens": 8,
-        "verify": {"workers": 1},
-    }
+    tree = tree_of(tiny_dir, samples=4)
     result = run_eval(load_config(tree, kind=EvalConfig), NoView())
     assert result.pass_at_1 == 0.5
     assert result.ci95 == (0.5, 0.5)
+    assert result.pass_at_k["4"] == 1
+    assert result.majority_at_k["4"] == 0.5  # two and two

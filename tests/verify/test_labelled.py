@@ -1,8 +1,8 @@
 """Measured error counts on labelled cases (../shared/data/verifier): they may fall, not rise.
 
 A false negative rejects a right answer, a false positive accepts a wrong one. Most false negatives are responses
-without a complete box (mathverify: 40; nemo: 2), which are UNPARSED on purpose; the labels of tinyv are lenient; those of
-hendrycks want a list's order, those of rasbt and simple_evals refuse an equal value in another form (1/2 for 50 %).
+without a complete box (mathverify: 40; nemo: 2), which are UNPARSED on purpose; the labels of tinyv are lenient; those
+of hendrycks want a list's order, those of rasbt and simple_evals refuse an equal value in another form (1/2 for 50 %).
 """
 
 from __future__ import annotations

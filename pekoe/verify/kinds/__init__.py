@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from pekoe.core.errors import UserError, nearest
-from pekoe.verify.kinds import math
+from pekoe.verify.kinds import choice, countdown, logic, math
 from pekoe.verify.kinds.base import Kind
 
-KINDS: dict[str, Kind] = {kind.name: kind for kind in (math.KIND, math.UNBOXED)}
+KINDS: dict[str, Kind] = {
+    kind.name: kind for kind in (math.KIND, math.UNBOXED, choice.KIND, logic.KIND, countdown.KIND)
+}
 
 
 def find_kind(name: str) -> Kind:

@@ -25,3 +25,7 @@ class Kind:
     decide: Callable[[str, Any], Verdict]
     check_reference: Callable[[Any], Verdict]
     warm_up: Callable[[], None]
+
+
+def no_warm_up() -> None:
+    """For kinds that `prepare` decides."""

@@ -1,0 +1,133 @@
+"""Curation: n responses to each problem from any engine, judged; problems are kept by their pass rate."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from pekoe.core.config import CurateConfig
+from pekoe.core.errors import Interrupted, RunError, UserError
+from pekoe.core.types import Problem, SamplingParams
+from pekoe.core.view import View
+from pekoe.data import write_problems
+from pekoe.data.mix import DataReport, Dropped, gather_problems
+from pekoe.data.tokenizer import Tokenizer
+from pekoe.run.build import check_context, open_model, open_sampler, prepare
+from pekoe.run.control import Clock, Stop, StopRequested
+from pekoe.run.evaluate import warn_truncation
+from pekoe.run.sampled import Judged, SampleFile
+
+ALL_RIGHT, ALL_WRONG, NO_VERDICT = "all right", "all wrong", "no verdict"
+
+
+@dataclass(frozen=True, slots=True)
+class Curated:
+    """What became of the problems that were read and fit."""
+
+    problems: tuple[Problem, ...]  # kept, each with its pass rate
+    report: DataReport  # and what was dropped, before sampling and after
+    histogram: dict[str, int]  # problems by the number of right responses
+    truncation_rate: float = 0.0
+
+
+def run_curate(config: CurateConfig, view: View) -> Curated:
+    """`pekoe curate`: `out/problems.jsonl` with the problems kept, and `out/dropped.jsonl` with the others.
+
+    What an earlier run of the same recipe sampled is taken from `out/samples.jsonl`.
+    """
+    prepare(config.run)
+    out = Path(config.out)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"out: expected a directory that can be written, got {out}: {error.strerror}") from None
+    tokenizer = Tokenizer.load(Path(config.model.path))
+    problems, report = gather_problems(config.data, config.run.seed, tokenizer)
+    for line in report.summary():
+        view.say(line)
+    curated = Curated(tuple(problems), report, {})
+    if config.curate.samples:
+        rows = _sample(config, problems, view)
+        curated = sort_out(problems, rows, config, report)
+        warn_truncation(curated.truncation_rate, config.curate.max_new_tokens, view)
+    if not curated.problems:
+        raise RunError(f"expected problems to keep, got none of {len(problems)}; the pass rates: {curated.histogram}")
+    report.write(out / "dropped.jsonl")
+    write_problems(out / "problems.jsonl", curated.problems)
+    return curated
+
+
+def _sample(config: CurateConfig, problems: Sequence[Problem], view: View) -> list[Judged]:
+    section, longest = config.curate, config.data.max_prompt_tokens + config.curate.max_new_tokens
+    model, tokenizer, _ = open_model(config.model)
+    check_context(model, config.data.max_prompt_tokens, section.max_new_tokens)
+    params = SamplingParams(
+        n=section.samples,
+        temperature=section.temperature,
+        top_p=section.top_p,
+        max_new_tokens=section.max_new_tokens,
+        stop_token_ids=tokenizer.stop_token_ids,
+        seed=config.run.seed,
+        stream="eval",
+    )
+    keys: dict[str, Any] = section.model_dump(mode="json", exclude={"drop_all_right", "drop_all_wrong"})
+    about = {"model.path": config.model.path, "run.seed": config.run.seed}
+    stop = Stop()
+    with stop.listening(), ExitStack() as stack:
+        samples = SampleFile(Path(config.out) / "samples.jsonl", about | {f"curate.{k}": v for k, v in keys.items()})
+        stack.callback(samples.close)
+        logs = Path(config.out) / "logs"
+        sampler = open_sampler(config, model, tokenizer, longest, [params], logs, view, stop, stack)
+        if config.engine.server.urls:  # what they held before is not known
+            sampler.engine.update_weights(model, 0)
+        try:
+            return samples.sample(sampler, problems, params, Clock(view), config.verify.max_fault_rate)
+        except StopRequested:
+            kept = f"{len(samples.done)} of {len(problems)} problems are kept"
+            raise Interrupted(f"stopped; {kept}. Run the same command again to go on") from None
+
+
+def sort_out(problems: Sequence[Problem], rows: Sequence[Judged], config: CurateConfig, report: DataReport) -> Curated:
+    """Keep problems by their pass rates; those dropped are added to `report`."""
+    kept: list[Problem] = []
+    for number, (problem, row) in enumerate(zip(problems, rows, strict=True), 1):
+        reason = None
+        if row.pass_rate is None:
+            reason = NO_VERDICT
+        elif config.curate.drop_all_right and row.pass_rate == 1:
+            reason = ALL_RIGHT
+        elif config.curate.drop_all_wrong and row.pass_rate == 0:
+            reason = ALL_WRONG
+        if reason is None:
+            kept.append(replace(problem, pass_rate=row.pass_rate))
+        else:
+            detail = f"{row.num_correct} of {row.num_judged}"
+            report.dropped.append(Dropped("curate", number, problem.uid, reason, detail))
+    counts = Counter(row.num_correct for row in rows)
+    reasons = [reason for row in rows for reason in row.reasons]
+    return Curated(
+        tuple(kept),
+        report,
+        {f"{n}/{config.curate.samples}": counts[n] for n in range(config.curate.samples + 1)},
+        reasons.count("length") / max(1, len(reasons)),
+    )
+
+
+def table_of(curated: Curated) -> Table:
+    """The pass rates as a histogram, and what was dropped."""
+    table = Table(title=f"{len(curated.problems):,} problems kept")
+    table.add_column("right")
+    table.add_column("problems", justify="right")
+    table.add_column("")
+    most = max(curated.histogram.values(), default=0) or 1
+    for name, number in curated.histogram.items():
+        table.add_row(name, f"{number:,}", "█" * round(40 * number / most))
+    for reason, number in Counter(drop.reason for drop in curated.report.dropped).items():
+        table.add_row(f"dropped: {reason}", f"{number:,}", "")
+    return table

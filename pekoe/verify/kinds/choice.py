@@ -1,0 +1,49 @@
+"""kind = "choice": the letter in the last box must be the reference's (GPQA, BIG-Bench-Hard). gold: "C" or "(C)"."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from pekoe.core.types import Verdict
+from pekoe.verify.extract import last_boxed, unboxed
+from pekoe.verify.kinds.base import Kind, no_warm_up
+
+_MARKUP = re.compile(r"\\(?:text[a-z]*|math[a-z]*|mbox)\s*|[{}$\\]|(?i:\b(?:option|choice|answer)\b)")
+_LETTER = re.compile(r"\(?([A-Za-z])\)?(?:[.):]?$|[.):]\s|\)\s*\S)")
+_ANOTHER = re.compile(r"(?:\bor\b|\band\b|,|;|/)\s*\(?[A-Z]\)?(?:\W|$)")
+
+
+def _letter(text: str) -> str | None:
+    """The one letter that `text` chooses: `C`, `(C)`, `C.`, `C) because`, `Option C`; None for two, or none."""
+    text = _MARKUP.sub("", text).strip()
+    match = _LETTER.match(text)
+    return match[1].upper() if match and not _ANOTHER.search(text, match.end(1)) else None
+
+
+def prepare(response: str, gold: Any) -> Verdict | str:
+    """Everything is decided here: no worker is needed."""
+    wanted = _letter(gold) if isinstance(gold, str) else None
+    if wanted is None:
+        return Verdict("fault", None, f"the reference must be a letter: found {str(gold)[:80]!r}")
+    answer = last_boxed(response)
+    if answer is None:
+        answer = unboxed(response)
+    if answer is None:
+        return Verdict("unparsed", None, r"no complete \boxed{...}, and no answer named")
+    answer = answer.strip()[:200]
+    chosen = _letter(answer)
+    if chosen is None:
+        return Verdict("unparsed", answer, "expected one letter")
+    return Verdict("correct" if chosen == wanted else "wrong", answer)
+
+
+def decide(answer: str, gold: Any) -> Verdict:
+    raise AssertionError("decided by `prepare`")
+
+
+def check_reference(gold: Any) -> Verdict:
+    return Verdict("correct")
+
+
+KIND = Kind("choice", prepare, decide, check_reference, no_warm_up)

@@ -1,0 +1,105 @@
+r"""kind = "countdown": an expression of the given numbers must make the target. gold: {"numbers": [...], "target": n}.
+
+Each number may be used as often as it is given; all must be where gold has `"use_all": true`. The answer is what the last `\boxed{...}` or `<answer>...</answer>` holds: + - * / and brackets, in Python's or LaTeX's signs, and
+perhaps `= target` behind. It is read by Python's parser and computed in fractions here; nothing is executed.
+"""
+
+from __future__ import annotations
+
+import ast
+import operator
+import re
+from collections import Counter
+from collections.abc import Callable
+from fractions import Fraction
+from typing import Any
+
+from pekoe.core.types import Verdict
+from pekoe.verify.extract import boxed_or_tagged
+from pekoe.verify.kinds.base import Kind, no_warm_up
+
+MAX_ANSWER_CHARS, MAX_DEPTH = 500, 50
+_REWRITES = [
+    (re.compile(pattern), new)
+    for pattern, new in (
+        (r"\\(?:times|cdot)(?![a-z])|×|·", "*"),
+        (r"\\div(?![a-z])|÷", "/"),
+        (r"−|–", "-"),
+        (r"\\[dt]?frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}", r"((\1)/(\2))"),
+        (r"\\(?:left|right|,|;|!| )|\$", ""),
+        (r"\[", "("),
+        (r"\]", ")"),
+    )
+]
+_OPERATIONS: dict[type[ast.operator], Callable[[Fraction, Fraction], Fraction]] = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: operator.truediv,
+}
+
+
+class _Refused(ValueError):
+    """Not an expression of the kind asked for."""
+
+
+def _value(node: ast.AST, used: Counter[int], depth: int = 0) -> Fraction:
+    if depth > MAX_DEPTH:
+        raise _Refused("too deep")
+    match node:
+        case ast.Constant(value=int() as number) if not isinstance(number, bool):
+            used[number] += 1
+            return Fraction(number)
+        case ast.BinOp() if type(node.op) in _OPERATIONS:
+            left, right = (_value(side, used, depth + 1) for side in (node.left, node.right))
+            return _OPERATIONS[type(node.op)](left, right)
+        case ast.UnaryOp(op=ast.USub() | ast.UAdd() as sign):
+            value = _value(node.operand, used, depth + 1)
+            return -value if isinstance(sign, ast.USub) else value
+        case _:
+            raise _Refused(f"{type(node).__name__} is not arithmetic")
+
+
+def _judge(text: str, numbers: Counter[int], target: Fraction, use_all: bool) -> Verdict:
+    plain = text
+    for pattern, new in _REWRITES:
+        plain = pattern.sub(new, plain)
+    expression, equals, claimed = plain.partition("=")
+    used: Counter[int] = Counter()
+    try:
+        value = _value(ast.parse(expression.strip(), mode="eval").body, used)
+        if equals and _value(ast.parse(claimed.strip(), mode="eval").body, Counter()) != value:
+            return Verdict("wrong", text, "its two sides differ")
+    except ZeroDivisionError:
+        return Verdict("wrong", text, "divides by zero")
+    except (_Refused, SyntaxError, ValueError, MemoryError, RecursionError) as error:
+        return Verdict("unparsed", text, f"cannot read it: {str(error)[:100]}")
+    if used - numbers or (use_all and used != numbers):
+        return Verdict("wrong", text, f"uses {sorted(used.elements())[:20]} of {sorted(numbers.elements())[:20]}")
+    return Verdict("correct" if value == target else "wrong", text, "" if value == target else f"makes {value}"[:100])
+
+
+def prepare(response: str, gold: Any) -> Verdict | str:
+    """Everything is decided here: answers are short, and no worker is needed."""
+    try:
+        numbers, target = Counter(int(number) for number in gold["numbers"]), Fraction(gold["target"])
+        use_all = bool(gold.get("use_all", False))
+    except (TypeError, ValueError, KeyError, AttributeError):
+        return Verdict("fault", None, f"the reference must have numbers and a target: found {str(gold)[:80]!r}")
+    text = boxed_or_tagged(response)
+    if text is None:
+        return Verdict("unparsed", None, r"no complete \boxed{...} and no <answer>...</answer>")
+    if len(text) > MAX_ANSWER_CHARS:
+        return Verdict("unparsed", text[:200] + "…", f"the answer holds {len(text):,} characters")
+    return _judge(text, numbers, target, use_all)
+
+
+def decide(answer: str, gold: Any) -> Verdict:
+    raise AssertionError("decided by `prepare`")
+
+
+def check_reference(gold: Any) -> Verdict:
+    return Verdict("correct")
+
+
+KIND = Kind("countdown", prepare, decide, check_reference, no_warm_up)

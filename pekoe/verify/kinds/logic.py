@@ -1,0 +1,98 @@
+r"""kind = "logic": a structured answer must equal the solution.
+
+gold is an object, name to role (knights and knaves: `{"Zoey": "knight"}`), or a grid of a zebra puzzle,
+`{"header": ["House", "Name", ...], "rows": [["1", "Eric", ...], ...]}`. The answer is what the last `\boxed{...}` or
+`<answer>...</answer>` holds: JSON of the same shape (a grid may also be an object by house), or for names and roles
+lines such as `(1) Zoey is a knight`. Case and spaces do not matter; every name must be there, once.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any, cast
+
+from pekoe.core.types import Verdict
+from pekoe.verify.extract import boxed_or_tagged
+from pekoe.verify.kinds.base import Kind, no_warm_up
+
+MAX_ANSWER_CHARS = 20_000
+_STATEMENT = re.compile(r"([\w'-]+)\s*(?:\bis\b(?:\s+an?\b)?|[:=])\s*([\w'-]+)", re.IGNORECASE)
+_MARKUP = re.compile(r"\\(?:text[a-z]*|math[a-z]*|mbox|quad|qquad|[,;! ])|[{}$*\\]")
+
+Solution = dict[str, Any]  # normalised: text to text, or text to such an object
+
+
+def _plain(value: Any) -> Any:
+    """Names and values without case, and with single spaces. Raises TypeError for what is neither object nor scalar."""
+    if isinstance(value, dict):
+        found = {_plain(str(key)): _plain(one) for key, one in cast(dict[Any, Any], value).items()}
+        if len(found) < len(cast(dict[Any, Any], value)):
+            raise TypeError("two keys that are one")
+        return found
+    if isinstance(value, list | tuple) or value is None:
+        raise TypeError("expected an object of texts")
+    return " ".join(str(value).lower().replace("_", " ").split())
+
+
+def _solution(gold: Any) -> Solution | None:
+    """The reference, normalised: a grid by its first column. None where it has another shape."""
+    try:
+        if isinstance(gold, dict) and gold.keys() == {"header", "rows"}:
+            first, *names = gold["header"]
+            rows = [dict(zip(names, row[1:], strict=True)) for row in gold["rows"]]
+            return _plain({f"{first} {row[0]}": by_name for row, by_name in zip(gold["rows"], rows, strict=True)})
+        return _plain(gold) if isinstance(gold, dict) and gold else None
+    except (TypeError, ValueError, IndexError):
+        return None
+
+
+def _answer(text: str, wanted: Solution) -> Solution | None:
+    """What the text says, in the reference's shape; None where it cannot be read or contradicts itself."""
+    start, end = text.find("{"), text.rfind("}")
+    for source in (text, text[start : end + 1] if 0 <= start < end else ""):
+        try:
+            value = json.loads(source)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(value, dict):
+            value = cast(dict[str, Any], value).get("solution", cast(dict[str, Any], value))
+            return (_solution(value) or {}) if isinstance(value, dict) else None
+    if any(isinstance(one, dict) for one in wanted.values()):
+        return None
+    found: Solution = {}
+    for name, role in _STATEMENT.findall(_MARKUP.sub(" ", text)):
+        name, role = _plain(name), _plain(role)
+        if found.setdefault(name, role) != role:
+            return None
+    return found
+
+
+def prepare(response: str, gold: Any) -> Verdict | str:
+    """Everything is decided here, in time linear in the response: no worker is needed."""
+    wanted = _solution(gold)
+    if wanted is None:
+        return Verdict("fault", None, f"the reference must be an object, name to value: found {str(gold)[:80]!r}")
+    text = boxed_or_tagged(response)
+    if text is None:
+        return Verdict("unparsed", None, r"no complete \boxed{...} and no <answer>...</answer>")
+    if len(text) > MAX_ANSWER_CHARS:
+        return Verdict("unparsed", text[:200] + "…", f"the answer holds {len(text):,} characters")
+    found = _answer(text, wanted)
+    if not found:
+        return Verdict("unparsed", text, "cannot read it as names and values, one to each")
+    if not wanted.keys() <= found.keys():
+        missing = sorted(wanted.keys() - found.keys())
+        return Verdict("wrong", text, f"nothing about {', '.join(missing)}"[:300])
+    return Verdict("correct" if {name: found[name] for name in wanted} == wanted else "wrong", text)
+
+
+def decide(answer: str, gold: Any) -> Verdict:
+    raise AssertionError("decided by `prepare`")
+
+
+def check_reference(gold: Any) -> Verdict:
+    return Verdict("correct")
+
+
+KIND = Kind("logic", prepare, decide, check_reference, no_warm_up)
