@@ -16,10 +16,11 @@ from typing import Annotated, Any, TypeVar
 
 import typer
 from rich.console import Console
+from rich.table import Column, Table
 
 from pekoe import __version__
 from pekoe.core.config import Config, CurateConfig, EvalConfig, RLConfig, SFTConfig, dump_config, load_config
-from pekoe.core.errors import Interrupted, RunError, UserError, nearest
+from pekoe.core.errors import Interrupted, RunError, UserError
 from pekoe.core.view import NoView, View
 from pekoe.report import LiveView, PlainView, make_view
 
@@ -230,38 +231,35 @@ def doctor(
 
 @app.command()
 def verify(
-    cases: Annotated[str, typer.Argument(metavar="CASES.jsonl", help='lines {"id"?, "response", "gold", "kind"?}')],
+    files: Annotated[
+        list[str], typer.Argument(metavar="CASES.jsonl...", help='lines {"id"?, "response", "gold", "kind"?, "label"?}')
+    ],
+    summary: Annotated[
+        bool, typer.Option("--summary", help="a table of error rates, for lines that carry labels (true, false)")
+    ] = False,
+    kind: Annotated[str, typer.Option(help="of lines without one, such as math, math-unboxed, choice")] = "math",
 ) -> None:
-    """Judge responses: prints one JSON verdict a line, in input order."""
+    """Judge responses: prints one JSON verdict a line, in input order.
+
+    With --summary, where lines carry labels: how many right answers were rejected (FN) and wrong ones accepted (FP).
+    """
     from pekoe.verify import JudgePool
+    from pekoe.verify.cases import errors_of, read_cases
 
-    lines = _read_cases(Path(cases))
-    with JudgePool() as pool:
-        verdicts = pool.judge_many((case["response"], case["gold"], case.get("kind", "math")) for case in lines)
-        for number, (case, verdict) in enumerate(zip(lines, verdicts, strict=True), 1):
-            typer.echo(json.dumps({"id": case.get("id", number), **asdict(verdict)}))
-
-
-def _read_cases(path: Path) -> list[dict[str, Any]]:
-    if not path.is_file():
-        siblings = [p.name for p in path.parent.glob("*.jsonl")] if path.parent.is_dir() else []
-        raise UserError(f"{path}: expected a JSONL file, found none.{nearest(path.name, siblings)}")
-    cases: list[dict[str, Any]] = []
-    for number, line in enumerate(path.read_bytes().splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            case = json.loads(line)
-        except ValueError as error:  # not JSON, or not UTF-8
-            raise UserError(f"{path}:{number}: expected a JSON object, got {error}") from None
-        for key in ("response", "gold"):
-            if not isinstance(case, dict) or key not in case:
-                names = case if isinstance(case, dict) else []
-                raise UserError(f"{path}:{number}: expected the key {key!r}, got {sorted(names)}")
-        if not isinstance(case["response"], str):
-            raise UserError(f"{path}:{number}: response: expected text, got {case['response']!r}")
-        cases.append(case)
-    return cases
+    by_file = [(file, read_cases(Path(file))) for file in files]
+    table = Table(
+        "cases", *(Column(name, justify="right") for name in ("right", "wrong", "FN", "FP", "unparsed", "fault"))
+    )
+    with JudgePool(num_workers=os.cpu_count() or 1) as pool:
+        for file, cases in by_file:
+            verdicts = pool.judge_many((case["response"], case["gold"], case.get("kind", kind)) for case in cases)
+            if summary:
+                table.add_row(Path(file).stem, *errors_of(cases, verdicts).cells())
+                continue
+            for case, verdict in zip(cases, verdicts, strict=True):
+                typer.echo(json.dumps({"id": case["id"], **asdict(verdict)}))
+    if summary:
+        Console().print(table)
 
 
 def _version(wanted: bool) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -71,7 +72,7 @@ def refused(folder: Path, *words: str) -> str:
 
 
 def test_help_is_enough():
-    for words in ([], ["rl"], ["sft"], ["eval"], ["demo"], ["verify"]):
+    for words in ([], ["rl"], ["sft"], ["eval"], ["demo"], ["verify"], ["curate"]):
         done = pekoe(*words, "--help")
         assert done.returncode == 0
         assert "Usage: pekoe" in done.stdout
@@ -209,6 +210,30 @@ def test_eval_without_a_recipe(folder: Path):
     assert pekoe("eval", "--model", "x").returncode == 2
 
 
+def test_curate(folder: Path):
+    words = [f"model.path='{folder}/model'", f"data.train='{folder}/train.jsonl'", "data.max_prompt_tokens=8"]
+    words += ["curate.max_new_tokens=8", "curate.samples=2", "run.threads=1", f"out='{folder}/curated'"]
+    (folder / "curate.toml").write_text("")
+    recipe = str(folder / "curate.toml")
+    done = pekoe("curate", recipe, *words)
+    assert done.returncode == 0, done.stderr
+    assert "done: 8 problems in" in done.stdout
+    assert "0/2" in done.stdout
+    assert pekoe("curate", recipe, *words).returncode == 0
+    done = pekoe("curate", recipe, *words, "run.seed=1")
+    assert done.returncode == 2
+    assert "expected responses sampled with run.seed = 1, got 0" in done.stderr
+    done = pekoe("curate", recipe, *words, "curate.sample=1")
+    assert (done.returncode, "Did you mean 'samples'" in done.stderr) == (2, True)
+
+
+def test_comparing_needs_two_results(folder: Path):
+    done = pekoe("eval", "--compare", str(folder))
+    assert (done.returncode, "expected two results" in done.stderr) == (2, True)
+    done = pekoe("eval", "--compare", str(folder), str(folder))
+    assert (done.returncode, "expected results of pekoe eval, found none" in done.stderr) == (2, True)
+
+
 def test_verify(folder: Path):
     cases = folder / "cases.jsonl"
     rows = [
@@ -221,5 +246,12 @@ def test_verify(folder: Path):
     assert done.returncode == 0, done.stderr
     verdicts = [json.loads(line) for line in done.stdout.splitlines()]
     assert [(v["id"], v["label"]) for v in verdicts] == [("a", "correct"), (2, "wrong"), ("c", "unparsed")]
+    cases.write_text(
+        "".join(json.dumps(row | {"label": label}) + "\n" for row, label in zip(rows, (True, False, True), strict=True))
+    )
+    table = pekoe("verify", str(cases), str(cases), "--summary").stdout
+    assert re.findall(r"cases\W+2\W+1\W+1 \(50.0%\)\W+0 \(0.0%\)\W+1\W+0", table) != []
+    assert table.count("50.0%") == 2
+    assert pekoe("verify", str(cases), "--summary", "--kind", "math-unboxed").stdout.count("0 (0.0%)") == 1
     cases.write_text('{"response": "x"}\n')
     assert "cases.jsonl:1: expected the key 'gold'" in pekoe("verify", str(cases)).stderr

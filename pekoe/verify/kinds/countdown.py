@@ -1,7 +1,8 @@
 r"""kind = "countdown": an expression of the given numbers must make the target. gold: {"numbers": [...], "target": n}.
 
-Each number may be used as often as it is given; all must be where gold has `"use_all": true`. The answer is what the last `\boxed{...}` or `<answer>...</answer>` holds: + - * / and brackets, in Python's or LaTeX's signs, and
-perhaps `= target` behind. It is read by Python's parser and computed in fractions here; nothing is executed.
+Each number may be used as often as it is given; all must be where gold has `"use_all": true`. The answer is what the
+last `\boxed{...}` or `<answer>...</answer>` holds: + - * / and brackets, in Python's or LaTeX's signs, and perhaps
+`= target` behind. It is read by Python's parser and computed in fractions here; nothing is executed.
 """
 
 from __future__ import annotations
