@@ -249,7 +249,7 @@ class EvalSection(Section):
 
 
 class SetsSection(EvalSection):
-    data: str | Annotated[tuple[str, ...], Field(strict=False)]
+    data: str | Annotated[tuple[str, ...], Field(strict=False, min_length=1)]
     """Held-out problems: a file, or a list of them, measured each and together."""
 
 

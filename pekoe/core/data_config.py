@@ -65,4 +65,6 @@ class ProblemSection(Section):
         names = [source.name for source in self.sources]
         if len(set(names)) < len(names):
             raise ValueError(f"data.sources: expected a name of its own for each, got {names}")
+        if self.pass_rate and not 0 <= self.pass_rate[0] <= self.pass_rate[1] <= 1:
+            raise ValueError(f"data.pass_rate: expected [low, high] from 0 to 1, got {list(self.pass_rate)}")
         return self

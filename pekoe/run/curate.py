@@ -77,7 +77,13 @@ def _sample(config: CurateConfig, problems: Sequence[Problem], view: View) -> li
         stream="eval",
     )
     keys: dict[str, Any] = section.model_dump(mode="json", exclude={"drop_all_right", "drop_all_wrong"})
-    about = {"model.path": config.model.path, "run.seed": config.run.seed}
+    about: dict[str, Any] = {
+        "model.path": config.model.path,
+        "model.dtype": config.model.dtype,
+        "engine.backend": config.engine.backend,
+        "verify.random": config.verify.random,
+        "run.seed": config.run.seed,
+    }
     stop = Stop()
     with stop.listening(), ExitStack() as stack:
         samples = SampleFile(Path(config.out) / "samples.jsonl", about | {f"curate.{k}": v for k, v in keys.items()})

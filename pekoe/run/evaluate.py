@@ -85,8 +85,8 @@ def warn_truncation(rate: float, max_new_tokens: int, view: View) -> None:
     """Say so where more than 5 % of responses were cut."""
     if rate > MAX_TRUNCATION:
         view.say(
-            f"warning: {rate:.1%} of the responses were cut at {max_new_tokens} tokens (max_new_tokens); they count as "
-            f"wrong whatever they would have said"
+            f"warning: {rate:.1%} of the responses were cut at {max_new_tokens} tokens (max_new_tokens); they are "
+            f"judged by what they had said until then"
         )
 
 
@@ -119,14 +119,15 @@ def run_eval(config: EvalConfig, view: View) -> EvalResult:
             raise Interrupted(f"stopped; {kept}. Run the same command again to go on") from None
     result = replace(result_of(rows, params.n), examples=_examples(tokenizer, samples.groups))
     by_set: dict[str, EvalResult] = {}
+    start = 0
     for name, its in sets.items():
         if len(sets) > 1:
-            by_set[name] = result_of(rows[: len(its)], params.n)
-        rows = rows[len(its) :]
+            by_set[name] = result_of(rows[start : start + len(its)], params.n)
+        start += len(its)
     result = replace(result, by_set=by_set)
     warn_truncation(result.truncation_rate, new_tokens, view)
     if out:
-        _write_results(out / "results.json", config, result, list(samples.done.values()))
+        _write_results(out / "results.json", config, result, rows)
     return result
 
 
@@ -147,6 +148,9 @@ def _about(config: EvalConfig) -> dict[str, Any]:
     """What decides the responses, and their verdicts."""
     return {
         "model.path": config.model.path,
+        "model.dtype": config.model.dtype,
+        "engine.backend": config.engine.backend,
+        "verify.random": config.verify.random,
         "run.seed": config.run.seed,
         "max_prompt_tokens": config.max_prompt_tokens,
         **{f"eval.{key}": value for key, value in config.eval.model_dump(mode="json").items()},

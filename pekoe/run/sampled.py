@@ -7,19 +7,22 @@ own keys (I8), so the file holds the same in the end.
 
 from __future__ import annotations
 
+import fcntl
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from pekoe.core.errors import UserError
 from pekoe.core.journal import JsonLines, read_lines
-from pekoe.core.types import Group, Problem, SamplingParams, Verdict
+from pekoe.core.types import Group, Label, Problem, SamplingParams, Verdict
 from pekoe.run.control import Clock
 from pekoe.run.rollout import Sampler, check_faults
 
-SYNC_EVERY = 16  # problems
+SYNC_EVERY, CHUNK = 16, 1024  # problems
+NUM_EXAMPLES = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,10 +30,11 @@ class Judged:
     """What became of the n responses to one problem; lists are by sample index."""
 
     uid: str
-    labels: list[str]
+    labels: list[Label]
     answers: list[str | None]  # what the judge found in each
     tokens: list[int]
     reasons: list[str]  # why each ended
+    content: str = ""  # a digest of the problem: a uid may come to name another one
 
     @classmethod
     def of(cls, group: Group, verdicts: Sequence[Verdict]) -> Judged:
@@ -40,6 +44,7 @@ class Judged:
             answers=[verdict.extracted for verdict in verdicts],
             tokens=[rollout.num_tokens for rollout in group.rollouts],
             reasons=[rollout.finish_reason for rollout in group.rollouts],
+            content=digest(group.problem),
         )
 
     @property
@@ -56,18 +61,40 @@ class Judged:
         return self.num_correct / self.num_judged if self.num_judged else None
 
 
+def digest(problem: Problem) -> str:
+    text = json.dumps([problem.messages, problem.gold, problem.kind], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
 class SampleFile:
-    """`path` None keeps nothing. Raises UserError where the file there was made by another recipe."""
+    """`path` None keeps nothing. Raises UserError where the file there was made by another recipe, is in use by another
+    process, or cannot be written."""
 
     def __init__(self, path: Path | None, about: dict[str, Any]) -> None:
         self._about = json.loads(json.dumps(about))
         self.done: dict[str, Judged] = {}
-        self.groups: list[tuple[Group, list[Verdict]]] = []  # sampled here, not read from the file
-        if path is not None and path.is_file():
-            self._read(path)
-        self._lines = JsonLines(path)
+        self.groups: list[tuple[Group, list[Verdict]]] = []  # the first that were sampled here, for examples
+        self._lock: IO[bytes] | None = None
+        try:
+            self._lines = JsonLines(path)
+        except OSError as error:
+            raise UserError(f"out: expected a directory that can be written, got {path}: {error.strerror}") from None
+        if path is not None:
+            self._lock = path.open("rb")  # let go when closed
+            try:
+                self._claim(path, self._lock)
+            except BaseException:
+                self.close()
+                raise
         if path is not None and not path.stat().st_size:
             self._lines.append({"about": self._about})
+
+    def _claim(self, path: Path, lock: IO[bytes]) -> None:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{path}: another process is sampling here; wait for it, or name another out") from None
+        self._read(path)
 
     def _read(self, path: Path) -> None:
         whole = path.read_bytes()
@@ -79,13 +106,15 @@ class SampleFile:
         if not lines:
             return
         before = lines[0].get("about", {})
-        for key in self._about.keys() | before.keys():
+        for key in sorted(self._about.keys() | before.keys()):
             if before.get(key) != self._about.get(key):
                 raise UserError(
                     f"{path}: expected responses sampled with {key} = {self._about.get(key)!r}, got "
                     f"{before.get(key)!r}; name another directory, or remove this one"
                 )
-        self.done = {line["uid"]: Judged(**line) for line in lines[1:]}
+        rows = [Judged(**line) for line in lines[1:]]
+        # A fault is ours: with its cause removed, the same responses are judged again.
+        self.done = {row.uid: row for row in rows if "fault" not in row.labels}
 
     def sample(
         self,
@@ -96,7 +125,8 @@ class SampleFile:
         max_fault_rate: float,
     ) -> list[Judged]:
         """Sample and judge what is missing. Returns all of it, in the problems' order. RunError as `check_faults`."""
-        missing = [(problem, 0) for problem in problems if problem.uid not in self.done]
+        contents = {uid: row.content for uid, row in self.done.items()}
+        missing = [(problem, 0) for problem in problems if contents.get(problem.uid) != digest(problem)]
 
         def keep(group: Group, verdicts: list[Verdict]) -> None:
             self.done[group.problem.uid] = judged = Judged.of(group, verdicts)
@@ -105,11 +135,16 @@ class SampleFile:
                 self._lines.sync()
 
         try:
-            self.groups = sampler(missing, params, clock, keep) if missing else []
+            for start in range(0, len(missing), CHUNK):  # tokens and log-probs of all of them may not fit in memory
+                groups = sampler(missing[start : start + CHUNK], params, clock, keep)
+                self.groups = self.groups or groups[:NUM_EXAMPLES]
         finally:
             self._lines.sync()
-        check_faults((verdict for _, verdicts in self.groups for verdict in verdicts), max_fault_rate)
-        return [self.done[problem.uid] for problem in problems]
+        rows = [self.done[problem.uid] for problem in problems]
+        check_faults((Verdict(label, None, f"see {row.uid}") for row in rows for label in row.labels), max_fault_rate)
+        return rows
 
     def close(self) -> None:
         self._lines.close()
+        if self._lock is not None:
+            self._lock.close()

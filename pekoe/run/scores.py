@@ -79,8 +79,9 @@ def paired(before: Sequence[float], after: Sequence[float]) -> dict[str, Any]:
     differences = np.asarray(after, np.float64) - np.asarray(before, np.float64)
     mean, number = float(differences.mean()), len(differences)
     error = float(differences.std(ddof=1) / np.sqrt(number)) if number > 1 else 1.0
-    flips = np.random.default_rng(0).choice(np.array([-1.0, 1.0]), (PERMUTATIONS, number))
-    as_large = int((np.abs((flips * differences).mean(axis=1)) >= abs(mean) - 1e-12).sum())
+    rng = np.random.default_rng(0)
+    flipped = (abs(float(np.mean(differences * rng.choice((-1.0, 1.0), number)))) for _ in range(PERMUTATIONS))
+    as_large = sum(one >= abs(mean) - 1e-12 for one in flipped)
     return {
         "difference": mean,
         "ci95": (mean - 1.96 * error, mean + 1.96 * error),

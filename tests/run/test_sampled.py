@@ -1,0 +1,88 @@
+"""What eval and curate keep: never of other problems, another judge or another process; faults stay an error."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pekoe.core import EvalConfig, UserError, load_config
+from pekoe.core.errors import RunError
+from pekoe.core.types import Verdict
+from pekoe.core.view import NoView
+from pekoe.run import judging
+from pekoe.run.evaluate import run_eval
+
+
+def tree_of(d: Path, out: Path) -> dict[str, Any]:
+    return {
+        "run": {"threads": 1},
+        "model": {"path": str(d / "model"), "device": "cpu"},
+        "out": str(out),
+        "eval": {"data": str(d / "held_out.jsonl"), "samples": 2, "max_new_tokens": 6},
+        "max_prompt_tokens": 8,
+        "verify": {"workers": 1, "random": True},
+    }
+
+
+def test_empty_list(tiny_dir, tmp_path):
+    t = tree_of(tiny_dir, tmp_path / "o")
+    t["eval"]["data"] = []
+    with pytest.raises(UserError):
+        run_eval(load_config(t, kind=EvalConfig), NoView())
+
+
+def test_out_is_file(tiny_dir, tmp_path):
+    (tmp_path / "f").write_text("")
+    with pytest.raises(UserError):
+        run_eval(load_config(tree_of(tiny_dir, tmp_path / "f"), kind=EvalConfig), NoView())
+
+
+def test_fault_gate_holds_on_rerun(tiny_dir, tmp_path, monkeypatch):
+    monkeypatch.setattr(judging.RandomJudge, "submit", lambda self, p, r: _done())
+    c = load_config(tree_of(tiny_dir, tmp_path / "o"), kind=EvalConfig)
+    for _ in range(2):
+        with pytest.raises(RunError, match="FAULT"):
+            run_eval(c, NoView())
+
+
+def _done():
+    from concurrent.futures import Future
+
+    f = Future()
+    f.set_result(Verdict("fault", None, "x"))
+    return f
+
+
+def test_changed_problem_is_sampled_again(tiny_dir, tmp_path):
+    data = tmp_path / "d.jsonl"
+    data.write_text((tiny_dir / "held_out.jsonl").read_text())
+    t = tree_of(tiny_dir, tmp_path / "o")
+    t["eval"]["data"] = str(data)
+    t["verify"]["random"] = False
+    run_eval(load_config(t, kind=EvalConfig), NoView())
+    rows = [json.loads(x) for x in data.read_text().splitlines()]
+    data.write_text("".join(json.dumps(r | {"answer": "77"}) + "\n" for r in rows))
+    first = (tmp_path / "o/samples.jsonl").read_text().count("\n")
+    run_eval(load_config(t, kind=EvalConfig), NoView())
+    assert (tmp_path / "o/samples.jsonl").read_text().count("\n") == 2 * first - 1
+
+
+def test_other_judge_is_refused(tiny_dir, tmp_path):
+    t = tree_of(tiny_dir, tmp_path / "o")
+    run_eval(load_config(t, kind=EvalConfig), NoView())
+    t["verify"]["random"] = False
+    with pytest.raises(UserError):
+        run_eval(load_config(t, kind=EvalConfig), NoView())
+
+
+def test_fewer_problems(tiny_dir, tmp_path):
+    data = tmp_path / "d.jsonl"
+    lines = (tiny_dir / "held_out.jsonl").read_text().splitlines(True)
+    data.write_text("".join(lines))
+    t = tree_of(tiny_dir, tmp_path / "o")
+    t["eval"]["data"] = str(data)
+    run_eval(load_config(t, kind=EvalConfig), NoView())
+    data.write_text("".join(lines[:3]))
+    r = run_eval(load_config(t, kind=EvalConfig), NoView())
+    assert len(json.loads((tmp_path / "o/results.json").read_text())["problems"]) == r.num_problems
