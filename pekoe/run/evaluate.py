@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
+from math import isnan
 from pathlib import Path
 from typing import Any
 
@@ -62,8 +63,8 @@ def result_of(rows: Sequence[Judged], num_samples: int) -> EvalResult:
         ci95=interval,
         num_problems=len(rows),
         samples_per_problem=num_samples,
-        pass_at_k={str(k): pass_at_k(rows, k) for k in sizes},
-        majority_at_k={str(k): majority_at_k(rows, k) for k in sizes},
+        pass_at_k={str(k): value for k in sizes if not isnan(value := pass_at_k(rows, k))},
+        majority_at_k={str(k): value for k in sizes if not isnan(value := majority_at_k(rows, k))},
         response_tokens=float(np.mean([tokens for row in rows for tokens in row.tokens])),
         truncation_rate=float(np.mean([reason == "length" for row in rows for reason in row.reasons])),
         unparsed_rate=labels.count("unparsed") / len(labels),
@@ -188,8 +189,7 @@ def table_of(result: EvalResult) -> Table:
             str(one.num_problems),
             f"{one.pass_at_1:.1%}",
             f"{one.ci95[0]:.1%} to {one.ci95[1]:.1%}",
-            *(f"{one.pass_at_k[k]:.1%}" for k in wide),
-            *(f"{one.majority_at_k[k]:.1%}" for k in wide),
+            *(f"{found[k]:.1%}" if k in found else "" for found in (one.pass_at_k, one.majority_at_k) for k in wide),
             f"{one.response_tokens:.0f}",
             f"{one.truncation_rate:.1%}",
             f"{one.unparsed_rate:.1%}",
