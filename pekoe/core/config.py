@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 import tomli_w
 from pydantic import Field, ValidationError, model_validator
 
-from pekoe.core.data_config import DataSection, ProblemSection
+from pekoe.core.data_config import DataSection, ProblemSection, TemplateSection
 from pekoe.core.errors import UserError, nearest
 from pekoe.core.section import Section
 
@@ -40,6 +40,7 @@ class ModelSection(Section):
     """Where to train and sample; auto takes a GPU where there is one."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype of the matrix products. Weights and optimizer state are float32 always."""
+    template: TemplateSection = TemplateSection()
 
 
 class RolloutSection(Section):
@@ -232,6 +233,8 @@ class VerifySection(Section):
     """Wall-clock limit of one judgement."""
     max_fault_rate: float = Field(default=0.05, ge=0, le=1)
     """The run stops when more than this share of a step's verdicts are FAULT."""
+    unboxed: bool = False
+    """Mathematics: where no box is complete, what a response says that the answer is will do (kind math-unboxed)."""
     random: bool = False
     """A control: verdicts are drawn at random, whatever the response says. The reward must not rise."""
 

@@ -68,3 +68,15 @@ class ProblemSection(Section):
         if self.pass_rate and not 0 <= self.pass_rate[0] <= self.pass_rate[1] <= 1:
             raise ValueError(f"data.pass_rate: expected [low, high] from 0 to 1, got {list(self.pass_rate)}")
         return self
+
+
+class TemplateSection(Section):
+    """How conversations become prompts, wherever the model is used. Raw prompts (AReaL's) are left as they are."""
+
+    name: Literal["model", "r1", "qwen"] = "model"
+    """The model directory's own chat template, DeepSeek-R1-Distill's, or Qwen2.5's."""
+    directive: str = ""
+    """Put behind the last question; the release's: "\\nPlease reason step by step, and put your final answer within
+    \\boxed{}." """
+    think: bool = False
+    """Prompts end with <think> and a newline, which the response then begins after."""

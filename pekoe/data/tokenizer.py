@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -11,10 +12,12 @@ from typing import Any
 import numpy as np
 import tokenizers
 
+from pekoe.core.data_config import TemplateSection
 from pekoe.core.errors import UserError
 from pekoe.core.types import IntArray
 from pekoe.data.chat import ChatTemplate
 from pekoe.data.rows import PLAIN, RAW, missing
+from pekoe.data.templates import FAMILIES, OPENING
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -50,6 +53,7 @@ class Tokenizer:
             key: text for key, value in self._config.items() if key.endswith("_token") and (text := _token_text(value))
         }
         self._template = self._load_template()
+        self._directive = self._opening = ""
         self._stop_token_ids = self._find_stop_tokens(_parse_json(model_config, f"{origin}/config.json"))
 
     @classmethod
@@ -67,6 +71,24 @@ class Tokenizer:
             )
         config = path / "config.json"
         return cls(files, config.read_bytes() if config.is_file() else b"{}", str(path))
+
+    def with_template(self, section: TemplateSection) -> Tokenizer:
+        """This tokenizer, with prompts as `section` says. Raises UserError where it lacks the template's tokens."""
+        other = copy.copy(self)
+        other._directive, other._opening = section.directive, OPENING if section.think else ""
+        if section.name != "model":
+            family = FAMILIES[section.name]
+            absent = [text for text in (*family.markers, family.end) if self._tokenizer.token_to_id(text) is None]
+            if absent:
+                raise UserError(
+                    f"model.template.name: expected a model that has the tokens of {section.name!r}, "
+                    f"got {self._origin} without {', '.join(absent)}; nearest: 'model'"
+                )
+            end = self.encode(family.end)[0]
+            other._template = ChatTemplate(family.source, self._special, f"model.template.name = {section.name!r}")
+            other._special = self._special | {"eos_token": family.end}
+            other._stop_token_ids = tuple(sorted({*self._stop_token_ids, end}))
+        return other
 
     @property
     def vocab_size(self) -> int:
@@ -124,16 +146,23 @@ class Tokenizer:
         """The tokens [P] to sample a response from, for `Problem.messages`.
 
         A chat goes through the template. One message of role "raw", or of role "prompt" on a model without a
-        template, is used as it is, after whatever the tokenizer puts before plain text (a BOS token, mostly).
+        template, is used as it is, after whatever the tokenizer puts before plain text (a BOS token, mostly). What
+        `with_template` asked for stands behind the last question, and at the end; a raw prompt has neither.
         """
         role = messages[0]["role"]
-        if role == RAW or (role == PLAIN and not self.has_chat_template):
+        if role == RAW:
             return np.array(self._encode_plain(messages[0]["content"]), dtype=np.int64)
-        return np.array(self.encode(self.apply_chat_template(messages)), dtype=np.int64)
+        *before, last = messages
+        asked = [*before, {**last, "content": last["content"] + self._directive}]
+        if role == PLAIN and not self.has_chat_template:
+            return np.array(self._encode_plain(asked[0]["content"] + self._opening), dtype=np.int64)
+        text = self.apply_chat_template(asked)
+        opening = "" if text.endswith(self._opening) else self._opening  # some models' own templates end with it
+        return np.array(self.encode(text + opening), dtype=np.int64)
 
     def encode_response(self, response: str) -> IntArray:
-        """The tokens [R] of a demonstrated response, its stop token last."""
-        return np.array([*self.encode(response), self.eos_token_id], dtype=np.int64)
+        """The tokens [R] of a demonstrated response, its stop token last, without an opening that the prompt has."""
+        return np.array([*self.encode(response.removeprefix(self._opening)), self.eos_token_id], dtype=np.int64)
 
     def _encode_plain(self, text: str) -> list[int]:
         ids = self.encode(text)

@@ -70,7 +70,7 @@ def open_model(model: ModelSection) -> tuple[Decoder, Tokenizer, torch.dtype]:
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("model.device: expected a CUDA device, found none on this machine; nearest: 'cpu'")
     decoder = load_model(model.path, torch.float32, name)
-    tokenizer = Tokenizer.load(Path(model.path))
+    tokenizer = Tokenizer.load(Path(model.path)).with_template(model.template)
     if tokenizer.vocab_size > decoder.spec.vocab_size:
         raise UserError(
             f"{model.path}: expected a tokenizer of at most the model's {decoder.spec.vocab_size} tokens, "

@@ -47,7 +47,7 @@ def run_curate(config: CurateConfig, view: View) -> Curated:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"out: expected a directory that can be written, got {out}: {error.strerror}") from None
-    tokenizer = Tokenizer.load(Path(config.model.path))
+    tokenizer = Tokenizer.load(Path(config.model.path)).with_template(config.model.template)
     problems, report = gather_problems(config.data, config.run.seed, tokenizer)
     for line in report.summary():
         view.say(line)
@@ -81,7 +81,9 @@ def _sample(config: CurateConfig, problems: Sequence[Problem], view: View) -> li
         "model.path": config.model.path,
         "model.dtype": config.model.dtype,
         "engine.backend": config.engine.backend,
+        "model.template": config.model.template.model_dump(),
         "verify.random": config.verify.random,
+        "verify.unboxed": config.verify.unboxed,
         "run.seed": config.run.seed,
     }
     stop = Stop()

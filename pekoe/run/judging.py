@@ -34,7 +34,7 @@ class PoolJudge:
     def __init__(self, verify: VerifySection, tokenizer: Tokenizer) -> None:
         self._pool = JudgePool(num_workers=verify.workers, time_limit_s=verify.time_limit_s)
         self._tokenizer = tokenizer
-        self._time_limit_s = verify.time_limit_s
+        self._time_limit_s, self._unboxed = verify.time_limit_s, verify.unboxed
         self._pending: set[Future[Verdict]] = set()
 
     @property
@@ -44,7 +44,8 @@ class PoolJudge:
 
     def submit(self, problem: Problem, rollout: Rollout) -> Future[Verdict]:
         text = self._tokenizer.decode(rollout.payload.resolve().tokens, skip_special_tokens=True)
-        future = self._pool.submit(text, problem.gold, problem.kind)
+        kind = "math-unboxed" if self._unboxed and problem.kind == "math" else problem.kind
+        future = self._pool.submit(text, problem.gold, kind)
         self._pending.add(future)
         future.add_done_callback(self._pending.discard)
         return future

@@ -159,6 +159,7 @@ def test_a_judged_evaluation_sees_right_answers(
 
     tokenizer = Tokenizer.load(tiny_dir / "model")
     generate = EmbeddedEngine.generate
+    boxes = ["boxed"]
 
     def answer(self: EmbeddedEngine, prompts: Any, params: Any):
         from dataclasses import replace
@@ -166,12 +167,15 @@ def test_a_judged_evaluation_sees_right_answers(
         for rollout in generate(self, prompts, params):
             a, b = rollout.uid.split("+")
             value = int(a) + int(b) + rollout.sample_index % 2
-            tokens = tokenizer.encode_response(f"\\boxed{{{value}}}")
+            tokens = tokenizer.encode_response(f"\\boxed{{{value}}}" if boxes else f"={value}")
             yield replace(rollout, payload=replace(rollout.payload.resolve(), tokens=tokens))
 
     monkeypatch.setattr(EmbeddedEngine, "generate", answer)
     tree = tree_of(tiny_dir, samples=4)
     result = run_eval(load_config(tree, kind=EvalConfig), NoView())
+    boxes.clear()
+    assert run_eval(load_config(tree, kind=EvalConfig), NoView()).unparsed_rate == 1
+    assert run_eval(load_config(tree, ["verify.unboxed=true"], EvalConfig), NoView()).pass_at_1 == 0.5
     assert result.pass_at_1 == 0.5
     assert result.ci95 == (0.5, 0.5)
     assert result.pass_at_k["4"] == 1
