@@ -335,6 +335,10 @@ class SFTSection(Section):
     """Passes over the demonstrations."""
     batch_size: int = Field(default=64, ge=1)
     """Demonstrations an optimizer step; the last batch of an epoch may be smaller."""
+    eval_data: str | None = None
+    """Held-out demonstrations, whose loss is measured every `eval_every` steps and at the end."""
+    eval_every: int = Field(default=100, ge=1)
+    """Optimizer steps between these measurements."""
 
 
 class SFTConfig(TrainingConfig):

@@ -66,6 +66,8 @@ def line_of(event: Event) -> str | None:
                 f"step {event['step']}: pass@1 {event['pass_at_1']:.1%} [{low:.1%}, {high:.1%}] on "
                 f"{event['num_problems']} held-out problems x {event['samples_per_problem']} samples"
             )
+        case "eval_loss":
+            return f"step {event['step']}: held-out loss {event['loss']:.4f} on {event['num_targets']:,} tokens"
         case "resumed":
             return f"resumed after step {event['step']}"
         case "checkpoint":

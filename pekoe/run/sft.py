@@ -35,7 +35,10 @@ def run_sft(config: SFTConfig, view: View) -> None:
 def _run(config: SFTConfig, view: View, leader: bool) -> None:
     prepare(config.run, config.train)
     model, tokenizer, dtype = open_model(config.model)
-    samples = open_demonstrations(config, tokenizer, model.spec.max_positions, view)
+    context = model.spec.max_positions
+    samples = open_demonstrations(config.data.train, config, tokenizer, context, view)
+    held_out = config.sft.eval_data
+    measured = open_demonstrations(held_out, config, tokenizer, context, view) if held_out else []
     per_epoch = -(-len(samples) // config.sft.batch_size)
     total = per_epoch * config.sft.epochs
     trainer = Trainer(
@@ -62,6 +65,8 @@ def _run(config: SFTConfig, view: View, leader: bool) -> None:
             size = len(samples) - (per_epoch - 1) * config.sft.batch_size if last_of_epoch else None
             batch = [samples[i] for i, _ in order.draw(size or config.sft.batch_size)]
             train_one(trainer, batch, step, run, view)
+            if measured and (step % config.sft.eval_every == 0 or step == total):
+                measure(trainer, measured, step, run)
             progress = {"step": step, "order": order.state()}
             run.settle(wait=False)
             if step % config.train.save_every == 0:
@@ -98,10 +103,19 @@ def train_one(trainer: Trainer, batch: Sequence[Sample], step: int, run: RunDir,
     )
 
 
-def open_demonstrations(config: SFTConfig, tokenizer: Tokenizer, context: int, view: View) -> list[Sample]:
+def measure(trainer: Trainer, samples: Sequence[Sample], step: int, run: RunDir) -> None:
+    """The loss on held-out demonstrations, per token over all of them, whatever the split or the number of ranks."""
+    clock = Clock()
+    with clock("eval"):
+        total = sum(float(logprobs.sum(dtype=np.float64)) for logprobs in trainer.logprobs(samples))
+    num_targets = sum(int(sample.loss_mask.sum()) for sample in samples)
+    run.journal.write("eval_loss", step=step, loss=-total / num_targets, num_targets=num_targets, seconds=clock.seconds)
+
+
+def open_demonstrations(path: str, config: SFTConfig, tokenizer: Tokenizer, context: int, view: View) -> list[Sample]:
     """Read demonstrations as samples; one longer than the token budget or the context is an error, or skipped."""
     data = config.data
-    file = read_demonstrations(Path(data.train), skip_malformed=data.skip_malformed)
+    file = read_demonstrations(Path(path), skip_malformed=data.skip_malformed)
     limit = min(config.train.token_budget * config.parallel.cp, context)
     samples: list[Sample] = []
     for number, demonstration in enumerate(file.demonstrations, 1):
@@ -110,15 +124,15 @@ def open_demonstrations(config: SFTConfig, tokenizer: Tokenizer, context: int, v
             samples.append(sample)
         elif not data.skip_malformed:
             raise UserError(
-                f"{data.train}: demonstration {number}: expected at most {limit} tokens "
+                f"{path}: demonstration {number}: expected at most {limit} tokens "
                 f"(train.token_budget {config.train.token_budget}, context {context}), got {len(sample)}; "
                 "raise train.token_budget, or set data.skip_malformed = true"
             )
     skipped = len(file.demonstrations) - len(samples) + len(file.skipped)
     if skipped:
-        view.say(f"{data.train}: skipped {skipped} demonstrations, malformed or longer than {limit} tokens")
+        view.say(f"{path}: skipped {skipped} demonstrations, malformed or longer than {limit} tokens")
     if not samples:
-        raise UserError(f"{data.train}: expected demonstrations, got none that can be used")
+        raise UserError(f"{path}: expected demonstrations, got none that can be used")
     return samples
 
 

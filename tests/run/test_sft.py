@@ -12,7 +12,7 @@ from pekoe.core.journal import read_lines
 from pekoe.core.view import NoView
 from pekoe.data.sft_data import Demonstration, write_demonstrations
 from pekoe.data.tokenizer import Tokenizer
-from pekoe.model import load_model
+from pekoe.model import PackedAttention, load_model
 from pekoe.run.sft import run_sft, to_sample
 from pekoe.train import Trainer
 
@@ -52,6 +52,37 @@ def test_it_learns_and_covers_every_epoch(tree: dict[str, Any]):
     steps = [e for e in read_lines(Path(config.run.dir) / "journal.jsonl") if e["event"] == "step"]
     assert [s["num_samples"] for s in steps] == [8, 8, 4] * 15
     assert steps[-1]["loss"] < 0.3 * steps[0]["loss"]
+
+
+def test_the_held_out_loss_is_of_the_weights_after_its_step(tree: dict[str, Any], tmp_path: Path):
+    """Per token over all of them, as one would compute it one by one."""
+    write_demonstrations(
+        tmp_path / "held_out.jsonl",
+        [Demonstration(({"role": "user", "content": f"{a}+4="},), f"\\boxed{{{a + 4}}}") for a in range(5)],
+    )
+    words = [f"sft.eval_data={tmp_path / 'held_out.jsonl'}", "sft.eval_every=4", "train.token_budget=32"]
+    config = load_config(tree, words, SFTConfig)
+    run_sft(config, NoView())
+    events = list(read_lines(Path(config.run.dir) / "journal.jsonl"))
+    measured = [e for e in events if e["event"] == "eval_loss"]
+    assert [e["step"] for e in measured] == [4, 8, 9]
+    assert measured[-1]["loss"] < measured[0]["loss"]
+    plain = load_config(tree, [f"run.dir={tmp_path / 'plain'}", "train.token_budget=32"], SFTConfig)
+    run_sft(plain, NoView())
+    assert torch.equal(weights(config.run.dir), weights(plain.run.dir))  # looking changes nothing
+    model, tokenizer = load_model(Path(config.run.dir) / "model"), Tokenizer.load(Path(config.run.dir) / "model")
+    total = count = 0.0
+    for a in range(5):
+        demonstration = Demonstration(({"role": "user", "content": f"{a}+4="},), f"\\boxed{{{a + 4}}}")
+        sample = to_sample(demonstration, tokenizer)
+        tokens = torch.from_numpy(sample.tokens)
+        with torch.no_grad():
+            hidden = model(tokens, torch.arange(len(tokens)), PackedAttention([0, len(tokens)]))
+            found = model.logits(hidden).log_softmax(-1)[:-1].gather(1, tokens[1:, None])[:, 0]
+        total -= float(found[sample.loss_mask[1:]].sum())
+        count += int(sample.loss_mask.sum())
+    assert measured[-1]["loss"] == pytest.approx(total / count, rel=1e-5)
+    assert measured[-1]["num_targets"] == count
 
 
 def test_ctrl_c_and_resume_reach_the_same_bits(tree: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
