@@ -22,6 +22,7 @@ from pekoe.core.errors import RunError
 from pekoe.core.types import Label, Verdict
 from pekoe.verify.process import Worker
 
+MAX_SHOWN_CHARS = 10_000  # of an answer in its verdict
 MAX_FAILED_STARTS = 3  # in a row, before the pool gives up; else a machine without memory starts workers for ever
 
 
@@ -172,16 +173,17 @@ class Dispatcher:
         worker.num_judged += 1
         self._failed_starts = 0
         label: Any = message.get("label")
+        shown = task.answer if len(task.answer) <= MAX_SHOWN_CHARS else task.answer[:200] + "…"
         why = str(message.get("why", ""))[:300]
         if label not in get_args(Label):
-            verdict = Verdict("fault", task.answer, f"the judge failed: {str(message.get('error'))[:300]}")
+            verdict = Verdict("fault", shown, f"the judge failed: {str(message.get('error'))[:300]}")
         elif task.check == "answer":
-            verdict = Verdict(label, task.answer, why)
+            verdict = Verdict(label, shown, why)
         elif label == "correct":
             why = f"limit: {task.limits_hit[-1]}, twice; the reference by itself is judged"
-            verdict = Verdict("unparsed", task.answer, why)
+            verdict = Verdict("unparsed", shown, why)
         else:
-            verdict = Verdict("fault", task.answer, f"limit: {task.limits_hit[-1]}; and {why}")
+            verdict = Verdict("fault", shown, f"limit: {task.limits_hit[-1]}; and {why}")
         self._deliver(task, verdict)
 
     def _lose(self, worker: Worker, why: str) -> None:

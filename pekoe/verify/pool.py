@@ -18,6 +18,7 @@ from pekoe.core.errors import RunError, UserError
 from pekoe.core.types import Label, Verdict
 from pekoe.verify.dispatch import Dispatcher, Limits, Task
 from pekoe.verify.kinds import find_kind
+from pekoe.verify.kinds.base import Kind
 from pekoe.verify.process import WORKER_COMMAND
 
 
@@ -59,8 +60,9 @@ class JudgePool:
         self._num_judged = self._num_memo_hits = self._num_faults = 0
         self._error: str | None = None
         self._owner_pid = os.getpid()
-        limits = Limits(num_workers, time_limit_s, memory_limit_bytes, start_limit_s)
-        self._dispatcher = Dispatcher(limits, _command, self._deliver, self._fail)
+        self._limits = Limits(num_workers, time_limit_s, memory_limit_bytes, start_limit_s)
+        self._command = _command
+        self._rooms = {"sealed": Dispatcher(self._limits, _command, self._deliver, self._fail)}
         atexit.register(self.close)
 
     @property
@@ -74,7 +76,8 @@ class JudgePool:
         Raises UserError for an unknown kind, and RunError where the pool is closed or its workers do not start.
         """
         self._check_usable()
-        prepared = find_kind(kind).prepare(response, gold)
+        found = find_kind(kind)
+        prepared = found.prepare(response, gold)
         future: Future[Verdict] = Future()
         future.set_running_or_notify_cancel()
         key = b"" if isinstance(prepared, Verdict) else _key(kind, prepared, gold)
@@ -94,10 +97,17 @@ class JudgePool:
                 return future
             else:
                 self._in_flight[key] = task = Task(key, kind, prepared, gold, [future])
-                self._dispatcher.post(task)
+                self._room(found).post(task)
                 return future
         future.set_result(verdict)
         return future
+
+    def _room(self, kind: Kind) -> Dispatcher:
+        """The workers of `kind`'s room, `num_workers` of them, started when it is first asked for."""
+        if kind.room not in self._rooms:
+            command = (*self._command, kind.name)
+            self._rooms[kind.room] = Dispatcher(self._limits, command, self._deliver, self._fail)
+        return self._rooms[kind.room]
 
     def judge_many(self, items: Iterable[tuple[str, Any, str]]) -> list[Verdict]:
         """Judge (response, gold, kind) triples; the verdicts come back in the items' order. Raises as `submit` does."""
@@ -108,13 +118,15 @@ class JudgePool:
         """Return the counts so far."""
         with self._lock:
             counts = (self._num_judged, self._num_memo_hits, self._num_faults)
-            return JudgeStats(*counts, self._dispatcher.num_limits, self._dispatcher.num_restarts)
+            rooms = self._rooms.values()
+            return JudgeStats(*counts, sum(r.num_limits for r in rooms), sum(r.num_restarts for r in rooms))
 
     def close(self) -> None:
         """Kill the workers. What was not yet judged raises RunError. Closing twice is allowed."""
         atexit.unregister(self.close)
         if self._owner_pid == os.getpid():  # a forked child must not kill its parent's workers
-            self._dispatcher.close()
+            for room in list(self._rooms.values()):
+                room.close()
 
     def __enter__(self) -> JudgePool:
         return self

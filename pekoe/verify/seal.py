@@ -39,12 +39,23 @@ def _refuse(event: str, args: tuple[Any, ...]) -> None:
         from_text = code.co_filename.startswith("<") and not code.co_filename.startswith("<frozen ")
         if from_text and not sys._getframe(1).f_code.co_filename.endswith(_TRUSTED_CALLER):  # pyright: ignore[reportPrivateUsage]
             raise Sealed("a judge does not run code made of text")
-    elif event == "open":
+    else:
+        _refuse_acts(event, args)
+
+
+def _refuse_acts(event: str, args: tuple[Any, ...]) -> None:
+    if event == "open":
         mode, flags = args[1], args[2]
         if (isinstance(mode, str) and set(mode) & set("wax+")) or (isinstance(flags, int) and flags & 3):
             raise Sealed("a judge does not write files")
     elif event.startswith(_REFUSED_ROOMS) and event not in _ALLOWED:
         raise Sealed(f"a judge does not do {event}")
+
+
+def seal_acts() -> None:
+    """Refuse acts on the machine from now on, and let code run: for scorers that execute. For a worker only."""
+    sys.dont_write_bytecode = True
+    sys.addaudithook(_refuse_acts)
 
 
 def seal() -> None:

@@ -2,7 +2,9 @@
 
 It owns nothing that may not be lost: the pool kills it without warning when an item overruns.
 
-    python -P -m pekoe.verify.worker PARENT_PID MEMORY_LIMIT_BYTES
+    python -P -m pekoe.verify.worker [KIND] PARENT_PID MEMORY_LIMIT_BYTES
+
+KIND names one of the kinds of a room (see `Kind`); without it the room is that of mathematics.
 
 in:  {"id", "kind", "answer", "gold", "check": "answer" | "reference"}
 out: {"ready"} once, or {"failed": why}; then, one for each item, {"id", "label", "why"}, {"id", "limit": which} or
@@ -20,8 +22,8 @@ import signal
 import sys
 from typing import Any
 
-from pekoe.verify.kinds import KINDS
-from pekoe.verify.seal import seal
+from pekoe.verify.kinds import KINDS, find_kind
+from pekoe.verify.seal import seal, seal_acts
 
 _PR_SET_PDEATHSIG = 1
 
@@ -44,7 +46,7 @@ def _die_with(parent_pid: int) -> None:
 
 def _judge(request: dict[str, Any]) -> dict[str, Any]:
     try:
-        kind = KINDS[request["kind"]]
+        kind = find_kind(request["kind"])
         if request["check"] == "reference":
             verdict = kind.check_reference(request["gold"])
         else:
@@ -80,15 +82,17 @@ def main() -> int:
     try:
         _die_with(parent_pid)
         _set_limits(memory_limit_bytes)
-        for kind in KINDS.values():
-            kind.warm_up()
+        first = find_kind(sys.argv[1] if len(sys.argv) > 3 else "math")
+        for kind in (first, *KINDS.values()):
+            if kind.room == first.room:
+                kind.warm_up()
     except Exception as error:
         say({"failed": f"{type(error).__name__}: {error}"})
         return 1
     quiet = os.open(os.devnull, os.O_WRONLY)
     os.dup2(quiet, 1)
     os.dup2(quiet, 2)
-    seal()
+    {"all": seal, "acts": seal_acts, "none": lambda: None}[first.seal]()
     say({"ready": True})
     for line in sys.stdin.buffer:
         request = json.loads(line)

@@ -96,7 +96,9 @@ def test_messages_larger_than_a_pipe(pool: JudgePool):
 def test_close_leaves_no_process_and_fails_what_waits(bad_worker: BadWorker):
     with JudgePool(num_workers=2, time_limit_s=60.0, _command=bad_worker(READY + "time.sleep(60)")) as pool:
         waiting = [pool.submit(r"\boxed{0.5}", f"{number}") for number in range(4)]
-        wait_until(lambda: len(worker_pids(pool)) == 2 and all(worker.task for worker in pool._dispatcher._workers))
+        wait_until(
+            lambda: len(worker_pids(pool)) == 2 and all(worker.task for worker in pool._rooms["sealed"]._workers)
+        )
         pids = worker_pids(pool)
     assert not any(alive(pid) for pid in pids)
     for future in waiting:
@@ -105,7 +107,7 @@ def test_close_leaves_no_process_and_fails_what_waits(bad_worker: BadWorker):
     with pytest.raises(RunError, match="closed"):
         pool.submit(r"\boxed{7}", "7")
     pool.close()
-    assert pool._dispatcher._thread.is_alive() is False
+    assert pool._rooms["sealed"]._thread.is_alive() is False
 
 
 def test_closing_at_once_and_from_a_callback(bad_worker: BadWorker):
@@ -114,7 +116,7 @@ def test_closing_at_once_and_from_a_callback(bad_worker: BadWorker):
     future: Future[Verdict] = pool.submit(r"\boxed{0.5}", "1/2")
     future.add_done_callback(lambda _: pool.close())
     assert future.result().label == "wrong"
-    pool._dispatcher._thread.join(20)
+    pool._rooms["sealed"]._thread.join(20)
     assert not pool.usable
 
 
@@ -142,7 +144,7 @@ def test_judge(run_script: Run):
         "print('here')\n"
         "print(judge(r'\\boxed{0.5}', '1/2').label, judge(r'\\boxed{0.5}', ['1', '2'], kind='math').label)\n"
         "assert not {'sympy', 'math_verify', 'torch'} & set(sys.modules)\n"
-        "print(pekoe.verify._pool._dispatcher._workers[0].pid)\n"
+        "print(pekoe.verify._pool._rooms['sealed']._workers[0].pid)\n"
     )
     assert done.stderr == ""
     here, labels, pid = done.stdout.splitlines()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from pekoe.core.types import Verdict
 
@@ -18,6 +18,9 @@ class Kind:
     `decide(answer, gold)` judges what `prepare` gave; `check_reference(gold)` is CORRECT where the reference can be
     judged at all, and FAULT where it is to blame; `warm_up()` imports everything, before the worker is sealed.
     An exception out of any of them is a bug of ours, and its verdict FAULT.
+
+    Kinds of one `room` share workers. `seal` is what these put on (`pekoe.verify.seal`): "all" refuses code made of
+    text and every act on the machine, "acts" the acts alone, "none" nothing.
     """
 
     name: str
@@ -25,6 +28,8 @@ class Kind:
     decide: Callable[[str, Any], Verdict]
     check_reference: Callable[[Any], Verdict]
     warm_up: Callable[[], None]
+    room: str = "sealed"
+    seal: Literal["all", "acts", "none"] = "all"
 
 
 def no_warm_up() -> None:

@@ -1,0 +1,79 @@
+r"""kind = "gym:TASK": a task of reasoning-gym, by its own scorer. gold: the generator's entry, {"question", "answer",
+"metadata"}. The answer is what the last `\boxed{...}` or `<answer>...</answer>` holds; CORRECT from a score of 0.99 on,
+as scorers give partial credit for less.
+
+Some of these scorers execute the answer (reasoning-gym 0.1.25: countdown, n_queens and others). Their worker is a
+process of its own, killed at a time or memory limit, in which an audit hook refuses files opened for writing, sockets,
+other processes and signals; code made of text runs there, and code that knows how can get around a hook of its own
+process. Some scorers err: one that refuses its own answer, or accepts nonsense, gives FAULT, which names it.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import json
+from typing import Any
+
+from pekoe.core.types import Verdict
+from pekoe.verify.extract import boxed_or_tagged
+from pekoe.verify.kinds.base import Kind
+
+MAX_ANSWER_CHARS, PASSES = 20_000, 0.99
+_NONSENSE = "no answer at all 0x"
+
+
+def prepare(response: str, gold: Any) -> Verdict | str:
+    if not isinstance(gold, dict) or not {"question", "answer"} <= gold.keys():
+        return Verdict("fault", None, f"the reference must be an entry of reasoning-gym: found {str(gold)[:80]!r}")
+    answer = boxed_or_tagged(response)
+    if answer is None:
+        return Verdict("unparsed", None, r"no complete \boxed{...} and no <answer>...</answer>")
+    if len(answer) > MAX_ANSWER_CHARS:
+        return Verdict("unparsed", answer[:200] + "…", f"the answer holds {len(answer):,} characters")
+    return answer
+
+
+@functools.lru_cache(64)
+def _scorer(task: str) -> Any:
+    return importlib.import_module("reasoning_gym").create_dataset(task, size=1, seed=0)
+
+
+def _score(task: str, answer: Any, entry: dict[str, Any]) -> float:
+    return float(_scorer(task).score_answer(answer=answer, entry=entry))
+
+
+@functools.lru_cache(1024)
+def _fault(task: str, gold: str) -> str:
+    """What is wrong with the scorer for this entry; empty if nothing was seen."""
+    entry = json.loads(gold)
+    if entry["answer"] is not None and _score(task, entry["answer"], entry) < PASSES:
+        return f"gym:{task}: its scorer refuses its own answer"
+    if _score(task, _NONSENSE, entry) >= PASSES:
+        return f"gym:{task}: its scorer accepts nonsense"
+    return ""
+
+
+def _decide(task: str, answer: str, gold: Any) -> Verdict:
+    if fault := _fault(task, json.dumps(gold, sort_keys=True)):
+        return Verdict("fault", None, fault)
+    try:
+        score = _score(task, answer, gold)
+    except Exception as error:  # of the answer's making: its own answer and nonsense went through
+        return Verdict("wrong", None, f"the scorer: {type(error).__name__}"[:100])
+    return Verdict("correct" if score >= PASSES else "wrong", None, f"score {score:.3g}")
+
+
+def _check_reference(task: str, gold: Any) -> Verdict:
+    fault = _fault(task, json.dumps(gold, sort_keys=True))
+    return Verdict("fault", None, fault) if fault else Verdict("correct")
+
+
+def _warm_up() -> None:
+    importlib.import_module("reasoning_gym")  # some seconds
+
+
+def make_kind(task: str) -> Kind:
+    """The kind of one task, which reasoning-gym must have: if not, each of its verdicts is FAULT."""
+    decide, check = functools.partial(_decide, task), functools.partial(_check_reference, task)
+    return Kind(f"gym:{task}", prepare, decide, check, _warm_up, room="gym", seal="acts")
