@@ -52,11 +52,28 @@ def _native(row: dict[str, Any]) -> Problem:
 
 
 def _areal(row: dict[str, Any]) -> Problem:
-    """AReaL: `prompt` with the chat's markers inside, `query_id`, `task`, `solutions`."""
-    if row.get("task", "math") != "math":
-        raise Malformed(f"'task': expected 'math', got {row['task']!r}")
+    """AReaL: `prompt` with the chat's markers inside, `query_id`, `task`; `solutions`, or for code `input_output`."""
+    task = row.get("task", "math")
     messages = ({"role": rows.RAW, "content": text_of(row, "prompt")},)
+    if task == "code":
+        return _problem(messages, _input_output(text_of(row, "input_output")), row.get("query_id"), "code")
+    if task != "math":
+        raise Malformed(f"'task': expected 'math' or 'code', got {task!r}")
     return _problem(messages, _golds(row.get("solutions")), row.get("query_id"))
+
+
+def _input_output(text: str) -> dict[str, list[str]]:
+    """Tests of a program as APPS has them: a JSON object of `inputs` and `outputs`."""
+    try:
+        tests = rows.expect(json.loads(text), dict, "'input_output'")
+    except ValueError as error:
+        raise Malformed(f"'input_output': expected JSON, got {error}") from None
+    if tests.get("fn_name"):
+        raise Malformed("'input_output': expected tests of input and output, got calls of a function (fn_name)")
+    inputs, outputs = (rows.expect(tests.get(key), list, f"'input_output' {key}") for key in ("inputs", "outputs"))
+    if len(inputs) != len(outputs):
+        raise Malformed(f"'input_output': expected as many outputs as inputs, got {len(outputs)} and {len(inputs)}")
+    return {"inputs": [str(one) for one in inputs], "outputs": [str(one) for one in outputs]}
 
 
 def _gsm8k(row: dict[str, Any]) -> Problem:

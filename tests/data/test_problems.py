@@ -58,6 +58,15 @@ LAYOUTS = {
         },
         Problem("q", ({"role": "raw", "content": "<|User|>1+1?<|Assistant|><think>\n"},), ["2", "2.0"]),
     ),
+    "areal code": (
+        {
+            "prompt": "p",
+            "query_id": "c1",
+            "task": "code",
+            "input_output": '{"inputs": ["1", 2], "outputs": ["3", "4"]}',
+        },
+        Problem("c1", ({"role": "raw", "content": "p"},), {"inputs": ["1", "2"], "outputs": ["3", "4"]}, "code"),
+    ),
     "gsm8k": (
         {"question": "How many?", "answer": "1000 + 234 = <<1000+234=1234>>1234\n#### 1,234"},
         Problem("?", user("How many?"), "1234"),
@@ -250,9 +259,14 @@ MALFORMED = {
     ),
     "math without a box": ({"problem": "p", "solution": "so 5"}, "expected a \\boxed{} answer, got none"),
     "areal code": (
-        {"prompt": "p", "query_id": "q", "task": "code", "solutions": ["x"]},
-        "'task': expected 'math', got 'code'",
+        {"prompt": "p", "query_id": "q", "task": "code", "input_output": '{"inputs": ["1"], "outputs": []}'},
+        "'input_output' outputs: expected an array",
     ),
+    "areal function": (
+        {"prompt": "p", "query_id": "q", "task": "code", "input_output": '{"fn_name": "f"}'},
+        "expected tests of input and output, got calls of a function",
+    ),
+    "areal task": ({"prompt": "p", "query_id": "q", "task": "game"}, "'task': expected 'math' or 'code', got 'game'"),
     "areal no solutions": ({"prompt": "p", "query_id": "q"}, "answers: expected an array, got null"),
     "dapo": ({"prompt": "p", "reward_model": "rule"}, "'reward_model': expected an object, got a string"),
     "orz": ([{"from": "human", "value": "v"}], "expected two turns (human, assistant), got 1"),
