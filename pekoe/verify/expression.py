@@ -124,6 +124,8 @@ class _Reader:
 
     def _next(self) -> Token:
         token = self._peek()
+        if token[0] == "end":
+            raise Unreadable("it ends early")
         self._at += 1
         return token
 

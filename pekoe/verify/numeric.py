@@ -14,7 +14,7 @@ from typing import Any
 
 from pekoe.verify.expression import Tree, Unreadable, read
 from pekoe.verify.regions import is_region, region
-from pekoe.verify.values import Number, Undefined, Values, symbols_of, value_of
+from pekoe.verify.values import Number, Values, symbols_of, value_of
 
 TOLERANCE = 1e-9
 # Where variables are evaluated: in (0, 1) for arcsin and probabilities, above, and below 0. No simple numbers.
@@ -25,7 +25,7 @@ def compare(gold: str, answer: str) -> bool | None:
     """Whether the two are the same answer; None where this reader cannot tell."""
     try:
         return same(read(gold), read(answer))
-    except (Unreadable, Undefined, RecursionError):
+    except (Unreadable, ArithmeticError, RecursionError):  # an overflow is an ArithmeticError
         return None
 
 
