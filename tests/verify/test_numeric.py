@@ -112,8 +112,9 @@ def test_any_text_is_judged_or_left_and_quickly(text: str):
 
 PIECES = re.findall(
     r"\S+",
-    r"""9 10 0 1 2.5 x y \pi e i \infty + - * / ^ ! ( ) [ ] \{ \} { } | , ; = < \leq \cup \frac \sqrt \log \ln \sin \binom
-    _ \pm % or and \lfloor \rfloor \gcd 10^{400} 1000! \overline{3} 0.1 \begin{pmatrix} & \\ \end{pmatrix} \in x= \arcsin""",
+    r"""9 10 0 1 2.5 x y \pi e i \infty + - * / ^ ! ( ) [ ] \{ \} { } | , ; = < \leq \cup \frac \sqrt \log \ln \sin
+    \binom _ \pm % or and \lfloor \rfloor \gcd 10^{400} 1000! \overline{3} 0.1 \begin{pmatrix} & \\ \end{pmatrix} \in
+    x= \arcsin""",
 )
 
 
