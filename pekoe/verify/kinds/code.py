@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import re
 import secrets
 import subprocess
 import sys
@@ -25,7 +24,7 @@ from pekoe.verify.kinds.base import Kind, no_warm_up
 
 MAX_CODE_CHARS, MAX_TESTS = 50_000, 200
 TOTAL_LIMIT_S = 4.0  # below the pool's own limit: a slow answer is WRONG, and no limit of the worker's
-_FENCE = re.compile(r"^```[ \t]*(?:python3?|py)?[ \t]*\n(.*?)^```[ \t]*$", re.DOTALL | re.MULTILINE | re.IGNORECASE)
+_PYTHON = ("", "python", "python3", "py")
 
 
 class _Tests(NamedTuple):
@@ -50,18 +49,33 @@ def _tests(gold: Any) -> _Tests | None:
     return _Tests(pairs[:MAX_TESTS], asserts, *limits) if pairs or asserts.strip() else None
 
 
+def _last_block(response: str) -> str | None:
+    """The last complete fenced block of Python. Linear: a line opens a block, or closes the open one."""
+    found, block, language, indent = None, None, "", ""
+    for line in response.split("\n"):
+        mark = line.strip()
+        if block is not None and mark == "```":
+            found, block = ("\n".join(block) if language in _PYTHON else found), None
+        elif mark.startswith("```") and "`" not in mark[3:]:  # one that follows an unclosed one begins anew
+            language, indent = (mark[3:].split() or [""])[0].lower(), line[: line.index("`")]
+            block = list[str]()
+        elif block is not None:
+            block.append(line.removeprefix(indent))
+    return found
+
+
 def prepare(response: str, gold: Any) -> Verdict | str:
     """Return the last fenced block. Linear in the length of `response`."""
     if not sandbox.supported():
         return Verdict("fault", None, "code is judged on Linux x86_64 alone, where its sandbox knows the system calls")
     if _tests(gold) is None:
         return Verdict("fault", None, f"the reference must have tests or asserts: found {str(gold)[:80]!r}")
-    blocks = _FENCE.findall(response)
-    if not blocks:
+    block = _last_block(response)
+    if block is None:
         return Verdict("unparsed", None, "no complete ``` block")
-    if len(blocks[-1]) > MAX_CODE_CHARS:
-        return Verdict("unparsed", None, f"the block holds {len(blocks[-1]):,} characters")
-    return blocks[-1]
+    if len(block) > MAX_CODE_CHARS:
+        return Verdict("unparsed", None, f"the block holds {len(block):,} characters")
+    return block
 
 
 def decide(answer: str, gold: Any) -> Verdict:

@@ -17,7 +17,7 @@ from pekoe.verify.extract import boxed_or_tagged
 from pekoe.verify.kinds.base import Kind, no_warm_up
 
 MAX_ANSWER_CHARS = 20_000
-_STATEMENT = re.compile(r"([\w'-]+)\s*(?:\bis\b(?:\s+an?\b)?|[:=])\s*([\w'-]+)", re.IGNORECASE)
+_STATEMENT = re.compile(r"(?<![\w'-])([\w'-]++)\s*+(?:\bis\b(?:\s+an?\b)?|[:=])\s*([\w'-]+)", re.IGNORECASE)
 _MARKUP = re.compile(r"\\(?:text[a-z]*|math[a-z]*|mbox|quad|qquad|[,;! ])|[{}$*\\]")
 
 Solution = dict[str, Any]  # normalised: text to text, or text to such an object

@@ -54,6 +54,15 @@ def test_a_response_without_a_block_is_unparsed():
         assert verdict.label == "unparsed"
 
 
+@pytest.mark.parametrize(
+    "text", ["```python\n" * 50_000, "```\n```" * 50_000, "`" * 500_000, "```\n" + "x\n" * 200_000]
+)
+def test_finding_the_block_takes_linear_time(text: str):
+    start = time.monotonic()
+    code.prepare(text, SUMS)
+    assert time.monotonic() - start < 2
+
+
 # Each is refused where it stands: the last line, which would make the answer right, is not reached.
 REFUSED = {
     "write": "open('here', 'w')",

@@ -83,7 +83,14 @@ def test_verdict(kind: str, gold: Any, answer: str, label: str):
 @pytest.mark.parametrize(("kind", "gold"), [("choice", "C"), ("logic", KNIGHTS), ("countdown", NUMBERS)])
 @pytest.mark.parametrize(
     "text",
-    ["<answer>" * 50_000, r"\boxed{" * 50_000 + "1", r"\boxed{" + "(" * 400 + "1" + ")" * 400 + "}", "a is " * 10**5],
+    [
+        "<answer>" * 50_000,
+        r"\boxed{" * 50_000 + "1",
+        r"\boxed{" + "(" * 400 + "1" + ")" * 400 + "}",
+        "a is " * 10**5,
+        "a" * 19_000,
+        "a " * 9_000,
+    ],
 )
 def test_hostile_answers_cost_little(kind: str, gold: Any, text: str):
     start = time.perf_counter()
