@@ -146,7 +146,8 @@ class JudgePool:
 
     def _deliver(self, task: Task, verdict: Verdict) -> None:
         with self._lock:
-            del self._in_flight[task.key]
+            if self._in_flight.pop(task.key, None) is None:
+                return  # the workers of another room could not go on: the futures have been told
             # A verdict on an answer is always the same. One that came of a limit, or a fault, may not be.
             if verdict.label != "fault" and not task.limits_hit and self._memo_size:
                 self._memo[task.key] = (verdict.label, verdict.why)

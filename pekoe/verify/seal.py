@@ -35,12 +35,16 @@ class Sealed(PermissionError):
 
 def _refuse(event: str, args: tuple[Any, ...]) -> None:
     if event == "exec":
-        code: CodeType = args[0]
-        from_text = code.co_filename.startswith("<") and not code.co_filename.startswith("<frozen ")
-        if from_text and not sys._getframe(1).f_code.co_filename.endswith(_TRUSTED_CALLER):  # pyright: ignore[reportPrivateUsage]
+        if _of_text(args[0]):
             raise Sealed("a judge does not run code made of text")
     else:
         _refuse_acts(event, args)
+
+
+def _of_text(code: CodeType) -> bool:
+    from_text = code.co_filename.startswith("<") and not code.co_filename.startswith("<frozen ")
+    caller = sys._getframe(2).f_code.co_filename  # pyright: ignore[reportPrivateUsage]
+    return from_text and not caller.endswith(_TRUSTED_CALLER)
 
 
 def _refuse_acts(event: str, args: tuple[Any, ...]) -> None:
@@ -52,10 +56,28 @@ def _refuse_acts(event: str, args: tuple[Any, ...]) -> None:
         raise Sealed(f"a judge does not do {event}")
 
 
-def seal_acts() -> None:
-    """Refuse acts on the machine from now on, and let code run: for scorers that execute. For a worker only."""
+def seal_scorers() -> None:
+    """Refuse acts on the machine from now on, and code made of text but for formulas. For a worker only.
+
+    A formula names functions, numbers and symbols of sympy, or single letters; it holds no code of its own (`lambda`,
+    a comprehension) and no other attribute. For scorers that evaluate the answer where their own verdict is made: code
+    that ran there could write that verdict, and all later ones.
+    """
+    sympy: Any = sys.modules["sympy"]
+    known = {name for name, found in vars(sympy).items() if isinstance(found, sympy.FunctionClass)}
+    known |= {"sympy", "Integer", "Float", "Rational", "Symbol", "sqrt", "ln", "root", "cbrt", "pi", "oo"}
+
+    def refuse(event: str, args: tuple[Any, ...]) -> None:
+        if event == "exec":
+            code: CodeType = args[0]
+            formula = all(name in known or len(name) == 1 for name in code.co_names)
+            if _of_text(code) and not (formula and not any(isinstance(one, CodeType) for one in code.co_consts)):
+                raise Sealed("a judge does not run code made of text, but for formulas")
+        else:
+            _refuse_acts(event, args)
+
     sys.dont_write_bytecode = True
-    sys.addaudithook(_refuse_acts)
+    sys.addaudithook(refuse)
 
 
 def seal() -> None:

@@ -23,7 +23,7 @@ import sys
 from typing import Any
 
 from pekoe.verify.kinds import KINDS, find_kind
-from pekoe.verify.seal import seal, seal_acts
+from pekoe.verify.seal import seal, seal_scorers
 
 _PR_SET_PDEATHSIG = 1
 
@@ -92,7 +92,7 @@ def main() -> int:
     quiet = os.open(os.devnull, os.O_WRONLY)
     os.dup2(quiet, 1)
     os.dup2(quiet, 2)
-    {"all": seal, "acts": seal_acts, "none": lambda: None}[first.seal]()
+    {"all": seal, "formulas": seal_scorers, "none": lambda: None}[first.seal]()
     say({"ready": True})
     for line in sys.stdin.buffer:
         request = json.loads(line)

@@ -15,6 +15,7 @@ import pytest
 from pekoe.core.errors import RunError, UserError
 from pekoe.core.types import Verdict
 from pekoe.verify import JudgePool, judge
+from pekoe.verify.dispatch import Task
 
 from .conftest import READY, BadWorker, alive, wait_until, worker_pids
 
@@ -201,3 +202,14 @@ def test_judge_comes_back_after_its_pool_broke(monkeypatch: pytest.MonkeyPatch):
 
     assert pekoe.verify._pool is not None
     pekoe.verify._pool.close()
+
+
+def test_a_room_that_fails_ends_what_another_room_judges():
+    """The other room delivers what nobody awaits any more: its own dispatcher must survive that."""
+    task = Task(b"key", "math", "1", "1", [Future()])
+    with JudgePool(num_workers=1) as pool:
+        pool._in_flight[task.key] = task  # pyright: ignore[reportPrivateUsage]
+        pool._fail(RunError("a worker of another room cannot start"))  # pyright: ignore[reportPrivateUsage]
+        pool._deliver(task, Verdict("correct"))  # pyright: ignore[reportPrivateUsage]
+    with pytest.raises(RunError, match="another room"):
+        task.futures[0].result(timeout=0)

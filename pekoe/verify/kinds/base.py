@@ -20,7 +20,7 @@ class Kind:
     An exception out of any of them is a bug of ours, and its verdict FAULT.
 
     Kinds of one `room` share workers. `seal` is what these put on (`pekoe.verify.seal`): "all" refuses code made of
-    text and every act on the machine, "acts" the acts alone, "none" nothing.
+    text and every act on the machine, "formulas" the same but for code that is a formula, "none" nothing.
     """
 
     name: str
@@ -29,8 +29,17 @@ class Kind:
     check_reference: Callable[[Any], Verdict]
     warm_up: Callable[[], None]
     room: str = "sealed"
-    seal: Literal["all", "acts", "none"] = "all"
+    seal: Literal["all", "formulas", "none"] = "all"
 
 
 def no_warm_up() -> None:
-    """For kinds that `prepare` decides."""
+    """For kinds that import nothing heavy."""
+
+
+def decided_at_once(name: str, prepare: Callable[[str, Any], Verdict]) -> Kind:
+    """A kind whose `prepare` gives the verdict always, in time linear in the response: no worker is needed."""
+
+    def never(*_: Any) -> Verdict:
+        raise AssertionError(f"{name}: decided by `prepare`")
+
+    return Kind(name, prepare, never, never, no_warm_up)

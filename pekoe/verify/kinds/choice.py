@@ -7,7 +7,7 @@ from typing import Any
 
 from pekoe.core.types import Verdict
 from pekoe.verify.extract import last_boxed, unboxed
-from pekoe.verify.kinds.base import Kind, no_warm_up
+from pekoe.verify.kinds.base import decided_at_once
 
 _MARKUP = re.compile(r"\\(?:text[a-z]*|math[a-z]*|mbox)\s*|[{}$\\]|(?i:\b(?:option|choice|answer)\b)")
 _LETTER = re.compile(r"\(?([A-Za-z])\)?(?:[.):]?$|[.):]\s|\)\s*\S)")
@@ -21,8 +21,7 @@ def _letter(text: str) -> str | None:
     return match[1].upper() if match and not _ANOTHER.search(text, match.end(1)) else None
 
 
-def prepare(response: str, gold: Any) -> Verdict | str:
-    """Everything is decided here: no worker is needed."""
+def prepare(response: str, gold: Any) -> Verdict:
     wanted = _letter(gold) if isinstance(gold, str) else None
     if wanted is None:
         return Verdict("fault", None, f"the reference must be a letter: found {str(gold)[:80]!r}")
@@ -38,12 +37,4 @@ def prepare(response: str, gold: Any) -> Verdict | str:
     return Verdict("correct" if chosen == wanted else "wrong", answer)
 
 
-def decide(answer: str, gold: Any) -> Verdict:
-    raise AssertionError("decided by `prepare`")
-
-
-def check_reference(gold: Any) -> Verdict:
-    return Verdict("correct")
-
-
-KIND = Kind("choice", prepare, decide, check_reference, no_warm_up)
+KIND = decided_at_once("choice", prepare)

@@ -17,7 +17,7 @@ from typing import Any
 
 from pekoe.core.types import Verdict
 from pekoe.verify.extract import boxed_or_tagged
-from pekoe.verify.kinds.base import Kind, no_warm_up
+from pekoe.verify.kinds.base import decided_at_once
 
 MAX_ANSWER_CHARS, MAX_DEPTH = 500, 50
 _REWRITES = [
@@ -80,8 +80,7 @@ def _judge(text: str, numbers: Counter[int], target: Fraction, use_all: bool) ->
     return Verdict("correct" if value == target else "wrong", text, "" if value == target else f"makes {value}"[:100])
 
 
-def prepare(response: str, gold: Any) -> Verdict | str:
-    """Everything is decided here: answers are short, and no worker is needed."""
+def prepare(response: str, gold: Any) -> Verdict:
     try:
         numbers, target = Counter(int(number) for number in gold["numbers"]), Fraction(gold["target"])
         use_all = bool(gold.get("use_all", False))
@@ -95,12 +94,4 @@ def prepare(response: str, gold: Any) -> Verdict | str:
     return _judge(text, numbers, target, use_all)
 
 
-def decide(answer: str, gold: Any) -> Verdict:
-    raise AssertionError("decided by `prepare`")
-
-
-def check_reference(gold: Any) -> Verdict:
-    return Verdict("correct")
-
-
-KIND = Kind("countdown", prepare, decide, check_reference, no_warm_up)
+KIND = decided_at_once("countdown", prepare)

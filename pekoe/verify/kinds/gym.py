@@ -2,14 +2,18 @@ r"""kind = "gym:TASK": a task of reasoning-gym, by its own scorer. gold: the gen
 "metadata"}. The answer is what the last `\boxed{...}` or `<answer>...</answer>` holds; CORRECT from a score of 0.99 on,
 as scorers give partial credit for less.
 
-Some of these scorers execute the answer (reasoning-gym 0.1.25: countdown, n_queens and others). Their worker is a
-process of its own, killed at a time or memory limit, in which an audit hook refuses files opened for writing, sockets,
-other processes and signals; code made of text runs there, and code that knows how can get around a hook of its own
-process. Some scorers err: one that refuses its own answer, or accepts nonsense, gives FAULT, which names it.
+Some of these scorers `eval` the answer (reasoning-gym 0.1.25: binary_matrix, n_queens, spiral_matrix, string_insertion)
+or have sympy do so (countdown, puzzle24, polynomial_multiplication, simple_ and intermediate_integration), in the
+process that makes the verdict. Code could write that verdict and all later ones, so a hook refuses, before it runs, all
+code made of text that is more than a formula, besides files opened for writing, sockets, other processes and signals
+(`pekoe.verify.seal.seal_scorers`); what is refused is WRONG. Time and memory have the pool's limits. What the hook does
+not see is a scorer that reads text as code by means of its own. Some scorers err: one that refuses its own answer, or
+accepts nonsense, gives FAULT, which names it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import json
@@ -49,8 +53,9 @@ def _fault(task: str, gold: str) -> str:
     entry = json.loads(gold)
     if entry["answer"] is not None and _score(task, entry["answer"], entry) < PASSES:
         return f"gym:{task}: its scorer refuses its own answer"
-    if _score(task, _NONSENSE, entry) >= PASSES:
-        return f"gym:{task}: its scorer accepts nonsense"
+    with contextlib.suppress(Exception):  # to raise is to refuse
+        if _score(task, _NONSENSE, entry) >= PASSES:
+            return f"gym:{task}: its scorer accepts nonsense"
     return ""
 
 
@@ -59,7 +64,9 @@ def _decide(task: str, answer: str, gold: Any) -> Verdict:
         return Verdict("fault", None, fault)
     try:
         score = _score(task, answer, gold)
-    except Exception as error:  # of the answer's making: its own answer and nonsense went through
+    except (MemoryError, RecursionError):  # limits: the worker's to tell
+        raise
+    except Exception as error:  # of the answer's making: its own answer went through
         return Verdict("wrong", None, f"the scorer: {type(error).__name__}"[:100])
     return Verdict("correct" if score >= PASSES else "wrong", None, f"score {score:.3g}")
 
@@ -76,4 +83,4 @@ def _warm_up() -> None:
 def make_kind(task: str) -> Kind:
     """The kind of one task, which reasoning-gym must have: if not, each of its verdicts is FAULT."""
     decide, check = functools.partial(_decide, task), functools.partial(_check_reference, task)
-    return Kind(f"gym:{task}", prepare, decide, check, _warm_up, room="gym", seal="acts")
+    return Kind(f"gym:{task}", prepare, decide, check, _warm_up, room="gym", seal="formulas")

@@ -14,7 +14,7 @@ from typing import Any, cast
 
 from pekoe.core.types import Verdict
 from pekoe.verify.extract import boxed_or_tagged
-from pekoe.verify.kinds.base import Kind, no_warm_up
+from pekoe.verify.kinds.base import decided_at_once
 
 MAX_ANSWER_CHARS = 20_000
 _STATEMENT = re.compile(r"(?<![\w'-])([\w'-]++)\s*+(?:\bis\b(?:\s+an?\b)?|[:=])\s*([\w'-]+)", re.IGNORECASE)
@@ -68,8 +68,7 @@ def _answer(text: str, wanted: Solution) -> Solution | None:
     return found
 
 
-def prepare(response: str, gold: Any) -> Verdict | str:
-    """Everything is decided here, in time linear in the response: no worker is needed."""
+def prepare(response: str, gold: Any) -> Verdict:
     wanted = _solution(gold)
     if wanted is None:
         return Verdict("fault", None, f"the reference must be an object, name to value: found {str(gold)[:80]!r}")
@@ -87,12 +86,4 @@ def prepare(response: str, gold: Any) -> Verdict | str:
     return Verdict("correct" if {name: found[name] for name in wanted} == wanted else "wrong", text)
 
 
-def decide(answer: str, gold: Any) -> Verdict:
-    raise AssertionError("decided by `prepare`")
-
-
-def check_reference(gold: Any) -> Verdict:
-    return Verdict("correct")
-
-
-KIND = Kind("logic", prepare, decide, check_reference, no_warm_up)
+KIND = decided_at_once("logic", prepare)

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import signal
+import subprocess
+import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,8 +19,12 @@ from pekoe.core.types import Verdict
 from pekoe.verify import JudgePool, sandbox
 from pekoe.verify.kinds import code
 
+from ..conftest import alive, wait_until
+
 SUMS = {"tests": [{"stdin": "1 2\n", "stdout": "3"}, {"stdin": "5 5\n", "stdout": "10\n\n"}]}
 SQUARE = {"asserts": "assert f(2) == 4\nassert f(3) == 9"}
+ANNOTATED = "assert f.__annotations__ == {'x': int}"
+LONG = {"tests": [{"stdin": "line\n" * 400_000, "stdout": "line\n" * 400_000}]}
 RIGHT = "def f(x):\n    return x * x\n"
 
 pytestmark = pytest.mark.skipif(not sandbox.supported(), reason="the sandbox is for Linux x86_64")
@@ -38,6 +48,21 @@ def judge(source: str, gold: Any) -> Verdict:
         (RIGHT, {"asserts": ["assert f(2) == 4", "assert f(0) == 1"]}, "wrong"),
         ("import math, collections, itertools\n" + RIGHT, SQUARE, "correct"),
         ("import threading\nt = threading.Thread(target=print)\nt.start()\nt.join()\n" + RIGHT, SQUARE, "correct"),
+        (
+            "import math, heapq, re, json, random, decimal, zoneinfo, hashlib, ctypes, asyncio\n" + RIGHT,
+            SQUARE,
+            "correct",
+        ),
+        (
+            "import pickle\nclass A:\n    x: int\npickle.loads(pickle.dumps(A()))\nf = A",
+            {"asserts": ANNOTATED},
+            "correct",
+        ),
+        ("import sys\nsys.stdout.write(sys.stdin.read())", LONG, "correct"),  # longer than a pipe and the limit beyond
+        ("print(open(0).read(), end='')", LONG, "correct"),
+        ("print(open('/dev/stdin').read(), end='')", LONG, "correct"),
+        ("a, b = map(int, input().split())\nprint(a + b)\nexit()", SUMS, "correct"),
+        (RIGHT, SQUARE | {"time_limit_s": float("nan")}, "fault"),
         (RIGHT, {"tests": []}, "fault"),
         (RIGHT, {"tests": [{"stdin": "1"}]}, "fault"),
         (RIGHT, "assert f(2) == 4", "fault"),
@@ -82,19 +107,45 @@ REFUSED = {
     "limits": "import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (32, 32))",
     "mmap a file": "import mmap, os; fd = os.open({victim!r}, os.O_RDWR); mmap.mmap(fd, 0)",
     "raw call": "import ctypes\nif ctypes.CDLL(None).syscall(41, 2, 1, 0) < 0: raise OSError",
+    "ptrace": "import os, ctypes\nif ctypes.CDLL(None).ptrace(0, 0, 0, 0) < 0: raise OSError",
+    "signals by fcntl": "import os, fcntl; fcntl.fcntl(0, fcntl.F_SETOWN, os.getppid())",
+    "leave the group": "import os; os.setsid()",
+    "another user": "import os; os.setgroups([])",
+    "the clock": "import time; time.clock_settime(time.CLOCK_REALTIME, time.time())",
+    "raw fork": "import os, ctypes\npid = ctypes.CDLL(None).syscall(57)\npid or os._exit(0)\nif pid < 0: raise OSError",
+    "write what is there": "import os; os.open({victim!r}, os.O_WRONLY)",
+    "endless output": "import os\nfor _ in range(9): os.write(1, b'x' * (1 << 20))",
+    "memory": "bytearray(1 << 30)",
     "x32 call": "import ctypes\nif ctypes.CDLL(None).syscall(0x40000000 + 41, 2, 1, 0) < 0: raise OSError",
 }
 
 
-@pytest.mark.parametrize("name", REFUSED)
+UNREADABLE = {
+    "file": "open({victim!r}).read()",
+    "the system's file": "open('/etc/passwd').read()",
+    "folder": "import os; os.listdir('/')",
+    "device": "open('/dev/zero', 'rb').read(1)",
+    "its own memory's map": "open('/proc/self/maps').read(1)",
+    "the judge's memory": "import os; open(f'/proc/{os.getppid()}/mem', 'rb')",
+    "the judge's files": "import os; os.listdir(f'/proc/{os.getppid()}/fd')",
+    "the judge's input": "import os; open(f'/proc/{os.getppid()}/fd/0', 'rb').read()",
+    "the judge's environment": "import os; open(f'/proc/{os.getppid()}/environ', 'rb').read()",
+}
+HAS_LANDLOCK = sys.platform == "linux" and ctypes.CDLL(None).syscall(444, None, 0, 1) > 0
+
+
+@pytest.mark.parametrize("name", [*REFUSED, *UNREADABLE])
 def test_the_sandbox_refuses(name: str, tmp_path: Path):
+    if name in UNREADABLE and not HAS_LANDLOCK:
+        pytest.skip("this kernel has no Landlock")
     victim = tmp_path / "victim"
     victim.write_text("untouched")
-    tried = REFUSED[name].replace("{victim!r}", repr(str(victim)))
+    tried = (REFUSED | UNREADABLE)[name].replace("{victim!r}", repr(str(victim)))
     indented = tried.replace("\n", "\n    ")
     asserts = {"asserts": "assert refused"}
     verdict = judge(
-        f"refused = False\ntry:\n    {indented}\nexcept (OSError, ValueError):\n    refused = True", asserts
+        f"refused = False\ntry:\n    {indented}\nexcept (OSError, ValueError, MemoryError):\n    refused = True",
+        asserts,
     )
     assert verdict.label == "correct", verdict
     assert victim.read_text() == "untouched"
@@ -117,11 +168,17 @@ for fd in range(3, 30):
     [
         "import sys\nsys.exit(0)",
         "import os\nos._exit(0)",
+        "import os\ndef f(x):\n    os._exit(0)",
         "while True:\n    pass",
         "import time\ntime.sleep(60)",
         "x = bytearray(10**10)",
         "while True:\n    print('x' * 10_000)",
         "def f(x):\n    return f(x)",
+        "import os\nwhile True:\n    os.fork()",
+        "import os, time\nos.closerange(0, 256)\ntime.sleep(60)",
+        "import os\nos.closerange(0, 256)\nos._exit(0)",
+        "import threading, time\nwhile True:\n    threading.Thread(target=time.sleep, args=(60,)).start()",
+        "import os, signal\nos.kill(os.getpid(), signal.SIGSTOP)",
         FORGED,
         "import signal, os\nsignal.raise_signal(signal.SIGKILL)",
     ],
@@ -130,6 +187,105 @@ def test_tricks_and_bombs_are_wrong_and_end(source: str):
     start = time.monotonic()
     assert judge(source, SQUARE | {"time_limit_s": 1}).label == "wrong"
     assert time.monotonic() - start < 10
+
+
+SEARCH = """
+import gc, re, sys
+frame, seen = sys._getframe(), []
+while frame:
+    seen.append(repr(frame.f_locals))
+    frame = frame.f_back
+seen += [repr(one) for one in gc.get_objects() if isinstance(one, dict) and one is not globals()]
+x = re.search("sec" + "ret[0-9]+", "".join(seen))
+x = x and x.group()
+print(x)
+"""
+
+
+def test_what_is_wanted_is_not_in_the_answers_memory():
+    assert judge(SEARCH, {"tests": [{"stdin": "", "stdout": "secret123"}]}).label == "wrong"
+    # The same search finds what asserts hold, as the docstring says.
+    assert judge(SEARCH, {"asserts": "assert x == 'secret123'"}).label == "correct"
+
+
+def broken_sandbox(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, here: str, instead: str) -> None:
+    source = Path(sandbox.__file__).read_text()
+    assert source.count(here) == 1
+    (tmp_path / "sandbox.py").write_text(source.replace(here, instead))
+    monkeypatch.setattr(code, "sandbox", SimpleNamespace(__file__=str(tmp_path / "sandbox.py"), supported=lambda: True))
+
+
+@pytest.mark.parametrize("call", ["libc.prctl, 22, 2,", "libc.prctl, 38, 1,", "libc.syscall, 446, rules,"])
+def test_where_the_sandbox_cannot_be_put_on_nothing_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, call: str):
+    if "446" in call and not HAS_LANDLOCK:
+        pytest.skip("this kernel has no Landlock")
+    broken_sandbox(monkeypatch, tmp_path, call, call.rpartition(" ")[0] + " 99,")
+    ran = tmp_path / "ran"
+    with pytest.raises(RuntimeError, match="the sandbox did not start: failed: OSError"):
+        judge(f"open({str(ran)!r}, 'w')", SQUARE)
+    assert not ran.exists()
+
+
+ALL = """
+allowed = []
+for name, tried in {tries!r}.items():
+    try:
+        exec(tried, {{}})
+    except (OSError, ValueError, MemoryError):
+        continue
+    allowed.append(name)
+"""
+
+
+def test_a_kernel_without_landlock_judges_and_refuses_the_rest(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    broken_sandbox(monkeypatch, tmp_path, "libc.syscall, 444,", "libc.syscall, 9999,")
+    victim = tmp_path / "victim"
+    victim.write_text("untouched")
+    tries = {name: tried.replace("{victim!r}", repr(str(victim))) for name, tried in REFUSED.items()}
+    assert judge(ALL.format(tries=tries), {"asserts": "assert not allowed"}).label == "correct"
+    assert (
+        judge(ALL.format(tries=tries | {"nothing": "1"}), {"asserts": "assert allowed == ['nothing']"}).label
+        == "correct"
+    )
+
+
+HANG = """
+import ctypes, sys
+from pekoe.verify.kinds import code
+ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER: orphans come here
+limit_s = float(sys.argv[1])
+print(code.decide("import time; time.sleep(60)", {"tests": [{"stdin": "", "stdout": ""}], "time_limit_s": limit_s}).why)
+import os
+try:
+    os.waitpid(-1, 0)
+except ChildProcessError:
+    print("none left")
+"""
+
+
+def test_a_hanging_answer_leaves_no_dead_process(run_script: Callable[..., subprocess.CompletedProcess[str]]):
+    done = run_script(HANG, "0.2")
+    assert done.stdout == "test 1: time\nnone left\n", done.stderr
+
+
+def test_an_answer_ends_with_its_judge(tmp_path: Path, repository: Path):
+    (tmp_path / "hang.py").write_text(HANG)
+    environment = os.environ | {"PYTHONPATH": str(repository)}
+    judging = subprocess.Popen([sys.executable, tmp_path / "hang.py", "30"], env=environment)
+    try:
+        family = [judging.pid]
+
+        def grown() -> bool:
+            for pid in family:
+                children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+                family.extend(int(child) for child in children if int(child) not in family)
+            return len(family) == 3
+
+        wait_until(grown)
+    finally:
+        judging.send_signal(signal.SIGKILL)
+        judging.wait()
+    wait_until(lambda: not any(alive(pid) for pid in family))
 
 
 def test_all_tests_share_one_limit():

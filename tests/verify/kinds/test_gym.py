@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -11,6 +12,12 @@ from pekoe.verify import JudgePool
 from pekoe.verify.kinds import find_kind
 
 gym = pytest.importorskip("reasoning_gym", reason="pip install 'pekoe[demo]'")
+
+
+@pytest.fixture(scope="module")
+def gym_pool() -> Iterator[JudgePool]:
+    with JudgePool(num_workers=1, time_limit_s=30) as pool:
+        yield pool
 
 
 def entry_of(task: str) -> dict[str, Any]:
@@ -40,19 +47,37 @@ def test_right_and_wrong_answers_by_the_tasks_own_scorer():
         assert "refuses its own answer" in pool.submit("\\boxed{1}", entry, "gym:countdown").result().why
 
 
-def test_what_a_scorer_executes_acts_on_nothing(tmp_path: Any):
-    """countdown's scorer evaluates the answer: here one that would write a file."""
-    entry = entry_of("countdown")
+# Evaluated in the worker: finds the worker's own channel, and says there that this answer is right.
+FORGERY = (
+    "(f:=__import__('sys')._getframe(),[f:=f.f_back for _ in range(60) if 'protocol' not in f.f_locals],"
+    "__import__('os').write(f.f_locals['protocol'],"
+    """(('{"id":%d,"label":"correct","why":"forged"}'%f.f_locals['request']['id'])+chr(10)).encode()))"""
+)
+# Makes every later answer right.
+POISON = "__import__('sys').modules['pekoe.verify.kinds.gym'].__dict__.update(_score=lambda*a:1.0,_fault=lambda*a:'')"
+
+
+@pytest.mark.parametrize("task", ["n_queens", "spiral_matrix", "countdown", "simple_integration"])
+def test_what_a_scorer_evaluates_is_a_formula_or_refused(task: str, gym_pool: JudgePool, tmp_path: Any):
+    entry = entry_of(task)
     victim = tmp_path / "written"
-    attack = f"[open({str(victim)!r}, 'w')]"
-    with JudgePool(num_workers=1, time_limit_s=30) as pool:
-        assert pool.submit(f"\\boxed{{{attack}}}", entry, "gym:countdown").result().label in (
-            "wrong",
-            "unparsed",
-            "fault",
-        )
-        assert pool.submit(f"\\boxed{{{entry['answer']}}}", entry, "gym:countdown").result().label == "correct"
+    codes = [FORGERY, POISON, f"[open({str(victim)!r}, 'w')]", "[().__class__]", "[(lambda: 1)()]", "[x for x in [1]]"]
+    answers = [form for code in codes for form in (code, f"eval({code!r})")]
+    verdicts = gym_pool.judge_many((f"<answer>{answer}</answer>", entry, f"gym:{task}") for answer in answers)
+    assert {verdict.label for verdict in verdicts} <= {"wrong", "unparsed"}
     assert not victim.exists()
+    assert gym_pool.submit("<answer>12</answer>", entry, f"gym:{task}").result().label == "wrong"
+    assert gym_pool.submit(f"<answer>{entry['answer']}</answer>", entry, f"gym:{task}").result().label == "correct"
+    assert gym_pool.stats().num_restarts == 0  # nothing came from a worker but its own words
+
+
+def test_formulas_are_evaluated(gym_pool: JudgePool):
+    entry = entry_of("simple_integration")
+    for form in ("{} + C - 1", "{} + sin(3)*exp(2)/sqrt(2) + log(pi) + 3!", "2*({})/2"):
+        answer = form.format(entry["answer"])
+        assert (
+            gym_pool.submit(f"<answer>{answer}</answer>", entry, "gym:simple_integration").result().label == "correct"
+        )
 
 
 def test_a_malformed_name_is_the_users_mistake():

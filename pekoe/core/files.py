@@ -1,0 +1,28 @@
+"""What several rooms know of files."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+# Of a model directory in Hugging Face format, beside config.json and the weights.
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+
+
+def fsync(path: Path) -> None:
+    """Bring a file, or the names in a directory, to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
