@@ -21,7 +21,7 @@ from pekoe.data.tokenizer import Tokenizer
 from pekoe.run.build import check_context, open_model, open_sampler, prepare
 from pekoe.run.control import Clock, Stop, StopRequested
 from pekoe.run.evaluate import warn_truncation
-from pekoe.run.sampled import Judged, SampleFile
+from pekoe.run.sampled import Judged, SampleFile, decided_by
 
 ALL_RIGHT, ALL_WRONG, NO_VERDICT = "all right", "all wrong", "no verdict"
 
@@ -56,9 +56,12 @@ def run_curate(config: CurateConfig, view: View) -> Curated:
         rows = _sample(config, problems, view)
         curated = sort_out(problems, rows, config, report)
         warn_truncation(curated.truncation_rate, config.curate.max_new_tokens, view)
-    if not curated.problems:
-        raise RunError(f"expected problems to keep, got none of {len(problems)}; the pass rates: {curated.histogram}")
     report.write(out / "dropped.jsonl")
+    if not curated.problems:
+        raise RunError(
+            f"expected problems to keep, got none of {len(problems)}; the pass rates: {curated.histogram}; "
+            f"{out / 'dropped.jsonl'} says of each why"
+        )
     write_problems(out / "problems.jsonl", curated.problems)
     return curated
 
@@ -77,23 +80,17 @@ def _sample(config: CurateConfig, problems: Sequence[Problem], view: View) -> li
         stream="eval",
     )
     keys: dict[str, Any] = section.model_dump(mode="json", exclude={"drop_all_right", "drop_all_wrong"})
-    about: dict[str, Any] = {
-        "model.path": config.model.path,
-        "model.dtype": config.model.dtype,
-        "engine.backend": config.engine.backend,
-        "model.template": config.model.template.model_dump(),
-        "verify.random": config.verify.random,
-        "verify.unboxed": config.verify.unboxed,
-        "run.seed": config.run.seed,
-    }
+    about = decided_by(config) | {f"curate.{key}": value for key, value in keys.items()}
     stop = Stop()
     with stop.listening(), ExitStack() as stack:
-        samples = SampleFile(Path(config.out) / "samples.jsonl", about | {f"curate.{k}": v for k, v in keys.items()})
+        samples = SampleFile(Path(config.out) / "samples.jsonl", about)
         stack.callback(samples.close)
         logs = Path(config.out) / "logs"
         sampler = open_sampler(config, model, tokenizer, longest, [params], logs, view, stop, stack)
         if config.engine.server.urls:  # what they held before is not known
             sampler.engine.update_weights(model, 0)
+        if sampler.engine.holds(model) is False:
+            raise RunError(f"expected the engine to hold the parameters of {config.model.path}, got others")
         try:
             return samples.sample(sampler, problems, params, Clock(view), config.verify.max_fault_rate)
         except StopRequested:

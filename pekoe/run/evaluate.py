@@ -25,7 +25,7 @@ from pekoe.data.tokenizer import Tokenizer
 from pekoe.run.build import check_context, open_model, open_problems, open_sampler, prepare, sampling_for
 from pekoe.run.control import Clock, Stop, StopRequested
 from pekoe.run.rollout import Sampler, check_faults
-from pekoe.run.sampled import Judged, SampleFile
+from pekoe.run.sampled import Judged, SampleFile, decided_by
 from pekoe.run.scores import majority_at_k, paired, pass_at_1, pass_at_k, powers_up_to
 
 MAX_TRUNCATION = 0.05  # above it a figure says more about the length limit than about the model
@@ -78,8 +78,7 @@ def evaluate(
     """Sample `params.n` responses to each problem and judge them."""
     groups = sampler([(problem, 0) for problem in problems], params, clock)
     check_faults((v for _, verdicts in groups for v in verdicts), max_fault_rate)
-    result = result_of([Judged.of(*group) for group in groups], params.n)
-    return replace(result, examples=_examples(sampler.tokenizer, groups))
+    return result_of([Judged.of(*group) for group in groups], params.n)
 
 
 def warn_truncation(rate: float, max_new_tokens: int, view: View) -> None:
@@ -103,8 +102,10 @@ def run_eval(config: EvalConfig, view: View) -> EvalResult:
     longest = config.max_prompt_tokens + new_tokens
     stop = Stop()
     out = Path(config.out) if config.out else None
+    keys: dict[str, Any] = config.eval.model_dump(mode="json")
+    about = {"max_prompt_tokens": config.max_prompt_tokens} | {f"eval.{key}": value for key, value in keys.items()}
     with stop.listening(), ExitStack() as stack:
-        samples = SampleFile(out / "samples.jsonl" if out else None, _about(config))
+        samples = SampleFile(out / "samples.jsonl" if out else None, decided_by(config) | about if out else about)
         stack.callback(samples.close)
         log_dir = stack.enter_context(_kept_on_failure())
         sampler = open_sampler(config, model, tokenizer, longest, [params], log_dir, view, stop, stack)
@@ -143,21 +144,6 @@ def _open_sets(config: EvalConfig, tokenizer: Tokenizer, view: View) -> dict[str
         problems = open_problems(path, tokenizer, config.max_prompt_tokens, False, view)
         sets[name] = [replace(p, uid=f"{name}/{p.uid}") for p in problems] if name else problems
     return sets
-
-
-def _about(config: EvalConfig) -> dict[str, Any]:
-    """What decides the responses, and their verdicts."""
-    return {
-        "model.path": config.model.path,
-        "model.dtype": config.model.dtype,
-        "engine.backend": config.engine.backend,
-        "model.template": config.model.template.model_dump(),
-        "verify.random": config.verify.random,
-        "verify.unboxed": config.verify.unboxed,
-        "run.seed": config.run.seed,
-        "max_prompt_tokens": config.max_prompt_tokens,
-        **{f"eval.{key}": value for key, value in config.eval.model_dump(mode="json").items()},
-    }
 
 
 def _write_results(path: Path, config: EvalConfig, total: EvalResult, rows: Sequence[Judged]) -> None:
@@ -201,7 +187,10 @@ def table_of(result: EvalResult) -> Table:
 
 
 def compare(before: Path, after: Path) -> dict[str, Any]:
-    """`pekoe eval --compare`: two `results.json` problem by problem. Raises UserError unless of the same problems."""
+    """`pekoe eval --compare`: two `results.json` problem by problem. Raises UserError unless of the same problems.
+
+    A problem of which either has FAULTs alone has no rate there: it is left out, and counted.
+    """
     rates = [_rates(path) for path in (before, after)]
     if rates[0].keys() != rates[1].keys():
         only = [sorted(rates[i].keys() - rates[1 - i].keys()) for i in (0, 1)]
@@ -209,22 +198,27 @@ def compare(before: Path, after: Path) -> dict[str, Any]:
             f"eval --compare: expected results on the same problems, got {len(only[0])} that only {before} has "
             f"and {len(only[1])} that only {after} has, such as {(only[0] + only[1])[0]!r}"
         )
-    uids = sorted(rates[0])
-    moved = sorted(uids, key=lambda uid: -abs(rates[1][uid] - rates[0][uid]))[:10]
+    pairs = {uid: (rates[0][uid], rates[1][uid]) for uid in sorted(rates[0])}
+    judged = {uid: (a, b) for uid, (a, b) in pairs.items() if a is not None and b is not None}
+    if not judged:
+        raise UserError(f"eval --compare: expected problems that both have verdicts of, got none of {len(pairs)}")
+    first, second = [a for a, _ in judged.values()], [b for _, b in judged.values()]
+    moved = sorted(judged, key=lambda uid: -abs(judged[uid][1] - judged[uid][0]))[:10]
     return {
-        "before": float(np.mean([rates[0][uid] for uid in uids])),
-        "after": float(np.mean([rates[1][uid] for uid in uids])),
-        **paired([rates[0][uid] for uid in uids], [rates[1][uid] for uid in uids]),
-        "moved_most": {uid: [rates[0][uid], rates[1][uid]] for uid in moved if rates[0][uid] != rates[1][uid]},
+        "before": float(np.mean(first)),
+        "after": float(np.mean(second)),
+        **paired(first, second),
+        "num_all_fault": len(pairs) - len(judged),
+        "moved_most": {uid: list(judged[uid]) for uid in moved if judged[uid][0] != judged[uid][1]},
     }
 
 
-def _rates(path: Path) -> dict[str, float]:
-    """The pass rate of each problem that was judged."""
+def _rates(path: Path) -> dict[str, float | None]:
+    """The pass rate of each problem; None where no verdict but FAULT was given."""
     path = path / "results.json" if path.is_dir() else path
     try:
         problems = json.loads(path.read_text(encoding="utf-8"))["problems"]
-        return {one["uid"]: one["num_correct"] / one["num_judged"] for one in problems if one["num_judged"]}
+        return {one["uid"]: one["num_correct"] / one["num_judged"] if one["num_judged"] else None for one in problems}
     except FileNotFoundError:
         siblings = [p.name for p in path.parent.glob("*.json")] if path.parent.is_dir() else []
         raise UserError(f"{path}: expected results of pekoe eval, found none.{nearest(path.name, siblings)}") from None

@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from pekoe.core.config import CurateConfig, EvalConfig
 from pekoe.core.errors import UserError
 from pekoe.core.journal import JsonLines, read_lines
 from pekoe.core.types import Group, Label, Problem, SamplingParams, Verdict
@@ -64,6 +65,25 @@ class Judged:
 def digest(problem: Problem) -> str:
     text = json.dumps([problem.messages, problem.gold, problem.kind], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def decided_by(config: CurateConfig | EvalConfig) -> dict[str, Any]:
+    """What decides the responses to a problem, and their verdicts, beside the command's own section."""
+    files = [p for pattern in ("*.safetensors", "*.json") for p in sorted(Path(config.model.path).glob(pattern))]
+    weights = hashlib.sha256()  # a path may come to name another model: that of a run that went on
+    for path in files:
+        with path.open("rb") as file:
+            weights.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
+    return {
+        "model.path": config.model.path,
+        "model.weights": weights.hexdigest()[:16],
+        "model.dtype": config.model.dtype,
+        "engine.backend": config.engine.backend,
+        "model.template": config.model.template.model_dump(),
+        "verify.random": config.verify.random,
+        "verify.unboxed": config.verify.unboxed,
+        "run.seed": config.run.seed,
+    }
 
 
 class SampleFile:

@@ -16,8 +16,10 @@ from pekoe.core.types import Problem
 from pekoe.core.view import NoView
 from pekoe.data import read_problems
 from pekoe.data.mix import DataReport, gather_problems
+from pekoe.engine import EmbeddedEngine
 from pekoe.run.curate import run_curate, sort_out
 from pekoe.run.sampled import Judged
+from tests.run.killed import killed_command
 
 
 @pytest.fixture
@@ -83,6 +85,29 @@ def test_nothing_left_is_an_error_and_faults_have_no_rate(tree: dict[str, Any], 
     assert curated.truncation_rate == 0.25
     with pytest.raises(RunError, match="expected problems to keep, got none of 18"):
         run_curate(load_config(tree, ["verify.random=false", "curate.drop_all_wrong=true"], CurateConfig), NoView())
+    assert len((tmp_path / "out/dropped.jsonl").read_text().splitlines()) == 18
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="out: expected a directory that can be written"):
         run_curate(load_config(tree, [f"out={tmp_path}/file"], CurateConfig), NoView())
+
+
+@pytest.mark.parametrize("act", ["after", "torn_line"])
+def test_killed_and_resumed_is_never_killed(tree: dict[str, Any], tmp_path: Path, act: str):
+    whole = run_curate(load_config(tree, kind=CurateConfig), NoView())
+    tree["out"] = str(tmp_path / "part")
+    killed_command("curate", tree, act)
+    before = (tmp_path / "part/samples.jsonl").read_bytes()
+    assert before.count(b"\n") == (4 if act == "after" else 3)
+    assert not (tmp_path / "part/problems.jsonl").exists()
+    assert run_curate(load_config(tree, kind=CurateConfig), NoView()) == whole
+    for name in ("problems.jsonl", "dropped.jsonl"):
+        assert (tmp_path / "part" / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
+    samples = (tmp_path / "part/samples.jsonl").read_bytes()
+    assert samples.startswith(before[: before.rfind(b"\n") + 1])
+    assert sorted(samples.splitlines()) == sorted((tmp_path / "out/samples.jsonl").read_bytes().splitlines())
+
+
+def test_the_engine_must_hold_the_model(tree: dict[str, Any], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(EmbeddedEngine, "holds", lambda *_: False)
+    with pytest.raises(RunError, match=r"expected the engine to hold the parameters of .*model, got others"):
+        run_curate(load_config(tree, kind=CurateConfig), NoView())

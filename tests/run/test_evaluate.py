@@ -3,9 +3,6 @@
 import itertools
 import json
 import math
-import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +16,7 @@ from pekoe.core.view import NoView
 from pekoe.run.evaluate import compare, run_eval
 from pekoe.run.sampled import Judged
 from pekoe.run.scores import majority_at_k, paired, pass_at_1, pass_at_k, powers_up_to
+from tests.run.killed import killed_command
 
 
 def row(*labels: Label, answers: tuple[str | None, ...] = ()) -> Judged:
@@ -99,6 +97,11 @@ def test_several_sets_and_a_comparison(tiny_dir: Path, tmp_path: Path):
     found = compare(tmp_path / "a", tmp_path / "b/results.json")
     assert found["num_problems"] == 25
     results = json.loads((tmp_path / "a/results.json").read_text())
+    results["problems"][0]["num_judged"] = 0  # FAULTs alone
+    (tmp_path / "fault.json").write_text(json.dumps(results))
+    for pair in (("a", "fault.json"), ("fault.json", "a")):
+        found = compare(*(tmp_path / name for name in pair))
+        assert (found["num_problems"], found["num_all_fault"]) == (24, 1)
     results["problems"].pop()
     (tmp_path / "c.json").write_text(json.dumps(results))
     with pytest.raises(UserError, match=r"expected results on the same problems, got 1 that only .*, such as 'train/"):
@@ -113,14 +116,7 @@ def test_several_sets_and_a_comparison(tiny_dir: Path, tmp_path: Path):
 def test_killed_and_resumed_is_never_killed(tiny_dir: Path, tmp_path: Path, act: str):
     whole = run_eval(load_config(tree_of(tiny_dir, tmp_path / "whole"), kind=EvalConfig), NoView())
     tree = tree_of(tiny_dir, tmp_path / "part")
-    code = (
-        "import json, sys; from tests.run.killed import Point, arm; from pekoe.core import EvalConfig, load_config;"
-        "from pekoe.core.view import NoView; from pekoe.run.evaluate import run_eval;"
-        f"arm(Point('pekoe.core.journal:JsonLines.append', 4, {act!r}));"
-        "run_eval(load_config(json.loads(sys.argv[1]), kind=EvalConfig), NoView())"
-    )
-    child = subprocess.run([sys.executable, "-c", code, json.dumps(tree)], timeout=120, capture_output=True, text=True)
-    assert child.returncode == -signal.SIGKILL, child.stderr
+    killed_command("eval", tree, act)
     lines = (tmp_path / "part/samples.jsonl").read_bytes()
     assert lines.count(b"\n") == (4 if act == "after" else 3)
     assert run_eval(load_config(tree, kind=EvalConfig), NoView()).as_dict() == whole.as_dict()

@@ -1,16 +1,20 @@
 """What eval and curate keep: never of other problems, another judge or another process; faults stay an error."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from pekoe.core import EvalConfig, UserError, load_config
+from pekoe.core.config import CurateConfig
 from pekoe.core.errors import RunError
 from pekoe.core.types import Verdict
 from pekoe.core.view import NoView
+from pekoe.model import load_model, save_model
 from pekoe.run import judging
+from pekoe.run.curate import run_curate
 from pekoe.run.evaluate import run_eval
 
 
@@ -74,6 +78,26 @@ def test_other_judge_is_refused(tiny_dir, tmp_path):
     t["verify"]["random"] = False
     with pytest.raises(UserError):
         run_eval(load_config(t, kind=EvalConfig), NoView())
+
+
+@pytest.mark.parametrize("command", ["eval", "curate"])
+def test_another_model_of_the_same_path_is_refused(tiny_dir, tmp_path, command):
+    path = tmp_path / "model"
+    shutil.copytree(tiny_dir / "model", path)
+    t = tree_of(tiny_dir, tmp_path / "o")
+    t["model"]["path"] = str(path)
+    kind, run = EvalConfig, run_eval
+    if command == "curate":
+        kind, run = CurateConfig, run_curate
+        t["data"] = {"train": t.pop("eval")["data"], "max_prompt_tokens": t.pop("max_prompt_tokens")}
+        t["curate"] = {"samples": 2, "max_new_tokens": 6, "drop_all_right": False}
+    run(load_config(t, kind=kind), NoView())
+    run(load_config(t, kind=kind), NoView())
+    model = load_model(path)
+    model.init_weights(1)
+    save_model(model, path)
+    with pytest.raises(UserError, match=r"expected responses sampled with model.weights = '\w+', got '\w+'"):
+        run(load_config(t, kind=kind), NoView())
 
 
 def test_fewer_problems(tiny_dir, tmp_path):
