@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from typing import TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from pekoe.algo.allocation import allocate as allocate
-from pekoe.core.types import Sample
+from pekoe.core.types import AnySample, Sample
+
+S = TypeVar("S", bound=AnySample)
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,8 +37,8 @@ class MicroBatch:
         return replace(self, **{k: v.to(device, non_blocking=True) for k, v in moved.items() if v is not None})
 
 
-def pack(samples: Sequence[Sample], references: Sequence[np.ndarray] | None = None) -> MicroBatch:
-    """Lay samples end to end. `references[i]` are the reference model's log-probs [L_i], for the KL term."""
+def pack(samples: Sequence[Sample]) -> MicroBatch:
+    """Lay samples end to end."""
     lengths = [len(sample) for sample in samples]
     mask = np.concatenate([sample.loss_mask for sample in samples])
     targets = np.flatnonzero(mask)
@@ -46,6 +49,7 @@ def pack(samples: Sequence[Sample], references: Sequence[np.ndarray] | None = No
         return torch.from_numpy(np.concatenate(arrays)[targets])
 
     proximal = [s.proximal_logprobs for s in samples if s.proximal_logprobs is not None]
+    reference = [s.reference_logprobs for s in samples if s.reference_logprobs is not None]
     return MicroBatch(
         tokens=torch.from_numpy(np.concatenate([sample.tokens for sample in samples]).astype(np.int64)),
         positions=torch.from_numpy(np.concatenate([np.arange(length) for length in lengths])),
@@ -54,16 +58,16 @@ def pack(samples: Sequence[Sample], references: Sequence[np.ndarray] | None = No
         behaviour_logprobs=pick([sample.behaviour_logprobs for sample in samples]),
         advantages=pick([sample.advantages for sample in samples]),
         proximal_logprobs=pick(proximal) if proximal else None,
-        reference_logprobs=pick(references) if references else None,
+        reference_logprobs=pick(reference) if reference else None,
     )
 
 
-def split_minibatches(samples: Sequence[Sample], num: int, rng: np.random.Generator) -> list[list[Sample]]:
+def split_minibatches(samples: Sequence[S], num: int, rng: np.random.Generator) -> list[list[S]]:
     """Split a batch into at most `num` minibatches: a seeded shuffle of whole groups, sizes differing by at most one.
 
     Made before ranks are assigned, so that it does not depend on how many there are.
     """
-    by_group: dict[int, list[Sample]] = {}
+    by_group: dict[int, list[S]] = {}
     for sample in samples:
         by_group.setdefault(sample.group, []).append(sample)
     groups = [by_group[key] for key in sorted(by_group)]

@@ -9,14 +9,14 @@ import numpy as np
 
 from pekoe.algo.advantage import ADVANTAGES
 from pekoe.core.config import AlgoSection
-from pekoe.core.types import Group, Rollout, Sample, Verdict
+from pekoe.core.types import Group, Rollout, SampleRef, Verdict
 
 
 @dataclass(frozen=True, slots=True)
 class Scored:
     """A batch ready for training, and what became of each group."""
 
-    samples: tuple[Sample, ...]
+    samples: tuple[SampleRef, ...]
     dropped: dict[int, str]  # position of a dropped group -> reason
     advantage_std: float  # 0: every advantage is 0, so the step teaches nothing and is skipped
 
@@ -59,21 +59,17 @@ def score(groups: Sequence[Group], verdicts: Sequence[Sequence[Verdict]], algo: 
     positions = np.array([position for position, _, _ in kept], np.int64)
     advantages = ADVANTAGES[algo.advantage](rewards, lengths, positions)
     samples = tuple(
-        to_sample(rollout, advantage, position)
+        SampleRef(
+            rollout.num_prompt_tokens,
+            rollout.num_tokens,
+            rollout.payload,
+            float(np.float32(advantage)),
+            position,
+            rollout.sample_index,
+        )
         for (position, rollout, _), advantage in zip(kept, advantages, strict=True)
         if not (algo.mask_truncated and rollout.finish_reason == "length")
     )
     for position in set(positions.tolist()) - {sample.group for sample in samples}:
         dropped[position] = "all responses truncated, and algo.mask_truncated is on"
     return Scored(samples, dropped, float(advantages.std()))
-
-
-def to_sample(rollout: Rollout, advantage: float, group: int) -> Sample:
-    """Lay prompt and response end to end; only response tokens are trained on."""
-    payload = rollout.payload.resolve()
-    prompt = len(payload.prompt_tokens)
-    length = prompt + len(payload.tokens)
-    mask = np.arange(length) >= prompt
-    behaviour, weights = np.zeros(length, np.float32), np.zeros(length, np.float32)
-    behaviour[prompt:], weights[prompt:] = payload.logprobs, advantage
-    return Sample(np.concatenate([payload.prompt_tokens, payload.tokens]), mask, behaviour, weights, group)

@@ -14,22 +14,11 @@ import tokenizers
 
 from pekoe.core.data_config import TemplateSection
 from pekoe.core.errors import UserError
+from pekoe.core.files import TOKENIZER_FILES
 from pekoe.core.types import IntArray
 from pekoe.data.chat import ChatTemplate
 from pekoe.data.rows import PLAIN, RAW, missing
 from pekoe.data.templates import FAMILIES, OPENING
-
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "tokenizer.model",
-    "chat_template.jinja",
-    "generation_config.json",
-)
 
 
 class Tokenizer:

@@ -31,7 +31,8 @@ def usable(x: Tensor) -> bool:
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x [..., C] / rms(x) * weight [C]."""
     out, size = torch.empty_like(x), x.shape[-1]
-    run(_rms_norm, _shares(x), _flat(x), _flat(weight.detach()), np.float32(eps), _flat(out), size)
+    own = _flat(weight.detach().clone())  # numpy pins what it looks at, and FSDP frees whole weights after their use
+    run(_rms_norm, _shares(x), _flat(x), own, np.float32(eps), _flat(out), size)
     return out
 
 

@@ -21,21 +21,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from pekoe.core.errors import UserError, nearest
+from pekoe.core.files import TOKENIZER_FILES, fsync
 from pekoe.core.spec import ModelSpec
 from pekoe.model.decoder import Decoder
 from pekoe.model.hf_config import hf_config_to_spec, spec_to_hf_config
 
-ASSET_NAMES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "tokenizer.model",
-    "chat_template.jinja",
-    "generation_config.json",
-)
 MAX_SHARD_BYTES = 5_000_000_000
 
 _CONFIG, _WEIGHTS, _INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
@@ -82,7 +72,7 @@ def load_model(
         for name, parameter in model.named_parameters():
             parameter.copy_(stored[name].read())
     model.hf_config = config
-    model.assets = {name: (directory / name).read_bytes() for name in ASSET_NAMES if (directory / name).is_file()}
+    model.assets = {name: (directory / name).read_bytes() for name in TOKENIZER_FILES if (directory / name).is_file()}
     return model
 
 
@@ -121,7 +111,7 @@ def save_model(
         partial.rename(target)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    _sync(target.parent)
+    fsync(target.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 
@@ -242,7 +232,7 @@ def _check_replaceable(target: Path) -> None:
 
 
 def _is_ours(path: Path) -> bool:
-    return path.is_file() and (path.name in (_CONFIG, _INDEX, *ASSET_NAMES) or path.suffix == ".safetensors")
+    return path.is_file() and (path.name in (_CONFIG, _INDEX, *TOKENIZER_FILES) or path.suffix == ".safetensors")
 
 
 def _write_directory(
@@ -269,7 +259,7 @@ def _write_directory(
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (directory / _INDEX).write_text(json.dumps(index, indent=2) + "\n")
     for path in (*directory.iterdir(), directory):
-        _sync(path)
+        fsync(path)
 
 
 def _shards(state: Mapping[str, Tensor], max_bytes: int) -> list[list[str]]:
@@ -283,11 +273,3 @@ def _shards(state: Mapping[str, Tensor], max_bytes: int) -> list[list[str]]:
         shards[-1].append(name)
         size += tensor.nbytes
     return shards
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

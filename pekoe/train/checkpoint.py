@@ -18,6 +18,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
+from pekoe.model import save_model
 from pekoe.train.trainer import Trainer
 
 _PLAIN_COPY = (False, False, False, False)  # no pinned, no shared memory, no thread, no stream
@@ -38,8 +39,14 @@ def snapshot(trainer: Trainer) -> Snapshot:
     stager.close()
     if trainer.group is None:
         return Snapshot(state, state["model"])
-    whole = get_model_state_dict(trainer.model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-    return Snapshot(state, cast(dict[str, Tensor], whole))
+    return Snapshot(state, whole_weights(trainer))
+
+
+def whole_weights(trainer: Trainer) -> Mapping[str, Tensor]:
+    """A copy of the weights in host memory, by their Hugging Face names; empty but on the first process. All processes
+    call it together."""
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    return cast(dict[str, Tensor], get_model_state_dict(trainer.model, options=options))
 
 
 def write(state: Snapshot, path: Path, group: dist.ProcessGroup | None = None) -> None:
@@ -53,6 +60,11 @@ def write(state: Snapshot, path: Path, group: dist.ProcessGroup | None = None) -
     except CheckpointException as error:  # what failed at each process; its message is a traceback
         causes = [cause for cause, _ in error.failures.values()]
         raise next((cause for cause in causes if isinstance(cause, OSError)), causes[0]) from None
+
+
+def export(state: Snapshot, path: Path, trainer: Trainer) -> None:
+    """Write a snapshot's model as a Hugging Face directory. The first process alone can."""
+    save_model(trainer.model, path, weights=state.weights)
 
 
 def load(path: Path, trainer: Trainer) -> None:

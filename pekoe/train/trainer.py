@@ -18,7 +18,8 @@ from pekoe.algo.allocation import allocate, assign
 from pekoe.algo.loss import Sums, chosen_logprobs
 from pekoe.algo.packing import MicroBatch, pack
 from pekoe.core.config import OptimSection
-from pekoe.core.types import FloatArray, Sample
+from pekoe.core.spec import ModelSpec
+from pekoe.core.types import AnySample, FloatArray
 from pekoe.model import Decoder
 from pekoe.train.context import Part
 from pekoe.train.memory import Peak
@@ -43,6 +44,29 @@ class StepStats:
     peak_bytes: int | None = None  # the most memory meanwhile, of the process that had most (see `Peak`)
 
 
+@dataclass(frozen=True, slots=True)
+class Share:
+    """What one data-parallel rank computes of a minibatch, with the sums over all ranks."""
+
+    bins: tuple[tuple[AnySample, ...], ...]  # its micro-batches
+    indices: tuple[tuple[int, ...], ...]  # the same, as places in the minibatch
+    num_tokens: int
+    num_targets: int
+    num_bins: int
+
+
+def share_out(samples: Sequence[AnySample], token_budget: int, spec: ModelSpec, num_ranks: int) -> list[Share]:
+    """Pack a minibatch into micro-batches of at most `token_budget` tokens, as many for each rank, compute even."""
+    lengths = [len(sample) for sample in samples]
+    bins = allocate(lengths, token_budget, num_ranks)
+    costs = [sum(compute_of(lengths[i], spec) for i in members) for members in bins]
+    total = sum(lengths), sum(sample.num_targets for sample in samples), len(bins)
+    return [
+        Share(tuple(tuple(samples[i] for i in bins[b]) for b in mine), tuple(tuple(bins[b]) for b in mine), *total)
+        for mine in assign(costs, num_ranks)
+    ]
+
+
 class Trainer:
     """Owns the weights and the optimizer.
 
@@ -57,7 +81,8 @@ class Trainer:
             more compute for a fraction of the memory, and the same numbers.
         compile: run layers through torch.compile. Numbers move in their last bits.
         layout: where there are several processes, how they share weights and work. All call the same methods with the
-            same arguments, and get the same answers.
+            same arguments (but for shares, which are their own), and get the same answers.
+        reference: a model that is not trained, for `logprobs`.
     """
 
     def __init__(
@@ -71,7 +96,9 @@ class Trainer:
         layout: Layout | None = None,
         activation_checkpointing: bool = False,
         compile: bool = False,
+        reference: Decoder | None = None,
     ) -> None:
+        self.reference = reference
         self.model, self._layout, self._compile = model, layout, compile
         for layer in model.layers:
             if compile:
@@ -103,9 +130,8 @@ class Trainer:
 
     def step(
         self,
-        samples: Sequence[Sample],
+        samples: Sequence[AnySample],
         objective: Objective,
-        references: Sequence[FloatArray] | None = None,
         denominator: float | None = None,
         max_mean_ratio: float | None = None,
     ) -> StepStats:
@@ -114,19 +140,25 @@ class Trainer:
         Args:
             samples: the minibatch.
             objective: sum over tokens of the loss, and statistics (see `algo.loss`).
-            references: the reference model's log-probs of each sample [L], where the objective wants them.
             denominator: what the summed loss is divided by; by default the minibatch's trained tokens (I3).
             max_mean_ratio: with a mean importance ratio above this no update is made.
         """
+        return self.step_on(self._share(samples), objective, denominator, max_mean_ratio)
+
+    def step_on(
+        self,
+        share: Share,
+        objective: Objective,
+        denominator: float | None = None,
+        max_mean_ratio: float | None = None,
+    ) -> StepStats:
+        """As `step`, of a minibatch of which this process is given its own share alone."""
         peak = Peak(self.device)
-        bins, num_bins = self._bins(samples)
-        num_targets = int(sum(sample.loss_mask.sum() for sample in samples))
-        divisor = float(denominator or num_targets)
+        divisor = float(denominator or share.num_targets)
         self.optimizer.zero_grad(set_to_none=True)
         loss_sum, sums = torch.zeros((), dtype=torch.float64), {}
-        for members in bins:
-            picked = [references[i] for i in members] if references else None
-            batch = pack([samples[i] for i in members], picked).to(self.device)
+        for members in share.bins:
+            batch = pack([sample.resolve() for sample in members]).to(self.device)
             loss, parts = objective(*self._logprobs(batch), batch)
             (loss / divisor).backward()
             loss_sum += loss.detach().double().cpu()
@@ -135,7 +167,7 @@ class Trainer:
             loss_sum = self._layout.sum(loss_sum.to(self.device))
             for name in sorted(sums):
                 self._layout.sum(sums[name], largest=name.endswith("_max"))
-        means = {k: float(v) if k.endswith("_max") else float(v) / num_targets for k, v in sums.items()}
+        means = {k: float(v) if k.endswith("_max") else float(v) / share.num_targets for k, v in sums.items()}
         lr = learning_rate(self._optim, self.num_updates, self._total)
         grad_norm = self._clip()
         loss_mean = float(loss_sum) / divisor
@@ -151,37 +183,42 @@ class Trainer:
         self.num_updates += 1
         self.num_not_finite = self.num_not_finite + 1 if skipped and skipped.startswith("not finite") else 0
         self.optimizer.zero_grad(set_to_none=True)
-        num_tokens, most = sum(len(sample) for sample in samples), peak.bytes
+        most = peak.bytes
         if self._layout is not None and most is not None:
             most = int(self._layout.sum(torch.tensor(most, dtype=torch.float64, device=self.device), largest=True))
-        return StepStats(loss_mean, grad_norm, lr, num_tokens, num_targets, num_bins, means, skipped, most)
+        return StepStats(
+            loss_mean, grad_norm, lr, share.num_tokens, share.num_targets, share.num_bins, means, skipped, most
+        )
 
-    @torch.no_grad()
-    def logprobs(self, samples: Sequence[Sample], model: Decoder | None = None) -> list[FloatArray]:
-        """Log-probs [L] of each sample's trained tokens (0 elsewhere), by `model` or, by default, the trainer's own."""
+    def logprobs(self, samples: Sequence[AnySample], reference: bool = False) -> list[FloatArray]:
+        """Log-probs [L] of each sample's trained tokens (0 elsewhere), by the trained or the reference model."""
+        share = self._share(samples)
         out = [np.zeros(len(sample), np.float32) for sample in samples]
-        for members in self._bins(samples)[0]:
-            picked = [samples[i] for i in members]
-            batch = pack(picked).to(self.device)
-            flat = np.zeros(len(batch.tokens), np.float32)
-            flat[batch.targets.cpu().numpy()] = self._logprobs(batch, model)[0].float().cpu().numpy()
-            offsets = batch.cu_seqlens.cpu().numpy()
-            for i, start, stop in zip(members, offsets[:-1], offsets[1:], strict=True):
-                out[i] = flat[start:stop]
+        for members, found in zip(share.indices, self.logprobs_on(share, reference), strict=True):
+            for i, values in zip(members, found, strict=True):
+                out[i] = values
         if self._layout is not None and out:
             whole = self._layout.sum(torch.from_numpy(np.concatenate(out)).to(self.device)).cpu().numpy()
             out = np.split(whole, np.cumsum([len(sample) for sample in samples])[:-1])
         return out
 
-    def _bins(self, samples: Sequence[Sample]) -> tuple[list[list[int]], int]:
-        """This rank's micro-batches, as indices into `samples`, and how many all ranks have together."""
-        lengths, layout = [len(sample) for sample in samples], self._layout
-        if layout is None:
-            bins = allocate(lengths, self._token_budget)
-            return bins, len(bins)
-        bins = allocate(lengths, self._token_budget * layout.cp, layout.num_ranks)
-        costs = [sum(compute_of(lengths[i], self.model.spec) for i in members) for members in bins]
-        return [bins[i] for i in assign(costs, layout.num_ranks)[layout.rank]], len(bins)
+    @torch.no_grad()
+    def logprobs_on(self, share: Share, reference: bool = False) -> list[list[FloatArray]]:
+        """As `logprobs`, of this process's share: for each micro-batch, those of its samples."""
+        assert self.reference is not None or not reference, "no reference model was loaded"
+        found: list[list[FloatArray]] = []
+        for members in share.bins:
+            batch = pack([sample.resolve() for sample in members]).to(self.device)
+            flat = np.zeros(len(batch.tokens), np.float32)
+            logprobs = self._logprobs(batch, self.reference if reference else None)[0]
+            flat[batch.targets.cpu().numpy()] = logprobs.float().cpu().numpy()
+            found.append(np.split(flat, np.cumsum([len(sample) for sample in members])[:-1]))
+        return found
+
+    def _share(self, samples: Sequence[AnySample]) -> Share:
+        layout = self._layout
+        num_ranks, cp, rank = (1, 1, 0) if layout is None else (layout.num_ranks, layout.cp, layout.rank)
+        return share_out(samples, self._token_budget * cp, self.model.spec, num_ranks)[rank]
 
     def _clip(self) -> float:
         """Clip the gradients; returns their norm before."""

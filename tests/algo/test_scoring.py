@@ -39,7 +39,7 @@ def test_faults_leave_before_advantages():
     without = score([group(4, 6)], [verdicts("correct", "wrong")], AlgoSection())
     assert len(with_fault.samples) == 2
     for a, b in zip(with_fault.samples, without.samples, strict=True):
-        np.testing.assert_array_equal(a.advantages, b.advantages)
+        assert a.advantage == b.advantage
 
 
 def test_a_group_left_with_fewer_than_two_is_dropped_with_a_reason():
@@ -64,15 +64,18 @@ def test_truncated_responses_count_like_any_other_unless_masked():
     assert len(score(groups, labels, AlgoSection()).samples) == 2
     masked = score(groups, labels, AlgoSection(mask_truncated=True))
     assert len(masked.samples) == 1
-    assert masked.samples[0].advantages[-1] == score(groups, labels, AlgoSection()).samples[0].advantages[-1]
+    assert masked.samples[0].advantage == score(groups, labels, AlgoSection()).samples[0].advantage
 
 
 def test_a_sample_trains_on_the_response_alone():
-    sample = score([group(2, 4)], [verdicts("correct", "wrong")], AlgoSection()).samples[0]
+    reference = score([group(2, 4)], [verdicts("correct", "wrong")], AlgoSection()).samples[0]
+    sample = reference.resolve()
+    assert (len(reference), reference.num_targets) == (len(sample), sample.num_targets) == (5, 2)
     assert sample.tokens.tolist() == [0, 1, 2, 0, 1]
     assert sample.loss_mask.tolist() == [False] * 3 + [True] * 2
     assert sample.behaviour_logprobs.tolist() == [0, 0, 0, -0.5, -0.5]
     assert not sample.advantages[:3].any()
+    np.testing.assert_array_equal(sample.advantages[3:], np.float32(reference.advantage))
 
 
 def test_equal_rewards_teach_nothing():

@@ -28,7 +28,9 @@ SHAPES = {
 STEPS = 3
 
 
-def make_trainer(shape: str, layout: dict[str, int] | None = None, recompute: bool = False) -> Trainer:
+def make_trainer(
+    shape: str, layout: dict[str, int] | None = None, recompute: bool = False, dtype: torch.dtype = torch.float64
+) -> Trainer:
     sizes: dict[str, Any] = {
         "vocab_size": 50,
         "hidden_size": 32,
@@ -39,11 +41,11 @@ def make_trainer(shape: str, layout: dict[str, int] | None = None, recompute: bo
         "intermediate_size": 48,
         "max_positions": 128,
     }
-    model = Decoder(ModelSpec(**sizes, **SHAPES[shape])).double()
+    model = Decoder(ModelSpec(**sizes, **SHAPES[shape])).to(dtype)
     model.init_weights(0)
     with torch.no_grad():
         for parameter in model.parameters():  # no bias 0, no norm 1
-            parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)).double() * 0.05)
+            parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)).to(dtype) * 0.05)
     where = None if layout is None else Layout(model.spec, **layout)
     return Trainer(model, OPTIM, 40, STEPS, layout=where, activation_checkpointing=recompute)
 
@@ -107,5 +109,19 @@ def resume_main(rank: int, world: int, folder: str, layout: dict[str, int], shap
         if rank == 0:
             torch.save(said, f"{folder}/{save}.pt")
         dist.barrier()
+    finally:
+        dist.destroy_process_group()
+
+
+def kernels_main(rank: int, folder: str) -> None:
+    """Log-probs in float32, at a width at which a forward without gradient runs on compiled kernels; then a step."""
+    torch.set_num_threads(1)
+    os.environ["MASTER_ADDR"] = "127.0.0.1"
+    dist.init_process_group("gloo", init_method=f"file://{folder}/kernels", rank=rank, world_size=2)
+    try:
+        trainer = make_trainer("qwen3, untied", {}, dtype=torch.float32)
+        said = train(trainer)
+        if rank == 0:
+            torch.save(said, f"{folder}/kernels.pt")
     finally:
         dist.destroy_process_group()

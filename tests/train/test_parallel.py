@@ -15,7 +15,7 @@ import torch.multiprocessing as mp
 from pekoe.core.errors import UserError
 from pekoe.train import Layout
 from pekoe.train.parallel import compute_of
-from tests.train.ranks import SHAPES, make_trainer, rank_main, resume_main, train
+from tests.train.ranks import SHAPES, kernels_main, make_trainer, rank_main, resume_main, train
 
 LAYOUTS: dict[int, list[dict[str, int]]] = {
     2: [{}, {"tp": 2}, {"cp": 2}],  # FSDP over 2; TP 2; context over 2
@@ -52,6 +52,15 @@ def test_numbers_do_not_depend_on_the_layout(world: int, tmp_path: Path):
                 for moment in ("exp_avg", "exp_avg_sq"):
                     a, b = again.optimizer.state[ours][moment], alone.optimizer.state[theirs][moment]
                     torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-12)
+
+
+def test_a_forward_on_kernels_leaves_fsdp_its_weights(tmp_path: Path):
+    """FSDP frees whole weights after their use; what numpy has looked at cannot be freed."""
+    mp.spawn(kernels_main, (str(tmp_path),), nprocs=2)
+    expected = train(make_trainer("qwen3, untied", dtype=torch.float32))
+    found: dict[str, Any] = torch.load(tmp_path / "kernels.pt", weights_only=False)
+    np.testing.assert_allclose(found["logprobs"], expected["logprobs"], atol=1e-5)
+    np.testing.assert_allclose(found["loss"], expected["loss"], rtol=1e-4)
 
 
 @pytest.mark.slow
