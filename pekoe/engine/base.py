@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -25,6 +25,9 @@ class EngineStats:
     num_decode_tokens: int = 0  # response tokens sampled
     num_forwards: int = 0
     num_preemptions: int = 0
+
+    def plus(self, **more: int) -> EngineStats:
+        return replace(self, **{name: getattr(self, name) + number for name, number in more.items()})
 
 
 def validate(prompts: list[Prompt], params: SamplingParams, vocab_size: int, limit: int, limit_name: str) -> None:

@@ -76,17 +76,8 @@ class PagedAttention:
         if self._packed is not None and num_paged == 0:
             return self._packed(layer, q, k, v)
         out = torch.empty_like(q)
-        run(
-            attend,
-            self._bounds,
-            queries,
-            memory,
-            *place,
-            self._groups,
-            self._shared,
-            out.numpy().reshape(-1),
-            *self._shape,
-        )
+        results = out.numpy().reshape(-1)
+        run(attend, self._bounds, queries, memory, *place, self._groups, self._shared, results, *self._shape)
         if self._packed is not None:
             out[num_paged:] = self._packed(layer, q[num_paged:], k[num_paged:], v[num_paged:])
         return out
@@ -268,19 +259,9 @@ def _chunk(q, out, memory, table, low, count, where, first, num, kv, num_kv, dim
         at, to = (table[low + b] * 2 * num_kv + kv) * dim * size, b * size
         for i in range(first, first + quads, 4):
             _scores4(
-                q,
-                where[i],
-                where[i + 1],
-                where[i + 2],
-                where[i + 3],
-                memory,
-                at,
-                dim,
-                size,
-                scores,
-                i * width + to,
-                width,
-            )
+                q, where[i], where[i + 1], where[i + 2], where[i + 3],
+                memory, at, dim, size, scores, i * width + to, width,
+            )  # fmt: skip
         for i in range(first + quads, first + num):
             _scores1(q, where[i], memory, at, dim, size, scores, i * width + to)
     for i in range(first, first + num):
@@ -298,19 +279,9 @@ def _chunk(q, out, memory, table, low, count, where, first, num, kv, num_kv, dim
         n = min(size, count - to)
         for i in range(first, first + quads, 4):
             _values4(
-                scores,
-                i * width + to,
-                width,
-                n,
-                memory,
-                at,
-                dim,
-                out,
-                where[i],
-                where[i + 1],
-                where[i + 2],
-                where[i + 3],
-            )
+                scores, i * width + to, width, n, memory, at, dim,
+                out, where[i], where[i + 1], where[i + 2], where[i + 3],
+            )  # fmt: skip
         for i in range(first + quads, first + num):
             _values1(scores, i * width + to, n, memory, at, dim, out, where[i])
 
@@ -344,46 +315,16 @@ def attend(first, last, q, memory, tables, table_of, positions, groups, shared, 
             for low in range(0, begin, step):
                 count = (min(low + step, begin) - low) * size
                 _chunk(
-                    q,
-                    out,
-                    memory,
-                    tables[table_of[start]],
-                    low,
-                    count,
-                    where,
-                    0,
-                    num,
-                    kv,
-                    num_kv,
-                    dim,
-                    size,
-                    scores,
-                    width,
-                    maxima,
-                    sums,
-                )
+                    q, out, memory, tables[table_of[start]], low, count, where, 0, num,
+                    kv, num_kv, dim, size, scores, width, maxima, sums,
+                )  # fmt: skip
             for row in range(start, stop):
                 for low in range(begin, positions[row] // size + 1, step):
                     count = min(positions[row] + 1 - low * size, width)
                     _chunk(
-                        q,
-                        out,
-                        memory,
-                        tables[table_of[row]],
-                        low,
-                        count,
-                        where,
-                        (row - start) * per,
-                        per,
-                        kv,
-                        num_kv,
-                        dim,
-                        size,
-                        scores,
-                        width,
-                        maxima,
-                        sums,
-                    )
+                        q, out, memory, tables[table_of[row]], low, count, where, (row - start) * per, per,
+                        kv, num_kv, dim, size, scores, width, maxima, sums,
+                    )  # fmt: skip
             for i in range(num):
                 factor = splat(np.float32(1) / sums[i])
                 for d in range(where[i], where[i] + dim, 8):

@@ -45,7 +45,7 @@ class CUDACache(KVCache):
         self.spec = spec
         # Queries of a tile of several rows. On tensor cores a tall tile is nearly free, until its registers spill.
         tall = 32 if dtype.itemsize > 2 else 128 if spec.head_dim <= 128 else 64
-        self.tall = max(tall, _power(self.heads_per_kv))
+        self.tall = max(tall, power(self.heads_per_kv))
         processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
         self.num_programs = 4 * processors
 
@@ -209,18 +209,18 @@ class PagedAttention:
         size = k[0].numel()
         memory = (cache.keys[layer], cache.values[layer])
         place = (array["positions"], array["table_of"], array["tables"], self._room.width, cache.block_tokens)
-        _kernels().write[(len(k),)](k, v, *memory, *place, size, _power(size))
+        _kernels().write[(len(k),)](k, v, *memory, *place, size, power(size))
 
     def _attend(self, layer: int, q: Tensor) -> Tensor:
         cache, array, room, spec = self._cache, self._array, self._room, self._cache.spec
         heads, kv_heads, dim, per = spec.num_heads, spec.num_kv_heads, spec.head_dim, cache.heads_per_kv
         outs = q.new_empty((room.parts, heads, dim), dtype=torch.float32)
         maxima, sums = (q.new_empty((room.parts, heads), dtype=torch.float32) for _ in range(2))
-        wide = max(16, _power(dim))
+        wide = max(16, power(dim))
         tokens = 64 if wide <= 128 and q.dtype.itemsize == 2 else 32
         where = (array["positions"], array["table_of"], array["tables"], array["base"])
         scale = 1 / math.sqrt(dim) / math.log(2)
-        for i, (name, queries) in enumerate((("alone", max(16, _power(per))), ("shared", cache.tall))):
+        for i, (name, queries) in enumerate((("alone", max(16, power(per))), ("shared", cache.tall))):
             num_items = len(array[name])
             if num_items:
                 _kernels().attend[(min(num_items * kv_heads, cache.num_programs),)](
@@ -230,7 +230,7 @@ class PagedAttention:
                 )  # fmt: skip
         result = torch.empty_like(q)
         _kernels().merge[(room.paged, kv_heads)](outs, maxima, sums, array["base"], result, kv_heads, per, dim,
-                                            _power(per), wide)  # fmt: skip
+                                            power(per), wide)  # fmt: skip
         return result
 
 
@@ -241,6 +241,6 @@ def _kernels() -> Any:
     return paged
 
 
-def _power(number: int) -> int:
+def power(number: int) -> int:
     """The least power of two that is not smaller."""
     return 1 << (number - 1).bit_length()

@@ -168,7 +168,7 @@ class EmbeddedEngine:
                 self._sample(touched[first : first + len(rows)], logits[number - 1], rows, params)
             first += len(rows)
         assert first == len(touched)
-        self._count(
+        self._stats = self._stats.plus(
             num_prefill_tokens=sum(chunk.stop - chunk.start for chunk in chunks),
             num_cached_tokens=sum(chunk.prefill.num_cached for chunk in complete),
             num_shared_tokens=sum(len(c.prefill.context) * (n - 1) for c, n in zip(complete, continuing, strict=True)),
@@ -257,9 +257,6 @@ class EmbeddedEngine:
         if not np.isfinite(logprobs).all():
             raise RunError(f"the model's logits are not finite (version {self._version}): the weights are damaged")
         slots.append(touched, tokens, logprobs)
-
-    def _count(self, **more: int) -> None:
-        self._stats = replace(self._stats, **{k: getattr(self._stats, k) + v for k, v in more.items()})
 
     def abort(self, uids: Iterable[str] | None = None) -> None:
         self._aborted += self._scheduler.abort(None if uids is None else set(uids))

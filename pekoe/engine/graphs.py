@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from pekoe.core.types import IntArray
-from pekoe.engine.cuda import CUDACache, PagedAttention, Room, pack
+from pekoe.engine.cuda import CUDACache, PagedAttention, Room, pack, power
 from pekoe.engine.kv import Step
 from pekoe.model import Decoder
 
@@ -114,11 +114,6 @@ def _places(model: Decoder) -> list[int]:
 
 def _round_up(room: Room) -> Room:
     """The room of a graph: powers of two, rows beyond 64 in steps of 64."""
-    rows = _power(room.rows) if room.rows <= 64 else -(-room.rows // 64) * 64
-    parts = _power(room.parts)  # an item makes a part at least: there are no more items than parts
-    return Room(rows, rows, rows, _power(room.width), parts, parts, parts)
-
-
-def _power(number: int) -> int:
-    """The least power of two that is not smaller."""
-    return 1 << (number - 1).bit_length()
+    rows = power(room.rows) if room.rows <= 64 else -(-room.rows // 64) * 64
+    parts = power(room.parts)  # an item makes a part at least: there are no more items than parts
+    return Room(rows, rows, rows, power(room.width), parts, parts, parts)

@@ -12,7 +12,6 @@ import os
 import threading
 import time
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -284,14 +283,16 @@ class RemoteEngine:
                 taken = self._take(batch)
                 rollout, cached = taken.rollout, taken.num_cached_tokens
                 computed = max(0, rollout.num_prompt_tokens - cached) if rollout.num_tokens else 0
-                self._count(num_prefill_tokens=computed, num_cached_tokens=cached, num_decode_tokens=rollout.num_tokens)
+                self._stats = self._stats.plus(
+                    num_prefill_tokens=computed, num_cached_tokens=cached, num_decode_tokens=rollout.num_tokens
+                )
                 self._loop.soon(batch.release, taken)
                 yield rollout
         finally:  # also where the caller closes the iterator, or an exception passes through
             if not self._closed:
                 self._loop.run(batch.close())
             self._batch = None
-            self._count(num_prefill_tokens=batch.num_prefilled_tokens)
+            self._stats = self._stats.plus(num_prefill_tokens=batch.num_prefilled_tokens)
 
     def _take(self, batch: Batch) -> Taken:
         """Wait for the next response. A pause may be ended by another thread, but not wait for ever."""
@@ -307,9 +308,6 @@ class RemoteEngine:
             if paused_since and time.monotonic() - paused_since > self._config.update_limit_s:
                 limit = self._config.update_limit_s
                 raise RunError(f"the engine is paused: call resume() before going on (waited {limit:g} s)")
-
-    def _count(self, **more: int) -> None:
-        self._stats = replace(self._stats, **{k: getattr(self._stats, k) + v for k, v in more.items()})
 
     def abort(self, uids: Iterable[str] | None = None) -> None:
         """See `Generator.abort`. Returns when the servers were told; one that cannot be told is found out later."""
@@ -420,7 +418,7 @@ class RemoteEngine:
             server.group = await self._join(server)
         group, handle = server.group
         await backend.begin_update(server)
-        parts = transfer.chunks(model, getattr(torch, self._dtype))
+        parts = transfer.buckets(model, dtype=getattr(torch, self._dtype))
         while tensors := await in_thread(partial(next, parts, None)):
             sending = asyncio.ensure_future(in_thread(backend.broadcast, handle, tensors))
             await both(sending, backend.receive(server, group, tensors))

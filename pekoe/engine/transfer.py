@@ -25,7 +25,7 @@ from pekoe.core.errors import RunError
 from pekoe.model import Decoder, save_model
 
 SHARED_MEMORY = Path("/dev/shm")
-CHUNK_BYTES = 512 * 2**20
+BUCKET_BYTES = 512 * 2**20
 _PREFIX = "pekoe-weights-"
 
 Tensors = Sequence[tuple[str, Tensor]]
@@ -34,7 +34,7 @@ Tensors = Sequence[tuple[str, Tensor]]
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """A torch.distributed group for weights: this process is rank 0, the server's workers are 1 to world_size - 1."""
+    """A torch.distributed group for weights: the trainer is rank 0, those that sample are 1 to world_size - 1."""
 
     name: str
     host: str  # where rank 0 listens
@@ -70,21 +70,25 @@ def _remove_orphans() -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def chunks(model: Decoder, dtype: torch.dtype, max_bytes: int = CHUNK_BYTES) -> Iterator[list[tuple[str, Tensor]]]:
-    """Its parameters by name, converted, in lists of about `max_bytes`: what a server holds beside its weights.
+def buckets(
+    model: Decoder, max_bytes: int = BUCKET_BYTES, dtype: torch.dtype | None = None
+) -> Iterator[list[tuple[str, Tensor]]]:
+    """Its parameters by name, in order, in lists of about `max_bytes`: what a server holds beside its weights.
 
-    Tied embeddings have one name, and are sent once.
+    Each is converted to `dtype` when its list is made (None: as it is; its bytes are those of the whole where it is
+    sharded). Tied embeddings have one name, and come once.
     """
-    chunk: list[tuple[str, Tensor]] = []
+    bucket: list[tuple[str, Tensor]] = []
     size = 0
     for name, parameter in model.named_parameters():
-        tensor = parameter.detach().to(dtype).contiguous()
-        if chunk and size + tensor.nbytes > max_bytes:
-            yield chunk
-            chunk, size = [], 0
-        chunk.append((name, tensor))
-        size += tensor.nbytes
-    yield chunk
+        tensor = parameter.detach() if dtype is None else parameter.detach().to(dtype).contiguous()
+        more = tensor.numel() * tensor.element_size()
+        if bucket and size + more > max_bytes:
+            yield bucket
+            bucket, size = [], 0
+        bucket.append((name, tensor))
+        size += more
+    yield bucket
 
 
 def own_address(server_host: str) -> str:
@@ -94,20 +98,22 @@ def own_address(server_host: str) -> str:
         return probe.getsockname()[0]
 
 
-def open_group(group: Group) -> Any:
-    """Rank 0's end of `group`. Blocks until every worker has joined; beside, not in place of, a default group.
+def open_group(group: Group, rank: int = 0) -> Any:
+    """This process's end of `group`. Blocks until all have joined; beside, not in place of, a default group.
 
     torch makes further default-less groups only by this private function; servers do the same (OpenRLHF's recipe).
     """
     limit = timedelta(seconds=group.limit_s)
-    size = group.world_size
-    with socket.create_server((group.host, group.port)) as listener:  # left to itself it listens on every address
-        store: Any = dist.TCPStore(
-            group.host, group.port, size, True, limit, wait_for_workers=False, master_listen_fd=listener.detach()
-        )
+    size, place = group.world_size, (group.host, group.port)
+    if rank == 0:
+        with socket.create_server(place) as listener:  # left to itself it listens on every address
+            fd = listener.detach()
+        store: Any = dist.TCPStore(*place, size, True, limit, wait_for_workers=False, master_listen_fd=fd)
+    else:
+        store = dist.TCPStore(*place, size, False, limit)
     store = c10d.PrefixStore(group.name, store)
     make: Any = c10d._new_process_group_helper  # pyright: ignore[reportPrivateUsage]
-    handle, _ = make(size, 0, [], group.backend, store, group_name=group.name, timeout=limit)
+    handle, _ = make(size, rank, [], group.backend, store, group_name=group.name, timeout=limit)
     c10d._world.pg_group_ranks[handle] = {i: i for i in range(size)}  # pyright: ignore[reportPrivateUsage]
     return handle
 

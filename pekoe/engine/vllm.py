@@ -201,7 +201,7 @@ class VLLMBackend(Backend):
         return field(server, await self.get(server, "/weight_info"), "weight_version", str)
 
     async def set_version(self, server: Server, version: int) -> None:
-        await self._tag(server, version)
+        await self.post(server, "/update_weight_version", {"new_version": str(version)})
 
     async def check(self, server: Server) -> None:
         setup = self.setup
@@ -225,12 +225,9 @@ class VLLMBackend(Backend):
             if not holds:
                 raise UserError(f"{server.url}: expected a vLLM server with {flag} {expected}, got {got}")
 
-    async def _tag(self, server: Server, version: int) -> None:
-        await self.post(server, "/update_weight_version", {"new_version": str(version)})
-
     async def load_from_disk(self, server: Server, directory: Path, version: int) -> None:
         await self._rpc(server, "pekoe_load", path=str(directory))
-        await self._tag(server, version)
+        await self.set_version(server, version)
 
     async def num_workers(self, server: Server) -> int:
         return field(server, await self.get(server, "/get_world_size"), "world_size", int)

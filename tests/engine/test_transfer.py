@@ -1,4 +1,4 @@
-"""Weights on their way to a server: directories that vanish, chunks, and a group of two processes."""
+"""Weights on their way to a server: directories that vanish, buckets, and a group of two processes."""
 
 import fcntl
 import subprocess
@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 
 from pekoe.core.errors import RunError
 from pekoe.engine.process import free_ports
-from pekoe.engine.transfer import Group, broadcast, chunks, close_group, open_group, written
+from pekoe.engine.transfer import Group, broadcast, buckets, close_group, open_group, written
 from pekoe.model import Decoder, load_model
 
 MakeModel = Callable[..., Decoder]
@@ -65,9 +65,9 @@ def test_where_nothing_can_be_written_the_run_is_told(
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_chunks_hold_every_parameter_once(make_model: MakeModel, tied: bool):
+def test_buckets_hold_every_parameter_once(make_model: MakeModel, tied: bool):
     model = make_model(tied_embeddings=tied)
-    parts = list(chunks(model, torch.bfloat16, max_bytes=3000))
+    parts = list(buckets(model, 3000, torch.bfloat16))
     sent = {name: tensor for part in parts for name, tensor in part}
     assert list(sent) == [name for part in parts for name, _ in part] == [name for name, _ in model.named_parameters()]
     assert ("lm_head.weight" in sent) is not tied
