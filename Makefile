@@ -15,7 +15,7 @@ export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 export PYRIGHT_PYTHON_GLOBAL_NODE := 0
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-servers check format clean FORCE
+.PHONY: help demo demo-cluster test test-cluster test-slow test-servers check format clean FORCE
 
 # Environments of the servers that tests and benchmarks start, and what else has a target of its own.
 -include tests/servers/sglang.mk tests/servers/vllm.mk benchmarks/bench.mk
@@ -26,6 +26,9 @@ help: ## Show this list
 demo: $(VENV)/.stamp-demo ## Train a small model to reason, here and now: make demo ARGS="--seed 1"
 	$(BIN)/pekoe demo $(ARGS)
 
+demo-cluster: $(VENV)/.stamp-cluster ## The demo, and its RL stage again on Ray: 2 engines, 2 training ranks
+	$(BIN)/pekoe demo --cluster $(ARGS)
+
 test: $(VENV)/.stamp-test ## Run the tests: make test ARGS="tests/data -x"
 	$(PY) -m pytest $(ARGS)
 
@@ -35,6 +38,9 @@ test-slow: $(VENV)/.stamp-test ## Run the tests that take long
 test-servers: $(VENV)/.stamp-test $(VENV_SGLANG)/.stamp $(VENV_VLLM)/.stamp ## Run the tests with real SGLang and vLLM servers (6 GB more)
 	PEKOE_SGLANG_PYTHON=$(abspath $(VENV_SGLANG))/bin/python PEKOE_VLLM_PYTHON=$(abspath $(VENV_VLLM))/bin/python \
 	  $(PY) -m pytest -m server --timeout 900 $(ARGS)
+
+test-cluster: $(VENV)/.stamp-test ## Run the tests that start Ray
+	$(PY) -m pytest -m "cluster and not server" --timeout 600 $(ARGS)
 
 check: $(VENV)/.stamp-dev ## Check format, lint, types and floors
 	@failed=; \
@@ -69,9 +75,10 @@ $(VENV)/.stamp-venv: $(if $(SOUND),,FORCE)
 
 # Older stamps of the same environment are older than .stamp-venv, so a new environment is filled anew.
 $(VENV)/.stamp-demo: EXTRA := demo
+$(VENV)/.stamp-cluster: EXTRA := demo,cluster
 $(VENV)/.stamp-test: EXTRA := test
 $(VENV)/.stamp-dev:  EXTRA := dev
-$(VENV)/.stamp-demo $(VENV)/.stamp-test $(VENV)/.stamp-dev: $(VENV)/.stamp-venv pyproject.toml
+$(VENV)/.stamp-demo $(VENV)/.stamp-cluster $(VENV)/.stamp-test $(VENV)/.stamp-dev: $(VENV)/.stamp-venv pyproject.toml
 	@echo "Installing pekoe[$(EXTRA)] and what it needs (minutes, the first time)"
 	@$(PIP) -e ".[$(EXTRA)]"
 	@touch $@

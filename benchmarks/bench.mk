@@ -4,7 +4,7 @@
 VENV_VLLM ?= .venv-vllm
 VENV_SGLANG ?= .venv-sglang
 
-.PHONY: bench-rollout bench-train bench-verify
+.PHONY: bench-rollout bench-train bench-verify bench-sync kill-matrix chain
 
 bench-rollout: $(VENV)/.stamp-test ## Measure rollouts beside vLLM and transformers: make bench-rollout ARGS=--quick
 	@[ -x $(VENV_VLLM)/bin/python ] || echo "Without vLLM: $(VENV_VLLM) is not there (make $(VENV_VLLM)/.stamp builds it)"
@@ -51,3 +51,12 @@ $(VENV_GRADERS)/.stamp: benchmarks/graders.txt benchmarks/graders-alone.txt $(if
 	@$(GRADERS_PIP) -r benchmarks/graders.txt
 	@$(GRADERS_PIP) --no-deps -r benchmarks/graders-alone.txt
 	@printf '%s' "$(CURDIR)" > $@
+
+bench-sync: $(VENV)/.stamp-test ## Measure a cluster's weight sync beside a plain broadcast
+	$(PY) benchmarks/bench_sync.py $(ARGS)
+
+kill-matrix: $(VENV)/.stamp-test ## Kill each kind of process of a cluster in each phase of a step (20 minutes)
+	$(PY) benchmarks/kill_matrix.py $(ARGS)
+
+chain: $(VENV)/.stamp-test ## Run curate, sft, rl, eval, each killed once and gone on with, on two tasks
+	$(PY) benchmarks/chain.py $(ARGS)

@@ -99,7 +99,17 @@ def rl(
 
     stop = Stop()
     with stop.listening(), viewing() as view, contextlib.ExitStack() as stack:
-        run_rl(build_rl(config, view, stop, stack))
+        if config.cluster is not None:
+            try:
+                from pekoe.run.cluster import run_cluster
+            except ModuleNotFoundError as error:
+                if error.name != "ray":
+                    raise
+                raise UserError("cluster: expected Ray, which is not installed: pip install 'pekoe[cluster]'") from None
+
+            run_cluster(config, view, stop)
+        else:
+            run_rl(build_rl(config, view, stop, stack))
     typer.echo(f"done: {config.num_steps} steps; the model is in {config.run.dir}/model")
 
 
@@ -191,13 +201,16 @@ def demo(
     quick: Annotated[
         bool, typer.Option("--quick", help="a minute's smoke test of every stage; learns nothing")
     ] = False,
+    cluster: Annotated[
+        bool, typer.Option("--cluster", help="then RL again, on Ray: 2 engines and 2 training ranks")
+    ] = False,
 ) -> None:
     """The whole story on a laptop: a small model from nothing, taught by SFT, improved by RL on verified answers."""
     from pekoe.run.demo import run_demo
 
     console = Console()
     with viewing() as view:
-        story = run_demo(Path(out), seed, control, fresh, quick, view)
+        story = run_demo(Path(out), seed, control, fresh, quick, view, cluster)
     console.print(story, markup=False, highlight=False, soft_wrap=True)
 
 

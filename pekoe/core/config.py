@@ -16,6 +16,7 @@ from urllib.parse import urlsplit
 import tomli_w
 from pydantic import Field, ValidationError, model_validator
 
+from pekoe.core.cluster_config import ClusterSection, ParallelSection
 from pekoe.core.data_config import DataSection, ProblemSection, TemplateSection
 from pekoe.core.errors import UserError, nearest
 from pekoe.core.section import Section
@@ -288,6 +289,8 @@ class RLConfig(TrainingConfig):
     train: TrainSection = TrainSection()
     verify: VerifySection = VerifySection()
     eval: WatchSection = WatchSection()
+    cluster: ClusterSection | None = None
+    """Absent: one process. See `pekoe.core.cluster_config`."""
 
     @model_validator(mode="after")
     def _possible(self) -> RLConfig:
@@ -314,20 +317,14 @@ class RLConfig(TrainingConfig):
                 f"rollout.samples_per_prompt: expected at least 2 for algo.advantage = {algo.advantage!r} "
                 f"(a reward is compared with its group's), got {rollout.samples_per_prompt}"
             )
+        if self.cluster is not None and self.engine.backend != "embedded":
+            raise ValueError(
+                f"engine.backend: expected 'embedded' with a section cluster (servers take part in one-process runs "
+                f"alone, so far), got {self.engine.backend!r}"
+            )
         if self.eval.every and self.eval.data is None:
             raise ValueError("eval.data: expected a problem file, as eval.every is set, got none")
         return self
-
-
-class ParallelSection(Section):
-    """How the processes that torchrun started share the work. What is left of them shards the weights (FSDP)."""
-
-    tp: int = Field(default=1, ge=1)
-    """Processes that share each layer's heads and channels (tensor parallelism)."""
-    cp: int = Field(default=1, ge=1)
-    """Processes that share each micro-batch's tokens (context parallelism); it may then have cp times as many."""
-    replicas: int = Field(default=1, ge=1)
-    """Groups of processes that each hold all weights (HSDP): one for each node."""
 
 
 class SFTSection(Section):

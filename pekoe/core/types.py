@@ -8,7 +8,7 @@ Arrays are numpy (host memory), so that nothing on this floor needs torch.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -141,9 +141,54 @@ class Sample:
     advantages: FloatArray  # [L]; 0 outside the mask (SFT: all ones on the mask)
     group: int = 0  # which group of the batch it came from; groups are never split between mini-batches
     proximal_logprobs: FloatArray | None = None  # [L] the trainer's at the step's start, where recomputed
+    reference_logprobs: FloatArray | None = None  # [L] the reference model's, where the objective wants them
 
     def __len__(self) -> int:
         return len(self.tokens)
 
-    def with_proximal(self, logprobs: FloatArray) -> Sample:
-        return replace(self, proximal_logprobs=logprobs)
+    @property
+    def num_targets(self) -> int:
+        """Tokens that are trained on."""
+        return int(self.loss_mask.sum())
+
+    def resolve(self) -> Sample:
+        return self
+
+
+class LogprobsRef(Protocol):
+    """Where log-probs [L] lie."""
+
+    def resolve(self) -> FloatArray: ...
+
+
+@dataclass(frozen=True, slots=True)
+class SampleRef:
+    """A sample as the loop knows it: lengths, advantage, where the tokens lie. Only who trains on it resolves it."""
+
+    num_prompt_tokens: int
+    num_targets: int
+    payload: PayloadRef
+    advantage: float
+    group: int
+    index: int  # of the rollout in its group
+    proximal_logprobs: FloatArray | LogprobsRef | None = None
+    reference_logprobs: FloatArray | LogprobsRef | None = None
+
+    def __len__(self) -> int:
+        return self.num_prompt_tokens + self.num_targets
+
+    def resolve(self) -> Sample:
+        """Lay prompt and response end to end; only response tokens are trained on."""
+        payload = self.payload.resolve()
+        mask = np.arange(len(self)) >= self.num_prompt_tokens
+        behaviour, weights = np.zeros(len(self), np.float32), np.zeros(len(self), np.float32)
+        behaviour[mask], weights[mask] = payload.logprobs, self.advantage
+        tokens = np.concatenate([payload.prompt_tokens, payload.tokens])
+        proximal, reference = (
+            at if at is None or isinstance(at, np.ndarray) else at.resolve()
+            for at in (self.proximal_logprobs, self.reference_logprobs)
+        )
+        return Sample(tokens, mask, behaviour, weights, self.group, proximal, reference)
+
+
+AnySample = Sample | SampleRef

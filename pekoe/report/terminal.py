@@ -13,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 
 from pekoe.core.journal import Event
+from pekoe.core.view import NoView
 
 _KEPT_ROWS = 12
 _SECONDS, _LEAST_SECONDS = "seconds", 12
@@ -79,17 +80,11 @@ def line_of(event: Event) -> str | None:
             return None
 
 
-class PlainView:
+class PlainView(NoView):
     """One line an event, for logs and pipes; where steps are short, at most one step line in `min_interval_s`."""
 
     def __init__(self, console: Console, min_interval_s: float = 2.0) -> None:
         self._console, self._interval, self._last = console, min_interval_s, -1e9
-
-    def begin(self, phase: str, total: int | None) -> None: ...
-
-    def advance(self, done: int = 1) -> None: ...
-
-    def end(self) -> None: ...
 
     def event(self, event: Event) -> None:
         if event["event"] == "step":

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -35,7 +36,7 @@ from pekoe.run.processes import only_one_process
 from pekoe.run.rollout import Sampler
 from pekoe.run.state import RunDir
 from pekoe.run.sync import WeightSync
-from pekoe.train import Trainer
+from pekoe.train import Layout, Trainer
 from pekoe.train.memory import give_back
 
 
@@ -49,12 +50,13 @@ class RLParts:
     order: DataOrder
     tokenizer: Tokenizer
     trainer: Trainer
-    reference: Decoder | None
     sampler: Sampler
     sync: WeightSync
     run: RunDir
     view: View
     stop: Stop
+    measured: Callable[[], dict[str, Any]] = dict[str, Any]
+    """What else the journal says of a step."""
 
 
 def prepare(run: ProcessSection, train: TrainSection | None = None) -> None:
@@ -107,7 +109,7 @@ def check_context(model: Decoder, max_prompt_tokens: int, max_new_tokens: int) -
         raise UserError(
             f"context: expected prompt and response to fit the model's {context} positions, got max_prompt_tokens "
             f"{max_prompt_tokens} + max_new_tokens {max_new_tokens} = {longest}; "
-            f"most new tokens that fit: {context - max_prompt_tokens}"
+            f"most new tokens that fit: {max(0, context - max_prompt_tokens)}"
         )
 
 
@@ -216,8 +218,12 @@ def open_engine(
     return remote
 
 
-def make_trainer(config: RLConfig, model: Decoder, dtype: torch.dtype) -> Trainer:
+def make_trainer(config: RLConfig, model: Decoder, dtype: torch.dtype, layout: Layout | None = None) -> Trainer:
     updates, train = config.num_steps * config.algo.minibatches, config.train
+    reference = None
+    if config.algo.kl:
+        device = next(model.parameters()).device
+        reference = load_model(config.model.path, torch.float32, str(device)).requires_grad_(False)
     return Trainer(
         model,
         config.optim,
@@ -227,6 +233,8 @@ def make_trainer(config: RLConfig, model: Decoder, dtype: torch.dtype) -> Traine
         dtype,
         activation_checkpointing=train.activation_checkpointing,
         compile=train.compile,
+        layout=layout,
+        reference=reference,
     )
 
 
@@ -261,9 +269,6 @@ def build_rl(config: RLConfig, view: View, stop: Stop, stack: ExitStack) -> RLPa
     server = config.engine.server
     route = "alias" if config.engine.backend == "embedded" else server.sync
     canary = Prompt("canary", 0, tokenizer.encode_prompt(problems[0].messages))
-    reference = None
-    if config.algo.kl:
-        reference = load_model(config.model.path, torch.float32, str(trainer.device)).requires_grad_(False)
     return RLParts(
         config=config,
         problems=problems,
@@ -271,7 +276,6 @@ def build_rl(config: RLConfig, view: View, stop: Stop, stack: ExitStack) -> RLPa
         order=DataOrder([p.uid for p in problems], config.run.seed),
         tokenizer=tokenizer,
         trainer=trainer,
-        reference=reference,
         sampler=sampler,
         sync=WeightSync(trainer, sampler.engine, canary, route, 1 if route == "alias" else server.checksum_every),
         run=run,

@@ -44,6 +44,7 @@ NUM_HELD_OUT, NUM_WORKED, NUM_GUESSED, NUM_PROBLEMS = 128, 4096, 5120, 4096
 MAX_GUESS_ERROR = 5
 TASK: dict[str, Any] = {"num_terms": (4, 5), "num_digits": (1, 1), "negative_totals": False}
 CONTEXT = 128
+CLUSTER: dict[str, Any] = {"generation": {"engines": 2}, "training": {"ranks": 2}}
 STAGES = "stages.json"
 
 
@@ -105,8 +106,11 @@ QUICK_RL = ("num_steps=2", "rollout.prompts_per_step=8", "rollout.max_new_tokens
 QUICK_EVAL = ("eval.samples=2", "eval.max_new_tokens=48")
 
 
-def run_demo(out: Path, seed: int, control: bool, fresh: bool, quick: bool, view: View) -> str:
-    """Run the stages that are not finished yet, write summary.json, and return the story to print."""
+def run_demo(out: Path, seed: int, control: bool, fresh: bool, quick: bool, view: View, cluster: bool = False) -> str:
+    """Run the stages that are not finished yet, write summary.json, and return the story to print.
+
+    With `cluster`, the RL stage is done a second time, on Ray.
+    """
     if fresh and out.exists():
         _remove(out)
     stages = Stages(out, {"seed": seed, "control": control, "quick": quick}, view)
@@ -115,6 +119,9 @@ def run_demo(out: Path, seed: int, control: bool, fresh: bool, quick: bool, view
     stages.run("measure_sft", lambda: _measure(out, "sft", seed, quick, view))
     stages.run("rl", lambda: _rl(out, seed, control, quick, view))
     stages.run("measure_rl", lambda: _measure(out, "rl", seed, quick, view))
+    if cluster:
+        stages.run("rl_cluster", lambda: _rl(out, seed, control, quick, view, CLUSTER))
+        stages.run("measure_rl_cluster", lambda: _measure(out, "rl_cluster", seed, quick, view))
     summary = summarise(stages)
     (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     return tell(out, summary, stages.results, control)
@@ -205,13 +212,23 @@ def _sft(out: Path, seed: int, quick: bool, view: View) -> dict[str, Any]:
     return {"loss": _steps(out / "sft")[-1]["loss"]}
 
 
-def _rl(out: Path, seed: int, control: bool, quick: bool, view: View) -> dict[str, Any]:
+def _rl(
+    out: Path, seed: int, control: bool, quick: bool, view: View, cluster: dict[str, Any] | None = None
+) -> dict[str, Any]:
     overrides = [*(QUICK_RL if quick else ()), *(["verify.random=true"] if control else [])]
-    config = load_config(rl_recipe(out, seed), overrides, RLConfig)
+    recipe = rl_recipe(out, seed)
+    if cluster is not None:
+        recipe |= {"cluster": cluster, "run": recipe["run"] | {"dir": str(out / "rl_cluster")}}
+    config = load_config(recipe, overrides, RLConfig)
     stop = Stop()
     with stop.listening(), ExitStack() as stack:
-        run_rl(build_rl(config, view, stop, stack))
-    steps = _steps(out / "rl")
+        if cluster is not None:
+            from pekoe.run.cluster import run_cluster
+
+            run_cluster(config, view, stop)
+        else:
+            run_rl(build_rl(config, view, stop, stack))
+    steps = _steps(Path(config.run.dir))
     return {
         "reward": [round(step["reward"], 3) for step in steps],
         "logprob_diff_max": max(step.get("logprob_diff_max", 0.0) for step in steps),
@@ -254,6 +271,7 @@ def tell(out: Path, summary: dict[str, Any], results: dict[str, Any], control: b
         "(temperature 1.0), 95 % intervals over problems:",
         f"    after SFT  {_figure(summary['sft'])}   {lengths[0]:.0f} tokens a response",
         f"    after RL   {_figure(summary['rl'])}   {lengths[1]:.0f} tokens a response",
+        *_on_cluster(results),
         "",
         f"  reward over the RL steps  {_sparkline(rl['reward'])}  {rl['reward'][0]:+.1f} -> {rl['reward'][-1]:+.1f}",
         f"  largest difference between sampling and training log-probs: {rl['logprob_diff_max']:.0e}",
@@ -280,6 +298,21 @@ def tell(out: Path, summary: dict[str, Any], results: dict[str, Any], control: b
             f"  use the model               AutoModelForCausalLM.from_pretrained('{out}/rl/model')",
         ]
     )
+
+
+def _on_cluster(results: dict[str, Any]) -> list[str]:
+    """What RL on Ray came to, where it was done."""
+    if "measure_rl_cluster" not in results:
+        return []
+    after, rl = results["measure_rl_cluster"], results["rl_cluster"]
+    figure = _figure({"pass_at_1": after["pass_at_1"], "ci95": after["ci95"]})
+    num_engines, num_ranks = CLUSTER["generation"]["engines"], CLUSTER["training"]["ranks"]
+    return [
+        f"    after RL   {figure}   {after['response_tokens']:.0f} tokens a response, on Ray: {num_engines} engines, "
+        f"{num_ranks} training ranks",
+        "",
+        f"  reward, on Ray            {_sparkline(rl['reward'])}  {rl['reward'][0]:+.1f} -> {rl['reward'][-1]:+.1f}",
+    ]
 
 
 def _program() -> str:

@@ -16,6 +16,7 @@ import torch
 from pekoe.core.config import RLConfig, SFTConfig, load_config, read_toml
 from pekoe.core.errors import UserError
 from pekoe.core.spec import ModelSpec
+from pekoe.core.view import NoView
 from pekoe.model import read_spec
 from pekoe.train.predict import StepMemory, predict
 
@@ -71,8 +72,15 @@ def examine(
 ) -> tuple[list[str], str | None]:
     """A recipe's forecast in words, and what is wrong with it, if anything is."""
     kind = RLConfig if "num_steps" in read_toml(Path(recipe)) else SFTConfig  # a recipe of `rl` must have it
-    found = forecast(load_config(recipe, overrides, kind), processes, memory_bytes)
-    lines = [f"{name:<29} {size / GIB:8.2f} GiB" for name, size in found.parts.items()]
+    config = load_config(recipe, overrides, kind)
+    lines: list[str] = []
+    if isinstance(config, RLConfig) and config.cluster is not None:
+        from pekoe.run.cluster import plan
+
+        processes = config.cluster.training.ranks
+        lines += [*plan(config.cluster, NoView()), f"of {processes} training ranks, each:"]
+    found = forecast(config, processes, memory_bytes)
+    lines += [f"{name:<29} {size / GIB:8.2f} GiB" for name, size in found.parts.items()]
     lines.append(f"{'together, at the peak':<29} {found.total / GIB:8.2f} GiB")
     lines.append(f"{f'{USABLE:.0%} of what is available':<29} {USABLE * found.available / GIB:8.2f} GiB")
     if found.fits:
@@ -148,7 +156,8 @@ def _largest(step: StepMemory, room: int, parts: dict[str, int]) -> int:
 
 
 def _step(config: RLConfig | SFTConfig, spec: ModelSpec, processes: int, device: str, budget: int) -> StepMemory:
-    tp, replicas = (config.parallel.tp, config.parallel.replicas) if isinstance(config, SFTConfig) else (1, 1)
+    parallel = config.parallel if isinstance(config, SFTConfig) else config.cluster and config.cluster.training
+    tp, replicas = (parallel.tp, parallel.replicas) if parallel else (1, 1)
     longest = min(budget, _longest(config, spec))
     dtype, again = getattr(torch, config.model.dtype), config.train.activation_checkpointing
     return predict(spec, budget, longest, dtype, again, device, tp, processes // (tp * replicas))
@@ -165,6 +174,8 @@ def _beside(config: RLConfig | SFTConfig, spec: ModelSpec, cuda: bool) -> dict[s
     beside = {"Python and torch": PROCESS}
     if isinstance(config, SFTConfig):
         return beside
+    if config.cluster is not None:  # judges and engines are other processes
+        return beside | ({"reference model": 4 * spec.num_parameters} if config.algo.kl else {})
     beside["judges"] = 0 if cuda else config.verify.workers * JUDGE
     beside["reference model"] = 4 * spec.num_parameters if config.algo.kl else 0
     engine = config.engine

@@ -8,14 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from pekoe.core.config import RLConfig, load_config
 from pekoe.core.errors import UserError
 from pekoe.core.journal import read_lines
 from pekoe.core.types import Sample
 from pekoe.core.view import View
-from pekoe.model import load_model
 from pekoe.run.build import make_trainer, open_model, prepare
 from pekoe.run.control import Clock
 from pekoe.run.rl import learn
@@ -72,7 +70,6 @@ def replay(run_dir: Path, step: int, view: View) -> Replayed:
     prepare(config.run)
     model, _, dtype = open_model(config.model)
     trainer = make_trainer(config, model, dtype)
-    reference = load_model(config.model.path, torch.float32, str(trainer.device)) if config.algo.kl else None
     earlier = [path for path in checkpoints(run_dir) if int(path.name[5:]) < step]
     start = 0
     if earlier:
@@ -84,10 +81,10 @@ def replay(run_dir: Path, step: int, view: View) -> Replayed:
         if "loss" not in events[number]:
             trainer.num_updates += config.algo.minibatches
             continue
-        file = run_dir / "rollouts" / f"step-{number:06d}.jsonl.zst"
-        if not file.is_file():
-            raise UserError(f"--replay: expected the rollouts of step {number}, got nothing at {file}")
-        stats, _ = learn(config, trainer, reference, samples_of(read_rollouts(file)), number, Clock(view), view)
+        lines = read_rollouts(run_dir, number)
+        if not lines:
+            raise UserError(f"--replay: expected the rollouts of step {number} in {run_dir / 'rollouts'}, got none")
+        stats, _ = learn(config, trainer, samples_of(lines), number, Clock(view), view)
     return Replayed(step, start, events[step], stats)
 
 

@@ -6,6 +6,7 @@ Only the objects in `parts` differ between a laptop, a GPU and a cluster.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -15,9 +16,8 @@ from pekoe.algo.packing import split_minibatches
 from pekoe.algo.scoring import Scored, score
 from pekoe.core.config import RLConfig
 from pekoe.core.errors import Interrupted, RunError
-from pekoe.core.types import Sample
+from pekoe.core.types import AnySample
 from pekoe.core.view import View
-from pekoe.model import Decoder
 from pekoe.run.build import RLParts, sampling, sampling_for
 from pekoe.run.control import Clock, StopRequested
 from pekoe.run.evaluate import evaluate, warn_truncation
@@ -91,14 +91,13 @@ def train(parts: RLParts, scored: Scored, step: int, clock: Clock) -> tuple[list
     if not scored.samples or scored.advantage_std == 0:
         parts.trainer.num_updates += parts.config.algo.minibatches  # the schedule goes on
         return [], {sample.group: "all advantages are 0" for sample in scored.samples}
-    return learn(parts.config, parts.trainer, parts.reference, scored.samples, step, clock, parts.view)
+    return learn(parts.config, parts.trainer, scored.samples, step, clock, parts.view)
 
 
 def learn(
     config: RLConfig,
     trainer: Trainer,
-    reference: Decoder | None,
-    samples: Sequence[Sample],
+    samples: Sequence[AnySample],
     step: int,
     clock: Clock,
     view: View,
@@ -107,20 +106,22 @@ def learn(
     algo = config.algo
     if algo.proximal == "recompute":
         with clock("recompute"):
-            samples = [s.with_proximal(p) for s, p in zip(samples, trainer.logprobs(samples), strict=True)]
+            found = trainer.logprobs(samples)
+            samples = [replace(s, proximal_logprobs=p) for s, p in zip(samples, found, strict=True)]
     rng = np.random.default_rng([config.run.seed, step])
     minibatches = split_minibatches(samples, algo.minibatches, rng)
     stats: list[StepStats] = []
     untrained: dict[int, str] = {}
     with clock("train", len(minibatches)):
         for minibatch in minibatches:
-            references = trainer.logprobs(minibatch, reference) if reference else None
+            if algo.kl:
+                found = trainer.logprobs(minibatch, reference=True)
+                minibatch = [replace(s, reference_logprobs=r) for s, r in zip(minibatch, found, strict=True)]
             fixed = float(len(minibatch) * config.rollout.max_new_tokens)
             stats.append(
                 trainer.step(
                     minibatch,
                     partial(ppo, algo=algo),
-                    references,
                     fixed if algo.normalise == "max_length" else None,
                     algo.max_mean_ratio,
                 )
@@ -142,14 +143,13 @@ def commit(
     clock: Clock,
 ) -> None:
     """Write the step down: rollouts, what became of every prompt drawn, metrics."""
-    lines = rollout_lines(batch, scored, parts.config.algo.reward, parts.tokenizer)
-    parts.run.write_rollouts(step, lines)
+    parts.run.write_rollouts(step, rollout_lines(batch, scored, parts.config.algo.reward), parts.tokenizer)
     for position, group in enumerate(batch.groups):
         account(parts, step, group.problem.uid, group.draw, (scored.dropped | untrained).get(position))
     for group, _, reason in batch.dropped:
         account(parts, step, group.problem.uid, group.draw, reason)
     metrics = step_metrics(step, batch, scored, stats, parts.config, clock.seconds)
-    parts.run.journal.write("step", **metrics, **synced.as_dict())
+    parts.run.journal.write("step", **metrics, **synced.as_dict(), **parts.measured())
     if step % TELL_EVERY == 1:
         warn_truncation(metrics["truncation_rate"], parts.config.rollout.max_new_tokens, parts.view)
     parts.run.settle(wait=False)

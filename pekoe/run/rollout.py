@@ -8,11 +8,19 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-
 from pekoe.algo.scoring import Scored, all_alike, reward_of
 from pekoe.core.errors import RunError
-from pekoe.core.types import FloatArray, Group, Problem, Prompt, Rollout, SamplingParams, Verdict
+from pekoe.core.types import (
+    FloatArray,
+    Group,
+    Payload,
+    PayloadRef,
+    Problem,
+    Prompt,
+    Rollout,
+    SamplingParams,
+    Verdict,
+)
 from pekoe.core.view import View
 from pekoe.data.tokenizer import Tokenizer
 from pekoe.engine import Generator
@@ -118,16 +126,32 @@ def exact(values: FloatArray) -> list[float]:
     return [float(str(x)) for x in values]
 
 
-def rollout_lines(batch: Batch, scored: Scored, reward: float, tokenizer: Tokenizer) -> Iterator[dict[str, Any]]:
-    """What the rollouts file says of each response."""
-    advantages = {(sample.group, sample.tokens.tobytes()): float(sample.advantages[-1]) for sample in scored.samples}
+@dataclass(frozen=True, slots=True)
+class RolloutLine:
+    """What the rollouts file says of a response; its tokens are added where they lie."""
+
+    said: dict[str, Any]
+    payload: PayloadRef
+
+    def complete(self, payload: Payload, tokenizer: Tokenizer) -> dict[str, Any]:
+        return self.said | {
+            "prompt": tokenizer.decode(payload.prompt_tokens, skip_special_tokens=False),
+            "text": tokenizer.decode(payload.tokens, skip_special_tokens=False),
+            "prompt_tokens": payload.prompt_tokens.tolist(),
+            "tokens": payload.tokens.tolist(),
+            "logprobs": exact(payload.logprobs),
+        }
+
+
+def rollout_lines(batch: Batch, scored: Scored, reward: float) -> Iterator[RolloutLine]:
+    """A line for each response, group by group. `group` is the place in the batch; dropped groups come last."""
+    advantages = {(sample.group, sample.index): sample.advantage for sample in scored.samples}
     for position, (group, verdicts) in enumerate(batch.everything()):
         for rollout, verdict in zip(group.rollouts, verdicts, strict=True):
-            payload = rollout.payload.resolve()
-            whole = np.concatenate([payload.prompt_tokens, payload.tokens]).tobytes()
-            yield {
+            said = {
                 "uid": rollout.uid,
                 "draw": rollout.draw,
+                "group": position,
                 "sample": rollout.sample_index,
                 "finish_reason": rollout.finish_reason,
                 "versions": rollout.versions,
@@ -136,10 +160,6 @@ def rollout_lines(batch: Batch, scored: Scored, reward: float, tokenizer: Tokeni
                 "why": verdict.why,
                 "gold": group.problem.gold,
                 "reward": None if verdict.label == "fault" else reward_of(verdict, reward),
-                "advantage": advantages.get((position, whole)),
-                "prompt": tokenizer.decode(payload.prompt_tokens, skip_special_tokens=False),
-                "text": tokenizer.decode(payload.tokens, skip_special_tokens=False),
-                "prompt_tokens": payload.prompt_tokens.tolist(),
-                "tokens": payload.tokens.tolist(),
-                "logprobs": exact(payload.logprobs),
+                "advantage": advantages.get((position, rollout.sample_index)),
             }
+            yield RolloutLine(said, rollout.payload)

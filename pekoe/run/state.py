@@ -21,7 +21,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import IO, Any
 
@@ -29,8 +29,10 @@ import zstandard
 
 from pekoe.core.config import TrainingConfig, dump_config, load_config
 from pekoe.core.errors import RunError, UserError
+from pekoe.core.files import fsync
 from pekoe.core.journal import Journal, JsonLines, Listener
-from pekoe.model import save_model
+from pekoe.data.tokenizer import Tokenizer
+from pekoe.run.rollout import RolloutLine
 from pekoe.train import Trainer, checkpoint
 
 Progress = dict[str, Any]  # what a loop needs to go on: plain JSON values
@@ -47,7 +49,7 @@ MAY_CHANGE = {
     "train.keep_checkpoints",
     "verify.workers",
 }
-MAY_CHANGE_BELOW = ("parallel.", "engine.server.")  # engine.server: where servers are, how they are started
+MAY_CHANGE_BELOW = ("parallel.", "engine.server.", "cluster.")  # where processes are, how they are started
 WRITE_LIMIT_S = 3600  # of one checkpoint
 
 
@@ -58,9 +60,18 @@ class RunDir:
         config: of the run; its `run.dir`.
         listeners: hear each event of the journal.
         leader: whether this process writes. Where several train, the others read, and write their part of checkpoints.
+        store: how a trainer's state is copied, written and loaded: `train.checkpoint`, or what stands for it where
+            trainers are elsewhere.
     """
 
-    def __init__(self, config: TrainingConfig, listeners: tuple[Listener, ...] = (), leader: bool = True) -> None:
+    def __init__(
+        self,
+        config: TrainingConfig,
+        listeners: tuple[Listener, ...] = (),
+        leader: bool = True,
+        store: Any = checkpoint,
+    ) -> None:
+        self._store = store
         self.path = Path(config.run.dir)
         self._config, self._leader = config, leader
         self._lock: IO[str] | None = None
@@ -139,7 +150,7 @@ class RunDir:
         if found:
             state = json.loads((found[-1] / "state.json").read_text(encoding="utf-8"))
             progress, offsets = state["progress"], state["offsets"]
-            checkpoint.load(found[-1] / "trainer", trainer)
+            self._store.load(found[-1] / "trainer", trainer)
             self._saved = state["progress"]["step"]
         if self._leader:
             self._take_back(progress, offsets)
@@ -170,7 +181,7 @@ class RunDir:
             return
         start = time.perf_counter()
         offsets = {"journal": self.journal.sync(), "ledger": self.ledger.sync()}
-        state = checkpoint.snapshot(trainer)
+        state = self._store.snapshot(trainer)
         future = self._writer.submit(self._write, trainer, state, progress, offsets, keep)
         stall = time.perf_counter() - start
         self._writing = {"step": progress["step"], "stall_s": round(stall, 4)}, start, future
@@ -199,23 +210,27 @@ class RunDir:
         self._saved = said["step"]
         self.journal.write("checkpoint", **said, seconds=round(time.perf_counter() - start, 4), bytes=size)
 
-    def _write(
-        self, trainer: Trainer, state: checkpoint.Snapshot, progress: Progress, offsets: Mapping[str, int], keep: int
-    ) -> int:
+    def forget_writing(self) -> None:
+        """Wait for a checkpoint whose trainer is lost; whether it stands or not, it is not ours to tell."""
+        if self._writing is not None:
+            wait([self._writing[2]], WRITE_LIMIT_S)
+        self._writing = None
+
+    def _write(self, trainer: Trainer, state: Any, progress: Progress, offsets: Mapping[str, int], keep: int) -> int:
         """Write a checkpoint and return its size in bytes. In a thread of its own: touches nothing that changes."""
         target = self.path / "checkpoints" / f"step-{progress['step']:06d}"
         partial = target.with_name(f".partial-{target.name}")
         try:
-            checkpoint.write(state, partial / "trainer", trainer.group)
+            self._store.write(state, partial / "trainer", trainer.group)
             if not self._leader:
                 return 0
             text = json.dumps({"progress": progress, "offsets": offsets}, indent=1)
             (partial / "state.json").write_text(text, encoding="utf-8")
             size = _to_disk(partial)
             # The model first: where a checkpoint stands, its model does too. Killed in between, the step is done again.
-            save_model(trainer.model, self.path / "model", weights=state.weights)
+            self._store.export(state, self.path / "model", trainer)
             os.replace(partial, target)
-            _fsync(target.parent)
+            fsync(target.parent)
         except OSError:
             shutil.rmtree(partial, ignore_errors=True)  # its room may be what is lacking
             raise
@@ -225,12 +240,19 @@ class RunDir:
             shutil.rmtree(doomed)
         return size
 
-    def write_rollouts(self, step: int, lines: Iterable[Mapping[str, Any]]) -> None:
+    def write_rollouts(self, step: int, lines: Iterable[RolloutLine], tokenizer: Tokenizer) -> None:
         """Write a step's rollouts, compressed."""
-        file = self.path / "rollouts" / f"step-{step:06d}.jsonl.zst"
-        file.parent.mkdir(exist_ok=True)
-        text = "".join(json.dumps(line, separators=(",", ":")) + "\n" for line in lines)
-        file.write_bytes(zstandard.ZstdCompressor(level=3).compress(text.encode()))
+        write_lines(
+            self.path / "rollouts" / f"step-{step:06d}.jsonl.zst",
+            (line.complete(line.payload.resolve(), tokenizer) for line in lines),
+        )
+
+
+def write_lines(file: Path, lines: Iterable[Mapping[str, Any]]) -> None:
+    """Write compressed JSON lines."""
+    file.parent.mkdir(exist_ok=True)
+    text = "".join(json.dumps(line, separators=(",", ":")) + "\n" for line in lines)
+    file.write_bytes(zstandard.ZstdCompressor(level=3).compress(text.encode()))
 
 
 def checkpoints(run_dir: Path) -> list[Path]:
@@ -238,10 +260,13 @@ def checkpoints(run_dir: Path) -> list[Path]:
     return sorted((run_dir / "checkpoints").glob("step-*"))
 
 
-def read_rollouts(file: Path) -> list[dict[str, Any]]:
-    """The lines of one rollouts file."""
-    text = zstandard.ZstdDecompressor().decompress(file.read_bytes())
-    return [json.loads(line) for line in text.splitlines()]
+def read_rollouts(run_dir: Path, step: int) -> list[dict[str, Any]]:
+    """The lines of a step, group by group; empty where there is no file. (On a cluster each node writes its own.)"""
+    lines: list[dict[str, Any]] = []
+    for file in sorted((run_dir / "rollouts").glob(f"step-{step:06d}.*")):
+        text = zstandard.ZstdDecompressor().decompress(file.read_bytes())
+        lines += [json.loads(line) for line in text.splitlines()]
+    return sorted(lines, key=lambda line: (line["group"], line["sample"]))
 
 
 def _set_aside(file: Path, folder: Path) -> None:
@@ -264,13 +289,5 @@ def _to_disk(folder: Path) -> int:
     """Sync all files below a folder; returns their bytes."""
     files = [path for path in folder.rglob("*") if path.is_file()]
     for path in (*files, folder):
-        _fsync(path)
+        fsync(path)
     return sum(path.stat().st_size for path in files)
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from pekoe.core.errors import RunError
-from pekoe.core.types import Prompt, Rollout, Sample, SamplingParams
+from pekoe.core.types import Prompt, Rollout, SampleRef, SamplingParams
 from pekoe.engine import Generator, RemoteEngine
 from pekoe.train import Trainer
 
@@ -107,12 +107,9 @@ class WeightSync:
         return diff
 
     def _difference(self, rollout: Rollout) -> float:
-        payload = rollout.payload.resolve()
-        tokens = np.concatenate([payload.prompt_tokens, payload.tokens])
-        mask = np.arange(len(tokens)) >= len(payload.prompt_tokens)
-        blank = np.zeros(len(tokens), np.float32)
-        trained = self._trainer.logprobs([Sample(tokens, mask, blank, blank)])[0][mask]
-        return float(np.abs(trained - payload.logprobs).max())
+        sample = SampleRef(rollout.num_prompt_tokens, rollout.num_tokens, rollout.payload, 0.0, 0, 0).resolve()
+        trained = self._trainer.logprobs([sample])[0]
+        return float(np.abs(trained - sample.behaviour_logprobs)[sample.loss_mask].max())
 
     def _check_parameters(self, version: int) -> Checksum:
         holds = self._engine.holds(self._trainer.model)

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import functools
 import importlib
+import json
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -15,10 +18,13 @@ from typing import Any, NoReturn
 import psutil
 import torch
 
-from pekoe.core import RLConfig, SFTConfig
+from pekoe.core import EvalConfig, RLConfig, SFTConfig, load_config
+from pekoe.core.config import CurateConfig
 from pekoe.core.view import NoView
 from pekoe.run.build import build_rl
 from pekoe.run.control import Stop
+from pekoe.run.curate import run_curate
+from pekoe.run.evaluate import run_eval
 from pekoe.run.rl import run_rl
 from pekoe.run.sft import run_sft
 
@@ -119,3 +125,18 @@ def run(config: RLConfig | SFTConfig, points: Sequence[Point]) -> None:
         return
     with ExitStack() as stack:
         run_rl(build_rl(config, NoView(), Stop(), stack))
+
+
+def killed_command(name: str, tree: dict[str, Any], act: str) -> None:
+    """`pekoe eval` or `pekoe curate` in a process that is killed at the third problem that it writes down."""
+    command = [sys.executable, "-m", __name__, name, json.dumps(tree), act]
+    child = subprocess.run(command, timeout=120, capture_output=True, text=True)
+    assert child.returncode == -signal.SIGKILL, child.stderr
+
+
+if __name__ == "__main__":
+    arm(Point("pekoe.core.journal:JsonLines.append", 4, sys.argv[3]))  # the first line says what it is
+    if sys.argv[1] == "eval":
+        run_eval(load_config(json.loads(sys.argv[2]), kind=EvalConfig), NoView())
+    else:
+        run_curate(load_config(json.loads(sys.argv[2]), kind=CurateConfig), NoView())

@@ -74,7 +74,9 @@ def test_training_goes_on_while_a_checkpoint_is_written(
         train(loaded, compare)
 
 
-@pytest.mark.parametrize("name", ["checkpoint.write", "_to_disk", "save_model"])  # tensors, state.json, the model
+@pytest.mark.parametrize(
+    "name", ["checkpoint.write", "_to_disk", "checkpoint.save_model"]
+)  # tensors, state.json, the model
 def test_a_full_disk_stops_the_run_and_the_older_checkpoint_stands(
     build: Build, train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ):

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tomli_w
 
 from pekoe.core import RLConfig, SFTConfig, UserError, dump_config, load_config
 from pekoe.run import doctor
@@ -89,3 +90,16 @@ def test_a_containers_limit_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 def test_the_environment_names_what_matters():
     assert {"Python", "torch", "cores", "memory", "GPUs"} <= {name for name, _ in environment()}
+
+
+def test_a_clusters_placement_is_said_before_anything_starts(tree: dict[str, Any], tmp_path: Path):
+    tree["cluster"] = {"generation": {"engines": 2}, "training": {"ranks": 3}}
+    file = tmp_path / "cluster.toml"
+    file.write_text(tomli_w.dumps(tree))
+    lines, fault = examine(str(file), [], 1, 24 * GIB)
+    assert fault is None
+    assert "engine 0, engine 1, rank 0, rank 1, rank 2" in lines[0]
+    assert lines[1] == "of 3 training ranks, each:"
+    assert not any("KV cache" in line for line in lines)
+    with pytest.raises(UserError, match=r"room for rank 0 \(1 CPU, 1 GPU\) on one node, got none"):
+        examine(str(file), ["cluster.training.gpus_per_rank=1"], 1, None)

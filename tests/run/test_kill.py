@@ -35,7 +35,7 @@ _ROLLOUTS = lambda path, _: path.parent.name == "rollouts"  # noqa: E731
 
 RESPONSE, OPTIMIZER = "pekoe.run.judging:RandomJudge.submit", "torch.optim:AdamW.step"
 FORWARD, LINE = "pekoe.train.trainer:Trainer.forward", "pekoe.core.journal:JsonLines.append"
-TENSORS, EXPORT = "pekoe.train.checkpoint:write", "pekoe.run.state:save_model"
+TENSORS, EXPORT = "pekoe.train.checkpoint:write", "pekoe.train.checkpoint:save_model"
 
 # Three steps of 16 responses and 4 optimizer steps each, an evaluation after the second; every step is saved, one kept.
 POINTS: dict[str, Point] = {

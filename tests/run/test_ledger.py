@@ -26,7 +26,7 @@ from hypothesis import strategies as st
 
 from pekoe.core import RLConfig, load_config
 from pekoe.core.journal import JsonLines, read_lines
-from pekoe.core.types import Payload, Problem, Prompt, Rollout, Sample, SamplingParams, Verdict
+from pekoe.core.types import AnySample, Payload, Problem, Prompt, Rollout, SamplingParams, Verdict
 from pekoe.core.view import NoView
 from pekoe.data.order import DataOrder
 from pekoe.run import state
@@ -126,9 +126,9 @@ class Trainer:
         self.num_updates = 0
         self.log: list[tuple[str, int, bool]] = []  # problem, epoch, whether an update was made
 
-    def step(self, samples: Sequence[Sample], *args: Any) -> StepStats:
+    def step(self, samples: Sequence[AnySample], *args: Any) -> StepStats:
         self._life.tick()
-        drawn = {(str(s.tokens[0]), int(s.tokens[1])) for s in samples}
+        drawn = {(str(s.tokens[0]), int(s.tokens[1])) for s in (sample.resolve() for sample in samples)}
         skipped = any(self._life.fate(*each) == "skipped" for each in drawn)
         self.log += [(*each, not skipped) for each in sorted(drawn)]
         self.num_updates += 1
@@ -175,8 +175,8 @@ def stand_in_for_tensors(monkeypatch: pytest.MonkeyPatch, life: Callable[[], Lif
     monkeypatch.setattr(checkpoint, "snapshot", copied)
     monkeypatch.setattr(checkpoint, "write", write)
     monkeypatch.setattr(checkpoint, "load", load)
-    monkeypatch.setattr(state, "save_model", lambda *_, **__: life().tick())
-    monkeypatch.setattr(state, "_fsync", lambda _: None)
+    monkeypatch.setattr(checkpoint, "save_model", lambda *_, **__: life().tick())
+    monkeypatch.setattr(state, "fsync", lambda _: None)
     monkeypatch.setattr(os, "fsync", lambda _: None)
     for owner, name in ((JsonLines, "append"), (JsonLines, "cut"), (RunDir, "write_rollouts"), (os, "replace")):
         monkeypatch.setattr(owner, name, ticking(getattr(owner, name)))
@@ -192,7 +192,7 @@ def live(config: RLConfig, life: Life) -> tuple[Trainer, DataOrder]:
         try:
             with ExitStack() as stack:
                 run = stack.enter_context(RunDir(config))
-                parts = [config, problems, [], order, words, trainer, None, sampler, Sync(life), run, NoView(), stop]
+                parts = [config, problems, [], order, words, trainer, sampler, Sync(life), run, NoView(), stop]
                 run_rl(RLParts(*cast(Any, parts)))
             return trainer, order
         except Killed:

@@ -74,7 +74,7 @@ def test_what_cannot_be_replayed(build: Build, train: Train, tmp_path: Path):
     with pytest.raises(UserError, match=r"expected a step of .* \(1 to 1\), got 2"):
         replay(Path(config.run.dir), 2, NoView())
     (rollouts,) = (Path(config.run.dir) / "rollouts").iterdir()
-    assert read_rollouts(rollouts)
+    assert read_rollouts(Path(config.run.dir), 1)
     rollouts.unlink()
     with pytest.raises(UserError, match="expected the rollouts of step 1"):
         replay(Path(config.run.dir), 1, NoView())

@@ -42,7 +42,7 @@ def test_a_run_leaves_what_the_design_says(build: Build, train: Train):
         assert step["sync_canary_diff"] <= 1e-4
         assert {"rollout", "verify", "train", "sync"} <= set(step["seconds"])
     assert [p.name for p in sorted((run / "checkpoints").iterdir())] == ["step-000002", "step-000003"]
-    lines = read_rollouts(run / "rollouts" / "step-000002.jsonl.zst")
+    lines = read_rollouts(run, 2)
     assert len(lines) == 16
     for line in lines:
         assert len(line["tokens"]) == len(line["logprobs"])

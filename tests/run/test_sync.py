@@ -263,7 +263,7 @@ def test_the_same_loop_on_servers(build: Callable[..., RLConfig], hosted: type[H
         assert step["sync_route"] == route
         assert step["sync_bytes"] > 0
         assert step["seconds"]["sync"] > 0
-        lines = read_rollouts(run / "rollouts" / f"step-{step['step']:06d}.jsonl.zst")
+        lines = read_rollouts(run, step["step"])
         assert {tuple(map(tuple, line["versions"])) for line in lines} == {((step["step"] - 1, 0),)}
     assert [event["step"] for event in events if event["event"] == "eval"] == [2]
     before, after = (load_model(place / "model").get_parameter("model.norm.weight") for place in (tiny_dir, run))
@@ -276,7 +276,7 @@ def test_a_resumed_run_brings_the_checkpoints_weights(build: Callable[..., RLCon
         config = build(f"num_steps={number}", *words)
         with ExitStack() as stack:
             run_rl(parts_of(config, stack))
-    lines = read_rollouts(Path(config.run.dir) / "rollouts" / "step-000002.jsonl.zst")
+    lines = read_rollouts(Path(config.run.dir), 2)
     assert {tuple(map(tuple, line["versions"])) for line in lines} == {((1, 0),)}
 
 

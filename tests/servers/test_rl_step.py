@@ -82,7 +82,7 @@ def assert_proven(recipe: Path, route: str) -> None:
         assert step["sync_canary_diff"] <= 5e-4  # I4
         assert step["sync_route"] == route
         assert step["sync_bytes"] > 100_000
-        lines = read_rollouts(run / "rollouts" / f"step-{step['step']:06d}.jsonl.zst")
+        lines = read_rollouts(run, step["step"])
         assert len(lines) == 16
         assert {tuple(map(tuple, line["versions"])) for line in lines} == {((step["step"] - 1, 0),)}
     before, after = (load_model(place / "model").get_parameter("model.norm.weight") for place in (recipe.parent, run))

@@ -155,7 +155,7 @@ def test_abort_of_one_and_of_all(engine: VLLMEngine, models: list[Decoder], make
 def test_updates_reach_every_parameter(
     vllm_engine_factory: Factory, models: list[Decoder], make_prompt: MakePrompt, route: str, monkeypatch
 ):
-    monkeypatch.setattr(transfer.chunks, "__defaults__", (100_000,))  # several, one ending within a fused weight
+    monkeypatch.setattr(transfer.buckets, "__defaults__", (100_000, None))  # several, one ending within a fused weight
     with contextlib.closing(vllm_engine_factory(models[0], sync=route)) as engine:
         for version, model in enumerate([models[1], models[2], models[1]], 1):
             engine.update_weights(model, version)

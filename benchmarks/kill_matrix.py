@@ -1,0 +1,223 @@
+"""Kill each kind of process of a cluster in each phase of a step, and see whether the run ends as one never killed.
+
+    make kill-matrix ARGS="--kinds engine,judge --phases rollout"
+
+Prints a table: how the run went on by itself, or stopped and was resumed by the same command; how far its losses are
+from those of the run that nobody killed; and whether its ledger is the same. Exit status 1 if any differs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+KINDS = ("controller", "engine", "first rank", "other rank", "judge", "depot")
+PHASES = ("rollout", "verify", "train", "sync", "save")
+STEPS, LIMIT_S, TOLERANCE = 4, 300, 1e-3
+
+
+def parity(response: str, gold: Any) -> bool:
+    """The reward of these runs: something that random weights get right half of the time."""
+    return sum(map(ord, response)) % 2 == int(gold)
+
+
+def make_inputs(folder: Path) -> dict[str, Any]:
+    """A model of random weights, problems, and the recipe."""
+    from pekoe.core.spec import ModelSpec
+    from pekoe.core.types import Problem
+    from pekoe.data.char_tokenizer import make_char_tokenizer
+    from pekoe.data.problems import write_problems
+    from pekoe.data.tokenizer import Tokenizer
+    from pekoe.model import Decoder, save_model
+
+    files = make_char_tokenizer("0123456789+=")
+    sizes = {"hidden_size": 64, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "head_dim": 16}
+    vocab = Tokenizer(files).vocab_size
+    spec = ModelSpec(family="qwen3", vocab_size=vocab, intermediate_size=128, max_positions=128, qk_norm=True, **sizes)
+    model = Decoder(spec)
+    model.init_weights(0)
+    model.assets = dict(files)
+    save_model(model, folder / "model")
+    problems = [
+        Problem(f"{a}+{b}", ({"role": "user", "content": f"{a}+{b}="},), str(b % 2), "function:kill_matrix:parity")
+        for a in range(6)
+        for b in range(6)
+    ]
+    write_problems(folder / "problems.jsonl", problems)
+    return {
+        "num_steps": STEPS,
+        "model": {"path": str(folder / "model"), "device": "cpu"},
+        "data": {"train": str(folder / "problems.jsonl"), "max_prompt_tokens": 8},
+        "rollout": {"prompts_per_step": 8, "samples_per_prompt": 8, "max_new_tokens": 48},
+        "optim": {"lr": 1e-3},
+        "algo": {"minibatches": 2},
+        "train": {"token_budget": 512, "save_every": 1},
+        "verify": {"workers": 2},
+        "cluster": {"generation": {"engines": 2}, "training": {"ranks": 2}, "silence_limit_s": 30, "sync_limit_s": 60},
+    }
+
+
+def life(recipe: dict[str, Any], kind: str, phase: str) -> None:
+    """One run, in this process; `kind` dies in step 2's `phase`."""
+    import psutil
+    import ray
+
+    from pekoe.core.config import load_config
+    from pekoe.core.view import NoView
+    from pekoe.run.cluster import run_cluster
+    from pekoe.run.cluster.engines import Engines
+    from pekoe.run.cluster.sync import ClusterSync
+    from pekoe.run.cluster.trainer import ClusterStore, ClusterTrainer
+    from pekoe.run.control import Stop
+
+    class Said(NoView):
+        def say(self, text: str) -> None:
+            print(text, flush=True)
+
+    alive: dict[str, Any] = {}
+
+    def pid() -> int:
+        engine, ranks = alive["engines"].all[0].pid, alive["trainer"].pids
+        if kind == "judge":
+            children = psutil.Process(engine).children(recursive=True)
+            return next(child.pid for child in children if "pekoe.verify.worker" in child.cmdline())
+        if kind == "depot":
+            return ray.get(next(iter(alive["engines"]._depots.handles.values())).pid.remote())
+        return {"controller": os.getpid(), "engine": engine, "first rank": ranks[0], "other rank": ranks[1]}[kind]
+
+    def strike(target: int, after_s: float) -> None:
+        def work() -> None:
+            time.sleep(after_s)
+            print(f"killed {kind} in {phase}", flush=True)
+            os.kill(target, signal.SIGKILL)
+
+        threading.Thread(target=work, daemon=True).start()
+
+    def at(owner: type, name: str, call: int, after_s: float, where: str, late: bool = False) -> None:
+        """Strike at (`late`: when it returns from) the `call`-th call of owner.name."""
+        function, calls = getattr(owner, name), [0]
+
+        def wrapped(self: Any, *args: Any, **more: Any) -> Any:
+            alive.setdefault(owner.__name__, self)
+            calls[0] += 1
+            mine = where == phase and calls[0] == call
+            if mine and not late:
+                strike(pid(), after_s)
+            result = function(self, *args, **more)
+            if mine and late:
+                strike(pid(), after_s)
+            return result
+
+        setattr(owner, name, wrapped)
+
+    def keeping(owner: type, name: str) -> None:
+        init = owner.__init__
+
+        def made(self: Any, *args: Any, **more: Any) -> None:
+            alive[name] = self
+            init(self, *args, **more)
+
+        owner.__init__ = made  # type: ignore[method-assign]
+
+    keeping(Engines, "engines")
+    keeping(ClusterTrainer, "trainer")
+    at(Engines, "begin", 2, 0.0, "rollout", late=True)
+    seen: list[int] = []
+    poll = Engines.poll
+
+    def polled(self: Engines) -> Any:
+        reports = poll(self)
+        if phase == "verify" and self._batch == 2 and any(r.results for _, r in reports) and not seen:
+            seen.append(1)
+            strike(pid(), 0.0)
+        return reports
+
+    Engines.poll = polled  # type: ignore[method-assign]
+    at(ClusterTrainer, "step", 4, 0.02, "train")
+    at(ClusterSync, "_send", 3, 0.01, "sync")
+    at(ClusterStore, "write", 2, 0.01, "save")
+    run_cluster(load_config(recipe), Said(), Stop())
+
+
+def attempt(folder: Path, name: str, kind: str, phase: str) -> tuple[int, str]:
+    """A run in a process of its own; its exit status and what it said."""
+    command = [sys.executable, __file__, "--life", str(folder), name, kind, phase]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path[1:]])}
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S, env=environment)
+    except subprocess.TimeoutExpired as error:
+        return 124, f"HANGS: {str(error.stdout)[-500:]}"
+    return done.returncode, done.stdout + done.stderr
+
+
+def outcome(run: Path) -> tuple[list[float], list[tuple[str, int, str]]]:
+    """Losses of the steps, and the ledger."""
+    events = [json.loads(line) for line in (run / "journal.jsonl").read_text().splitlines()]
+    ledger = [json.loads(line) for line in (run / "ledger.jsonl").read_text().splitlines()]
+    losses = [event["loss"] for event in events if event["event"] == "step"]
+    return losses, [(line["uid"], line["draw"], line["outcome"]) for line in ledger]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kinds", default=",".join(KINDS))
+    parser.add_argument("--phases", default=",".join(PHASES))
+    parser.add_argument("--folder", type=Path, default=Path("runs/kill-matrix"))
+    parser.add_argument("--out", type=Path, help="also write the table as JSON")
+    parser.add_argument("--life", nargs=4, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.life:
+        folder, name, kind, phase = options.life
+        recipe = json.loads((Path(folder) / "recipe.json").read_text())
+        life(recipe | {"run": {"dir": f"{folder}/{name}", "threads": 1}}, kind, phase)
+        return
+    folder: Path = options.folder.resolve()
+    folder.mkdir(parents=True)
+    (folder / "recipe.json").write_text(json.dumps(make_inputs(folder)))
+    status, said = attempt(folder, "unbroken", "nobody", "never")
+    if status:
+        raise SystemExit(f"the run that nobody kills failed:\n{said}")
+    losses, ledger = outcome(folder / "unbroken")
+    rows: list[dict[str, Any]] = []
+    print(f"{'killed':<12} {'phase':<8} {'s':>4}  {'went on':<28} {'loss differs by':<16} ledger", flush=True)
+    for kind in options.kinds.split(","):
+        for phase in options.phases.split(","):
+            start, name = time.perf_counter(), f"{kind}-{phase}".replace(" ", "-")
+            status, said = attempt(folder, name, kind, phase)
+            killed, way = "killed" in said or status == -signal.SIGKILL, "by itself"
+            if status and status != 124:
+                way = f"stopped ({status}), then resumed"
+                status, _ = attempt(folder, name, "nobody", "never")
+            if status:
+                way = f"FAILED: {said.strip().splitlines()[-1][:120]}"
+                differs, same = float("nan"), False
+            else:
+                found, kept = outcome(folder / name)
+                differs = max(abs(a - b) for a, b in zip(found, losses, strict=True))
+                same = sorted(kept) == sorted(ledger)
+            good = killed and same and differs <= TOLERANCE
+            seconds = time.perf_counter() - start
+            rows.append({"killed": kind, "phase": phase, "went_on": way, "loss_diff": differs, "good": good})
+            ledger_said = "the same" if same else "DIFFERS"
+            print(
+                f"{kind:<12} {phase:<8} {seconds:4.0f}  {way:<28} {differs:<16.1e} {ledger_said}"
+                f"{'' if killed else '  NOBODY WAS KILLED'}",
+                flush=True,
+            )
+    bad = sum(not row["good"] for row in rows)
+    print(f"{len(rows) - bad} of {len(rows)} ended as the run that nobody killed", flush=True)
+    if options.out:
+        options.out.write_text(json.dumps(rows, indent=1) + "\n")
+    raise SystemExit(bad > 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,76 @@
+"""The sections of a recipe that say how work is shared between processes: `parallel` (torchrun), `cluster` (Ray)."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from pekoe.core.section import Section
+
+
+class ParallelSection(Section):
+    """How the processes that torchrun started share the work. What is left of them shards the weights (FSDP)."""
+
+    tp: int = Field(default=1, ge=1)
+    """Processes that share each layer's heads and channels (tensor parallelism)."""
+    cp: int = Field(default=1, ge=1)
+    """Processes that share each micro-batch's tokens (context parallelism); it may then have cp times as many."""
+    replicas: int = Field(default=1, ge=1)
+    """Groups of processes that each hold all weights (HSDP): one for each node."""
+
+
+class GenerationSection(Section):
+    """The engines of a cluster. Each is one actor, on one node."""
+
+    engines: int = Field(default=1, ge=1)
+    """How many. Each is an embedded engine with weights of its own."""
+    gpus_per_engine: int = Field(default=0, ge=0)
+    """GPUs of each; 0: it samples on a CPU."""
+    cpus_per_engine: float = Field(default=1.0, gt=0)
+    """CPU cores of each: Ray's measure for placement, and the threads of its torch."""
+
+
+class TrainingSection(ParallelSection):
+    """The processes that train, called ranks."""
+
+    ranks: int = Field(default=1, ge=1)
+    """How many; what tp, cp and replicas leave of them shards the weights (FSDP)."""
+    gpus_per_rank: int = Field(default=0, ge=0, le=1)
+    """0: it trains on a CPU."""
+    cpus_per_rank: float = Field(default=1.0, gt=0)
+    """CPU cores of each: Ray's measure for placement, and the threads of its torch."""
+
+
+class ClusterSection(Section):
+    """Generation and training on processes of their own, placed by Ray. Paths must be the same on all nodes."""
+
+    address: str | None = None
+    """A Ray cluster that runs: "auto" (the one of this machine), or host:port. Absent: Ray is started here."""
+    generation: GenerationSection = GenerationSection()
+    training: TrainingSection = TrainingSection()
+    sync: Literal["broadcast", "disk"] = "broadcast"
+    """How weights reach engines: a torch.distributed group of the first rank and the engines (NCCL on GPU, gloo on
+    CPU), or a checkpoint in the run directory."""
+    bucket_mib: int = Field(default=256, ge=1)
+    """Weights are gathered, sent and loaded in pieces of this size, which overlap."""
+    max_restarts: int = Field(default=3, ge=0)
+    """How often training is begun again from the last checkpoint, by itself, when one of its processes is lost."""
+    start_limit_s: float = Field(default=900, gt=0)
+    """How long a process may take to start."""
+    silence_limit_s: float = Field(default=120, gt=0)
+    """An engine that neither answers nor samples for so long is taken for dead."""
+    step_limit_s: float = Field(default=3600, gt=0)
+    """How long an optimizer step, or a checkpoint, may take."""
+    sync_limit_s: float = Field(default=600, gt=0)
+    """How long a weight sync may take."""
+
+    @model_validator(mode="after")
+    def _possible(self) -> ClusterSection:
+        ranks, split = self.training.ranks, self.training.tp * self.training.cp * self.training.replicas
+        if ranks % split:
+            raise ValueError(
+                f"cluster.training.ranks: expected a multiple of tp x cp x replicas = {split}, got {ranks}; "
+                f"nearest: {max(1, round(ranks / split)) * split}"
+            )
+        return self

@@ -1,0 +1,67 @@
+"""`run.rollout.Sampler` of a cluster: problems in, groups with verdicts out; what a lost engine had, others do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from pekoe.core.types import Group, Problem, Rollout, SamplingParams, Verdict
+from pekoe.core.view import View
+from pekoe.run.cluster.engines import Engines
+from pekoe.run.control import Clock, Stop
+
+
+@dataclass(frozen=True, slots=True)
+class ClusterSampler:
+    """Verdicts are made where the responses are, while others are still being sampled."""
+
+    engines: Engines
+    view: View
+    stop: Stop
+
+    def __call__(
+        self,
+        drawn: list[tuple[Problem, int]],
+        params: SamplingParams,
+        clock: Clock,
+        keep: Callable[[Group, list[Verdict]], None] | None = None,
+    ) -> list[tuple[Group, list[Verdict]]]:
+        """See `Sampler`."""
+        found: list[dict[int, tuple[Rollout, Verdict]]] = [{} for _ in drawn]
+        with clock("rollout", len(drawn) * params.n):
+            self.engines.begin(drawn, params)
+            try:
+                self._gather(found, drawn, params)
+            except BaseException:
+                self.engines.cancel()
+                raise
+        groups: list[tuple[Group, list[Verdict]]] = []
+        for (problem, draw), samples in zip(drawn, found, strict=True):
+            pairs = [samples[i] for i in range(params.n)]
+            groups.append((Group(problem, draw, tuple(r for r, _ in pairs)), [v for _, v in pairs]))
+            if keep is not None:
+                keep(*groups[-1])
+        return groups
+
+    def _gather(
+        self,
+        found: list[dict[int, tuple[Rollout, Verdict]]],
+        drawn: list[tuple[Problem, int]],
+        params: SamplingParams,
+    ) -> None:
+        missing = set(range(len(drawn)))
+        while missing:
+            self.stop.check()
+            for engine, report in self.engines.poll():
+                for result in report.results:
+                    samples, index = found[result.row], result.rollout.sample_index
+                    if index not in samples:  # a group that was given to another engine may come twice
+                        samples[index] = result.rollout, result.verdict
+                        self.view.advance()
+                    if len(samples) == params.n:
+                        missing.discard(result.row)
+                        engine.rows.discard(result.row)
+            self.engines.look_after()
+            held = {row for engine in self.engines.in_state("serving") for row in engine.rows}
+            if orphans := sorted(missing - held):
+                self.engines.give(orphans, drawn, params)

@@ -1,0 +1,187 @@
+"""`run.sync.WeightSync` of a cluster: the ranks bring the weights to all engines at once, and each engine proves it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+from ray.exceptions import GetTimeoutError, RayActorError, RayError
+
+from pekoe.core.cluster_config import ClusterSection
+from pekoe.core.errors import RunError
+from pekoe.core.types import Prompt, SamplingParams
+from pekoe.engine.transfer import Group
+from pekoe.run.cluster.engines import Engine, Engines
+from pekoe.run.cluster.nodes import Lost, get, reason
+from pekoe.run.cluster.trainer import ClusterTrainer
+from pekoe.run.sync import TOLERANCE, TOLERANCE_BF16, Checksum, Route, SyncReport
+
+_JOIN_LIMIT_S = 60.0
+_ATTEMPTS = 5
+
+
+class ClusterSync:
+    """See `WeightSync` for the proofs.
+
+    Args:
+        trainer: the ranks.
+        engines: those that serve, and those that came back, get the weights.
+        canary: sampled after each sync by every engine.
+        params: of the canary.
+        bf16: whether engines compute in bfloat16.
+        checksum_every: syncs from one comparison of all parameters to the next; the first two have one.
+        folder: for weights that go over the disk.
+    """
+
+    def __init__(
+        self,
+        trainer: ClusterTrainer,
+        engines: Engines,
+        section: ClusterSection,
+        canary: Prompt,
+        params: SamplingParams,
+        bf16: bool,
+        checksum_every: int,
+        folder: Path,
+    ) -> None:
+        self._folder = folder.resolve()
+        self._trainer, self._engines, self._section = trainer, engines, section
+        self._canary, self._params, self._limit = canary, params, TOLERANCE_BF16 if bf16 else TOLERANCE
+        self.route: Route = section.sync
+        self._checksum_every, self._count = checksum_every, 0
+        self._members: list[Any] = []  # actors of the group that is open, in order of rank
+        self._version = 0
+        self.num_bytes, self.send_s = 0, 0.0
+        engines.bring = self._catch_up
+
+    def __call__(self, version: int) -> SyncReport:
+        """Make all engines sample at `version`; RunError where one does not hold the trainer's weights."""
+        start = time.perf_counter()
+        self._version = version
+        self.num_bytes, self.send_s, diff = 0, 0.0, 0.0
+        due = self._count < 2 or self._count % self._checksum_every == 0
+        self._count += 1
+        for engine in self._engines.in_state("serving"):
+            engine.state = "stale"
+        while not self._engines.in_state("serving"):
+            if stale := self._engines.in_state("stale"):
+                diff = self._bring(stale, due)
+            else:
+                self._engines.look_after()  # RunError if none can come back
+                time.sleep(0.1)
+        checksum: Checksum = "equal" if due else "skipped"
+        return SyncReport(version, self.route, time.perf_counter() - start, self.num_bytes, diff, checksum)
+
+    def forget_group(self) -> None:
+        """The ranks are others."""
+        self._members = []
+
+    def _catch_up(self, engines: list[Engine]) -> None:
+        """Engines that came back get what the others have; the ranks have nothing else to do meanwhile."""
+        self._bring(engines, True)
+
+    def _bring(self, engines: list[Engine], look: bool) -> float:
+        """Send the weights; engines that hold them serve. Returns how far their canaries are off."""
+        for _ in range(_ATTEMPTS):
+            engines = [engine for engine in engines if engine.state == "stale"]
+            if not engines:
+                return 0.0
+            start = time.perf_counter()
+            if self._send(engines, look):
+                self.send_s += time.perf_counter() - start
+                return self._prove(engines, look)
+        raise RunError(f"weight sync: {_ATTEMPTS} attempts to bring version {self._version} to the engines failed")
+
+    def _send(self, engines: list[Engine], look: bool) -> bool:
+        """Whether all these engines took the weights. Those that died meanwhile are lost."""
+        limit, size = self._section.sync_limit_s, self._section.bucket_mib << 20
+        if self.route == "disk":
+            return self._by_disk(engines, look)
+        if not self._open(engines):
+            return False
+        coming = [engine.actor.receive.remote(self._version, size) for engine in engines]
+        going = [rank.send.remote(size, look) for rank in self._trainer.ranks]
+        sent, wrong = get(going, limit + _JOIN_LIMIT_S, "the ranks to send their weights")[0]
+        self.num_bytes += sent
+        good = self._settle(engines, coming, limit) and not wrong
+        if not good:
+            self._members = []  # a group that broke off is of no use
+        return good
+
+    def _by_disk(self, engines: list[Engine], look: bool) -> bool:
+        """As `_send`, over a directory that all nodes see."""
+        limit, place = self._section.sync_limit_s, self._folder / f"version-{self._version}"
+        self._folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self._trainer.call("save", limit, "the ranks to write their weights", str(place), look)
+            self.num_bytes += sum(file.stat().st_size for file in place.glob("*.safetensors"))
+            return self._settle(engines, [e.actor.load.remote(str(place), self._version) for e in engines], limit)
+        finally:
+            shutil.rmtree(place, ignore_errors=True)
+
+    def _open(self, engines: list[Engine]) -> bool:
+        """Join the first rank and these engines in a group, unless they are in one."""
+        members = [engine.actor for engine in engines]
+        if members == self._members:
+            return True
+        self._members = []
+        first = self._trainer.ranks[0]
+        host, port = get(first.meeting_point.remote(), _JOIN_LIMIT_S, "the first rank's address")
+        backend = "nccl" if self._section.training.gpus_per_rank else "gloo"
+        name = f"pekoe-{os.urandom(6).hex()}"
+        group = Group(name, host, port, 1 + len(engines), backend, min(_JOIN_LIMIT_S, self._section.sync_limit_s))
+        opening = first.join.remote(group)
+        joining = [engine.actor.join.remote(group, i) for i, engine in enumerate(engines, 1)]
+        good = self._settle(engines, joining, 2 * _JOIN_LIMIT_S)
+        try:
+            ray.get(opening, timeout=2 * _JOIN_LIMIT_S)
+        except RayActorError as error:
+            raise Lost(f"the first rank: {reason(error)}") from None
+        except (RayError, GetTimeoutError):
+            return False
+        if good:
+            self._members = members
+        return good
+
+    def _settle(self, engines: list[Engine], refs: list[Any], limit_s: float) -> bool:
+        """Wait for an answer of each engine; those that are dead, or give none, are lost."""
+        good, end = True, time.monotonic() + limit_s
+        for engine, ref in zip(engines, refs, strict=True):
+            try:
+                ray.get(ref, timeout=max(0.1, end - time.monotonic()))
+            except (RayActorError, GetTimeoutError) as error:
+                self._engines.lose(engine, f"weight sync: {reason(error)}")
+                good = False
+            except RayError:  # its group broke off, as another died
+                good = False
+        return good
+
+    def _prove(self, engines: list[Engine], look: bool) -> float:
+        """I4: version, canary, and where it is due every parameter. What proves true serves."""
+        limit, diffs = self._section.sync_limit_s, [0.0]
+        asked = [(engine.actor.probe.remote(self._canary, self._params), engine) for engine in engines]
+        prints = [engine.actor.fingerprints.remote() if look else None for engine in engines]
+        expected = get(self._trainer.ranks[0].seen.remote(), limit, "the trainer's fingerprints") if look else None
+        for (ref, engine), held in zip(asked, prints, strict=True):
+            try:
+                version, rollouts = ray.get(ref, timeout=limit)
+                same = held is None or ray.get(held, timeout=limit) == expected
+            except (RayError, GetTimeoutError) as error:
+                self._engines.lose(engine, f"weight sync: {reason(error)}")
+                continue
+            diff = float(np.max(self._trainer.call("difference", limit, "the canary's log-probs", rollouts)[0]))
+            if version != self._version or not diff <= self._limit:
+                raise RunError(
+                    f"weight sync: expected engine {engine.number} at version {self._version} with log-probs within "
+                    f"{self._limit} of the trainer's, got version {version} and {diff}"
+                )
+            if not same:
+                raise RunError(f"weight sync: engine {engine.number} holds other parameters than the trainer")
+            engine.state = "serving"
+            diffs.append(diff)
+        return float(np.max(diffs))
