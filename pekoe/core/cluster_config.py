@@ -21,12 +21,15 @@ class ParallelSection(Section):
 
 
 class GenerationSection(Section):
-    """The engines of a cluster. Each is one actor, on one node."""
+    """The engines of a cluster. Each is one actor, on one node, with weights of its own."""
 
     engines: int = Field(default=1, ge=1)
-    """How many. Each is an embedded engine with weights of its own."""
+    """How many, of the kind that engine.backend says."""
+    servers: int | None = Field(default=None, ge=0)
+    """How many of them are servers, where engine.backend names one: the last ones; the others are embedded engines.
+    Absent: all."""
     gpus_per_engine: int = Field(default=0, ge=0)
-    """GPUs of each; 0: it samples on a CPU."""
+    """GPUs of each; 0: it samples on a CPU. An embedded engine uses one; a server is told by engine.server.args."""
     cpus_per_engine: float = Field(default=1.0, gt=0)
     """CPU cores of each: Ray's measure for placement, and the threads of its torch."""
 
@@ -49,9 +52,12 @@ class ClusterSection(Section):
     """A Ray cluster that runs: "auto" (the one of this machine), or host:port. Absent: Ray is started here."""
     generation: GenerationSection = GenerationSection()
     training: TrainingSection = TrainingSection()
+    colocate: bool = False
+    """Engines and ranks take turns on the same devices: an engine gives back the memory of its weights and KV while
+    the ranks train. As many ranks on each engine's devices."""
     sync: Literal["broadcast", "disk"] = "broadcast"
-    """How weights reach engines: a torch.distributed group of the first rank and the engines (NCCL on GPU, gloo on
-    CPU), or a checkpoint in the run directory."""
+    """How weights reach engines: a torch.distributed group of the first rank and the engines (NCCL on GPU; gloo on
+    CPU, and with `colocate`), or a checkpoint in the run directory."""
     bucket_mib: int = Field(default=256, ge=1)
     """Weights are gathered, sent and loaded in pieces of this size, which overlap."""
     max_restarts: int = Field(default=3, ge=0)
@@ -73,4 +79,27 @@ class ClusterSection(Section):
                 f"cluster.training.ranks: expected a multiple of tp x cp x replicas = {split}, got {ranks}; "
                 f"nearest: {max(1, round(ranks / split)) * split}"
             )
+        engines, servers = self.generation.engines, self.generation.servers
+        if servers is not None and servers > engines:
+            raise ValueError(
+                f"cluster.generation.servers: expected at most cluster.generation.engines = {engines}, got {servers}; "
+                f"nearest: {engines}"
+            )
+        if self.colocate:
+            self._check_turns()
         return self
+
+    def _check_turns(self) -> None:
+        engines, ranks = self.generation.engines, self.training.ranks
+        if ranks % engines:
+            raise ValueError(
+                f"cluster.training.ranks: expected a multiple of cluster.generation.engines = {engines} with colocate "
+                f"(as many ranks on each engine's devices), got {ranks}; "
+                f"nearest: {max(1, round(ranks / engines)) * engines}"
+            )
+        theirs = ranks // engines * self.training.gpus_per_rank
+        if theirs != self.generation.gpus_per_engine:
+            raise ValueError(
+                f"cluster.generation.gpus_per_engine: expected the {theirs} GPUs of the {ranks // engines} ranks that "
+                f"take turns with an engine (colocate), got {self.generation.gpus_per_engine}; nearest: {theirs}"
+            )

@@ -11,13 +11,13 @@ import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
-from urllib.parse import urlsplit
 
 import tomli_w
 from pydantic import Field, ValidationError, model_validator
 
 from pekoe.core.cluster_config import ClusterSection, ParallelSection
 from pekoe.core.data_config import DataSection, ProblemSection, TemplateSection
+from pekoe.core.engine_config import EngineSection
 from pekoe.core.errors import UserError, nearest
 from pekoe.core.section import Section
 
@@ -62,89 +62,6 @@ class RolloutSection(Section):
     dynamic_rounds: int = Field(default=0, ge=0)
     """DAPO's dynamic sampling: groups all right or all wrong are dropped, and the missing ones drawn again, in at
     most this many further rounds; 0 is off."""
-
-
-class ServerSection(Section):
-    """Inference servers, started here (`python`) or running already (`urls`)."""
-
-    python: str | None = None
-    """The Python of the environment that SGLang or vLLM is installed in; starts `count` servers with it."""
-    urls: tuple[str, ...] = Field(default=(), strict=False)
-    """Servers that run already, http://host:port each; instead of `python`."""
-    count: int = Field(default=1, ge=1)
-    """Servers to start."""
-    gpus: tuple[str, ...] = Field(default=(), strict=False)
-    """CUDA_VISIBLE_DEVICES of each server to start, such as ["1", "2,3"]; not the trainer's with sync = "broadcast"."""
-    args: tuple[str, ...] = Field(default=(), strict=False)
-    """More arguments of the server's own command line, as they are."""
-    env: dict[str, str] = Field(default_factory=dict[str, str])
-    """More environment variables of the server."""
-    sync: Literal["disk", "shm", "broadcast"] = "disk"
-    """How weights reach a server: a checkpoint in the run directory, one in shared memory (same host), or a
-    torch.distributed group (NCCL on GPU, gloo on CPU)."""
-    checksum_every: int = Field(default=10, ge=1)
-    """Weight updates between two checksums over all parameters, where a server can give a true one; the first two
-    updates of a run always have one."""
-    during_update: Literal["abort", "keep"] = "keep"
-    """Responses in flight at a weight update: ended, or kept and gone on with under the new version."""
-    max_requests: int = Field(default=256, ge=1)
-    """Responses in flight at one server; more wait here."""
-    retries: int = Field(default=2, ge=0)
-    """How often a request is sent again after a transport error."""
-    start_limit_s: float = Field(default=900, gt=0)
-    """How long a server may take to start."""
-    request_limit_s: float = Field(default=3600, gt=0)
-    """How long one request may take."""
-    update_limit_s: float = Field(default=600, gt=0)
-    """How long a weight update, a pause or a flush may take."""
-
-    @model_validator(mode="after")
-    def _launched(self) -> ServerSection:
-        if self.gpus and len(self.gpus) != self.count:
-            raise ValueError(f"engine.server.gpus: expected one for each of {self.count} servers, got {len(self.gpus)}")
-        return self
-
-    @model_validator(mode="after")
-    def _addresses(self) -> ServerSection:
-        for url in self.urls:
-            try:
-                parts = urlsplit(url)
-                good = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-            except ValueError:  # a port that is no number
-                good = False
-            if not good:
-                raise ValueError(f"engine.server.urls: expected http://host:port, got {url!r}")
-        return self
-
-
-class EngineSection(Section):
-    backend: Literal["embedded", "sglang", "vllm"] = "embedded"
-    """embedded: in this process. sglang, vllm: servers, see `server`."""
-    server: ServerSection = ServerSection()
-    kv_tokens: int | None = Field(default=None, ge=16)
-    """Tokens that the KV cache holds. Absent: enough for max_running sequences of full length, within kv_gib."""
-    kv_gib: float = Field(default=2.0, gt=0)
-    """The most memory that the KV cache takes when kv_tokens is absent."""
-    block_tokens: int = Field(default=16, ge=1)
-    """Tokens of a KV block; prefixes are shared by whole blocks."""
-    max_running: int = Field(default=512, ge=1)
-    """Sequences that decode together."""
-    prefill_tokens: int = Field(default=8192, ge=1)
-    """Tokens of one forward: what the running sequences leave of it goes to chunks of waiting prompts."""
-
-    def kv_room(self, longest: int, bytes_per_token: int) -> int:
-        """Tokens that the KV cache holds, for sequences of at most `longest`."""
-        return self.kv_tokens or min(self.max_running * longest, int(self.kv_gib * 2**30 / bytes_per_token))
-
-    @model_validator(mode="after")
-    def _one_way(self) -> EngineSection:
-        server = self.server
-        if self.backend != "embedded" and (server.python is None) == (not server.urls):
-            raise ValueError(
-                f"engine.server: expected either python (start servers) or urls (use running ones) for "
-                f"engine.backend = {self.backend!r}, got {'both' if server.urls else 'neither'}"
-            )
-        return self
 
 
 Advantage = Literal["global", "grpo", "dr_grpo", "rloo"]
@@ -317,14 +234,47 @@ class RLConfig(TrainingConfig):
                 f"rollout.samples_per_prompt: expected at least 2 for algo.advantage = {algo.advantage!r} "
                 f"(a reward is compared with its group's), got {rollout.samples_per_prompt}"
             )
-        if self.cluster is not None and self.engine.backend != "embedded":
-            raise ValueError(
-                f"engine.backend: expected 'embedded' with a section cluster (servers take part in one-process runs "
-                f"alone, so far), got {self.engine.backend!r}"
-            )
+        if self.cluster is not None:
+            self._check_engines(self.cluster)
         if self.eval.every and self.eval.data is None:
             raise ValueError("eval.data: expected a problem file, as eval.every is set, got none")
         return self
+
+    def _check_engines(self, cluster: ClusterSection) -> None:
+        generation, server = cluster.generation, self.engine.server
+        if self.engine.backend == "embedded":
+            if generation.servers:
+                raise ValueError(
+                    f"cluster.generation.servers: expected 0 with engine.backend = 'embedded', got "
+                    f"{generation.servers}; nearest: 0, or engine.backend = 'vllm' or 'sglang'"
+                )
+            return
+        number = generation.engines if generation.servers is None else generation.servers
+        if server.urls and len(server.urls) != number:
+            raise ValueError(
+                f"engine.server.urls: expected one for each of the cluster's {number} servers, got {len(server.urls)}"
+            )
+        if server.count > 1 or server.gpus:
+            raise ValueError(
+                "engine.server: expected no count and no gpus with a section cluster, which says how many engines "
+                "there are (cluster.generation) and whose GPUs Ray gives out; leave them out"
+            )
+
+    def kind_of_engine(self, number: int) -> Literal["embedded", "sglang", "vllm"]:
+        """Of a cluster's engines, which kind one is."""
+        assert self.cluster is not None
+        generation = self.cluster.generation
+        servers = generation.engines if generation.servers is None else generation.servers
+        return self.engine.backend if number >= generation.engines - servers else "embedded"
+
+    def engine_config(self, number: int) -> RLConfig:
+        """This config as one of a cluster's engines should see it."""
+        assert self.cluster is not None
+        kind, server = self.kind_of_engine(number), self.engine.server
+        if kind != "embedded" and server.urls:
+            place = number - self.cluster.generation.engines
+            server = server.model_copy(update={"urls": (server.urls[place],)})
+        return self.model_copy(update={"engine": self.engine.model_copy(update={"backend": kind, "server": server})})
 
 
 class SFTSection(Section):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, cast
@@ -16,21 +16,18 @@ from urllib.parse import urlsplit
 
 import httpx
 
-from pekoe.core.config import ServerSection
+from pekoe.core.engine_config import ServerSection
 from pekoe.core.errors import RunError
 from pekoe.core.spec import ModelSpec
 from pekoe.core.types import FinishReason, Prompt, SamplingParams
 from pekoe.engine import transfer
+from pekoe.engine.fingerprints import Fingerprints, Prints, differing, prints_of
 from pekoe.engine.process import ServerProcess
 from pekoe.engine.transfer import Group, Tensors
 from pekoe.model import Decoder
 
 _CONNECT_LIMIT_S = 10.0
 _HEALTH_LIMIT_S = 10.0
-
-
-Fingerprints = Mapping[str, str | int]
-"""Of each parameter, by its name. Equal ones mean equal parameters."""
 
 
 class TransportError(Exception):
@@ -53,6 +50,7 @@ class Setup:
     max_running: int  # EngineSection.max_running
     dtype: str  # "float32" | "bfloat16"
     device: str  # "cpu" | "cuda"
+    releases: bool = False  # whether it will be asked to `release`
 
 
 @dataclass(eq=False, slots=True)
@@ -173,7 +171,7 @@ class Backend(ABC):
 
     @abstractmethod
     async def join_group(self, server: Server, group: Group) -> None:
-        """Make the server's workers join, as ranks 1 and up; rank 0 joins meanwhile."""
+        """Make the server's workers join, as ranks `group.first_rank` and up; the others join meanwhile."""
 
     def open_group(self, group: Group) -> Any:
         """Our end, rank 0. Runs in a thread while `join_group` runs."""
@@ -197,10 +195,15 @@ class Backend(ABC):
     async def finish_update(self, server: Server, version: int) -> None:
         """After the last `receive`: everything is there; tag it `version`."""
 
-    def expected(self, model: Decoder) -> Fingerprints | None:
-        """What `fingerprints` should say of a server that samples from `model`. None: it would speak of something
-        else."""
+    def prints(self) -> Prints | None:
+        """To be shown weights, and say what `fingerprints` should of a server that has them. None: it would speak of
+        something else."""
         return None
+
+    def expected(self, model: Decoder) -> Fingerprints | None:
+        """What `fingerprints` should say of a server that samples from `model`; None as in `prints`."""
+        prints = self.prints()
+        return None if prints is None else prints_of(model, prints)
 
     async def fingerprints(self, server: Server) -> Fingerprints | None:
         """Of every parameter that it samples from, over all its bits. None: it cannot tell."""
@@ -209,6 +212,14 @@ class Backend(ABC):
     async def part(self, server: Server, group: Group | None) -> None:
         """Leave an attached server as it may go on without us: not paused, and out of `group`."""
         await self.resume(server)
+
+    # Turns with a trainer on the same device
+
+    async def release(self, server: Server) -> None:  # noqa: B027
+        """Give back the memory of weights and KV. Called when nothing is in flight. A no-op on CPU."""
+
+    async def restore(self, server: Server) -> None:  # noqa: B027
+        """Take it again. The weights are nobody's until the next update."""
 
     # HTTP
 
@@ -262,7 +273,7 @@ async def compare(
         except TransportError as error:
             lose(server, str(error))
             continue
-        wrong = sorted(name for name, value in expected.items() if held is not None and held.get(name) != value)
+        wrong = [] if held is None else differing(expected, held)
         if wrong:
             more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
             tell(f"{server.url} holds other weights than it should in {', '.join(wrong[:3])}{more}")

@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from pekoe.core.config import EngineSection
+from pekoe.core.engine_config import EngineSection
 from pekoe.core.errors import RunError, UserError
 from pekoe.core.types import FinishReason, IntArray, Prompt, Rollout, SamplingParams
 from pekoe.engine.base import EngineStats, WeightSource, validate
@@ -53,6 +53,7 @@ class EmbeddedEngine:
         weights = next(model.parameters()).dtype
         kv_dtype = compute_dtype if compute_dtype is not torch.float32 else weights
         size = config.block_tokens
+        self._kv = spec, kv_dtype, size
         if config.kv_tokens:
             num_blocks = max(1, config.kv_tokens // size)
         else:
@@ -60,19 +61,24 @@ class EmbeddedEngine:
             num_blocks = max(1, min(config.max_running * -(-self._longest // size), affordable))
         self._capacity = num_blocks * size
         self._scheduler = Scheduler(num_blocks, size, config.max_running, config.prefill_tokens, self._longest)
-        self._graphs: DecodeGraphs | None = None  # of decoding forwards, on a GPU
-        if CPUCache.takes(spec, size, kv_dtype, self._device):
-            self._cache: CPUCache | KVCache = CPUCache(spec, num_blocks, size)
-        elif CUDACache.takes(spec, size, kv_dtype, self._device):
-            cache = CUDACache(spec, num_blocks, size, kv_dtype, self._device)
-            self._cache, self._graphs = cache, DecodeGraphs(model, cache, compute_dtype)
-        else:
-            self._cache = KVCache(spec, num_blocks, size, kv_dtype, self._device)
+        self._take_memory(model)
         self._take(model)
         self._stats = EngineStats()
-        self._generating = self._paused = self._closed = False
+        self._generating = self._paused = self._closed = self._released = False
         self._aborted: list[Sequence] = []
         self._lost = 0  # responses that closing ended
+
+    def _take_memory(self, model: Decoder) -> None:
+        spec, dtype, size = self._kv
+        num_blocks = self._capacity // size
+        self._graphs: DecodeGraphs | None = None  # of decoding forwards, on a GPU
+        if CPUCache.takes(spec, size, dtype, self._device):
+            self._cache: CPUCache | KVCache = CPUCache(spec, num_blocks, size)
+        elif CUDACache.takes(spec, size, dtype, self._device):
+            cache = CUDACache(spec, num_blocks, size, dtype, self._device)
+            self._cache, self._graphs = cache, DecodeGraphs(model, cache, self._dtype)
+        else:
+            self._cache = KVCache(spec, num_blocks, size, dtype, self._device)
 
     @property
     def version(self) -> int:
@@ -112,6 +118,8 @@ class EmbeddedEngine:
         if self._generating:
             raise RunError("the engine is generating already: exhaust or close the earlier iterator first")
         self._check_open()
+        if self._released:
+            raise RunError("the engine's memory is released: call restore() and update_weights() before going on")
         scheduler = self._scheduler
         self._generating = True
         try:
@@ -295,6 +303,22 @@ class EmbeddedEngine:
     def resume(self) -> None:
         self._paused = False
 
+    def release(self) -> None:
+        """See `Generator.release`; the weights are whoever's the model is."""
+        self._check_open()
+        if self._generating:
+            raise RunError("the engine is generating: its memory cannot be released")
+        self._scheduler.tree.flush()
+        self._graphs, self._sampled = None, self.model
+        self._released = True
+        del self._cache
+
+    def restore(self) -> None:
+        self._check_open()
+        if self._released:
+            self._released = False
+            self._take_memory(self.model)
+
     def health(self) -> bool:
         return not self._closed
 
@@ -311,7 +335,8 @@ class EmbeddedEngine:
             self._lost = len(self._scheduler.abort(None))
             self._graphs = None
             self._sampled = self.model
-            del self._cache
+            if not self._released:
+                del self._cache
 
     def _check_open(self) -> None:
         if self._closed:

@@ -12,31 +12,29 @@ import os
 import threading
 import time
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
 import httpx
 import torch
 
-from pekoe.core.config import EngineSection
+from pekoe.core.engine_config import EngineSection
 from pekoe.core.errors import RunError, UserError
 from pekoe.core.spec import ModelSpec
 from pekoe.core.types import Prompt, Rollout, SamplingParams
-from pekoe.engine import transfer
+from pekoe.engine import bring, transfer
 from pekoe.engine.backend import Backend, Server, Setup, TransportError, compare
 from pekoe.engine.base import EngineStats, WeightSource, validate
 from pekoe.engine.batch import Batch, Taken
-from pekoe.engine.loop import LoopThread, both, in_thread
+from pekoe.engine.bring import Bring
+from pekoe.engine.fingerprints import Fingerprints
+from pekoe.engine.loop import LoopThread, in_thread
 from pekoe.engine.process import ServerProcess, check_open_files, check_python, free_ports, wait_ready
-from pekoe.engine.transfer import Group
+from pekoe.engine.transfer import Group, Tensors
 from pekoe.model import Decoder
 
 _KEEP_ALIVE_S = 2.0  # shorter than any server's (uvicorn: 5 s), so that no request meets a closing connection
 _BYE_LIMIT_S = 5.0
-
-Bring = Callable[[int, Server], Coroutine[Any, Any, None]]
-"""Brings weights, as a version, to one server that is paused."""
 
 
 class RemoteEngine:
@@ -54,6 +52,7 @@ class RemoteEngine:
         threads: CPU threads of each launched server.
         on_event: told, in the event loop's thread, of every server that is lost or comes back. Must not block.
         asked: sampling that will be asked for; what servers cannot do raises UserError before any is started.
+        releases: whether `release` will be called.
     """
 
     backend_class: ClassVar[type[Backend]]
@@ -70,6 +69,7 @@ class RemoteEngine:
         threads: int | None = None,
         on_event: Callable[[str], None] = lambda _: None,
         asked: Sequence[SamplingParams] = (),
+        releases: bool = False,
     ) -> None:
         self._config = config.server
         self._spec, self._limit = spec, min(max_sequence_tokens, spec.max_positions)
@@ -77,9 +77,8 @@ class RemoteEngine:
         self._on_event = on_event
         kv_tokens = self._kv_tokens(config)
         self._limit = min(self._limit, kv_tokens or self._limit)
-        setup = Setup(
-            model, config.server, spec, self._limit, kv_tokens, config.max_running, dtype=dtype, device=device
-        )
+        limits = self._limit, kv_tokens, config.max_running
+        setup = Setup(model, config.server, spec, *limits, dtype=dtype, device=device, releases=releases)
         self._backend = self.backend_class(setup)
         for params in asked:
             self._backend.check_params(params)
@@ -349,16 +348,48 @@ class RemoteEngine:
         if isinstance(source, Path):
             if not (source / "config.json").is_file():
                 raise UserError(f"weight update: expected a Hugging Face model directory, got {source}")
-            self._loop.run(self._update(partial(self._load, source.resolve()), version))
+            self._loop.run(self._update(bring.from_disk(source.resolve()), version))
             return
         if source.spec != self._spec:
             raise UserError(f"weight update: expected a model of shape {self._spec}, got {source.spec}")
         if self._config.sync == "broadcast":
-            self._loop.run(self._update(partial(self._send, source), version))
+            self._loop.run(self._update(bring.by_broadcast(source), version))
             return
         parent = transfer.SHARED_MEMORY if self._config.sync == "shm" else self._log_dir.resolve() / "weights"
         with transfer.written(source, parent, getattr(torch, self._dtype)) as directory:
-            self._loop.run(self._update(partial(self._load, directory), version))
+            self._loop.run(self._update(bring.from_disk(directory), version))
+
+    def join(self, group: Group) -> None:
+        """Make the servers that serve, or may, members of a group whose rank 0 is another process; see `receive`."""
+        alive = [server for server in self._servers if server.state != "dead"]
+        self._loop.run(bring.join(self._backend, alive, group))
+
+    def receive(self, parts: Iterable[Tensors], version: int) -> None:
+        """As `update_weights`, of what rank 0 of the joined group broadcasts: these tensors, of which names, shapes and
+        dtypes are used."""
+        self._check_open()
+        self._loop.run(self._update(bring.from_group(parts), version))
+
+    @property
+    def num_workers(self) -> int:
+        """Processes of all servers that join a group."""
+        return sum(self._loop.run(self._backend.num_workers(server)) for server in self._servers)
+
+    def prove(self) -> Fingerprints | None:
+        """Fingerprints of what the one server holds. None: it cannot tell."""
+        (server,) = self._servers
+        return self._loop.run(self._backend.fingerprints(server))
+
+    def release(self) -> None:
+        """See `Generator.release`."""
+        self._check_open()
+        for server in self._servers:
+            self._loop.run(self._backend.release(server))
+
+    def restore(self) -> None:
+        self._check_open()
+        for server in self._servers:
+            self._loop.run(self._backend.restore(server))
 
     async def _update(self, bring: Bring, version: int) -> None:
         self._updating = True
@@ -388,7 +419,7 @@ class RemoteEngine:
         try:
             async with asyncio.timeout(limit):
                 await backend.pause(server, self._config.during_update)
-                await bring(version, server)
+                await bring(backend, server, version)
                 await backend.flush(server)
                 tag = await backend.version_of(server)
                 if tag != str(version):
@@ -408,35 +439,6 @@ class RemoteEngine:
             server.state, server.why = "serving", ""
             return ""
         return f"{server.url} is {server.state}: {server.why}"
-
-    async def _load(self, directory: Path, version: int, server: Server) -> None:
-        await self._backend.load_from_disk(server, directory, version)
-
-    async def _send(self, model: Decoder, version: int, server: Server) -> None:
-        backend = self._backend
-        if server.group is None:
-            server.group = await self._join(server)
-        group, handle = server.group
-        await backend.begin_update(server)
-        parts = transfer.buckets(model, dtype=getattr(torch, self._dtype))
-        while tensors := await in_thread(partial(next, parts, None)):
-            sending = asyncio.ensure_future(in_thread(backend.broadcast, handle, tensors))
-            await both(sending, backend.receive(server, group, tensors))
-        await backend.finish_update(server, version)
-
-    async def _join(self, server: Server) -> tuple[Group, Any]:
-        host = "127.0.0.1" if server.is_local else transfer.own_address(httpx.URL(server.url).host)
-        group = Group(
-            name=f"pekoe-{os.urandom(6).hex()}",  # a new name each time: a broken group's may still be taken
-            host=host,
-            port=free_ports(1)[0],
-            world_size=1 + await self._backend.num_workers(server),
-            backend="nccl" if self._device == "cuda" else "gloo",
-            limit_s=self._config.update_limit_s,
-        )
-        opening = asyncio.ensure_future(in_thread(self._backend.open_group, group))
-        await both(opening, self._backend.join_group(server, group))
-        return group, opening.result()
 
     def holds(self, model: Decoder) -> bool | None:
         """See `Generator.holds`; of every server that serves. What differs is told as an event."""

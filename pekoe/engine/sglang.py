@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,22 +26,21 @@ import torch
 
 from pekoe.core.errors import RunError, UserError
 from pekoe.core.types import FinishReason, Prompt, SamplingParams
-from pekoe.engine.backend import Answer, Backend, Fingerprints, Server, field
+from pekoe.engine.backend import Answer, Backend, Server, field
+from pekoe.engine.fingerprints import Fingerprints, Prints, prints_for
 from pekoe.engine.remote import RemoteEngine
 from pekoe.engine.sampling import sequence_key
 from pekoe.engine.transfer import Group, Tensors
-from pekoe.model import Decoder
 
 _CONTEXT_MARGIN = 8  # a prompt must be shorter than the context by 6, a response's end by 1
 _FLUSH_ATTEMPTS, _FLUSH_AGAIN_S = 25, 0.2
-_PADDED_TO = 64
 
 
 class SGLang(Backend):
     """SGLang's native API: token ids in, token ids out."""
 
     name = "SGLang"
-    seeded = False  # whether seeds decide, at every server so far
+    seeded = True  # whether seeds decide, at every server so far
 
     def command(self, port: int) -> tuple[list[str], dict[str, str]]:
         setup = self.setup
@@ -55,6 +53,8 @@ class SGLang(Backend):
         argv += ["--skip-tokenizer-init", "--skip-server-warmup", "--weight-version", "0"]
         if setup.kv_tokens is not None:
             argv += ["--max-total-tokens", str(max(setup.kv_tokens, context))]
+        if setup.releases and setup.device == "cuda":
+            argv += ["--enable-memory-saver"]
         env = {"HF_HUB_OFFLINE": "1"}
         if setup.device == "cpu":
             argv += ["--sleep-on-idle"]
@@ -133,7 +133,7 @@ class SGLang(Backend):
 
     async def set_version(self, server: Server, version: int) -> None:
         info = await self.get(server, "/server_info")
-        self.seeded = bool(field(server, info, "enable_deterministic_inference", bool))
+        self.seeded &= bool(field(server, info, "enable_deterministic_inference", bool))
         body = {"new_version": str(version), "abort_all_requests": False}
         _succeeded(server, await self.post(server, "/update_weight_version", body))
 
@@ -148,7 +148,7 @@ class SGLang(Backend):
         body = {
             "master_address": group.host,
             "master_port": group.port,
-            "rank_offset": 1,
+            "rank_offset": group.first_rank,
             "world_size": group.world_size,
             "group_name": group.name,
             "backend": group.backend,
@@ -179,19 +179,20 @@ class SGLang(Backend):
         if group is not None:
             await self.post(server, "/destroy_weights_update_group", {"group_name": group.name})
 
-    def expected(self, model: Decoder) -> Fingerprints | None:
-        """See `Backend.expected`. None on a GPU (another hash), and where SGLang pads: a vocabulary or intermediate
-        size that is no multiple of 64."""
-        spec, setup = model.spec, self.setup
-        if setup.device != "cpu" or spec.vocab_size % _PADDED_TO or spec.intermediate_size % _PADDED_TO:
-            return None
-        return parameter_hashes(model, getattr(torch, setup.dtype))
+    def prints(self) -> Prints | None:
+        return prints_for("sglang", self.setup.spec, getattr(torch, self.setup.dtype), self.setup.device)
 
     async def fingerprints(self, server: Server) -> Fingerprints | None:
         """By SGLang's names; on CPU, the first 8 bytes of SHA-256 of the values. None of split weights."""
         content = await self.post(server, "/weights_checker", {"action": "checksum"})
         ranks = field(server, content, "ranks", list)
         return dict(field(server, ranks[0], "checksums", dict)) if len(ranks) == 1 else None
+
+    async def release(self, server: Server) -> None:
+        await self.post(server, "/release_memory_occupation", {})
+
+    async def restore(self, server: Server) -> None:
+        await self.post(server, "/resume_memory_occupation", {})
 
 
 class SGLangEngine(RemoteEngine):
@@ -229,18 +230,6 @@ def parse_answer(content: Any) -> Answer:
     versions = [(int(span["version"]), int(span["start"])) for span in spans if span["start"] < span["end"]]
     cached = int(meta.get("cached_tokens", 0) if reason == "abort" else meta["cached_tokens"])
     return Answer(tokens, [float(entry[0]) for entry in entries], reason, versions, cached)
-
-
-def parameter_hashes(model: Decoder, dtype: torch.dtype) -> dict[str, str]:
-    """What `SGLang.fingerprints` should say of `model`: SGLang keeps q, k, v and gate, up as one parameter each."""
-    fused = {"q_proj": "qkv_proj", "k_proj": "qkv_proj", "v_proj": "qkv_proj"}
-    fused |= {"gate_proj": "gate_up_proj", "up_proj": "gate_up_proj"}
-    hashers: dict[str, Any] = {}
-    for name, parameter in model.named_parameters():  # q before k before v, gate before up, as they are joined
-        parts = [fused.get(part, part) for part in name.split(".")]
-        hasher = hashers.setdefault(".".join(parts), hashlib.sha256())
-        hasher.update(parameter.detach().to("cpu", dtype).contiguous().view(-1).view(torch.uint8).numpy())
-    return {name: hasher.hexdigest()[:16] for name, hasher in hashers.items()}
 
 
 def _succeeded(server: Server, content: Any) -> None:

@@ -42,6 +42,7 @@ class Group:
     world_size: int
     backend: Literal["gloo", "nccl"]
     limit_s: float
+    first_rank: int = 1  # of those that whoever is asked to join brings with it
 
 
 @contextmanager
@@ -126,5 +127,7 @@ def broadcast(handle: Any, tensors: Tensors) -> None:
         torch.cuda.synchronize()
 
 
-def close_group(handle: Any) -> None:
-    dist.destroy_process_group(handle)
+def close_group(handle: Any | None) -> None:
+    """None: the trainer's end is in another process."""
+    if handle is not None:
+        dist.destroy_process_group(handle)

@@ -20,15 +20,14 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, cast
 
 import torch
-from torch import Tensor
 
 from pekoe.core.errors import RunError, UserError
 from pekoe.core.types import Prompt, SamplingParams
-from pekoe.engine.backend import Answer, Backend, Fingerprints, Server, TransportError, field
+from pekoe.engine.backend import Answer, Backend, Server, TransportError, field
+from pekoe.engine.fingerprints import Fingerprints, Prints, prints_for
 from pekoe.engine.remote import RemoteEngine
 from pekoe.engine.sampling import sequence_key
 from pekoe.engine.transfer import Group, Tensors
-from pekoe.model import Decoder
 
 WORKER_DIR = Path(__file__).with_name("vllm_worker")
 EXTENSION, TRANSFER = "pekoe_vllm_gloo.Extension", "pekoe"
@@ -36,7 +35,6 @@ LOGPROBS = "processed_logprobs"  # the only ones at the sampling temperature
 MIN_TEMPERATURE = 0.01  # vLLM raises a lower one to this, and only logs it
 CPU_BLOCK_TOKENS = 32  # its default on CPU, 128, leaves short prompts unshared
 CPU_BATCH_TOKENS = 8192  # of one forward; whole prompts, so no less than the context
-PART_NUMBERS = 2**24  # fingerprinted at once: bounds the memory that it takes
 _RID_PREFIX = "generate-tokens-"  # vLLM's, before ours
 
 OURS = (
@@ -114,6 +112,8 @@ class VLLMBackend(Backend):
         if setup.device == "cpu":
             argv += ["--enforce-eager", "--block-size", str(CPU_BLOCK_TOKENS), "--no-enable-chunked-prefill"]
             argv += ["--max-num-batched-tokens", str(max(setup.max_sequence_tokens, CPU_BATCH_TOKENS))]
+        if setup.releases and setup.device == "cuda":
+            argv += ["--enable-sleep-mode"]
         if setup.kv_tokens:
             argv += ["--kv-cache-memory-bytes", str(self._kv_bytes(setup.kv_tokens))]
         env = {
@@ -236,7 +236,7 @@ class VLLMBackend(Backend):
         info = {
             "master_address": group.host,
             "master_port": group.port,
-            "rank_offset": 1,
+            "rank_offset": group.first_rank,
             "world_size": group.world_size,
             "group_name": group.name,
             "backend": group.backend,
@@ -269,18 +269,20 @@ class VLLMBackend(Backend):
         if group is not None:
             await self.post(server, "/shutdown_weight_transfer_engine")
 
-    def expected(self, model: Decoder) -> Fingerprints:
-        dtype = getattr(torch, self.setup.dtype)
-        expected = {name: fingerprint(p.detach().to(dtype)) for name, p in model.named_parameters()}
-        if model.spec.tied_embeddings:
-            expected["lm_head.weight"] = expected["model.embed_tokens.weight"]
-        return expected
+    def prints(self) -> Prints | None:
+        return prints_for("vllm", self.setup.spec, getattr(torch, self.setup.dtype), self.setup.device)
 
     async def fingerprints(self, server: Server) -> Fingerprints | None:
         """By names of a checkpoint, as the server's forward uses them now; costs a fraction of a forward over a long
         sequence. None where the weights are split between workers."""
         (answer, *_) = await self._rpc(server, "pekoe_fingerprints")
         return None if answer is None else {name: int(value) for name, value in answer.items()}
+
+    async def release(self, server: Server) -> None:
+        await self.post(server, "/sleep?level=1")
+
+    async def restore(self, server: Server) -> None:
+        await self.post(server, "/wake_up")
 
     async def _rpc(self, server: Server, method: str, **arguments: str) -> list[Any]:
         """Call a method of Pekoe's extension in every worker."""
@@ -312,21 +314,6 @@ def _read(server: Server, answer: Any) -> Answer:
             f"{reason!r} with {len(tokens)} tokens and {len(logprobs)} log-probs"
         )
     return Answer(tokens, logprobs, reason, spans, int(cached))
-
-
-def fingerprint(tensor: Tensor) -> int:
-    """The sum of bits(x_i) * (2 i + 1) modulo 2^64: exact, whatever the order of summation. -0 counts as 0.
-
-    `pekoe_vllm_gloo.fingerprint` is the same function on the server's side.
-    """
-    integer = {4: torch.int32, 2: torch.int16}[tensor.element_size()]
-    total, place = 0, 0
-    for part in tensor.detach().flatten().split(PART_NUMBERS):
-        bits = (part + 0.0).view(integer).to(torch.int64)
-        places = torch.arange(place, place + len(bits), device=bits.device, dtype=torch.int64)
-        total += int((bits * (2 * places + 1)).sum())
-        place += len(bits)
-    return total % 2**64
 
 
 class VLLMEngine(RemoteEngine):

@@ -22,13 +22,14 @@ from pekoe.core.config import (
     TrainSection,
 )
 from pekoe.core.errors import UserError
+from pekoe.core.spec import ModelSpec
 from pekoe.core.types import Problem, Prompt, SamplingParams
 from pekoe.core.view import View
-from pekoe.data.mix import gather_problems
+from pekoe.data.mix import DataReport, gather_problems
 from pekoe.data.order import DataOrder
 from pekoe.data.problems import read_problems
 from pekoe.data.tokenizer import Tokenizer
-from pekoe.engine import EmbeddedEngine, Generator, SGLangEngine, VLLMEngine
+from pekoe.engine import EmbeddedEngine, Generator, RemoteEngine, SGLangEngine, VLLMEngine
 from pekoe.model import Decoder, load_model
 from pekoe.run.control import Stop
 from pekoe.run.judging import make_judge
@@ -66,19 +67,23 @@ def prepare(run: ProcessSection, train: TrainSection | None = None) -> None:
     torch.set_num_threads(run.threads or max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 
 
+def open_tokenizer(model: ModelSection, spec: ModelSpec) -> Tokenizer:
+    tokenizer = Tokenizer.load(Path(model.path)).with_template(model.template)
+    if tokenizer.vocab_size > spec.vocab_size:
+        raise UserError(
+            f"{model.path}: expected a tokenizer of at most the model's {spec.vocab_size} tokens, "
+            f"got {tokenizer.vocab_size}"
+        )
+    return tokenizer
+
+
 def open_model(model: ModelSection) -> tuple[Decoder, Tokenizer, torch.dtype]:
     """Load weights and tokenizer; returns them with the dtype of the matrix products."""
     name = ("cuda" if torch.cuda.is_available() else "cpu") if model.device == "auto" else model.device
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("model.device: expected a CUDA device, found none on this machine; nearest: 'cpu'")
     decoder = load_model(model.path, torch.float32, name)
-    tokenizer = Tokenizer.load(Path(model.path)).with_template(model.template)
-    if tokenizer.vocab_size > decoder.spec.vocab_size:
-        raise UserError(
-            f"{model.path}: expected a tokenizer of at most the model's {decoder.spec.vocab_size} tokens, "
-            f"got {tokenizer.vocab_size}"
-        )
-    return decoder, tokenizer, getattr(torch, model.dtype)
+    return decoder, open_tokenizer(model, decoder.spec), getattr(torch, model.dtype)
 
 
 def open_problems(path: str, tokenizer: Tokenizer, max_prompt_tokens: int, skip: bool, view: View) -> list[Problem]:
@@ -103,8 +108,8 @@ def open_problems(path: str, tokenizer: Tokenizer, max_prompt_tokens: int, skip:
     return kept
 
 
-def check_context(model: Decoder, max_prompt_tokens: int, max_new_tokens: int) -> None:
-    longest, context = max_prompt_tokens + max_new_tokens, model.spec.max_positions
+def check_context(spec: ModelSpec, max_prompt_tokens: int, max_new_tokens: int) -> None:
+    longest, context = max_prompt_tokens + max_new_tokens, spec.max_positions
     if longest > context:
         raise UserError(
             f"context: expected prompt and response to fit the model's {context} positions, got max_prompt_tokens "
@@ -188,9 +193,27 @@ def open_engine(
         engine = EmbeddedEngine(model, section, longest, getattr(torch, config.model.dtype))
         view.say(f"KV cache: {engine.kv_bytes / 2**20:.0f} MiB for {engine.num_kv_tokens:,} tokens")
         return engine
+    threads = max(1, (config.run.threads or os.cpu_count() or 1) // (len(server.urls) or server.count))
+    device = next(model.parameters()).device.type
+    return open_servers(config, model.spec, device, threads, longest, asked, log_dir, view)
+
+
+def open_servers(
+    config: RLConfig | EvalConfig | CurateConfig,
+    spec: ModelSpec,
+    device: str,
+    threads: int,
+    longest: int,
+    asked: Sequence[SamplingParams],
+    log_dir: Path,
+    view: View,
+    releases: bool = False,
+) -> RemoteEngine:
+    """As `open_engine`, of servers; nothing of the model is loaded here. See `RemoteEngine`."""
+    section, server = config.engine, config.engine.server
     kind = {"sglang": SGLangEngine, "vllm": VLLMEngine}[section.backend]
     check_room(section.kv_tokens or longest, longest)  # before any is started
-    number, device = len(server.urls) or server.count, next(model.parameters()).device.type
+    number = len(server.urls) or server.count
     if device == "cuda" and not server.urls and server.count > 1 and not server.gpus:
         each = ", ".join(f'"{i}"' for i in range(number))
         raise UserError(
@@ -204,14 +227,15 @@ def open_engine(
     remote = kind(
         Path(config.model.path),
         section,
-        model.spec,
+        spec,
         longest,
         log_dir,
         config.model.dtype,
         device,
-        max(1, (config.run.threads or os.cpu_count() or 1) // number),
+        threads,
         on_event=view.say,
         asked=asked,
+        releases=releases,
     )
     if isinstance(remote, SGLangEngine) and not remote.seeded:
         view.say("SGLang runs without --enable-deterministic-inference: the same seed does not give the same tokens")
@@ -238,42 +262,60 @@ def make_trainer(config: RLConfig, model: Decoder, dtype: torch.dtype, layout: L
     )
 
 
-def build_rl(config: RLConfig, view: View, stop: Stop, stack: ExitStack) -> RLParts:
-    """Everything for `pekoe rl`. What must be closed is pushed on `stack`."""
-    only_one_process("rl")
-    prepare(config.run, config.train)
+@dataclass(frozen=True, slots=True)
+class Task:
+    """What an RL run trains on and is measured by, checked against the model."""
+
+    problems: list[Problem]
+    held_out: list[Problem]
+    report: DataReport
+    longest: int
+    """Tokens of the longest prompt with its response."""
+    asked: list[SamplingParams]
+    """Every kind of sampling that the engines will be asked for."""
+
+
+def open_task(config: RLConfig, spec: ModelSpec, tokenizer: Tokenizer, view: View) -> Task:
+    """Read the data of a recipe. UserError for what does not fit the model, or is not enough."""
     data, rollout = config.data, config.rollout
-    model, tokenizer, dtype = open_model(config.model)
     new_tokens = max(rollout.max_new_tokens, config.eval.max_new_tokens or 0)
-    check_context(model, data.max_prompt_tokens, new_tokens)
+    check_context(spec, data.max_prompt_tokens, new_tokens)
     problems, report = gather_problems(data, config.run.seed, tokenizer)
     for line in report.summary():
         view.say(line)
+    asked = [sampling(rollout, tokenizer, config.run.seed)]
     held_out: list[Problem] = []
     if config.eval.data and config.eval.every:
         held_out = open_problems(config.eval.data, tokenizer, data.max_prompt_tokens, data.skip_malformed, view)
+        asked.append(sampling_for(config.eval, config.eval.max_new_tokens or rollout.max_new_tokens, tokenizer, 0))
     if len(problems) < rollout.prompts_per_step:
         raise UserError(
             f"rollout.prompts_per_step: expected at most the {len(problems)} problems of an epoch, "
             f"got {rollout.prompts_per_step}"
         )
+    return Task(problems, held_out, report, data.max_prompt_tokens + new_tokens, asked)
+
+
+def build_rl(config: RLConfig, view: View, stop: Stop, stack: ExitStack) -> RLParts:
+    """Everything for `pekoe rl`. What must be closed is pushed on `stack`."""
+    only_one_process("rl")
+    prepare(config.run, config.train)
+    model, tokenizer, dtype = open_model(config.model)
+    task = open_task(config, model.spec, tokenizer, view)
     run = stack.enter_context(RunDir(config, (view.event,)))
-    if report.dropped:
-        report.write(run.path / "data.jsonl")
+    if task.report.dropped:
+        task.report.write(run.path / "data.jsonl")
     trainer = make_trainer(config, model, dtype)
-    longest = data.max_prompt_tokens + new_tokens
-    asked = [sampling(rollout, tokenizer, config.run.seed)]
-    if held_out:
-        asked.append(sampling_for(config.eval, config.eval.max_new_tokens or rollout.max_new_tokens, tokenizer, 0))
-    sampler = open_sampler(config, model, tokenizer, longest, asked, run.path / "logs", view, stop, stack)
+    logs = run.path / "logs"
+    sampler = open_sampler(config, model, tokenizer, task.longest, task.asked, logs, view, stop, stack)
     server = config.engine.server
     route = "alias" if config.engine.backend == "embedded" else server.sync
-    canary = Prompt("canary", 0, tokenizer.encode_prompt(problems[0].messages))
+    canary = Prompt("canary", 0, tokenizer.encode_prompt(task.problems[0].messages))
     return RLParts(
         config=config,
-        problems=problems,
-        held_out=held_out,
-        order=DataOrder([p.uid for p in problems], config.run.seed),
+        problems=task.problems,
+        held_out=task.held_out,
+        order=DataOrder([p.uid for p in task.problems], config.run.seed),
         tokenizer=tokenizer,
         trainer=trainer,
         sampler=sampler,

@@ -69,7 +69,7 @@ def run_curate(config: CurateConfig, view: View) -> Curated:
 def _sample(config: CurateConfig, problems: Sequence[Problem], view: View) -> list[Judged]:
     section, longest = config.curate, config.data.max_prompt_tokens + config.curate.max_new_tokens
     model, tokenizer, _ = open_model(config.model)
-    check_context(model, config.data.max_prompt_tokens, section.max_new_tokens)
+    check_context(model.spec, config.data.max_prompt_tokens, section.max_new_tokens)
     params = SamplingParams(
         n=section.samples,
         temperature=section.temperature,

@@ -96,7 +96,7 @@ def run_eval(config: EvalConfig, view: View) -> EvalResult:
     prepare(config.run)
     model, tokenizer, _ = open_model(config.model)
     new_tokens = config.eval.max_new_tokens or max(1, model.spec.max_positions - config.max_prompt_tokens)
-    check_context(model, config.max_prompt_tokens, new_tokens)
+    check_context(model.spec, config.max_prompt_tokens, new_tokens)
     sets = _open_sets(config, tokenizer, view)
     params = sampling_for(config.eval, new_tokens, tokenizer, config.run.seed)
     longest = config.max_prompt_tokens + new_tokens

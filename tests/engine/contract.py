@@ -345,6 +345,16 @@ class Contract:
         harness.assert_true(rollouts, {7: harness.model})
         assert {r.versions for r in rollouts.values()} == {((7, 0),)}
 
+    def test_memory_is_given_back_and_taken_again(self, harness: Harness, engine: Generator):
+        """For a trainer's turn on the same device; new weights follow."""
+        params = SamplingParams(n=4, max_new_tokens=12)
+        harness.collect(engine, [prompt("p", 70)], params)
+        for version, model in enumerate((harness.other, harness.model), 1):
+            engine.release()
+            engine.restore()
+            engine.update_weights(model, version)
+            harness.assert_true(harness.collect(engine, [prompt("p", 70)], params), {version: model})
+
     def test_an_update_in_flight_recomputes_kv_and_tags_versions(self, harness: Harness):
         """With little room, so that however long an update takes there is work left for the next."""
         with closing(harness.open(room=8)) as engine:

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 
-from pekoe.core.config import EngineSection
+from pekoe.core.engine_config import EngineSection
 from pekoe.engine import EmbeddedEngine
 from pekoe.engine.cpu import CPUCache
 from pekoe.model import Decoder

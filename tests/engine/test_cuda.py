@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 
-from pekoe.core.config import EngineSection
+from pekoe.core.engine_config import EngineSection
 from pekoe.core.spec import ModelSpec
 from pekoe.core.types import Prompt, Rollout, SamplingParams
 from pekoe.engine import EmbeddedEngine

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from pekoe.core.config import EngineSection
+from pekoe.core.engine_config import EngineSection
 from pekoe.core.errors import RunError, UserError
 from pekoe.core.types import Prompt, Rollout, SamplingParams
 from pekoe.engine import EmbeddedEngine, embedded

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pekoe.core.config import EngineSection
+from pekoe.core.engine_config import EngineSection
 from pekoe.core.errors import RunError, UserError
 from pekoe.core.types import Prompt, Rollout, SamplingParams
 from pekoe.engine.batch import Batch

@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 import torch
 
-from pekoe.core.config import ServerSection
+from pekoe.core.engine_config import ServerSection
 from pekoe.core.errors import RunError
 from pekoe.core.types import Prompt, SamplingParams
 from pekoe.engine.backend import Server, Setup
-from pekoe.engine.sglang import SGLang, parameter_hashes, parse_answer
+from pekoe.engine.fingerprints import SGLangPrints, prints_of
+from pekoe.engine.sglang import SGLang, parse_answer
 from pekoe.engine.transfer import Group
 from pekoe.model import Decoder
 
@@ -281,9 +282,9 @@ def test_hashes_have_the_servers_names(make_model: Callable[..., Decoder], recor
     real = recorded("weights_checker")["response"]["ranks"][0]["checksums"]
     names = {name for name in real if ".layers.0." in name or ".layers." not in name}
     model = make_model()
-    ours = parameter_hashes(model, torch.float32)
+    ours = prints_of(model, SGLangPrints(torch.float32))
     assert {name for name in ours if ".layers.0." in name or ".layers." not in name} == names
     with torch.no_grad():
         model.get_parameter("model.layers.1.self_attn.k_proj.weight")[0, 0] += 1e-6
-    changed = parameter_hashes(model, torch.float32)
+    changed = prints_of(model, SGLangPrints(torch.float32))
     assert {name for name in ours if ours[name] != changed[name]} == {"model.layers.1.self_attn.qkv_proj.weight"}

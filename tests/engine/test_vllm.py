@@ -15,14 +15,15 @@ import httpx
 import pytest
 import torch
 
-from pekoe.core.config import ServerSection
+from pekoe.core.engine_config import ServerSection
 from pekoe.core.errors import RunError, UserError
 from pekoe.core.spec import ModelSpec
 from pekoe.core.types import Prompt, SamplingParams
-from pekoe.engine import vllm
+from pekoe.engine import fingerprints, vllm
 from pekoe.engine.backend import Answer, Server, Setup, TransportError
+from pekoe.engine.fingerprints import fingerprint
 from pekoe.engine.transfer import Group
-from pekoe.engine.vllm import VLLMBackend, check_args, fingerprint
+from pekoe.engine.vllm import VLLMBackend, check_args
 
 SERVER = Server("http://127.0.0.1:1")
 Route = Callable[[httpx.Request], httpx.Response]
@@ -361,7 +362,7 @@ def test_both_sides_compute_the_same_fingerprint(monkeypatch: pytest.MonkeyPatch
     worker = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, "pekoe_vllm_gloo", worker)
     spec.loader.exec_module(worker)
-    monkeypatch.setattr(vllm, "PART_NUMBERS", 100)  # the parts make no difference
+    monkeypatch.setattr(fingerprints, "PART_NUMBERS", 100)  # the parts make no difference
     for dtype in (torch.float32, torch.bfloat16):
         tensor = torch.randn(33, 17).to(dtype)
         assert worker.fingerprint(tensor) == fingerprint(tensor)

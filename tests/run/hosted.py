@@ -10,8 +10,9 @@ import torch
 
 from pekoe.core.types import Prompt, SamplingParams
 from pekoe.engine import EmbeddedEngine
-from pekoe.engine.backend import Answer, Backend, Fingerprints, Server, Setup
-from pekoe.engine.sglang import SGLang, parameter_hashes
+from pekoe.engine.backend import Answer, Backend, Server, Setup
+from pekoe.engine.fingerprints import Fingerprints, SGLangPrints, prints_of
+from pekoe.engine.sglang import SGLang
 from pekoe.engine.transfer import Group, Tensors
 from pekoe.model import Decoder, load_model
 
@@ -97,7 +98,7 @@ class Hosted(Backend):
         self.take(server, model, version)
 
     def expected(self, model: Decoder) -> Fingerprints:
-        return parameter_hashes(model, torch.float32)
+        return prints_of(model, SGLangPrints(torch.float32))
 
     async def fingerprints(self, server: Server) -> Fingerprints:
-        return parameter_hashes(self.at(server).model, torch.float32)
+        return prints_of(self.at(server).model, SGLangPrints(torch.float32))

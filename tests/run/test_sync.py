@@ -15,7 +15,8 @@ import pytest
 import torch
 
 from pekoe.core import RLConfig, RunError, UserError
-from pekoe.core.config import EngineSection, OptimSection
+from pekoe.core.config import OptimSection
+from pekoe.core.engine_config import EngineSection
 from pekoe.core.journal import read_lines
 from pekoe.core.types import Prompt, Rollout, SamplingParams
 from pekoe.core.view import NoView

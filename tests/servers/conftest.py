@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from pekoe.core.config import EngineSection
+from pekoe.core.engine_config import EngineSection
 from pekoe.core.spec import ModelSpec
 from pekoe.engine.sglang import SGLangEngine
 from pekoe.model import Decoder, save_model

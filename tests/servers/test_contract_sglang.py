@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from pekoe.core.config import EngineSection
+from pekoe.core.engine_config import EngineSection
 from pekoe.engine.sglang import SGLangEngine
 from pekoe.model import Decoder, save_model
 from tests.engine.contract import Contract

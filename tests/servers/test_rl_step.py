@@ -1,10 +1,15 @@
-"""`pekoe rl` through real servers, by the command line: two steps on a tiny model, each proven; nothing is left."""
+"""`pekoe rl` through real servers, by the command line: a few steps on a tiny model, each proven; nothing is left."""
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import signal
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +18,7 @@ import pytest
 import tomli_w
 import torch
 
-from pekoe.core.config import EngineSection
+from pekoe.core.engine_config import EngineSection
 from pekoe.core.journal import read_lines
 from pekoe.core.types import Problem
 from pekoe.data.char_tokenizer import make_char_tokenizer
@@ -35,7 +40,7 @@ SHAPE = SGLANG_SHAPE | {"num_heads": 2, "num_kv_heads": 1, "head_dim": 32}
 def lay_out(tmp_path: Path, make_model: Callable[..., Decoder]) -> Callable[..., Path]:
     """Writes a model, problems and a recipe whose [engine] is the given one; returns the recipe."""
 
-    def write(engine: EngineSection, shape: dict[str, Any]) -> Path:
+    def write(engine: EngineSection, shape: dict[str, Any], **more: Any) -> Path:
         model = make_model(scale=2.0, **shape)
         model.assets = dict(make_char_tokenizer("0123456789+=\\{}boxed"))
         save_model(model, tmp_path / "model")
@@ -51,7 +56,7 @@ def lay_out(tmp_path: Path, make_model: Callable[..., Decoder]) -> Callable[...,
             "train": {"token_budget": 64},
             "verify": {"workers": 1, "random": True},
             "engine": engine.model_dump(exclude_none=True),
-        }
+        } | more
         (tmp_path / "rl.toml").write_text(tomli_w.dumps(recipe))
         return tmp_path / "rl.toml"
 
@@ -140,3 +145,62 @@ def test_vllm_launched_by_broadcast(lay_out: Callable[..., Path]):
     assert_proven(recipe, "broadcast")
     assert (recipe.parent / "run" / "logs" / "vllm-server-0.log").stat().st_size > 0
     assert_nothing_left(recipe)
+
+
+def cluster_of(ranks: int = 2, **more: Any) -> dict[str, Any]:
+    """A section `cluster` with an embedded engine and a server."""
+    return {"generation": {"engines": 2, "servers": 1}, "training": {"ranks": ranks}, **more}
+
+
+@pytest.mark.cluster
+def test_vllm_beside_an_embedded_engine_in_a_cluster(lay_out: Callable[..., Path]):
+    """Two ranks shard the weights; the server is killed in the middle of the run, and comes back."""
+    server = {"python": vllm_python(), "start_limit_s": START_LIMIT_S}
+    engine = EngineSection.model_validate({"backend": "vllm", "server": server, "kv_tokens": 4096})
+    recipe = lay_out(engine, SHAPE, cluster=cluster_of(), num_steps=2)
+    pekoe("rl", str(recipe))
+    assert_proven(recipe, "broadcast")
+    assert_both_sampled(recipe)
+    with open(recipe) as file:
+        longer = file.read().replace("num_steps = 2", "num_steps = 40")
+    recipe.write_text(longer)
+    killed = threading.Thread(target=kill_once_there, args=(b"vllm.entrypoints", recipe), daemon=True)
+    killed.start()
+    printed = pekoe("rl", str(recipe))
+    killed.join(1)
+    assert not killed.is_alive()
+    assert "engine 1 is lost" in printed
+    ledger = [(line["uid"], line["draw"]) for line in read_lines(recipe.parent / "run" / "ledger.jsonl")]
+    assert len(ledger) == len(set(ledger)) == 40 * 4
+    assert_nothing_left(recipe)
+
+
+@pytest.mark.cluster
+@pytest.mark.parametrize(("sync", "colocate"), [("broadcast", True), ("disk", False)])
+def test_sglang_beside_an_embedded_engine_in_a_cluster(
+    lay_out: Callable[..., Path], sglang_section: Callable[..., EngineSection], sync: str, colocate: bool
+):
+    recipe = lay_out(sglang_section(), SHAPE, cluster=cluster_of(sync=sync, colocate=colocate))
+    pekoe("rl", str(recipe))
+    assert_proven(recipe, sync)
+    assert_both_sampled(recipe)
+    assert_nothing_left(recipe)
+
+
+def assert_both_sampled(recipe: Path) -> None:
+    steps = [e for e in read_lines(recipe.parent / "run" / "journal.jsonl") if e["event"] == "step"]
+    assert {step["num_engines"] for step in steps} == {2}
+    assert all(step["idle_engines"] < 1 for step in steps)
+
+
+def kill_once_there(name: bytes, recipe: Path) -> None:
+    """Kill the server of this test's run, once it has sampled something."""
+    journal = recipe.parent / "run" / "journal.jsonl"
+    seen = journal.stat().st_size
+    while journal.stat().st_size < seen + 2000:
+        time.sleep(0.1)
+    for file in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            command = file.read_bytes()
+            if name in command and str(recipe.parent).encode() in command and b"keeper" not in command:
+                os.kill(int(file.parent.name), signal.SIGKILL)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from pekoe.core.config import EngineSection
+from pekoe.core.engine_config import EngineSection
 from pekoe.engine.vllm import VLLMEngine
 from pekoe.model import Decoder, save_model
 

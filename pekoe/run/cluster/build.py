@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, cast
 
 from pekoe.core.config import RLConfig
-from pekoe.core.errors import RunError, UserError
-from pekoe.core.types import Problem, Prompt, SamplingParams
+from pekoe.core.errors import RunError
+from pekoe.core.types import Prompt, SamplingParams
 from pekoe.core.view import View
-from pekoe.data.mix import gather_problems
 from pekoe.data.order import DataOrder
 from pekoe.data.tokenizer import Tokenizer
 from pekoe.model import read_spec
-from pekoe.run.build import RLParts, open_problems, sampling, sampling_for
+from pekoe.run.build import RLParts, open_task, open_tokenizer
+from pekoe.run.cluster.ahead import LogprobsAhead
 from pekoe.run.cluster.depot import Key, Stored
 from pekoe.run.cluster.engines import Engines
 from pekoe.run.cluster.nodes import Depots, Lost, connect, get
 from pekoe.run.cluster.sampler import ClusterSampler
 from pekoe.run.cluster.sync import ClusterSync
 from pekoe.run.cluster.trainer import ClusterStore, ClusterTrainer
+from pekoe.run.cluster.trainer_worker import Traffic
 from pekoe.run.control import Stop
 from pekoe.run.rl import run_rl
 from pekoe.run.rollout import RolloutLine
@@ -76,66 +78,83 @@ def run_cluster(config: RLConfig, view: View, stop: Stop) -> None:
 def build_cluster(config: RLConfig, view: View, stop: Stop, stack: ExitStack) -> RLParts:
     """Everything for `run_rl`. What must be closed is pushed on `stack`."""
     assert config.cluster is not None
-    section, data, rollout = config.cluster, config.data, config.rollout
+    section, rollout = config.cluster, config.rollout
     spec, _ = read_spec(Path(config.model.path))
-    tokenizer = Tokenizer.load(Path(config.model.path)).with_template(config.model.template)
-    problems, report = gather_problems(data, config.run.seed, tokenizer)
-    for line in report.summary():
-        view.say(line)
-    held_out: list[Problem] = []
-    if config.eval.data and config.eval.every:
-        held_out = open_problems(config.eval.data, tokenizer, data.max_prompt_tokens, data.skip_malformed, view)
-    longest = data.max_prompt_tokens + max(rollout.max_new_tokens, config.eval.max_new_tokens or 0)
-    if longest > spec.max_positions:
-        raise UserError(f"context: expected at most the model's {spec.max_positions} positions, got {longest}")
-    if len(problems) < rollout.prompts_per_step:
-        raise UserError(
-            f"rollout.prompts_per_step: expected at most the {len(problems)} problems of an epoch, "
-            f"got {rollout.prompts_per_step}"
-        )
+    tokenizer = open_tokenizer(config.model, spec)
+    task = open_task(config, spec, tokenizer, view)
     depots, limit_s = Depots(), section.step_limit_s
     run = stack.enter_context(ClusterRunDir(config, view, depots, ClusterStore(limit_s), limit_s))
-    if report.dropped:
-        report.write(run.path / "data.jsonl")
+    if task.report.dropped:
+        task.report.write(run.path / "data.jsonl")
     connect(section, view, stack)
-    asked = [sampling(rollout, tokenizer, config.run.seed)]
-    if held_out:
-        asked.append(sampling_for(config.eval, config.eval.max_new_tokens or rollout.max_new_tokens, tokenizer, 0))
-    engines = Engines(config, depots, longest, asked, view, stack)
     trainer = ClusterTrainer(config, spec, depots, stack)
-    trainer.start()
+    ahead: LogprobsAhead | None = None
+    if section.colocate:  # engines are told the ranks' devices
+        trainer.start()
+        shared = trainer.place, trainer.devices()
+        engines = Engines(config, depots, task.longest, task.asked, view, stack, shared)
+        trainer.take_turn = engines.release
+    else:
+        engines = Engines(config, depots, task.longest, task.asked, view, stack)
+        trainer.start()
+        if config.algo.proximal == "recompute":
+            ahead = LogprobsAhead(trainer, config.train.token_budget * section.training.ranks // section.training.tp)
     engines.wait_ready()
-    canary = Prompt("canary", 0, tokenizer.encode_prompt(problems[0].messages))
-    params = SamplingParams(
-        max_new_tokens=min(CANARY_TOKENS, longest - len(canary.tokens)), temperature=rollout.temperature, stream="eval"
-    )
+    canary = Prompt("canary", 0, tokenizer.encode_prompt(task.problems[0].messages))
+    room = min(CANARY_TOKENS, task.longest - len(canary.tokens))
+    params = SamplingParams(max_new_tokens=room, temperature=rollout.temperature, stream="eval")
     bf16, every = config.model.dtype == "bfloat16", config.engine.server.checksum_every
     sync = ClusterSync(trainer, engines, section, canary, params, bf16, every, run.path / "logs" / "weights")
     return RLParts(
         config=config,
-        problems=problems,
-        held_out=held_out,
-        order=DataOrder([p.uid for p in problems], config.run.seed),
+        problems=task.problems,
+        held_out=task.held_out,
+        order=DataOrder([p.uid for p in task.problems], config.run.seed),
         tokenizer=tokenizer,
         trainer=cast(Any, trainer),
-        sampler=cast(Any, ClusterSampler(engines, view, stop)),
+        sampler=cast(Any, ClusterSampler(engines, view, stop, ahead)),
         sync=cast(Any, sync),
         run=run,
         view=view,
         stop=stop,
-        measured=lambda: measured(trainer, sync, engines, depots),
+        measured=Account(trainer, sync, engines, depots, ahead).tell,
     )
 
 
-def measured(trainer: ClusterTrainer, sync: ClusterSync, engines: Engines, depots: Depots) -> dict[str, Any]:
+class Account:
     """What a step of a cluster has to tell beside the metrics."""
-    traffic, trainer.traffic = trainer.traffic, type(trainer.traffic)()
-    passed, depots.num_bytes = depots.num_bytes, 0
-    return {
-        "controller_bytes": passed,
-        "transfer_bytes": traffic.num_bytes,
-        "transfer_s": round(traffic.seconds, 4),
-        "sync_send_s": round(sync.send_s, 4),
-        "num_engines": len(engines.in_state("serving")),
-        "num_lost_engines": engines.num_lost,
-    }
+
+    def __init__(
+        self,
+        trainer: ClusterTrainer,
+        sync: ClusterSync,
+        engines: Engines,
+        depots: Depots,
+        ahead: LogprobsAhead | None,
+    ) -> None:
+        self._trainer, self._sync, self._engines = trainer, sync, engines
+        self._depots, self._ahead = depots, ahead
+        self._since = time.perf_counter()
+
+    def tell(self) -> dict[str, Any]:
+        """Since it was last asked: of an idle share, 1 is a step in which nobody of that role did anything."""
+        trainer, engines, depots = self._trainer, self._engines, self._depots
+        traffic, trainer.traffic = trainer.traffic, Traffic()
+        passed, depots.num_bytes = depots.num_bytes, 0
+        sampled_s, engines.busy_s = engines.busy_s, 0.0
+        now = time.perf_counter()
+        seconds, self._since = now - self._since, now
+        saved_s = 0.0
+        if self._ahead is not None:
+            saved_s, self._ahead.saved_s = self._ahead.saved_s, 0.0
+        return {
+            "controller_bytes": passed,
+            "transfer_bytes": traffic.num_bytes,
+            "transfer_s": round(traffic.seconds, 4),
+            "sync_send_s": round(self._sync.send_s, 4),
+            "overlap_saved_s": round(saved_s, 4),
+            "idle_engines": round(max(0.0, 1 - sampled_s / len(engines.all) / seconds), 4),
+            "idle_ranks": round(max(0.0, 1 - traffic.busy_s / len(trainer.ranks) / seconds), 4),
+            "num_engines": len(engines.in_state("serving")),
+            "num_lost_engines": engines.num_lost,
+        }

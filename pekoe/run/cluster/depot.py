@@ -20,7 +20,7 @@ from pekoe.run.rollout import RolloutLine
 from pekoe.run.state import write_lines
 
 Key = tuple[Any, ...]
-"""Of a rollout: (problem uid, draw, sample index); of log-probs: that, and which."""
+"""Of a rollout: (problem uid, draw, sample index, mark of the engine); of log-probs: that, and which."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,15 +19,12 @@ import torch
 
 from pekoe.core.config import RLConfig
 from pekoe.core.types import Payload, Problem, Prompt, Rollout, SamplingParams, Verdict
-from pekoe.core.view import NoView
 from pekoe.data.tokenizer import Tokenizer
-from pekoe.engine import EmbeddedEngine
-from pekoe.engine.transfer import Group, buckets, open_group
-from pekoe.engine.vllm import fingerprint
-from pekoe.model import load_model
-from pekoe.run.build import open_engine
+from pekoe.engine.fingerprints import Fingerprints
+from pekoe.engine.transfer import Group
 from pekoe.run.cluster.depot import Stored
-from pekoe.run.cluster.weights import receive, use_interface
+from pekoe.run.cluster.member import EmbeddedMember, Member, ServerMember
+from pekoe.run.cluster.weights import use_interface
 from pekoe.run.judging import make_judge
 
 _LOOK_S = 0.05  # between looks at verdicts that are awaited
@@ -50,7 +47,8 @@ class Report:
 
     batch: int
     results: tuple[Result, ...]
-    num_tokens: int  # sampled since it started: it lives
+    signs_of_life: int  # grows while it gets on
+    busy_s: float  # that it worked since it started
     error: str = ""
 
 
@@ -60,6 +58,7 @@ class EngineWorker:
     Args:
         config: the recipe.
         number: which of the engines.
+        mark: of this process, in the names of what it samples: two may sample the same prompt.
         node: of the depot.
         depot: of this node.
         longest: tokens of the longest prompt with its response.
@@ -67,7 +66,14 @@ class EngineWorker:
     """
 
     def __init__(
-        self, config: RLConfig, number: int, node: int, depot: Any, longest: int, asked: Sequence[SamplingParams]
+        self,
+        config: RLConfig,
+        number: int,
+        mark: int,
+        node: int,
+        depot: Any,
+        longest: int,
+        asked: Sequence[SamplingParams],
     ) -> None:
         assert config.cluster is not None
         self._config, self._number, self._node, self._depot = config, number, node, depot
@@ -77,10 +83,10 @@ class EngineWorker:
         use_interface(ray.util.get_node_ip_address())
         self._stack = ExitStack()
         self._tokenizer = Tokenizer.load(Path(config.model.path)).with_template(config.model.template)
-        self._model = load_model(config.model.path, torch.float32, device)
-        logs = Path(config.run.dir) / "logs" / f"engine-{number}"
-        self._engine = open_engine(config, self._model, longest, asked, logs, NoView())
-        self._stack.callback(self._engine.close)
+        logs = Path(config.run.dir).resolve() / "logs" / f"engine-{number}"
+        kind = EmbeddedMember if config.kind_of_engine(number) == "embedded" else ServerMember
+        self._member: Member = kind(config.engine_config(number), device, longest, asked, logs)
+        self._stack.callback(self._member.engine.close)
         each = max(1, config.verify.workers // generation.engines)
         self._judge = make_judge(config.verify.model_copy(update={"workers": each}), self._tokenizer, config.run.seed)
         self._stack.callback(self._judge.close)
@@ -88,12 +94,13 @@ class EngineWorker:
         self._told = threading.Condition()
         self._results: list[Result] = []
         self._error, self._batch = "", -1
-        self._group: tuple[Group, Any] | None = None
+        self._mark = mark
+        self._looks, self._busy_s, self._busy_since = 0, 0.0, 0.0
         threading.Thread(target=self._work, name="sampling", daemon=True).start()
 
-    def ready(self) -> int:
-        """Its process id, once everything is there."""
-        return os.getpid()
+    def ready(self) -> tuple[int, int]:
+        """Its process id, once everything is there, and how many members of the group for weights it is."""
+        return os.getpid(), self._member.num_workers
 
     # Sampling
 
@@ -114,11 +121,15 @@ class EngineWorker:
         with self._told:
             self._told.wait_for(lambda: self._results or self._error, limit_s)
             results, self._results = self._results, []
-            return Report(self._batch, tuple(results), self._engine.stats().num_decode_tokens, self._error)
+            batch, error = self._batch, self._error
+        life = self._looks + (0 if results else self._member.signs_of_life())
+        busy = self._busy_s + (time.monotonic() - self._busy_since if self._busy_since else 0.0)
+        return Report(batch, tuple(results), life, busy, error)
 
     def _work(self) -> None:
         while True:
             batch, drawn, params = self._jobs.get()
+            self._busy_since = time.monotonic()
             try:
                 self._sample(batch, drawn, params)
             except BaseException as error:  # told at the next poll: whatever it is, this engine serves no longer
@@ -126,12 +137,13 @@ class EngineWorker:
                     self._error = f"{type(error).__name__}: {error}"
                     self._told.notify_all()
                 return
+            self._busy_s, self._busy_since = self._busy_s + time.monotonic() - self._busy_since, 0.0
 
     def _sample(self, batch: int, drawn: list[tuple[int, Problem, int]], params: SamplingParams) -> None:
         rows = {(problem.uid, draw): (row, problem) for row, problem, draw in drawn}
         prompts = [Prompt(p.uid, draw, self._tokenizer.encode_prompt(p.messages)) for _, p, draw in drawn]
         awaited: Awaited = deque()
-        for rollout in self._engine.generate(prompts, params):
+        for rollout in self._member.engine.generate(prompts, params):
             if batch != self._batch:
                 return
             row, problem = rows[rollout.uid, rollout.draw]
@@ -141,6 +153,7 @@ class EngineWorker:
             end = time.monotonic() + self._judge.limit_s
             while not awaited[0][2].done():
                 assert time.monotonic() < end, "the judge pool does not answer"
+                self._looks += 1
                 time.sleep(_LOOK_S)
             self._deliver(batch, awaited, params)
 
@@ -150,7 +163,7 @@ class EngineWorker:
         values: dict[Any, Payload] = {}
         while awaited and awaited[0][2].done():
             row, rollout, verdict = awaited.popleft()
-            key = rollout.uid, rollout.draw, rollout.sample_index
+            key = rollout.uid, rollout.draw, rollout.sample_index, self._mark
             values[key] = rollout.payload.resolve()
             done.append(Result(row, replace(rollout, payload=Stored(self._node, key)), verdict.result()))
         if not done:
@@ -164,34 +177,26 @@ class EngineWorker:
 
     # Weights
 
-    def join(self, group: Group, rank: int) -> None:
-        """Become a member of the group by which weights come."""
-        if self._group is not None:
-            torch.distributed.destroy_process_group(self._group[1])
-        self._group = group, open_group(group, rank)
+    def join(self, group: Group) -> None:
+        self._member.join(group)
 
     def receive(self, version: int, max_bytes: int) -> None:
-        """Take the weights that the first rank sends meanwhile."""
-        assert self._group is not None
-        assert isinstance(self._engine, EmbeddedEngine)
-        receive(self._group[1], buckets(self._model, max_bytes))
-        self._engine.update_weights(self._model, version)
+        self._member.receive(version, max_bytes)
 
     def load(self, directory: str, version: int) -> None:
-        """Take the weights of a Hugging Face directory."""
-        self._engine.update_weights(Path(directory), version)
-        if isinstance(self._engine, EmbeddedEngine):
-            self._model = self._engine.model
+        self._member.load(Path(directory), version)
 
     def probe(self, canary: Prompt, params: SamplingParams) -> tuple[int, list[Rollout]]:
         """Its version, and a short response, tokens and all."""
-        return self._engine.version, list(self._engine.generate([canary], params))
+        return self._member.engine.version, self._member.probe(canary, params)
 
-    def fingerprints(self) -> dict[str, int]:
-        """Of every parameter that it samples from."""
-        assert self._engine.holds(self._model), "packed copies of the weights differ from them"
-        return {name: fingerprint(parameter.detach()) for name, parameter in self._model.named_parameters()}
+    def fingerprints(self) -> Fingerprints | None:
+        return self._member.fingerprints()
 
-    def close(self) -> None:
-        self.cancel()
-        self._stack.close()
+    # Turns with the ranks of the same devices
+
+    def release(self) -> None:
+        self._member.release()
+
+    def restore(self) -> None:
+        self._member.restore()

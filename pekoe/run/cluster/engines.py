@@ -10,13 +10,15 @@ from typing import Any, Literal
 
 import ray
 from ray.exceptions import RayError
+from ray.util.placement_group import PlacementGroup
 
 from pekoe.core.config import RLConfig
 from pekoe.core.errors import RunError
 from pekoe.core.types import Problem, SamplingParams
 from pekoe.core.view import View
+from pekoe.engine.fingerprints import Kind
 from pekoe.run.cluster.engine_worker import EngineWorker, Report
-from pekoe.run.cluster.nodes import Depots, Lost, engine_bundles, node_of, place, reason, within
+from pekoe.run.cluster.nodes import Depots, engine_bundles, node_of, place, reason, within
 
 POLL_S = 2.0
 _MAX_FAILURES = 3  # of one engine in a row to start, after which it is given up
@@ -27,7 +29,10 @@ class Engine:
     """One engine. `starting` until its process is ready, `stale` until it has the current weights, then `serving`."""
 
     number: int
-    group: Any
+    kind: Kind
+    place: PlacementGroup
+    bundle: int  # of the placement group
+    devices: str | None = None  # CUDA_VISIBLE_DEVICES, where they are its ranks' (colocate)
     actor: Any = None
     state: Literal["starting", "stale", "serving", "gone"] = "starting"
     starting: Any = None  # reference that is ready once the process is
@@ -36,8 +41,11 @@ class Engine:
     rows: set[int] = field(default_factory=set[int])  # of the batch, not finished
     polled: Any = None
     heard: float = 0.0  # when it last got on
-    num_tokens: int = -1
+    signs_of_life: int = -1
+    busy_s: float = 0.0  # as it said last; `Engines.busy_s` is the sum over all that ever were
+    resting: bool = False  # its memory is the ranks'
     pid: int = 0
+    num_workers: int = 1
 
 
 class Engines:
@@ -49,6 +57,7 @@ class Engines:
         longest: tokens of the longest prompt with its response.
         asked: every kind of sampling that they will be asked for.
         view: hears of every engine that is lost or comes back.
+        shared: where engines and ranks take turns: the ranks' placement, and the devices of each of its bundles.
     """
 
     def __init__(
@@ -59,18 +68,22 @@ class Engines:
         asked: Sequence[SamplingParams],
         view: View,
         stack: ExitStack,
+        shared: tuple[PlacementGroup, list[str]] | None = None,
     ) -> None:
         assert config.cluster is not None
         self._config, self._section, self._depots, self._view = config, config.cluster, depots, view
         self._longest, self._asked = longest, list(asked)
         self._batch = 0
-        self.num_lost = 0
+        self.num_lost, self.busy_s, self._num_started = 0, 0.0, 0
         self.bring: Callable[[list[Engine]], None] = lambda _: None  # gives engines the current weights (see `sync`)
         limit = self._section.start_limit_s
-        self.all = [
-            Engine(i, place([bundle], "PACK", f"engine {i}", limit, stack))
-            for i, bundle in enumerate(engine_bundles(self._section))
-        ]
+        self.all: list[Engine] = []
+        for i, bundle in enumerate(engine_bundles(self._section)):
+            kind = config.kind_of_engine(i)
+            if shared is not None:
+                self.all.append(Engine(i, kind, shared[0], i, shared[1][i]))
+            else:
+                self.all.append(Engine(i, kind, place([bundle], "PACK", f"engine {i}", limit, stack), 0))
         stack.callback(self.close)
         for engine in self.all:
             self._start(engine)
@@ -80,26 +93,29 @@ class Engines:
 
     def _start(self, engine: Engine) -> None:
         one = self._section.generation
-        number, depot = self._depots.on(node_of(engine.group, 0))
+        number, depot = self._depots.on(node_of(engine.place, engine.bundle))
+        self._num_started += 1
+        seen = {} if engine.devices is None else {"CUDA_VISIBLE_DEVICES": engine.devices}
         engine.actor = (
             ray.remote(EngineWorker)
             .options(
                 num_cpus=one.cpus_per_engine,
-                num_gpus=engine.group.bundle_specs[0].get("GPU", 0),
-                scheduling_strategy=within(engine.group, 0),
+                num_gpus=0 if engine.devices is not None else one.gpus_per_engine,
+                runtime_env={"env_vars": seen},
+                scheduling_strategy=within(engine.place, engine.bundle),
                 max_concurrency=4,
             )
-            .remote(self._config, engine.number, number, depot, self._longest, self._asked)
+            .remote(self._config, engine.number, self._num_started, number, depot, self._longest, self._asked)
         )
         engine.state, engine.starting, engine.since = "starting", engine.actor.ready.remote(), time.monotonic()
-        engine.polled, engine.num_tokens = None, -1
+        engine.polled, engine.signs_of_life, engine.busy_s, engine.resting = None, -1, 0.0, False
 
     def wait_ready(self) -> None:
         """Until all have started; an engine that does not, stops the run before it begins."""
         for engine in self.all:
             left = self._section.start_limit_s - (time.monotonic() - engine.since)
             try:
-                engine.pid = ray.get(engine.starting, timeout=max(1.0, left))
+                engine.pid, engine.num_workers = ray.get(engine.starting, timeout=max(1.0, left))
             except (RayError, TimeoutError) as error:
                 cause = getattr(error, "cause", None)
                 if isinstance(cause, (RunError, ValueError)):
@@ -112,7 +128,7 @@ class Engines:
         for engine in self.in_state("starting"):
             if ray.wait([engine.starting], timeout=0)[0]:
                 try:
-                    engine.pid = ray.get(engine.starting)
+                    engine.pid, engine.num_workers = ray.get(engine.starting)
                     engine.state, engine.failures = "stale", 0
                 except RayError as error:
                     self.lose(engine, f"did not start: {reason(error)}")
@@ -131,6 +147,7 @@ class Engines:
         self._view.say(f"engine {engine.number} is lost: {why}")
         self.num_lost += 1
         engine.failures += engine.state == "starting"
+        engine.rows.clear()  # others take them
         ray.kill(engine.actor)
         if engine.failures >= _MAX_FAILURES:
             engine.state = "gone"
@@ -143,14 +160,16 @@ class Engines:
         """Give a batch to the engines that serve; returns its number."""
         self._batch += 1
         self.look_after()
+        for engine in self.all:
+            engine.rows.clear()
         self.give(list(range(len(drawn))), drawn, params)
         return self._batch
 
-    def give(self, rows: list[int], drawn: list[tuple[Problem, int]], params: SamplingParams) -> list[int]:
-        """Share rows out to the engines that serve, evenly by what they have. Returns rows that nobody took."""
+    def give(self, rows: list[int], drawn: list[tuple[Problem, int]], params: SamplingParams) -> None:
+        """Share rows out to the engines that serve, evenly by what they have. Where none does, nobody has them yet."""
         serving = self.in_state("serving")
         if not serving:
-            return rows
+            return
         shares: dict[int, list[int]] = {engine.number: [] for engine in serving}
         for row in rows:
             least = min(serving, key=lambda engine: (len(engine.rows), engine.number))
@@ -162,7 +181,6 @@ class Engines:
                 asked = [(row, *drawn[row]) for row in some]
                 self._depots.count(asked)
                 engine.actor.sample.remote(self._batch, asked, params)
-        return []
 
     def poll(self) -> list[tuple[Engine, Report]]:
         """What engines with work have finished. Loses those that died, broke off, or are silent for too long."""
@@ -186,8 +204,10 @@ class Engines:
                 if report.error:
                     self.lose(engine, report.error)
                     continue
-                if report.results or report.num_tokens != engine.num_tokens:
-                    engine.heard, engine.num_tokens = time.monotonic(), report.num_tokens
+                if report.results or report.signs_of_life != engine.signs_of_life:
+                    engine.heard, engine.signs_of_life = time.monotonic(), report.signs_of_life
+                self.busy_s += report.busy_s - engine.busy_s
+                engine.busy_s = report.busy_s
                 self._depots.count(report)
                 if report.batch == self._batch:
                     reports.append((engine, report))
@@ -200,10 +220,28 @@ class Engines:
             engine.rows.clear()
             engine.actor.cancel.remote()
 
+    # Turns
+
+    def release(self) -> None:
+        """Give the devices to the ranks. An engine that does not let go is lost."""
+        awake = [engine for engine in self.in_state("serving") if not engine.resting]
+        self._turn("release", awake, True)
+
+    def restore(self) -> None:
+        """Take them back; weights must be brought before anything is sampled."""
+        self._turn("restore", [engine for engine in self.all if engine.resting], False)
+
+    def _turn(self, method: str, engines: list[Engine], resting: bool) -> None:
+        end = time.monotonic() + self._section.sync_limit_s
+        refs = [getattr(engine.actor, method).remote() for engine in engines]
+        for engine, ref in zip(engines, refs, strict=True):
+            try:
+                ray.get(ref, timeout=max(0.1, end - time.monotonic()))
+                engine.resting = resting
+            except (RayError, TimeoutError) as error:
+                self.lose(engine, f"{method}: {reason(error)}")
+
     def close(self) -> None:
         for engine in self.all:
             if engine.actor is not None:
                 ray.kill(engine.actor)
-
-
-__all__ = ["Engine", "Engines", "Lost"]

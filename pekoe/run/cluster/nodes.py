@@ -6,7 +6,7 @@ import logging
 import os
 import pickle
 from contextlib import ExitStack
-from typing import Any, TypeVar
+from typing import Any
 
 import ray
 import torch
@@ -19,9 +19,7 @@ from pekoe.core.errors import RunError, UserError
 from pekoe.core.view import View
 from pekoe.run.cluster.depot import Depot
 
-T = TypeVar("T")
 _LOCAL_STORE_BYTES = 512 << 20
-_DEPOT_LIMIT_S = 60.0
 Bundle = dict[str, float]
 
 
@@ -53,7 +51,11 @@ def plan(section: ClusterSection, view: View) -> list[str]:
             connect(section, view, stack)
             free = {node["NodeManagerAddress"]: dict(node["Resources"]) for node in live_nodes()}
     placed: dict[str, list[str]] = {name: [] for name in free}
-    for kind, bundles in (("engine", engine_bundles(section)), ("rank", rank_bundles(section))):
+    if section.colocate:
+        kinds = (("engine with its ranks", shared_bundles(section)),)
+    else:
+        kinds = (("engine", engine_bundles(section)), ("rank", rank_bundles(section)))
+    for kind, bundles in kinds:
         for number, bundle in enumerate(bundles):
             fitting = [n for n, has in free.items() if all(has.get(k, 0.0) >= v for k, v in bundle.items())]
             if not fitting:
@@ -73,7 +75,7 @@ def plan(section: ClusterSection, view: View) -> list[str]:
 
 def _local_cores(section: ClusterSection) -> int:
     """Ray's count for this machine: more processes than cores are slow, but right."""
-    needed = sum(bundle["CPU"] for bundle in (*engine_bundles(section), *rank_bundles(section)))
+    needed = sum(bundle["CPU"] for bundle in (*engine_bundles(section), *rank_bundles(section)))  # shared: as many
     return max(os.cpu_count() or 1, int(needed + 0.999))
 
 
@@ -86,6 +88,13 @@ def engine_bundles(section: ClusterSection) -> list[Bundle]:
 def rank_bundles(section: ClusterSection) -> list[Bundle]:
     one = section.training
     return [_bundle(one.cpus_per_rank, one.gpus_per_rank)] * one.ranks
+
+
+def shared_bundles(section: ClusterSection) -> list[Bundle]:
+    """What each engine takes with the ranks that have the same devices in turn."""
+    engine, rank = section.generation, section.training
+    each = rank.ranks // engine.engines
+    return [_bundle(engine.cpus_per_engine + each * rank.cpus_per_rank, engine.gpus_per_engine)] * engine.engines
 
 
 def _bundle(cpus: float, gpus: float) -> Bundle:

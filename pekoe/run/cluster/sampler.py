@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from pekoe.core.types import Group, Problem, Rollout, SamplingParams, Verdict
+from pekoe.core.types import Group, Problem, Rollout, SampleRef, SamplingParams, Verdict
 from pekoe.core.view import View
+from pekoe.run.cluster.ahead import LogprobsAhead
 from pekoe.run.cluster.engines import Engines
 from pekoe.run.control import Clock, Stop
 
@@ -18,6 +19,7 @@ class ClusterSampler:
     engines: Engines
     view: View
     stop: Stop
+    ahead: LogprobsAhead | None = None
 
     def __call__(
         self,
@@ -30,8 +32,9 @@ class ClusterSampler:
         found: list[dict[int, tuple[Rollout, Verdict]]] = [{} for _ in drawn]
         with clock("rollout", len(drawn) * params.n):
             self.engines.begin(drawn, params)
+            ahead = self.ahead if params.stream == "train" else None
             try:
-                self._gather(found, drawn, params)
+                self._gather(found, drawn, params, ahead)
             except BaseException:
                 self.engines.cancel()
                 raise
@@ -48,8 +51,11 @@ class ClusterSampler:
         found: list[dict[int, tuple[Rollout, Verdict]]],
         drawn: list[tuple[Problem, int]],
         params: SamplingParams,
+        ahead: LogprobsAhead | None,
     ) -> None:
         missing = set(range(len(drawn)))
+        if ahead is not None:
+            ahead.begin()
         while missing:
             self.stop.check()
             for engine, report in self.engines.poll():
@@ -59,9 +65,19 @@ class ClusterSampler:
                         samples[index] = result.rollout, result.verdict
                         self.view.advance()
                     if len(samples) == params.n:
-                        missing.discard(result.row)
                         engine.rows.discard(result.row)
+                        if ahead is not None and result.row in missing:
+                            rollouts = [samples[i][0] for i in range(params.n)]
+                            ahead.add(result.row, [sample_of(r, result.row) for r in rollouts if r.num_tokens])
+                        missing.discard(result.row)
             self.engines.look_after()
             held = {row for engine in self.engines.in_state("serving") for row in engine.rows}
             if orphans := sorted(missing - held):
                 self.engines.give(orphans, drawn, params)
+        if ahead is not None:
+            ahead.end()
+
+
+def sample_of(rollout: Rollout, row: int) -> SampleRef:
+    """As what its log-probs are computed of: they do not depend on the reward."""
+    return SampleRef(rollout.num_prompt_tokens, rollout.num_tokens, rollout.payload, 0.0, row, rollout.sample_index)

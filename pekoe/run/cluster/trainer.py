@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, cast
@@ -11,12 +11,22 @@ import ray
 
 from pekoe.core.config import RLConfig
 from pekoe.core.spec import ModelSpec
-from pekoe.core.types import AnySample
-from pekoe.run.cluster.depot import Stored
-from pekoe.run.cluster.nodes import Depots, get, node_of, place, rank_bundles, within
+from pekoe.core.types import AnySample, SampleRef
+from pekoe.run.cluster.depot import Key, Stored
+from pekoe.run.cluster.nodes import Depots, get, node_of, place, rank_bundles, shared_bundles, within
 from pekoe.run.cluster.trainer_worker import Traffic, TrainerWorker
 from pekoe.train import StepStats
 from pekoe.train.trainer import Objective, Share, share_out
+
+Asked = tuple[list[Share], list[Any]]
+"""Shares, and the references of what each rank will answer."""
+
+
+def key_of(sample: AnySample) -> Key:
+    """Of the rollout that a sample is made of."""
+    assert isinstance(sample, SampleRef)
+    assert isinstance(sample.payload, Stored)
+    return sample.payload.key
 
 
 class ClusterTrainer:
@@ -34,8 +44,12 @@ class ClusterTrainer:
         assert config.cluster is not None
         self._config, self._cluster, self._section = config, config.cluster, config.cluster.training
         self._spec, self._depots = spec, depots
-        limit = self._cluster.start_limit_s
-        self._place = place(rank_bundles(self._cluster), "SPREAD", "the training ranks", limit, stack)
+        limit, shared = self._cluster.start_limit_s, self._cluster.colocate
+        bundles = (shared_bundles if shared else rank_bundles)(self._cluster)
+        self.place = place(bundles, "SPREAD", "the training ranks", limit, stack)
+        self._ranks_each = self._section.ranks // len(bundles)
+        self.take_turn: Callable[[], None] = lambda: None  # called before the ranks compute
+        self._ahead: dict[Key, Stored] = {}  # log-probs that are there already, by the rollout's key
         self.ranks: list[Any] = []
         self.pids: list[int] = []
         self.traffic = Traffic()
@@ -51,9 +65,9 @@ class ClusterTrainer:
             self.ranks.append(
                 worker.options(
                     num_cpus=one.cpus_per_rank,
-                    num_gpus=self._place.bundle_specs[rank].get("GPU", 0),
-                    scheduling_strategy=within(self._place, rank),
-                ).remote(self._config, rank, *self._depots.on(node_of(self._place, rank)))
+                    num_gpus=one.gpus_per_rank,
+                    scheduling_strategy=within(self.place, rank // self._ranks_each),
+                ).remote(self._config, rank, *self._depots.on(node_of(self.place, rank // self._ranks_each)))
             )
         host, port = get(self.ranks[0].meeting_point.remote(), limit, "the first rank to start")
         self.pids = self.call("start", limit, "the ranks to start", host, port)
@@ -63,6 +77,13 @@ class ClusterTrainer:
         for rank in self.ranks:
             ray.kill(rank)
         self.ranks = []
+        self._ahead = {}
+
+    def devices(self) -> list[str]:
+        """Of each bundle, the GPUs of its ranks, as CUDA_VISIBLE_DEVICES names them."""
+        found = self.call("devices", self._cluster.start_limit_s, "the ranks to tell their devices")
+        each = self._ranks_each
+        return [",".join(filter(None, found[i : i + each])) for i in range(0, len(found), each)]
 
     def call(self, method: str, limit_s: float, what: str, *args: Any) -> list[Any]:
         """Call all ranks with the same arguments."""
@@ -95,22 +116,44 @@ class ClusterTrainer:
         max_mean_ratio: float | None = None,
     ) -> StepStats:
         """See `Trainer.step`."""
+        self.take_turn()
+        self._ahead = {}
         more = self._depots.handles, objective, denominator, max_mean_ratio
-        answers = self._each("step", self._shares(samples), "an optimizer step", *more)
+        answers = self._receive(self._send("step", self._shares(samples), *more), "an optimizer step")
         skipped = answers[0][0].skipped
         not_finite = self.num_not_finite + 1 if skipped and skipped.startswith("not finite") else 0
         self._counts = self._counts[0] + 1, not_finite
         return answers[0][0]
 
     def logprobs(self, samples: Sequence[AnySample], reference: bool = False) -> list[Stored]:
-        """See `Trainer.logprobs`; where they lie."""
+        """See `Trainer.logprobs`; where they lie. What `LogprobsAhead` computed is not computed again."""
+        known = {} if reference else self._ahead
+        rest = [sample for sample in samples if key_of(sample) not in known]
+        if rest:
+            self.take_turn()
+            known = known | self._found(*self._ask_logprobs(rest, reference))
+        return [known[key_of(sample)] for sample in samples]
+
+    def ask_ahead(self, samples: Sequence[AnySample]) -> Asked:
+        """Begin to compute log-probs; returns at once."""
+        return self._ask_logprobs(samples, False)
+
+    def keep_ahead(self, asked: Asked) -> float:
+        """Wait for what `ask_ahead` began; returns how long a rank worked on it, on average."""
+        before = self.traffic.busy_s
+        self._ahead |= self._found(*asked)
+        return (self.traffic.busy_s - before) / len(self.ranks)
+
+    def _ask_logprobs(self, samples: Sequence[AnySample], reference: bool) -> Asked:
         shares = self._shares(samples)
-        out: dict[int, Stored] = {}
-        answers = self._each("logprobs", shares, "log-probs", self._depots.handles, reference)
-        for share, (places, _) in zip(shares, answers, strict=True):
-            for members, stored in zip(share.indices, places, strict=True):
-                out |= dict(zip(members, stored, strict=True))
-        return [out[i] for i in range(len(samples))]
+        return shares, self._send("logprobs", shares, self._depots.handles, reference)
+
+    def _found(self, shares: list[Share], refs: list[Any]) -> dict[Key, Stored]:
+        found: dict[Key, Stored] = {}
+        for share, (places, _) in zip(shares, self._receive(refs, "log-probs"), strict=True):
+            for members, stored in zip(share.bins, places, strict=True):
+                found |= {key_of(sample): at for sample, at in zip(members, stored, strict=True)}
+        return found
 
     def _shares(self, samples: Sequence[AnySample]) -> list[Share]:
         one = self._section
@@ -118,15 +161,18 @@ class ClusterTrainer:
         budget = self._config.train.token_budget * one.cp
         return share_out(samples, budget, self._spec, data_ranks)
 
-    def _each(self, method: str, shares: list[Share], what: str, *args: Any) -> list[Any]:
+    def _send(self, method: str, shares: list[Share], *args: Any) -> list[Any]:
         """Call each rank with its share; the mesh is [replicas, shards, cp, tp], so neighbours have the same."""
         alike = self._section.tp * self._section.cp
-        refs = [getattr(rank, method).remote(shares[i // alike], *args) for i, rank in enumerate(self.ranks)]
         self._depots.count(*(share for share in shares for _ in range(alike)))
+        return [getattr(rank, method).remote(shares[i // alike], *args) for i, rank in enumerate(self.ranks)]
+
+    def _receive(self, refs: list[Any], what: str) -> list[Any]:
+        """What each share came to."""
         answers = get(refs, self._cluster.step_limit_s, what)
         self._depots.count(*answers)
         self.traffic = sum((traffic for _, traffic in answers), self.traffic)
-        return answers[::alike]
+        return answers[:: self._section.tp * self._section.cp]
 
 
 class ClusterStore:

@@ -12,12 +12,11 @@ from typing import Any
 import numpy as np
 import ray
 import torch
-import torch.distributed as dist
 
 from pekoe.core.config import RLConfig
 from pekoe.core.types import AnySample, Rollout, Sample, SampleRef
-from pekoe.engine.transfer import Group, buckets, open_group
-from pekoe.engine.vllm import fingerprint
+from pekoe.engine.fingerprints import Kind, Prints, prints_for
+from pekoe.engine.transfer import Group, buckets, close_group, open_group
 from pekoe.model import save_model
 from pekoe.run.build import make_trainer, open_model
 from pekoe.run.cluster.depot import Stored, fetch
@@ -29,13 +28,14 @@ from pekoe.train.trainer import Objective, Share
 
 @dataclass(frozen=True, slots=True)
 class Traffic:
-    """What a rank fetched from depots."""
+    """What a rank fetched from depots, and how long it worked."""
 
     seconds: float = 0.0
     num_bytes: int = 0
+    busy_s: float = 0.0  # of the whole call
 
     def __add__(self, other: Traffic) -> Traffic:
-        return Traffic(self.seconds + other.seconds, self.num_bytes + other.num_bytes)
+        return Traffic(self.seconds + other.seconds, self.num_bytes + other.num_bytes, self.busy_s + other.busy_s)
 
 
 class TrainerWorker:
@@ -55,8 +55,8 @@ class TrainerWorker:
         torch.set_num_threads(max(1, int(self._section.cpus_per_rank)))
         self._address = ray.util.get_node_ip_address()
         self._snapshot: Any = None
-        self._group: tuple[Group, Any] | None = None
-        self._seen: dict[str, int] = {}
+        self._groups: dict[Kind, Any] = {}  # our ends of those by which weights go
+        self._prints: dict[Kind, Prints] = {}
 
     def meeting_point(self) -> tuple[str, int]:
         """An address of this node with a port that is free."""
@@ -64,6 +64,10 @@ class TrainerWorker:
 
         with socket.create_server((self._address, 0)) as probe:
             return self._address, probe.getsockname()[1]
+
+    def devices(self) -> str:
+        """Its GPUs, as CUDA_VISIBLE_DEVICES names them."""
+        return ",".join(map(str, ray.get_gpu_ids()))
 
     def start(self, host: str, port: int) -> int:
         """Join the other ranks, load the model. Returns the process id."""
@@ -87,11 +91,14 @@ class TrainerWorker:
         denominator: float | None,
         max_mean_ratio: float | None,
     ) -> tuple[StepStats, Traffic]:
+        start = time.perf_counter()
         fetched, traffic = self._fetched(share, depots)
-        return self._trainer.step_on(fetched, objective, denominator, max_mean_ratio), traffic
+        stats = self._trainer.step_on(fetched, objective, denominator, max_mean_ratio)
+        return stats, replace(traffic, busy_s=time.perf_counter() - start)
 
     def logprobs(self, share: Share, depots: Mapping[int, Any], reference: bool) -> tuple[list[list[Stored]], Traffic]:
         """Log-probs of its share go to its depot; returns where they lie."""
+        start = time.perf_counter()
         fetched, traffic = self._fetched(share, depots)
         found = self._trainer.logprobs_on(fetched, reference)
         name = "reference" if reference else "proximal"
@@ -102,7 +109,7 @@ class TrainerWorker:
             values |= dict(zip(keys, arrays, strict=True))
             places.append([Stored(self._node, key) for key in keys])
         ray.get(self._depot.put.remote(values), timeout=self._limit_s)
-        return places, traffic
+        return places, replace(traffic, busy_s=time.perf_counter() - start)
 
     @property
     def _limit_s(self) -> float:
@@ -127,37 +134,53 @@ class TrainerWorker:
 
     # Weights
 
-    def join(self, group: Group) -> None:
-        """Open the group by which weights go to engines. The first rank alone."""
-        self.leave()
-        self._group = group, open_group(group)
+    def join(self, kind: Kind, group: Group) -> None:
+        """Open the group by which weights go to engines of this kind. The first rank alone."""
+        close_group(self._groups.pop(kind, None))
+        self._groups[kind] = open_group(group)
 
-    def leave(self) -> None:
-        if self._group is not None:
-            dist.destroy_process_group(self._group[1])
-        self._group = None
+    def send(self, kind: Kind, max_bytes: int, look: bool) -> tuple[int, str]:
+        """Bring the weights to the group, whose engines are of one kind. All ranks call it: each has a part. Returns
+        the bytes that were sent, and what went wrong on the way to the engines."""
+        self._show([kind] if look else [])
+        server = kind != "embedded"
+        parts = buckets(self._trainer.model, max_bytes, self._dtype(kind) if server else None)
+        return send(self._groups.get(kind), parts, self._see if look else None, one_by_one=server)
 
-    def send(self, max_bytes: int, look: bool) -> tuple[int, str]:
-        """Bring the weights to the group. All ranks call it: each has a part. Returns the bytes that were sent, and
-        what went wrong on the way to the engines."""
-        self._seen = {}
-        handle = self._group[1] if self._group is not None else None
-
-        def see(name: str, tensor: torch.Tensor) -> None:
-            self._seen[name] = fingerprint(tensor)
-
-        return send(handle, buckets(self._trainer.model, max_bytes), see if look else None)
-
-    def save(self, path: str, look: bool) -> None:
-        """Write the weights as a Hugging Face directory. All ranks call it; the first one writes."""
+    def save(self, path: str, kinds: Sequence[Kind]) -> None:
+        """Write the weights as a Hugging Face directory. All ranks call it; the first one writes, and looks at them
+        as these kinds of engines would."""
         whole = checkpoint.whole_weights(self._trainer)
-        self._seen = {name: fingerprint(tensor) for name, tensor in whole.items()} if look else {}
+        self._show(kinds)
         if self._rank == 0:
+            for name, tensor in whole.items():
+                self._see(name, tensor)
             save_model(self._trainer.model, Path(path), weights=whole)
 
-    def seen(self) -> dict[str, int]:
-        """Fingerprints of what `send` sent, or `save` wrote."""
-        return self._seen
+    def prints(self, kind: Kind) -> dict[str, str | int] | None:
+        """What engines of this kind should say of what `send` sent, or `save` wrote. None: they would speak of
+        something else."""
+        return self._prints[kind].values() if kind in self._prints else None
+
+    def _show(self, kinds: Sequence[Kind]) -> None:
+        device, spec = self._trainer.device.type, self._trainer.model.spec
+        self._prints = {}
+        for kind in kinds:
+            if (prints := prints_for(kind, spec, self._dtype(kind), device)) is not None:
+                self._prints[kind] = prints
+
+    def _see(self, name: str, tensor: torch.Tensor) -> None:
+        for prints in self._prints.values():
+            prints.see(name, tensor)
+
+    def _dtype(self, kind: Kind) -> torch.dtype:
+        """Of the weights that an engine holds."""
+        return torch.float32 if kind == "embedded" else self._trainer.compute_dtype
+
+    def spare(self) -> None:
+        """Give back what the allocator keeps: engines take their turn on this device."""
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
     def difference(self, canaries: Sequence[Rollout]) -> list[float]:
         """For each response, the largest difference between its log-probs and the trainer's."""

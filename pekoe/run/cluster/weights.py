@@ -22,7 +22,10 @@ _LARGE_BYTES = 1 << 20
 
 
 def send(
-    handle: Any | None, parts: Iterator[Named], look: Callable[[str, Tensor], None] | None = None
+    handle: Any | None,
+    parts: Iterator[Named],
+    look: Callable[[str, Tensor], None] | None = None,
+    one_by_one: bool = False,
 ) -> tuple[int, str]:
     """Gather the buckets, at every rank, and broadcast them from the one that has `handle`.
 
@@ -30,6 +33,7 @@ def send(
 
     Args:
         look: sees each whole parameter, at the rank that has `handle`.
+        one_by_one: each tensor by itself, as servers take them; else as `receive` does.
 
     Returns:
         bytes sent, and what went wrong (nothing: an empty text).
@@ -45,7 +49,7 @@ def send(
         whole = [tensor.full_tensor() if isinstance(tensor, DTensor) else tensor for _, tensor in part]
         if handle is None or wrong:
             continue
-        large, small = _by_size(whole)
+        large, small = (whole, []) if one_by_one else _by_size(whole)
         pieces = [*large, torch.cat([tensor.reshape(-1) for tensor in small])] if small else large
         try:
             arrived()
