@@ -23,9 +23,9 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from pekoe.core.spec import ModelSpec
+from pekoe.engine.transfer import buckets
 from pekoe.model import Decoder
-from pekoe.run.cluster.weights import buckets, receive, send
-from pekoe.train import Layout
+from pekoe.run.cluster.weights import receive, send
 
 
 def spec_of(mib: int) -> ModelSpec:
@@ -88,11 +88,10 @@ def member(number: int, options: dict[str, Any], folder: str) -> None:
 
 
 def shard(model: Decoder, trainers: dist.ProcessGroup) -> None:
-    """FSDP over the ranks alone, as `Layout` does it in a process group of their own."""
+    """FSDP over the ranks alone, as `train.Layout` does it in a process group of their own."""
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.fsdp import fully_shard
 
-    assert Layout  # what this stands for
     mesh = DeviceMesh.from_group(trainers, "cpu")
     for layer in model.model.layers:
         fully_shard(layer, mesh=mesh)

@@ -17,6 +17,8 @@ RECIPE: dict[str, Any] = {
     "cluster": {},
 }
 
+VLLM = "engine.backend=vllm engine.server.python=python"
+
 
 @pytest.mark.parametrize(
     ("override", "message"),
@@ -24,13 +26,25 @@ RECIPE: dict[str, Any] = {
         ("cluster.training.tp=2", r"expected a multiple of tp x cp x replicas = 2, got 1; nearest: 2"),
         ("cluster.generation.engine=2", r"unknown key 'cluster.generation.engine'.* 'engines'"),
         ("cluster.sync=rdma", r"cluster.sync: expected 'broadcast' or 'disk', got 'rdma'"),
-        ("engine.backend=vllm", r"expected 'embedded' with a section cluster"),
+        ("cluster.generation.servers=1", r"expected 0 with engine.backend = 'embedded', got 1; nearest: 0, or"),
+        ("cluster.colocate=true cluster.generation.engines=2 cluster.training.ranks=3", r"multiple.*got 3; nearest: 4"),
+        ("cluster.colocate=true cluster.training.gpus_per_rank=1", r"the 1 GPUs of the 1 ranks .* got 0; nearest: 1"),
+        (f"{VLLM} cluster.generation.servers=2", r"expected at most cluster.generation.engines = 1, got 2; nearest: 1"),
+        (f"{VLLM} engine.server.count=2", r"expected no count and no gpus with a section cluster"),
+        ('engine.backend=vllm engine.server.urls=["http://a:1","http://b:1"]', r"for each of the cluster's 1 servers"),
     ],
 )
 def test_what_it_cannot_be(override: str, message: str):
-    more = ["engine.server.python=python"] if "vllm" in override else []
     with pytest.raises(UserError, match=message):
-        load_config(RECIPE, [override, *more])
+        load_config(RECIPE, override.split())
+
+
+def test_each_engine_sees_its_own_server():
+    more = ["engine.backend=sglang", 'engine.server.urls=["http://a:1","http://b:1"]']
+    config = load_config(RECIPE, [*more, "cluster.generation.engines=3", "cluster.generation.servers=2"])
+    seen = [config.engine_config(number).engine for number in range(3)]
+    assert [engine.backend for engine in seen] == ["embedded", "sglang", "sglang"]
+    assert [engine.server.urls for engine in seen[1:]] == [("http://a:1",), ("http://b:1",)]
 
 
 def test_its_defaults_are_one_of_each():

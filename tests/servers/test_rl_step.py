@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
-import signal
 import subprocess
 import sys
 import threading
@@ -14,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import tomli_w
 import torch
@@ -161,10 +160,8 @@ def test_vllm_beside_an_embedded_engine_in_a_cluster(lay_out: Callable[..., Path
     pekoe("rl", str(recipe))
     assert_proven(recipe, "broadcast")
     assert_both_sampled(recipe)
-    with open(recipe) as file:
-        longer = file.read().replace("num_steps = 2", "num_steps = 40")
-    recipe.write_text(longer)
-    killed = threading.Thread(target=kill_once_there, args=(b"vllm.entrypoints", recipe), daemon=True)
+    recipe.write_text(recipe.read_text().replace("num_steps = 2", "num_steps = 40"))
+    killed = threading.Thread(target=kill_once_there, args=(recipe,), daemon=True)
     killed.start()
     printed = pekoe("rl", str(recipe))
     killed.join(1)
@@ -193,14 +190,15 @@ def assert_both_sampled(recipe: Path) -> None:
     assert all(step["idle_engines"] < 1 for step in steps)
 
 
-def kill_once_there(name: bytes, recipe: Path) -> None:
+def kill_once_there(recipe: Path) -> None:
     """Kill the server of this test's run, once it has sampled something."""
     journal = recipe.parent / "run" / "journal.jsonl"
     seen = journal.stat().st_size
     while journal.stat().st_size < seen + 2000:
         time.sleep(0.1)
-    for file in Path("/proc").glob("[0-9]*/cmdline"):
-        with contextlib.suppress(OSError):
-            command = file.read_bytes()
-            if name in command and str(recipe.parent).encode() in command and b"keeper" not in command:
-                os.kill(int(file.parent.name), signal.SIGKILL)
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            command = " ".join(process.cmdline())
+            if "keeper.py" in command and str(recipe.parent) in command:
+                for child in process.children():
+                    child.kill()

@@ -33,6 +33,7 @@ def test_on_the_same_rollouts_it_loses_what_one_process_loses(cluster: Cluster, 
         assert step["logprob_diff_max"] < 1e-4  # I1
         assert step["sync_canary_diff"] < 1e-4  # I4
         assert step["transfer_bytes"] > 0
+        assert 0 <= step["overlap_saved_s"] < step["step_s"]
         assert 0 < step["controller_bytes"] / step["num_rollouts"] < 1024 + 300  # three ways of log-probs, of 4 samples
         again = replay(Path(config.run.dir), step["step"], NoView())
         assert again.loss == pytest.approx(step["loss"], abs=1e-5)
@@ -43,6 +44,20 @@ def test_on_the_same_rollouts_it_loses_what_one_process_loses(cluster: Cluster, 
     assert len(set(ledger(config))) == len(ledger(config)) == 12
     assert {e["sync_checksum"] for e in steps} <= {"equal", "skipped"}
     assert steps[0]["sync_checksum"] == "equal"
+
+
+def test_engines_and_ranks_may_take_turns(cluster: Cluster, run: Run):
+    """The same losses as side by side, but for the last bits: nothing else is another."""
+    beside = cluster("run.dir=" + str(Path(cluster().run.dir).with_name("beside")))
+    run(beside)
+    config = cluster("cluster.colocate=true")
+    run(config)
+    assert ledger(config) == ledger(beside)
+    for ours, theirs in zip(events(config, "step"), events(beside, "step"), strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-5)
+        assert ours["sync_canary_diff"] < 1e-4
+        assert ours["idle_engines"] > 0
+        assert ours["idle_ranks"] > 0
 
 
 def test_weights_may_go_over_the_disk(cluster: Cluster, run: Run):
