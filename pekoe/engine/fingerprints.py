@@ -64,7 +64,8 @@ class SGLangPrints(Prints):
 
     def see(self, name: str, tensor: Tensor) -> None:
         parts = [_FUSED.get(part, part) for part in name.split(".")]  # q before k before v, as they are joined
-        values = tensor.detach().to("cpu", self._dtype).contiguous().view(-1).view(torch.uint8)
+        # A copy: numpy would pin the memory that FSDP gives back between two forwards.
+        values = tensor.detach().to("cpu", self._dtype, copy=True).contiguous().view(-1).view(torch.uint8)
         self._hashers.setdefault(".".join(parts), hashlib.sha256()).update(values.numpy())
 
     def values(self) -> dict[str, str | int]:
