@@ -16,6 +16,7 @@ import subprocess
 import sys
 import threading
 import time
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -205,7 +206,16 @@ def main() -> None:
                 same = sorted(kept) == sorted(ledger)
             good = killed and same and differs <= TOLERANCE
             seconds = time.perf_counter() - start
-            rows.append({"killed": kind, "phase": phase, "went_on": way, "loss_diff": differs, "good": good})
+            rows.append(
+                {
+                    "killed": kind,
+                    "phase": phase,
+                    "went_on": way,
+                    "loss_diff": differs,
+                    "ledger_same": same,
+                    "good": good,
+                }
+            )
             ledger_said = "the same" if same else "DIFFERS"
             print(
                 f"{kind:<12} {phase:<8} {seconds:4.0f}  {way:<28} {differs:<16.1e} {ledger_said}"
@@ -215,7 +225,9 @@ def main() -> None:
     bad = sum(not row["good"] for row in rows)
     print(f"{len(rows) - bad} of {len(rows)} ended as the run that nobody killed", flush=True)
     if options.out:
-        options.out.write_text(json.dumps(rows, indent=1) + "\n")
+        about = {"date": time.strftime("%Y-%m-%d"), "cores": os.cpu_count(), "steps": STEPS, "tolerance": TOLERANCE}
+        about |= {name: version(name) for name in ("torch", "ray")}
+        options.out.write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
     raise SystemExit(bad > 0)
 
 
