@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -229,11 +230,15 @@ def _rl(
         else:
             run_rl(build_rl(config, view, stop, stack))
     steps = _steps(Path(config.run.dir))
-    return {
+    result = {
         "reward": [round(step["reward"], 3) for step in steps],
         "logprob_diff_max": max(step.get("logprob_diff_max", 0.0) for step in steps),
         "seconds": _sum_phases(steps),
     }
+    if cluster is not None:
+        result["controller_bytes"] = median(step["controller_bytes"] / step["num_rollouts"] for step in steps)
+        result |= {name: median(step[name] for step in steps) for name in ("idle_engines", "idle_ranks")}
+    return result
 
 
 def _measure(out: Path, stage: str, seed: int, quick: bool, view: View) -> dict[str, Any]:
@@ -305,6 +310,8 @@ def _on_cluster(results: dict[str, Any]) -> list[str]:
     if "measure_rl_cluster" not in results:
         return []
     after, rl = results["measure_rl_cluster"], results["rl_cluster"]
+    alone = results["rl"]["reward"]
+    apart = max(abs(a - b) for a, b in zip(_tenths(alone), _tenths(rl["reward"]), strict=True))
     figure = _figure({"pass_at_1": after["pass_at_1"], "ci95": after["ci95"]})
     num_engines, num_ranks = CLUSTER["generation"]["engines"], CLUSTER["training"]["ranks"]
     return [
@@ -312,6 +319,9 @@ def _on_cluster(results: dict[str, Any]) -> list[str]:
         f"{num_ranks} training ranks",
         "",
         f"  reward, on Ray            {_sparkline(rl['reward'])}  {rl['reward'][0]:+.1f} -> {rl['reward'][-1]:+.1f}",
+        f"  means over tenths of the steps differ from one process's by at most {apart:.2f} (a reward is -5 or 5)",
+        f"  of a step, an engine is idle {rl['idle_engines']:.0%} and a rank {rl['idle_ranks']:.0%} (medians); the loop's "
+        f"process passes on {rl['controller_bytes']:.0f} bytes a rollout",
     ]
 
 
@@ -335,10 +345,18 @@ def _one_line(text: str) -> str:
     return text.replace("\n", "  ")[:120]
 
 
+def _tenths(values: list[float]) -> list[float]:
+    """Means of ten stretches."""
+    return _means(values, min(10, len(values)))
+
+
+def _means(values: list[float], width: int) -> list[float]:
+    return [sum(part) / len(part) for i in range(width) if (part := _stretch(values, i, width))]
+
+
 def _sparkline(values: list[float], width: int = 40) -> str:
     """Means of `width` stretches, as bars from the smallest to the largest."""
-    width = min(width, len(values))
-    means = [sum(part) / len(part) for i in range(width) if (part := _stretch(values, i, width))]
+    means = _means(values, min(width, len(values)))
     low, span = min(means), (max(means) - min(means)) or 1.0
     return "".join("▁▂▃▄▅▆▇█"[min(7, int(8 * (mean - low) / span))] for mean in means)
 

@@ -68,8 +68,9 @@ class ClusterSync:
         start = time.perf_counter()
         self._version, self._unknown = version, False
         self.num_bytes, self.send_s, diff = 0, 0.0, 0.0
-        self._trainer.call("spare", self._section.step_limit_s, "the ranks to give memory back")
-        self._engines.restore()
+        if self._section.colocate:
+            self._trainer.call("spare", self._section.step_limit_s, "the ranks to give memory back")
+            self._engines.restore()
         due = self._count < 2 or self._count % self._checksum_every == 0
         self._count += 1
         for engine in self._engines.in_state("serving"):
