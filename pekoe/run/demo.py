@@ -320,8 +320,8 @@ def _on_cluster(results: dict[str, Any]) -> list[str]:
         "",
         f"  reward, on Ray            {_sparkline(rl['reward'])}  {rl['reward'][0]:+.1f} -> {rl['reward'][-1]:+.1f}",
         f"  means over tenths of the steps differ from one process's by at most {apart:.2f} (a reward is -5 or 5)",
-        f"  of a step, an engine is idle {rl['idle_engines']:.0%} and a rank {rl['idle_ranks']:.0%} (medians); the loop's "
-        f"process passes on {rl['controller_bytes']:.0f} bytes a rollout",
+        f"  of a step, an engine is idle {rl['idle_engines']:.0%} and a rank {rl['idle_ranks']:.0%} (medians); the "
+        f"loop's process passes on {rl['controller_bytes']:.0f} bytes a rollout",
     ]
 
 
