@@ -82,6 +82,12 @@ class EngineSection(Section):
         """Tokens that the KV cache holds, for sequences of at most `longest`."""
         return self.kv_tokens or min(self.max_running * longest, int(self.kv_gib * 2**30 / bytes_per_token))
 
+    def server_kv(self, longest: int, values_per_token: int, dtype: str, device: str) -> int | None:
+        """As `kv_room`, of a server. None: on a GPU, unless it is set, servers take their share of what is there."""
+        if self.kv_tokens or device != "cpu":
+            return self.kv_tokens
+        return self.kv_room(longest, values_per_token * (4 if dtype == "float32" else 2))
+
     @model_validator(mode="after")
     def _one_way(self) -> EngineSection:
         server = self.server

@@ -75,7 +75,7 @@ class RemoteEngine:
         self._spec, self._limit = spec, min(max_sequence_tokens, spec.max_positions)
         self._log_dir, self._dtype, self._device, self._threads = log_dir, dtype, device, threads
         self._on_event = on_event
-        kv_tokens = self._kv_tokens(config)
+        kv_tokens = config.server_kv(self._limit, spec.kv_values_per_token, dtype, device)
         self._limit = min(self._limit, kv_tokens or self._limit)
         limits = self._limit, kv_tokens, config.max_running
         setup = Setup(model, config.server, spec, *limits, dtype=dtype, device=device, releases=releases)
@@ -122,14 +122,6 @@ class RemoteEngine:
         return tuple(self._servers)
 
     # Starting, losing, bringing back
-
-    def _kv_tokens(self, config: EngineSection) -> int | None:
-        """KV memory on CPU is bounded as in the embedded engine; on a GPU, unless it is set, servers take their share
-        of what is there."""
-        if config.kv_tokens or self._device != "cpu":
-            return config.kv_tokens
-        value_bytes = 4 if self._dtype == "float32" else 2
-        return config.kv_room(self._limit, self._spec.kv_values_per_token * value_bytes)
 
     async def _start(self) -> None:
         limits = httpx.Limits(max_connections=None, keepalive_expiry=_KEEP_ALIVE_S)
@@ -226,7 +218,7 @@ class RemoteEngine:
         answers = await asyncio.gather(*(self._backend.reachable(server) for server in servers))
         for server, answer in zip(servers, answers, strict=True):
             if not answer and (server.process is None or server.process.exit_code is not None):
-                self._lose(server, "it could not be reached for a weight update")
+                self._lose(server, "it could not be reached")
 
     async def _revive_dead(self) -> None:
         """Begin to bring back what is dead; wait for it only if nothing else is alive."""
@@ -382,14 +374,15 @@ class RemoteEngine:
 
     def release(self) -> None:
         """See `Generator.release`."""
-        self._check_open()
-        for server in self._servers:
-            self._loop.run(self._backend.release(server))
+        self._each(self._backend.release)
 
     def restore(self) -> None:
+        self._each(self._backend.restore)
+
+    def _each(self, call: Callable[[Server], Coroutine[Any, Any, None]]) -> None:
         self._check_open()
         for server in self._servers:
-            self._loop.run(self._backend.restore(server))
+            self._loop.run(call(server))
 
     async def _update(self, bring: Bring, version: int) -> None:
         self._updating = True
@@ -452,6 +445,11 @@ class RemoteEngine:
     def _check_open(self) -> None:
         if self._closed:
             raise RunError("the engine is closed")
+
+    def alive(self) -> bool:
+        """Whether a server answers, be it one that serves or not. Those that died are lost."""
+        self._loop.run(self._find_dead())
+        return any(server.state != "dead" for server in self._servers)
 
     def health(self) -> bool:
         """True when a server serves, and all that serve answer their health check."""

@@ -193,6 +193,9 @@ class EngineWorker:
     def fingerprints(self) -> Fingerprints | None:
         return self._member.fingerprints()
 
+    def alive(self) -> bool:
+        return self._member.alive()
+
     # Turns with the ranks of the same devices
 
     def release(self) -> None:

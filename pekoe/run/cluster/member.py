@@ -54,6 +54,10 @@ class Member(Protocol):
 
     def restore(self) -> None: ...
 
+    def alive(self) -> bool:
+        """Whether what samples is there, whatever weights it has."""
+        ...
+
     def signs_of_life(self) -> int:
         """A number that grows while it gets on. May take as long as a server's health check."""
         ...
@@ -110,6 +114,9 @@ class EmbeddedMember:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()  # to the other processes of this GPU
 
+    def alive(self) -> bool:
+        return True
+
     def signs_of_life(self) -> int:
         return self.engine.stats().num_decode_tokens
 
@@ -156,6 +163,9 @@ class ServerMember:
 
     def restore(self) -> None:
         self.engine.restore()
+
+    def alive(self) -> bool:
+        return self._engine.alive()
 
     def signs_of_life(self) -> int:
         """A server tells of a response when it is whole; until then, that it is well."""

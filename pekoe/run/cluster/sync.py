@@ -59,6 +59,7 @@ class ClusterSync:
         self._checksum_every, self._count = checksum_every, 0
         self._members: dict[Kind, list[Any]] = {}  # actors of the groups that are open, in order of rank
         self._version = 0
+        self._gave_up = False  # whether all engines were started again since a sync last went well
         self._unknown = False  # whether an engine could not tell what it holds
         self.num_bytes, self.send_s = 0, 0.0
         engines.bring = self._catch_up
@@ -110,8 +111,27 @@ class ClusterSync:
             start = time.perf_counter()
             if self._send(engines, look):
                 self.send_s += time.perf_counter() - start
+                self._gave_up = False
                 return self._prove(engines, look)
-        raise RunError(f"weight sync: {_ATTEMPTS} attempts to bring version {self._version} to the engines failed")
+            self._lose_dead(engines)
+        if self._gave_up:
+            raise RunError(f"weight sync: {_ATTEMPTS} attempts to bring version {self._version} to the engines failed")
+        self._gave_up = True
+        for engine in engines:
+            if engine.state == "stale":
+                self._engines.lose(engine, f"weight sync: {_ATTEMPTS} attempts failed")
+        return 0.0
+
+    def _lose_dead(self, engines: list[Engine]) -> None:
+        """Servers that died while the process beside them lives."""
+        some = [engine for engine in engines if engine.state == "stale"]
+        for engine, ref in zip(some, [engine.actor.alive.remote() for engine in some], strict=True):
+            try:
+                dead = not ray.get(ref, timeout=_JOIN_LIMIT_S)
+            except (RayError, GetTimeoutError):
+                dead = True
+            if dead:
+                self._engines.lose(engine, "weight sync: its server is dead")
 
     def _send(self, engines: list[Engine], look: bool) -> bool:
         """Whether all these engines took the weights. Those that died meanwhile are lost."""
