@@ -4,6 +4,9 @@ A file to be run, not imported: `python -I -S keeper.py PARENT_PID COMMAND...`, 
 the standard library alone, so it is there at once. PR_SET_PDEATHSIG in the server itself would not do: it fires when
 the *thread* that started the server ends, it tells only the first process of a server that has many, and to set it
 between fork and exec is not safe in a process with threads. This process has one.
+
+It has a second of its own kind, which takes the server down when the first is killed: Ray kills the children of a
+process that it ends, and knows nothing of theirs.
 """
 
 import ctypes
@@ -12,13 +15,14 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 
 POLL_S, GRACE_S = 0.2, 5.0
 PR_SET_PDEATHSIG = 1
 
 
 def die_with_keeper() -> None:
-    """In the server, before exec: should even the keeper be killed, the server's first process goes too."""
+    """In the server, before exec: its first process goes with the keeper at once, the others when the second sees."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
@@ -29,16 +33,29 @@ def ignore(number: int, frame: object) -> None:
 def main(parent: int, command: list[str]) -> int:
     # The group's SIGTERM is for the server; this process ends after it.
     signal.signal(signal.SIGTERM, ignore)
+    keeper = os.getpid()
+    second = os.fork()
+    if not second:
+        while os.getppid() == keeper:
+            time.sleep(POLL_S)
+        end_group(lambda: False)
     child = subprocess.Popen(command, preexec_fn=die_with_keeper)
     while child.poll() is None:
         if os.getppid() != parent:
-            os.killpg(0, signal.SIGTERM)
-            deadline = time.monotonic() + GRACE_S
-            while child.poll() is None and time.monotonic() < deadline:
-                time.sleep(POLL_S)
-            os.killpg(0, signal.SIGKILL)  # all that is left of the group, this process with it
+            end_group(lambda: child.poll() is not None)
         time.sleep(POLL_S)
+    os.kill(second, signal.SIGKILL)
+    os.waitpid(second, 0)
     return child.returncode if child.returncode >= 0 else 128 - child.returncode
+
+
+def end_group(ended: Callable[[], bool]) -> None:
+    """SIGTERM, after a time SIGKILL, to all that is left of the group; this process goes with it."""
+    os.killpg(0, signal.SIGTERM)
+    deadline = time.monotonic() + GRACE_S
+    while not ended() and time.monotonic() < deadline:
+        time.sleep(POLL_S)
+    os.killpg(0, signal.SIGKILL)
 
 
 if __name__ == "__main__":

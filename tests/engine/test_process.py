@@ -132,6 +132,16 @@ time.sleep(60)
     assert all(gone(pid, 15) for pid in pids)
 
 
+def test_nothing_of_a_server_outlives_its_keeper(tmp_path: Path):
+    """Ray kills the children of a process that it ends, the keeper among them, and not theirs."""
+    told = tmp_path / "pids"
+    process = ServerProcess("s", [sys.executable, "-c", STUBBORN, str(told)], os.environ, tmp_path / "log")
+    pids = [int(pid) for pid in wait_for(told).split()]
+    os.kill(process.pid, signal.SIGKILL)
+    assert all(gone(pid, 15) for pid in pids)
+    process.stop()
+
+
 def test_shared_memory_that_a_killed_server_made_is_removed(tmp_path: Path):
     if not Path("/dev/shm").is_dir():
         pytest.skip("no /dev/shm")

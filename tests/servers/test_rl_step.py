@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -95,15 +96,21 @@ def assert_proven(recipe: Path, route: str, num_steps: int = 2) -> list[dict[str
     return steps
 
 
-def assert_nothing_left(recipe: Path) -> None:
-    """No process that was told of this test's files. (Servers' own shared memory: see their engines' tests.)"""
-    commands: list[bytes] = []
-    for file in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            commands.append(file.read_bytes())
-        except OSError:
-            continue
-    assert not [command for command in commands if str(recipe.parent).encode() in command]
+def assert_nothing_left() -> None:
+    """No process that this test's commands started, or that those started. (Servers' own shared memory: see their
+    engines' tests.)"""
+    mark = f"PYTEST_CURRENT_TEST={os.environ['PYTEST_CURRENT_TEST']}".encode()
+    end = time.monotonic() + 15  # of a server that was killed, the keeper takes down the rest
+    while left := [process for process in Path("/proc").glob("[0-9]*") if mark in environment(process)]:
+        assert time.monotonic() < end, [(process / "cmdline").read_bytes() for process in left]
+        time.sleep(0.2)
+
+
+def environment(process: Path) -> list[bytes]:
+    try:
+        return (process / "environ").read_bytes().split(b"\0")
+    except OSError:
+        return []
 
 
 def test_sglang_launched_by_shared_memory(lay_out: Callable[..., Path], sglang_section: Callable[..., EngineSection]):
@@ -112,7 +119,7 @@ def test_sglang_launched_by_shared_memory(lay_out: Callable[..., Path], sglang_s
     assert "starting 1 sglang server, weights by shm" in printed
     assert_proven(recipe, "shm")
     assert (recipe.parent / "run" / "logs" / "sglang-server-0.log").stat().st_size > 0
-    assert_nothing_left(recipe)
+    assert_nothing_left()
 
 
 def test_sglang_attached_by_disk_and_evaluated(
@@ -144,7 +151,7 @@ def test_vllm_launched_by_broadcast(lay_out: Callable[..., Path]):
     assert "starting 1 vllm server, weights by broadcast" in pekoe("rl", str(recipe))
     assert_proven(recipe, "broadcast")
     assert (recipe.parent / "run" / "logs" / "vllm-server-0.log").stat().st_size > 0
-    assert_nothing_left(recipe)
+    assert_nothing_left()
 
 
 def cluster_of(ranks: int = 2, **more: Any) -> dict[str, Any]:
@@ -168,7 +175,7 @@ def test_vllm_beside_an_embedded_engine_in_a_cluster(lay_out: Callable[..., Path
     assert steps[0]["num_engines"] == 2
     ledger = [(line["uid"], line["draw"]) for line in read_lines(recipe.parent / "run" / "ledger.jsonl")]
     assert len(ledger) == len(set(ledger)) == 9 * 4
-    assert_nothing_left(recipe)
+    assert_nothing_left()
 
 
 @pytest.mark.cluster
@@ -180,7 +187,7 @@ def test_sglang_beside_an_embedded_engine_in_a_cluster(
     pekoe("rl", str(recipe))
     steps = assert_proven(recipe, sync)
     assert {step["num_engines"] for step in steps} == {2}
-    assert_nothing_left(recipe)
+    assert_nothing_left()
 
 
 def kill_once_there(recipe: Path) -> None:

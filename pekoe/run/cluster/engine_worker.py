@@ -98,6 +98,11 @@ class EngineWorker:
         self._looks, self._busy_s, self._busy_since = 0, 0.0, 0.0
         threading.Thread(target=self._work, name="sampling", daemon=True).start()
 
+    def close(self) -> None:
+        """Stop its server and its judges."""
+        self.cancel()
+        self._stack.close()
+
     def ready(self) -> tuple[int, int]:
         """Its process id, once everything is there, and how many members of the group for weights it is."""
         return os.getpid(), self._member.num_workers

@@ -21,6 +21,7 @@ from pekoe.run.cluster.engine_worker import EngineWorker, Report
 from pekoe.run.cluster.nodes import Depots, engine_bundles, node_of, place, reason, within
 
 POLL_S = 2.0
+_CLOSE_LIMIT_S = 20.0  # then it is killed
 _MAX_FAILURES = 3  # of one engine in a row to start, after which it is given up
 
 
@@ -242,6 +243,9 @@ class Engines:
                 self.lose(engine, f"{method}: {reason(error)}")
 
     def close(self) -> None:
+        closing = [e.actor.close.remote() for e in self.all if e.state in ("stale", "serving")]
+        if closing:
+            ray.wait(closing, num_returns=len(closing), timeout=_CLOSE_LIMIT_S)
         for engine in self.all:
             if engine.actor is not None:
                 ray.kill(engine.actor)
