@@ -4,7 +4,7 @@
 VENV_VLLM ?= .venv-vllm
 VENV_SGLANG ?= .venv-sglang
 
-.PHONY: bench-rollout bench-train bench-verify bench-sync kill-matrix chain
+.PHONY: bench-rollout bench-train bench-verify bench-sync kill-matrix hosts chain
 
 bench-rollout: $(VENV)/.stamp-test ## Measure rollouts beside vLLM and transformers: make bench-rollout ARGS=--quick
 	@[ -x $(VENV_VLLM)/bin/python ] || echo "Without vLLM: $(VENV_VLLM) is not there (make $(VENV_VLLM)/.stamp builds it)"
@@ -57,6 +57,9 @@ bench-sync: $(VENV)/.stamp-test ## Measure a cluster's weight sync beside a plai
 
 kill-matrix: $(VENV)/.stamp-test ## Kill each kind of process of a cluster in each phase of a step (20 minutes)
 	$(PY) benchmarks/kill_matrix.py $(ARGS)
+
+hosts: $(VENV)/.stamp-test ## Run a cluster of several hosts (network namespaces) and cut one off; needs root
+	$(PY) benchmarks/hosts.py $(ARGS)
 
 chain: $(VENV)/.stamp-test ## Run curate, sft, rl, eval, each killed once and gone on with, on two tasks
 	$(PY) benchmarks/chain.py $(ARGS)

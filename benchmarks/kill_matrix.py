@@ -30,7 +30,7 @@ def parity(response: str, gold: Any) -> bool:
     return sum(map(ord, response)) % 2 == int(gold)
 
 
-def make_inputs(folder: Path) -> dict[str, Any]:
+def make_inputs(folder: Path, reward: str = "kill_matrix:parity") -> dict[str, Any]:
     """A model of random weights, problems, and the recipe."""
     from pekoe.core.spec import ModelSpec
     from pekoe.core.types import Problem
@@ -48,7 +48,7 @@ def make_inputs(folder: Path) -> dict[str, Any]:
     model.assets = dict(files)
     save_model(model, folder / "model")
     problems = [
-        Problem(f"{a}+{b}", ({"role": "user", "content": f"{a}+{b}="},), str(b % 2), "function:kill_matrix:parity")
+        Problem(f"{a}+{b}", ({"role": "user", "content": f"{a}+{b}="},), str(b % 2), f"function:{reward}")
         for a in range(6)
         for b in range(6)
     ]

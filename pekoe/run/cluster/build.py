@@ -87,15 +87,16 @@ def build_cluster(config: RLConfig, view: View, stop: Stop, stack: ExitStack) ->
     if task.report.dropped:
         task.report.write(run.path / "data.jsonl")
     connect(section, view, stack)
-    trainer = ClusterTrainer(config, spec, depots, stack)
     ahead: LogprobsAhead | None = None
     if section.colocate:  # engines are told the ranks' devices
+        trainer = ClusterTrainer(config, spec, depots, stack)
         trainer.start()
         shared = trainer.place, trainer.devices()
         engines = Engines(config, depots, task.longest, task.asked, view, stack, shared)
         trainer.take_turn = engines.release
-    else:
+    else:  # engines first: they are the larger pieces, and ranks that are spread may take the room of one
         engines = Engines(config, depots, task.longest, task.asked, view, stack)
+        trainer = ClusterTrainer(config, spec, depots, stack)
         trainer.start()
         if config.algo.proximal == "recompute":
             ahead = LogprobsAhead(trainer, config.train.token_budget * section.training.ranks // section.training.tp)

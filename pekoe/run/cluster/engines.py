@@ -21,13 +21,15 @@ from pekoe.run.cluster.engine_worker import EngineWorker, Report
 from pekoe.run.cluster.nodes import Depots, engine_bundles, node_of, place, reason, within
 
 POLL_S = 2.0
+_LOOK_S = 1.0  # between looks for a lost engine's node
 _CLOSE_LIMIT_S = 20.0  # then it is killed
 _MAX_FAILURES = 3  # of one engine in a row to start, after which it is given up
 
 
 @dataclass(eq=False)
 class Engine:
-    """One engine. `starting` until its process is ready, `stale` until it has the current weights, then `serving`."""
+    """One engine. `starting` until its process is ready, `stale` until it has the current weights, then `serving`;
+    `homeless` while its node is lost and no other has room."""
 
     number: int
     kind: Kind
@@ -35,7 +37,7 @@ class Engine:
     bundle: int  # of the placement group
     devices: str | None = None  # CUDA_VISIBLE_DEVICES, where they are its ranks' (colocate)
     actor: Any = None
-    state: Literal["starting", "stale", "serving", "gone"] = "starting"
+    state: Literal["starting", "stale", "serving", "homeless", "gone"] = "starting"
     starting: Any = None  # reference that is ready once the process is
     since: float = 0.0
     failures: int = 0
@@ -76,6 +78,7 @@ class Engines:
         self._longest, self._asked = longest, list(asked)
         self._batch = 0
         self.num_lost, self.busy_s, self._num_started = 0, 0.0, 0
+        self._nobody_since = 0.0  # when the last engine's node was lost; 0: there is one
         self.bring: Callable[[list[Engine]], None] = lambda _: None  # gives engines the current weights (see `sync`)
         limit = self._section.start_limit_s
         self.all: list[Engine] = []
@@ -94,7 +97,11 @@ class Engines:
 
     def _start(self, engine: Engine) -> None:
         one = self._section.generation
-        number, depot = self._depots.on(node_of(engine.place, engine.bundle))
+        node = node_of(engine.place, engine.bundle)
+        if node is None:
+            engine.state, engine.since = "homeless", time.monotonic()
+            return
+        number, depot = self._depots.on(node)
         self._num_started += 1
         seen = {} if engine.devices is None else {"CUDA_VISIBLE_DEVICES": engine.devices}
         engine.actor = (
@@ -126,6 +133,9 @@ class Engines:
 
     def look_after(self) -> None:
         """Bring back engines whose process has started again; give up those that cannot."""
+        for engine in self.in_state("homeless"):
+            if time.monotonic() - engine.since > _LOOK_S:
+                self._start(engine)
         for engine in self.in_state("starting"):
             if ray.wait([engine.starting], timeout=0)[0]:
                 try:
@@ -140,8 +150,15 @@ class Engines:
             for engine in stale:
                 if engine.state == "serving":
                     self._view.say(f"engine {engine.number} came back (process {engine.pid})")
-        if not self.in_state("serving") and not self.in_state("starting"):
+        if self.in_state("serving") or self.in_state("starting"):
+            self._nobody_since = 0.0
+            return
+        self._nobody_since = self._nobody_since or time.monotonic()
+        limit_s = self._section.start_limit_s
+        if not self.in_state("homeless"):
             raise RunError(f"all {len(self.all)} engines are gone; see the messages above")
+        if time.monotonic() - self._nobody_since > limit_s:
+            raise RunError(f"waited {limit_s:g} s for a node with room for an engine: those of all engines are lost")
 
     def lose(self, engine: Engine, why: str) -> None:
         """It serves no longer, and is started again."""

@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 import os
 import pickle
+import time
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, cast
 
 import ray
 import torch
@@ -20,6 +21,7 @@ from pekoe.core.view import View
 from pekoe.run.cluster.depot import Depot
 
 _LOCAL_STORE_BYTES = 512 << 20
+_LOOK_S = 1.0  # between looks at what is lost
 Bundle = dict[str, float]
 
 
@@ -126,10 +128,24 @@ def within(group: PlacementGroup, bundle: int) -> PlacementGroupSchedulingStrate
     return PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=bundle)
 
 
-def node_of(group: PlacementGroup, bundle: int) -> str:
-    """The id of the node that a bundle is on."""
+def node_of(group: PlacementGroup, bundle: int) -> str | None:
+    """The id of the node that a bundle is on; None where that is lost, and Ray has found no other yet."""
     table: Any = ray.util.placement_group_table(group)
-    return table["bundles_to_node_id"][bundle]
+    node = table["bundles_to_node_id"].get(bundle)
+    alive = {each["NodeID"] for each in live_nodes()}
+    return node if table["state"] == "CREATED" and node in alive else None
+
+
+def nodes_of(group: PlacementGroup, limit_s: float, what: str) -> list[str]:
+    """The ids of the nodes that all bundles are on; waits for nodes that are lost, or others with room."""
+    end = time.monotonic() + limit_s
+    while True:
+        nodes = [node_of(group, bundle) for bundle in range(group.bundle_count)]
+        if None not in nodes:
+            return cast("list[str]", nodes)
+        if time.monotonic() > end:
+            raise RunError(f"waited {limit_s:g} s for Ray to place {what} again: a node is lost, and no other has room")
+        time.sleep(_LOOK_S)
 
 
 class Depots:

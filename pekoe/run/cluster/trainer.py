@@ -13,7 +13,7 @@ from pekoe.core.config import RLConfig
 from pekoe.core.spec import ModelSpec
 from pekoe.core.types import AnySample, SampleRef
 from pekoe.run.cluster.depot import Key, Stored
-from pekoe.run.cluster.nodes import Depots, get, node_of, place, rank_bundles, shared_bundles, within
+from pekoe.run.cluster.nodes import Depots, get, nodes_of, place, rank_bundles, shared_bundles, within
 from pekoe.run.cluster.trainer_worker import Traffic, TrainerWorker
 from pekoe.train import StepStats
 from pekoe.train.trainer import Objective, Share, share_out
@@ -60,6 +60,7 @@ class ClusterTrainer:
         """Start all ranks, anew where there were some."""
         self.stop()
         limit, one = self._cluster.start_limit_s, self._section
+        nodes = nodes_of(self.place, limit, "the training ranks")
         worker: Any = cast(Any, ray.remote)(concurrency_groups={"beside": 1})(TrainerWorker)
         for rank in range(one.ranks):
             self.ranks.append(
@@ -67,7 +68,7 @@ class ClusterTrainer:
                     num_cpus=one.cpus_per_rank,
                     num_gpus=one.gpus_per_rank,
                     scheduling_strategy=within(self.place, rank // self._ranks_each),
-                ).remote(self._config, rank, *self._depots.on(node_of(self.place, rank // self._ranks_each)))
+                ).remote(self._config, rank, *self._depots.on(nodes[rank // self._ranks_each]))
             )
         host, port = get(self.ranks[0].meeting_point.remote(), limit, "the first rank to start")
         self.pids = self.call("start", limit, "the ranks to start", host, port)
