@@ -116,7 +116,7 @@ class Engines:
             .remote(self._config, engine.number, self._num_started, number, depot, self._longest, self._asked)
         )
         engine.state, engine.starting, engine.since = "starting", engine.actor.ready.remote(), time.monotonic()
-        engine.polled, engine.signs_of_life, engine.busy_s, engine.resting = None, -1, 0.0, False
+        engine.polled, engine.signs_of_life, engine.busy_s = None, -1, 0.0
 
     def wait_ready(self) -> None:
         """Until all have started; an engine that does not, stops the run before it begins."""
@@ -165,6 +165,7 @@ class Engines:
         self._view.say(f"engine {engine.number} is lost: {why}")
         self.num_lost += 1
         engine.failures += engine.state == "starting"
+        engine.resting = False
         engine.rows.clear()  # others take them
         ray.kill(engine.actor)
         if engine.failures >= _MAX_FAILURES:
