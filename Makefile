@@ -15,7 +15,7 @@ export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 export PYRIGHT_PYTHON_GLOBAL_NODE := 0
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-cluster test test-cluster test-slow test-servers check format clean FORCE
+.PHONY: help demo demo-cluster test test-cluster test-slow test-servers check docs format clean FORCE
 
 # Environments of the servers that tests and benchmarks start, and what else has a target of its own.
 -include tests/servers/sglang.mk tests/servers/vllm.mk benchmarks/bench.mk
@@ -48,6 +48,9 @@ check: $(VENV)/.stamp-dev ## Check format, lint, types and floors
 	step ruff format --check .; step ruff check .; step pyright; step lint-imports; \
 	if [ -n "$$failed" ]; then echo "make check: failed:$$failed" >&2; exit 1; fi
 
+docs: $(VENV)/.stamp-docs ## Build the docs site in build/docs
+	$(BIN)/mkdocs build --strict
+
 format: $(VENV)/.stamp-dev ## Format the code and mend what lint can mend
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
@@ -78,7 +81,9 @@ $(VENV)/.stamp-demo: EXTRA := demo
 $(VENV)/.stamp-cluster: EXTRA := demo,cluster
 $(VENV)/.stamp-test: EXTRA := test
 $(VENV)/.stamp-dev:  EXTRA := dev
-$(VENV)/.stamp-demo $(VENV)/.stamp-cluster $(VENV)/.stamp-test $(VENV)/.stamp-dev: $(VENV)/.stamp-venv pyproject.toml
+$(VENV)/.stamp-docs: EXTRA := docs
+$(VENV)/.stamp-demo $(VENV)/.stamp-cluster $(VENV)/.stamp-test $(VENV)/.stamp-dev $(VENV)/.stamp-docs: \
+    $(VENV)/.stamp-venv pyproject.toml
 	@echo "Installing pekoe[$(EXTRA)] and what it needs (minutes, the first time)"
 	@$(PIP) -e ".[$(EXTRA)]"
 	@touch $@
