@@ -9,7 +9,8 @@ import contextlib
 import json
 import os
 import sys
-from collections.abc import Iterator
+import tomllib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -273,6 +274,66 @@ def verify(
                 typer.echo(json.dumps({"id": case["id"], **asdict(verdict)}))
     if summary:
         Console().print(table)
+
+
+@app.command()
+def report(
+    runs: Annotated[list[str], typer.Argument(metavar="RUN_DIR...", help="of pekoe rl; several are compared")],
+    out: Annotated[str | None, typer.Option(help="the file to write; by default report.html in the first run")] = None,
+    live: Annotated[bool, typer.Option("--live", help="serve it on this machine, and follow the run")] = False,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="of --live; 0: any that is free")] = 0,
+) -> None:
+    """What a run did, as one HTML file: curves, where the time went, and the responses themselves.
+
+    It needs no network, and opens from disk.
+    """
+    try:
+        from pekoe.report.page import render
+    except ModuleNotFoundError as error:
+        raise UserError(f"pekoe report: expected the extra `report` ({error}): pip install 'pekoe[report]'") from None
+    from pekoe.report.history import read_history
+    from pekoe.report.live import LiveReport
+
+    paths = [Path(run) for run in runs]
+
+    def page() -> str:
+        return render([read_history(path, _decoder(path)) for path in paths], live)
+
+    if not live:
+        file = Path(out) if out else paths[0] / "report.html"
+        text = page()
+        try:
+            file.write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"--out: expected a file that can be written, got {file}: {error.strerror}") from None
+        typer.echo(f"{file}: {file.stat().st_size / 1e6:.1f} MB")
+        return
+    read_history(paths[0])  # a wrong path is said now
+    try:
+        server = LiveReport(page, [path / "journal.jsonl" for path in paths], port)
+    except OSError as error:
+        raise UserError(f"--port: expected one that is free, got {port}: {error.strerror}; nearest: 0") from None
+    typer.echo(f"{server.url} (Ctrl-C ends)")
+    with contextlib.suppress(KeyboardInterrupt):
+        server.serve()
+
+
+def _decoder(run: Path) -> Callable[[Sequence[int]], str] | None:
+    """The text of tokens, where the run's model is there to tell."""
+    from pekoe.data.tokenizer import Tokenizer
+
+    for folder in (run / "model", *_model_of(run)):
+        if (folder / "tokenizer.json").is_file():
+            tokenizer = Tokenizer.load(folder)
+            return lambda tokens: tokenizer.decode(tokens, skip_special_tokens=False)
+    return None
+
+
+def _model_of(run: Path) -> list[Path]:
+    try:
+        return [Path(tomllib.loads((run / "config.toml").read_text(encoding="utf-8"))["model"]["path"])]
+    except (OSError, ValueError, KeyError):
+        return []
 
 
 def _version(wanted: bool) -> None:

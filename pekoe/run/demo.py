@@ -297,6 +297,7 @@ def tell(out: Path, summary: dict[str, Any], results: dict[str, Any], control: b
             *lines,
             "",
             "What to try next:",
+            f"  the run as a page           {_program()} report {out}/rl",
             f"  every response, judged      zstd -dc {out}/rl/rollouts/step-000001.jsonl.zst | head -n 3",
             f"  the RL stage with your lr   {_program()} rl recipes/laptop.toml run.dir=runs/mine optim.lr=1e-3",
             f"  the control                 {_program()} demo --control --out runs/control",

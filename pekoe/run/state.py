@@ -29,7 +29,7 @@ import zstandard
 
 from pekoe.core.config import TrainingConfig, dump_config, load_config
 from pekoe.core.errors import RunError, UserError
-from pekoe.core.files import fsync
+from pekoe.core.files import fsync, read_compressed_lines
 from pekoe.core.journal import Journal, JsonLines, Listener
 from pekoe.data.tokenizer import Tokenizer
 from pekoe.run.rollout import RolloutLine
@@ -264,8 +264,7 @@ def read_rollouts(run_dir: Path, step: int) -> list[dict[str, Any]]:
     """The lines of a step, group by group; empty where there is no file. (On a cluster each node writes its own.)"""
     lines: list[dict[str, Any]] = []
     for file in sorted((run_dir / "rollouts").glob(f"step-{step:06d}.*")):
-        text = zstandard.ZstdDecompressor().decompress(file.read_bytes())
-        lines += [json.loads(line) for line in text.splitlines()]
+        lines += read_compressed_lines(file)
     return sorted(lines, key=lambda line: (line["group"], line["sample"]))
 
 

@@ -1,0 +1,167 @@
+"use strict";
+// The page's only data are in #data; what models wrote is set as text, never as markup.
+const data = JSON.parse(document.getElementById("data").textContent);
+const dark = matchMedia("(prefers-color-scheme: dark)");
+
+// Charts
+
+function look() {
+  const style = getComputedStyle(document.documentElement);
+  const value = (name) => style.getPropertyValue(name).trim();
+  const axis = { gridcolor: value("--line"), zerolinecolor: value("--line"), linecolor: value("--line"), automargin: true };
+  return { paper: "rgba(0,0,0,0)", font: { color: value("--ink"), size: 11, family: "system-ui, sans-serif" }, axis };
+}
+
+function draw(place, figure, height) {
+  const { paper, font, axis } = look();
+  const layout = {
+    ...figure.layout,
+    title: { text: figure.layout.title?.text ?? "", font: { size: 13 }, x: 0.03, xanchor: "left" },
+    height, font, paper_bgcolor: paper, plot_bgcolor: paper, margin: { l: 48, r: 16, t: 40, b: 34 },
+    xaxis: { ...figure.layout.xaxis, ...axis }, yaxis: { ...figure.layout.yaxis, ...axis },
+    hovermode: figure.layout.barmode ? "closest" : "x", legend: { orientation: "h", y: -0.2 },
+  };
+  Plotly.react(place, figure.data, layout, { responsive: true, displaylogo: false, displayModeBar: false });
+}
+
+function drawAll() {
+  const charts = document.getElementById("charts");
+  data.charts.forEach((figure, i) => {
+    const place = charts.children[i] ?? charts.appendChild(document.createElement("div"));
+    draw(place, figure, 240);
+  });
+  if (data.timeline) draw(document.getElementById("timeline"), data.timeline, 230);
+}
+drawAll();
+dark.addEventListener("change", drawAll);
+
+// Responses
+
+const filters = document.getElementById("filters");
+const textOf = new Map();
+for (const line of data.responses) {
+  const text = line.tokens && data.pieces ? line.tokens.map((token) => data.pieces[token]).join("") : line.text ?? "";
+  textOf.set(line, text);
+}
+const groups = new Map();
+for (const line of data.responses) {
+  const key = `${line.step}/${line.group}`;
+  if (!groups.has(key)) groups.set(key, []);
+  groups.get(key).push(line);
+}
+let shown = null;
+
+// A run without responses (of `pekoe sft`) has no browser.
+function fill(name, values) {
+  for (const value of values) filters.elements[name].add(new Option(value, value));
+}
+const distinct = (key) => [...new Set(data.responses.map((line) => line[key]))].filter((value) => value !== null);
+
+function passes(line) {
+  const wanted = Object.fromEntries(new FormData(filters));
+  const words = wanted.text.toLowerCase();
+  return (!wanted.step || line.step === Number(wanted.step))
+    && (!wanted.label || line.label === wanted.label)
+    && (!wanted.reward || line.reward === Number(wanted.reward))
+    && (!wanted.shortest || line.length >= Number(wanted.shortest))
+    && (!wanted.longest || line.length <= Number(wanted.longest))
+    && (!words || textOf.get(line).toLowerCase().includes(words) || line.prompt.toLowerCase().includes(words)
+      || line.uid.toLowerCase().includes(words));
+}
+
+function element(kind, words, name) {
+  const made = document.createElement(kind);
+  if (words !== undefined) made.textContent = words;
+  if (name) made.className = name;
+  return made;
+}
+
+function list() {
+  const place = document.getElementById("groups");
+  const found = [...groups].filter(([, lines]) => lines.some(passes));
+  document.getElementById("count").textContent = `${found.length} of ${groups.size} groups`;
+  place.replaceChildren(...found.slice(0, 500).map(([key, lines]) => {
+    const button = element("button", `step ${lines[0].step} · ${lines[0].uid} `);
+    const dots = element("span", undefined, "dots");
+    for (const line of lines) dots.append(element("span", passes(line) ? "●" : "○", line.label));
+    button.append(document.createElement("br"), dots);
+    button.setAttribute("aria-current", String(key === shown));
+    button.addEventListener("click", () => { shown = key; list(); show(); });
+    const item = element("li");
+    item.append(button);
+    return item;
+  }));
+}
+
+function colour(line, i) {
+  const by = filters.elements.colour.value;
+  if (by === "logprob") return `rgba(var(--hot), ${Math.min(0.75, -line.logprobs[i] / 4)})`;
+  if (by === "advantage" && line.advantage !== null) {
+    const strength = Math.min(0.6, Math.abs(line.advantage) / 2);
+    return `rgba(var(${line.advantage > 0 ? "--cold" : "--hot"}), ${strength})`;
+  }
+  return "";
+}
+
+function response(line) {
+  const place = element("pre");
+  if (!line.tokens || !data.pieces) {
+    place.textContent = textOf.get(line);
+    return place;
+  }
+  line.tokens.forEach((token, i) => {
+    if (line.cut && i === line.tokens.length / 2) place.append(element("span", `\n… ${line.cut} tokens …\n`, "quiet"));
+    const piece = element("span", data.pieces[token]);
+    piece.style.background = colour(line, i);
+    piece.title = `log-prob ${line.logprobs[i]}, advantage ${line.advantage ?? "none"}`;
+    place.append(piece);
+  });
+  return place;
+}
+
+function show() {
+  const lines = groups.get(shown);
+  if (!lines) return;
+  const samples = element("div", undefined, "samples");
+  for (const line of lines) {
+    const card = element("article", undefined, passes(line) ? "sample" : "sample other");
+    const head = element("h3", line.label, line.label);
+    const got = line.extracted === null || line.extracted === "" ? "" : ` · read as ${line.extracted}`;
+    card.append(head, element("p", `${line.length} tokens · ${line.finish_reason} · reward ${line.reward ?? "none"}`
+      + ` · advantage ${line.advantage ?? "none"}${got}${line.why ? ` · ${line.why}` : ""}`, "quiet"));
+    card.append(response(line));
+    samples.append(card);
+  }
+  const prompt = element("pre", lines[0].prompt, "prompt");
+  const gold = element("p", `${lines[0].uid}, draw ${lines[0].draw} · reference answer: ${lines[0].gold}`, "quiet");
+  document.getElementById("group").replaceChildren(gold, prompt, samples);
+}
+
+if (filters) {
+  fill("step", distinct("step").sort((a, b) => a - b));
+  fill("label", distinct("label").sort());
+  fill("reward", distinct("reward").sort((a, b) => a - b));
+  filters.addEventListener("input", () => { list(); show(); });
+  filters.addEventListener("submit", (event) => event.preventDefault());
+  list();
+}
+
+// Following a run: the page comes anew when there is more, unless somebody reads a response.
+
+if ("live" in document.body.dataset) {
+  let seen = null;
+  setInterval(async () => {
+    let now;
+    try {
+      now = await (await fetch("state")).text();
+    } catch {
+      document.getElementById("news").textContent = " · its server is gone";
+      return;
+    }
+    if (seen !== null && now !== seen) {
+      if (shown === null) location.reload();
+      else document.getElementById("news").textContent = " · there is more: reload the page";
+    }
+    seen ??= now;
+  }, 3000);
+}

@@ -1,0 +1,128 @@
+"""Sentences about where a run's time went and what is wrong with it, each from what the run measured."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import ceil
+from statistics import median
+from typing import Any
+
+from pekoe.core.journal import Event
+from pekoe.report.history import History
+
+_FEW = 0.25  # of a step's responses: when no more than these are unfinished, its tail has begun
+
+
+def findings(history: History) -> list[str]:
+    """What there is to say, the most important first. Empty for a run without steps."""
+    steps = history.steps
+    if not steps:
+        return []
+    return [
+        *_phases(steps),
+        *_tail(history),
+        *_micro_batches(history),
+        *_cluster(steps),
+        *_learning([step for step in steps if "pass_rate" in step]),
+        *_numerics(steps),
+    ]
+
+
+def phase_shares(steps: Sequence[Event]) -> dict[str, float]:
+    """Of all the time of the steps, the largest first."""
+    sums: dict[str, float] = {}
+    for step in steps:
+        for name, seconds in step["seconds"].items():
+            sums[name] = sums.get(name, 0.0) + seconds
+    total = sum(sums.values()) or 1.0
+    return {name: value / total for name, value in sorted(sums.items(), key=lambda item: -item[1])}
+
+
+def _phases(steps: Sequence[Event]) -> list[str]:
+    shares = phase_shares(steps)
+    told = ", ".join(f"{name} {share:.0%}" for name, share in shares.items() if share >= 0.005)
+    first = next(iter(shares))
+    seconds = median(History.seconds_of(step) for step in steps)
+    rate = {"rollout": "rollout_tokens_per_s", "train": "train_tokens_per_s"}.get(first)
+    speeds = [step[rate] for step in steps if rate in step] if rate else []
+    speed = f", at {median(speeds):,.0f} tokens a second" if speeds else ""
+    most = f"A step takes {seconds:.3g} s (median of {len(steps)}): {told}. Most of it is {first}{speed}"
+    gain = 1 / (1 - shares[first] / 2)
+    if len(shares) == 1:
+        return [f"{most}."]
+    return [f"{most}; were that twice as fast, a step would be {gain:.2f} times as fast."]
+
+
+def _tail(history: History) -> list[str]:
+    """From lengths: all responses of a step begin together where there is room, and each gets a token at a time."""
+    shares: list[float] = []
+    for step in {line["step"] for line in history.responses}:
+        lengths = sorted(line["length"] for line in history.responses if line["step"] == step)
+        if len(lengths) >= 8 and lengths[-1]:
+            shares.append(1 - lengths[ceil((1 - _FEW) * len(lengths)) - 1] / lengths[-1])
+    if not shares:
+        return []
+    share = median(shares)
+    said = (
+        f"The long tail: for {share:.0%} of the longest response, only the last quarter of a step's are being sampled"
+    )
+    if share > 0.4:
+        return [f"{said}. A lower rollout.max_new_tokens, or engines that sample more prompts at once, would cut it."]
+    return [f"{said}, which is little."]
+
+
+def _micro_batches(history: History) -> list[str]:
+    budget = history.config.get("train", {}).get("token_budget")
+    steps = [step for step in history.steps if step.get("num_microbatches") and "num_prompt_tokens" in step]
+    if not budget or not steps:
+        return []
+    tokens = [step["num_prompt_tokens"] + step["response_tokens"] * step["num_rollouts"] for step in steps]
+    number = median(step["num_microbatches"] for step in steps)
+    training = history.config.get("cluster", {}).get("training", {})
+    ranks = training.get("ranks", 1) // (training.get("tp", 1) * training.get("cp", 1))
+    least = history.config.get("algo", {}).get("minibatches", 1) * ranks  # one each
+    doubled = max(least, ceil(median(tokens) / (2 * budget)))
+    if doubled < number:
+        return [
+            f"A step trains on {number:.0f} micro-batches of at most {budget:,} tokens; a token budget of "
+            f"{2 * budget:,} would make that about {doubled}, if it fits in memory (pekoe doctor RECIPE.toml)."
+        ]
+    return [f"A step trains on {number:.0f} micro-batches; a larger token budget would not make them fewer."]
+
+
+def _cluster(steps: Sequence[Event]) -> list[str]:
+    steps = [step for step in steps if "idle_engines" in step]
+    if not steps:
+        return []
+    idle = {role: median(step[f"idle_{role}"] for step in steps) for role in ("engines", "ranks")}
+    lost = steps[-1].get("num_lost_engines", 0)
+    said = f"Of a step, an engine is idle for {idle['engines']:.0%} and a rank for {idle['ranks']:.0%} (medians)"
+    return [f"{said}; {lost} engines were lost and started again."]
+
+
+def _learning(steps: Sequence[Event]) -> list[str]:
+    found: list[str] = []
+    if not steps:
+        return []
+    last = steps[-max(1, len(steps) // 5) :]
+    if median(step["truncation_rate"] for step in last) > 0.2:
+        share = median(step["truncation_rate"] for step in last)
+        found.append(
+            f"{share:.0%} of the last responses were cut at max_new_tokens, and are judged by what they had said until "
+            f"then: raise rollout.max_new_tokens, or look at whether they repeat themselves."
+        )
+    if all(step.get("skipped") for step in last):
+        found.append(f"Nothing was learned in the last {len(last)} steps: {last[-1]['skipped']}.")
+    if median(step["pass_rate"] for step in last) > 0.95:
+        found.append("Nearly all of the last responses are right: these problems have little left to teach.")
+    faults = sum(step["fault_rate"] * step["num_rollouts"] for step in steps)
+    if faults:
+        found.append(f"{faults:.0f} verdicts are FAULT, a failure of the judge or the reference: see them below.")
+    return found
+
+
+def _numerics(steps: Sequence[Event]) -> list[str]:
+    values: list[Any] = [step["logprob_diff_max"] for step in steps if "logprob_diff_max" in step]
+    if not values:
+        return []
+    return [f"Sampling and training log-probs differ by at most {max(values):.1e} (I1)."]

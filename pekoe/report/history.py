@@ -1,0 +1,154 @@
+"""A run directory as the report reads it: what was measured, what became of the prompts, and some of the responses."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pekoe.core.errors import UserError
+from pekoe.core.files import read_compressed_lines
+from pekoe.core.journal import Event, read_lines
+
+Decode = Callable[[Sequence[int]], str]
+_MOST_TOKENS = 1500  # of a response that are shown: its beginning and its end, half each
+_FULL_TEXT = 6000  # characters of a response without tokens
+
+
+@dataclass(slots=True)
+class History:
+    """What the report knows of a run."""
+
+    path: Path
+    config: dict[str, Any]  # config.toml
+    events: list[Event]  # of the journal
+    ledger: dict[str, int]  # what became of prompts -> how many
+    responses: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])  # see `sample_responses`
+    pieces: dict[int, str] | None = None  # the text of each token that occurs in them; None: not known
+    left_out: str = ""  # what of the responses is not here
+
+    def of(self, kind: str) -> list[Event]:
+        return [event for event in self.events if event["event"] == kind]
+
+    @property
+    def steps(self) -> list[Event]:
+        return self.of("step")
+
+    @staticmethod
+    def seconds_of(step: Event) -> float:
+        return step.get("step_s") or sum(step["seconds"].values())
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+
+def read_history(path: Path, decode: Decode | None = None, max_bytes: int = 2_500_000) -> History:
+    """Read a run directory; UserError where it is none.
+
+    Args:
+        decode: gives tokens their text; without it, responses have text alone.
+        max_bytes: about as much of the responses is kept.
+    """
+    journal = path / "journal.jsonl"
+    if not journal.is_file():
+        raise UserError(f"{path}: expected a run directory with journal.jsonl in it, got {_what_is_there(path)}")
+    config: dict[str, Any] = {}
+    if (path / "config.toml").is_file():
+        config = tomllib.loads((path / "config.toml").read_text(encoding="utf-8"))
+    ledger: Counter[str] = Counter()
+    if (path / "ledger.jsonl").is_file():
+        for line in read_lines(path / "ledger.jsonl"):
+            ledger[line["outcome"] + (f": {line['reason']}" if line.get("reason") else "")] += 1
+    history = History(path, config, list(read_lines(journal)), dict(ledger.most_common()))
+    sample_responses(history, decode, max_bytes)
+    return history
+
+
+def _what_is_there(path: Path) -> str:
+    if not path.exists():
+        return "nothing there"
+    runs = sorted(file.parent.name for file in path.glob("*/journal.jsonl")) if path.is_dir() else []
+    return f"the runs {', '.join(runs)} below it" if runs else "a directory without one" if path.is_dir() else "a file"
+
+
+def sample_responses(history: History, decode: Decode | None, max_bytes: int) -> None:
+    """Keep whole groups: of the first and the last step, then of steps between, as evenly as they fit."""
+    steps = sorted({int(file.name[5:11]) for file in (history.path / "rollouts").glob("step-*.jsonl.zst")})
+    used: set[int] = set()
+    size, kept, seen = 0, 0, 0
+    order = list(_evenly(steps))
+    for place, step in enumerate(order):
+        groups = _groups(history.path, step)
+        seen += len(groups)
+        room = (max_bytes - size) / max(1, len(order) - place)  # each step that is still to come may have as much
+        spent = 0.0
+        for group in groups:
+            lines = [_shown(line, step, decode is not None) for line in group]
+            cost = sum(len(json.dumps(line)) for line in lines)
+            if spent + cost > room and spent:
+                break
+            spent += cost
+            size += cost
+            kept += 1
+            history.responses += lines
+            used.update(token for line in lines for token in line.get("tokens", ()))
+        if size > max_bytes:
+            break
+    if decode is not None:
+        history.pieces = {token: decode([token]) for token in sorted(used)}
+    num_steps = len({line["step"] for line in history.responses})
+    history.responses.sort(key=lambda line: (line["step"], line["group"], line["sample"]))
+    if kept < seen or num_steps < len(steps):
+        history.left_out = (
+            f"{kept} groups of {num_steps} of {len(steps)} steps are here, to keep this file small; "
+            f"all of them are in {history.path}/rollouts"
+        )
+
+
+def _evenly(steps: list[int]) -> Iterator[int]:
+    """The first, the last, the middle, the middles between: any beginning of this covers all."""
+    if not steps:
+        return
+    seen: set[int] = set()
+    for parts in [1, *(2**k for k in range(1, 20))]:
+        for i in range(parts + 1):
+            place = i * (len(steps) - 1) // parts
+            if place not in seen:
+                seen.add(place)
+                yield steps[place]
+        if len(seen) == len(steps):
+            return
+
+
+def _groups(path: Path, step: int) -> list[list[dict[str, Any]]]:
+    lines: list[dict[str, Any]] = []
+    for file in sorted((path / "rollouts").glob(f"step-{step:06d}.*")):
+        lines += read_compressed_lines(file)
+    groups: dict[int, list[dict[str, Any]]] = {}
+    for line in sorted(lines, key=lambda line: (line["group"], line["sample"])):
+        groups.setdefault(line["group"], []).append(line)
+    return list(groups.values())
+
+
+def _shown(line: dict[str, Any], step: int, by_token: bool) -> dict[str, Any]:
+    """What the browser shows of a response."""
+    names = ("uid", "draw", "group", "sample", "label", "extracted", "why", "gold", "reward", "finish_reason", "prompt")
+    found = {name: line[name] for name in names}
+    tokens, logprobs = line["tokens"], [round(x, 3) for x in line["logprobs"]]
+    advantage = line["advantage"]
+    found |= {"step": step, "length": len(tokens), "advantage": None if advantage is None else round(advantage, 4)}
+    if len(tokens) > _MOST_TOKENS:
+        half = _MOST_TOKENS // 2
+        found["cut"] = len(tokens) - 2 * half
+        tokens, logprobs = tokens[:half] + tokens[-half:], logprobs[:half] + logprobs[-half:]
+    if by_token:
+        return found | {"tokens": tokens, "logprobs": logprobs}
+    text = line["text"]
+    return found | {
+        "text": text if len(text) <= _FULL_TEXT else f"{text[: _FULL_TEXT // 2]} … {text[-_FULL_TEXT // 2 :]}"
+    }

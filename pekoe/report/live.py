@@ -1,0 +1,64 @@
+"""The report of a run that goes on, on this machine alone: made anew whenever somebody asks and there is more."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+
+class LiveReport:
+    """Serves `page()` at http://127.0.0.1:port/.
+
+    Args:
+        page: makes the page.
+        watched: files whose growth means that there is more.
+        port: 0: any that is free.
+    """
+
+    def __init__(self, page: Callable[[], str], watched: list[Path], port: int = 0) -> None:
+        lock = threading.Lock()
+        kept: dict[str, bytes] = {}
+
+        def state() -> str:
+            return " ".join(str(file.stat().st_size) if file.exists() else "0" for file in watched)
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                # A page elsewhere that points its own name at 127.0.0.1 must not read the run.
+                if self.headers.get("Host", "").rpartition(":")[0] not in ("127.0.0.1", "localhost"):
+                    self.send_error(403)
+                elif self.path == "/state":
+                    self._answer(state().encode(), "text/plain")
+                elif self.path == "/":
+                    now = state()
+                    with lock:
+                        if now not in kept:
+                            kept.clear()
+                            kept[now] = page().encode()
+                        body = kept[now]
+                    self._answer(body, "text/html; charset=utf-8")
+                else:
+                    self.send_error(404)
+
+            def _answer(self, body: bytes, kind: str) -> None:
+                self.send_response(200)
+                self.send_header("Content-Type", kind)
+                self.send_header("Content-Length", str(len(body)))
+                self.send_header("Cache-Control", "no-store")
+                self.end_headers()
+                self.wfile.write(body)
+
+            def log_message(self, format: str, *args: object) -> None: ...
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
+        self.url = f"http://127.0.0.1:{self._server.server_address[1]}/"
+
+    def serve(self) -> None:
+        """Until `close`, or Ctrl-C."""
+        self._server.serve_forever(0.2)
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()

@@ -1,0 +1,111 @@
+"""The report: one HTML file that needs no network. What models wrote reaches the page as data, never as markup."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from plotly.offline import get_plotlyjs
+
+from pekoe import __version__
+from pekoe.core.journal import Event
+from pekoe.report.charts import charts, timeline
+from pekoe.report.findings import findings, phase_shares
+from pekoe.report.history import History
+
+ASSETS = Path(__file__).with_name("assets")
+
+
+def render(histories: Sequence[History], live: bool = False) -> str:
+    """The page of one run; of several, their curves over one another, and the responses of the first.
+
+    Args:
+        live: the page asks its server whether there is news.
+    """
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(ASSETS), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
+    )
+    first = histories[0]
+    data: dict[str, Any] = {
+        "charts": charts(histories),
+        "timeline": timeline(first),
+        "responses": first.responses,
+        "pieces": first.pieces,
+    }
+    return environment.get_template("page.html.j2").render(
+        title=" and ".join(history.name for history in histories),
+        runs=[_run(history) for history in histories],
+        left_out=first.left_out,
+        has_responses=bool(first.responses),
+        faults=[line for line in first.responses if line["label"] == "fault"][:50],
+        data=_as_script(data),
+        plotly=get_plotlyjs(),
+        script=(ASSETS / "page.js").read_text(encoding="utf-8"),
+        style=(ASSETS / "page.css").read_text(encoding="utf-8"),
+        live=live,
+        version=__version__,
+        made=time.strftime("%Y-%m-%d %H:%M"),
+    )
+
+
+def _run(history: History) -> dict[str, Any]:
+    """What the page says of a run beside its charts."""
+    steps, config = history.steps, history.config
+    return {
+        "name": history.name,
+        "path": str(history.path),
+        "figures": _figures(history),
+        "findings": findings(history),
+        "phases": [(name, f"{share:.0%}", share) for name, share in phase_shares(steps).items()] if steps else [],
+        "ledger": history.ledger,
+        "resumed": [event["step"] for event in history.of("resumed")],
+        "config": _flat(config),
+    }
+
+
+def _figures(history: History) -> list[tuple[str, str]]:
+    """(what, value) of the headline."""
+    steps, config, evals = history.steps, history.config, history.of("eval")
+    found = [("model", str(config.get("model", {}).get("path", "not known")))]
+    data = config.get("data", {})
+    sources = data.get("train") or ", ".join(source.get("path", "") for source in data.get("sources", []))
+    asked = f" of {config['num_steps']}" if "num_steps" in config else ""
+    found += [("data", str(sources or "not known")), ("steps", f"{len(steps)}{asked}")]
+    if evals:
+        found.append(("pass@1 before", _pass(evals[0])))
+    if len(evals) > 1:
+        found.append(("pass@1 after", _pass(evals[-1])))
+    if steps and "pass_rate" in steps[0]:
+        found.append(("pass rate of rollouts", f"{steps[0]['pass_rate']:.1%} → {steps[-1]['pass_rate']:.1%}"))
+        found.append(("responses", f"{sum(step['num_rollouts'] for step in steps):,}"))
+    if steps:
+        found.append(("time in steps", _duration(sum(map(history.seconds_of, steps)))))
+    return found
+
+
+def _pass(event: Event) -> str:
+    low, high = event["ci95"]
+    return f"{event['pass_at_1']:.1%} [{low:.1%}, {high:.1%}] at step {event['step']}"
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds} s" if minutes else f"{seconds} s"
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    found: list[tuple[str, str]] = []
+    for key, value in tree.items():
+        found += _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else [(prefix + key, str(value))]
+    return found
+
+
+def _as_script(data: dict[str, Any]) -> str:
+    """JSON that cannot end the element that holds it."""
+    text = json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    return text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")

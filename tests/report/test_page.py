@@ -1,0 +1,135 @@
+"""The report's page: what models wrote stays data, figures come from the journal, sentences from measurement."""
+
+from __future__ import annotations
+
+import json
+import re
+import threading
+import urllib.error
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pekoe.report.findings import findings
+from pekoe.report.history import read_history
+from pekoe.report.live import LiveReport
+from pekoe.report.page import render
+from tests.report.conftest import HOSTILE, response, step_event, write_run
+
+
+def data_of(page: str) -> dict[str, Any]:
+    found = re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.S)
+    assert found is not None
+    return json.loads(found[1])
+
+
+def test_the_page_holds_the_runs_figures_and_nothing_from_elsewhere(run_dir: Path):
+    page = render([read_history(run_dir)])
+    data = data_of(page)
+    titles = [figure["layout"]["title"]["text"] for figure in data["charts"]]
+    assert titles[:2] == ["pass@1 on held-out problems, 95 % intervals", "reward"]
+    (reward,) = data["charts"][1]["data"]
+    assert list(zip(reward["x"], reward["y"], strict=True)) == [(1, -4.0), (2, -3.0)]
+    loss = data["charts"][titles.index("loss")]["data"][0]
+    assert loss["y"] == [0.5, None]  # NaN
+    assert "20.0% [10.0%, 30.0%] at step 0" in page
+    assert "60.0% [50.0%, 70.0%] at step 2" in page
+    assert {bar["name"] for bar in data["timeline"]["data"]} == {"rollout", "train", "sync"}
+    own = page.replace(page[page.index('id="data"') : page.rindex("<script>")], "")  # without Plotly itself
+    assert not re.search(r'(src|href)="', own)
+    assert "default-src 'none'" in page
+
+
+def test_what_a_model_wrote_never_becomes_markup(run_dir: Path):
+    page = render([read_history(run_dir)])
+    assert HOSTILE not in page
+    assert "<img src=x" not in page
+    assert data_of(page)["responses"][4]["text"] == HOSTILE
+    assert "out of memory" in page  # the FAULT is told
+
+
+def test_two_runs_are_drawn_over_one_another(run_dir: Path, tmp_path: Path):
+    other = write_run(tmp_path / "other", [step_event(1, reward=3.0)], {"000001": [response(0, 0)]})
+    data = data_of(render([read_history(run_dir), read_history(other)]))
+    reward = next(f for f in data["charts"] if f["layout"]["title"]["text"] == "reward")
+    assert [(line["name"], line["y"]) for line in reward["data"]] == [("run", [-4.0, -3.0]), ("other", [3.0])]
+
+
+def test_a_run_of_sft_has_no_responses(tmp_path: Path):
+    event = {"event": "step", "time": 5.0, "step": 1, "loss": 0.5, "seconds": {"train": 2.0}, "num_microbatches": 1}
+    run = write_run(tmp_path / "run", [event | {"train_tokens_per_s": 7.0}], {})
+    page = render([read_history(run)])
+    assert 'id="filters"' not in page
+    assert "train 100%" in page
+
+
+def test_a_run_without_a_step_says_so(tmp_path: Path):
+    assert "No step is finished yet." in render([read_history(write_run(tmp_path / "run", [], {}))])
+
+
+def test_the_sentences_say_where_time_goes_and_what_would_help(run_dir: Path):
+    phases, micro, numerics = findings(read_history(run_dir))
+    assert phases == (
+        "A step takes 10 s (median of 2): rollout 60%, train 30%, sync 10%. Most of it is rollout, at 100 tokens a "
+        "second; were that twice as fast, a step would be 1.43 times as fast."
+    )
+    assert "4 micro-batches of at most 20 tokens; a token budget of 40 would make that about 3" in micro
+    assert numerics == "Sampling and training log-probs differ by at most 1.0e-06 (I1)."
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"truncation_rate": 0.5}, "50% of the last responses were cut"),
+        ({"pass_rate": 1.0}, "little left to teach"),
+        ({"skipped": "all advantages are 0"}, "Nothing was learned in the last 1 steps: all advantages are 0"),
+        ({"fault_rate": 0.25}, "4 verdicts are FAULT"),
+        ({"idle_engines": 0.6, "idle_ranks": 0.4, "num_lost_engines": 2}, "idle for 60% and a rank for 40%"),
+    ],
+)
+def test_what_is_wrong_is_said(tmp_path: Path, change: dict[str, Any], said: str):
+    run = write_run(tmp_path / "run", [step_event(1, **change), step_event(2, **change)], {})
+    assert any(said in sentence for sentence in findings(read_history(run)))
+
+
+def test_the_long_tail_is_told_from_lengths(tmp_path: Path):
+    lines = [response(0, i, tokens=[2] * (100 if i == 7 else 20), logprobs=[-1.0]) for i in range(8)]
+    run = write_run(tmp_path / "run", [step_event(1)], {"000001": lines})
+    assert any("for 80% of the longest response" in sentence for sentence in findings(read_history(run)))
+
+
+def test_a_live_page_is_made_anew_when_the_run_grows(run_dir: Path):
+    made: list[int] = []
+
+    def page() -> str:
+        made.append(1)
+        return render([read_history(run_dir)], live=True)
+
+    journal = run_dir / "journal.jsonl"
+    server = LiveReport(page, [journal])
+    threading.Thread(target=server.serve, daemon=True).start()
+    try:
+        assert server.url.startswith("http://127.0.0.1:")
+        first = get(server.url)
+        assert "connect-src 'self'" in first
+        state = get(f"{server.url}state")
+        get(server.url)
+        assert len(made) == 1
+        text = journal.read_text().removesuffix('{"torn')
+        journal.write_text(f"{text}{json.dumps(step_event(3))}\n")
+        assert get(f"{server.url}state") != state
+        assert len(data_of(get(server.url))["charts"][1]["data"][0]["x"]) == 3
+        assert len(made) == 2
+        with pytest.raises(urllib.error.HTTPError, match="403"):  # another name that leads here
+            get(server.url, {"Host": "evil.example:80"})
+        with pytest.raises(urllib.error.HTTPError, match="404"):
+            get(f"{server.url}../journal.jsonl")
+    finally:
+        server.close()
+
+
+def get(url: str, headers: dict[str, str] | None = None) -> str:
+    with urllib.request.urlopen(urllib.request.Request(url, headers=headers or {}), timeout=10) as answer:
+        return answer.read().decode()
