@@ -20,10 +20,20 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from pekoe import __version__
-from pekoe.core.config import Config, CurateConfig, EvalConfig, RLConfig, SFTConfig, dump_config, load_config
+from pekoe.core.config import (
+    Config,
+    CurateConfig,
+    EvalConfig,
+    RLConfig,
+    SFTConfig,
+    TrainingConfig,
+    dump_config,
+    load_config,
+)
 from pekoe.core.errors import Interrupted, RunError, UserError
 from pekoe.core.view import NoView, View
 from pekoe.report import LiveView, PlainView, make_view
+from pekoe.report.trackers import tracking
 
 app = typer.Typer(
     name="pekoe",
@@ -49,14 +59,18 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="print the resolved reci
 
 
 @contextlib.contextmanager
-def viewing() -> Iterator[View]:
-    """The live view, closed whatever happens."""
+def viewing(config: TrainingConfig | None = None) -> Iterator[View]:
+    """The live view, and the trackers of a run's recipe, closed whatever happens."""
     if not _leads():
         yield NoView()
         return
     view: LiveView | PlainView = make_view()
     with view if isinstance(view, LiveView) else contextlib.nullcontext():
-        yield view
+        if config is None:
+            yield view
+            return
+        with tracking(config.track, Path(config.run.dir), config.model_dump(), view) as tracked:
+            yield tracked
 
 
 def read_recipe(recipe: str, overrides: list[str] | None, kind: type[C], dry_run: bool) -> C:
@@ -99,7 +113,7 @@ def rl(
     from pekoe.run.rl import run_rl
 
     stop = Stop()
-    with stop.listening(), viewing() as view, contextlib.ExitStack() as stack:
+    with stop.listening(), viewing(config) as view, contextlib.ExitStack() as stack:
         if config.cluster is not None:
             try:
                 from pekoe.run.cluster import run_cluster
@@ -111,6 +125,11 @@ def rl(
             run_cluster(config, view, stop)
         else:
             run_rl(build_rl(config, view, stop, stack))
+    from pekoe.report.findings import findings
+    from pekoe.report.history import read_history
+
+    for sentence in findings(read_history(Path(config.run.dir))):
+        typer.echo(sentence)
     typer.echo(f"done: {config.num_steps} steps; the model is in {config.run.dir}/model")
 
 
@@ -123,7 +142,7 @@ def sft(recipe: Recipe, overrides: Overrides = None, dry_run: DryRun = False) ->
     config = read_recipe(recipe, overrides, SFTConfig, dry_run)
     from pekoe.run.sft import run_sft
 
-    with viewing() as view:
+    with viewing(config) as view:
         run_sft(config, view)
     if _leads():
         typer.echo(f"done: the model is in {config.run.dir}/model")

@@ -171,8 +171,10 @@ def test_a_server_that_does_not_start_ends_the_run_with_its_last_words(folder: P
 
 
 def test_a_run_by_the_command_line_ends_with_a_model(folder: Path):
-    done = pekoe("rl", str(folder / "rl.toml"), f"run.dir={folder / 'whole'}")
+    done = pekoe("rl", str(folder / "rl.toml"), f"run.dir={folder / 'whole'}", "track.tensorboard=true")
     assert done.returncode == 0, done.stderr
+    assert "A step takes" in done.stdout  # what the report says of it
+    assert list((folder / "whole" / "tensorboard").iterdir())
     assert "step 1 " in done.stdout
     assert "done: 2 steps" in done.stdout
     assert (folder / "whole" / "model" / "model.safetensors").exists()

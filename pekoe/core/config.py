@@ -187,10 +187,22 @@ class Config(Section):
     model: ModelSection
 
 
+class TrackSection(Section):
+    """Where else the journal's metrics go, by the same names."""
+
+    tensorboard: bool = False
+    """Event files in the run directory, below tensorboard/."""
+    wandb: str | None = None
+    """A project of Weights & Biases."""
+    trackio: str | None = None
+    """A project of Trackio."""
+
+
 class TrainingConfig(Config):
     """What every recipe that trains shares: a run directory."""
 
     run: RunSection
+    track: TrackSection = TrackSection()
 
 
 class RLConfig(TrainingConfig):

@@ -49,7 +49,7 @@ MAY_CHANGE = {
     "train.keep_checkpoints",
     "verify.workers",
 }
-MAY_CHANGE_BELOW = ("parallel.", "engine.server.", "cluster.")  # where processes are, how they are started
+MAY_CHANGE_BELOW = ("parallel.", "engine.server.", "cluster.", "track.")  # processes, and who looks on
 WRITE_LIMIT_S = 3600  # of one checkpoint
 
 
