@@ -243,16 +243,18 @@ def doctor(
     ] = None,
     processes: Annotated[int, typer.Option(min=1, help="how many will train together (torchrun)")] = 1,
 ) -> None:
-    """What there is on this machine; with a recipe, whether its training fits in memory.
+    """What there is on this machine and how to install what is not; with a recipe, whether its training fits in memory.
 
-    Predicts the peak of one training process by running a step of the recipe's own shapes on tensors without numbers.
-    Says the largest train.token_budget that fits. Exit status 2 where it does not fit.
+    Says what a step is: responses, tokens, micro-batches, and how long it took where the run has begun. Predicts
+    the peak of one training process by running a step of the recipe's own shapes on tensors without numbers. Says
+    the largest train.token_budget that fits. Exit status 2 where it does not fit.
     """
-    from pekoe.run.doctor import environment, examine
+    from pekoe.run.doctor import available_bytes, examine
+    from pekoe.run.machine import environment
 
     console = Console()
     if recipe is None:
-        for name, value in environment():
+        for name, value in [*environment(), ("memory", f"{available_bytes('cpu') / 2**30:.1f} GiB available")]:
             console.print(f"{name:<14} {value}", markup=False, highlight=False, soft_wrap=True)
         return
     lines, fault = examine(recipe, overrides or [], processes, int(memory_gib * 2**30) if memory_gib else None)

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import os
-import platform
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 
 import psutil
@@ -18,9 +14,9 @@ from pekoe.core.errors import UserError
 from pekoe.core.spec import ModelSpec
 from pekoe.core.view import NoView
 from pekoe.model import read_spec
+from pekoe.run.machine import GIB, batch
 from pekoe.train.predict import StepMemory, predict
 
-GIB = 2**30
 USABLE = 0.9  # of what is available: the rest for allocators' gaps, and what comes and goes
 PROCESS = int(0.6 * GIB)  # Python, torch, compiled kernels; on a GPU its context
 JUDGE = int(0.15 * GIB)  # a judge process
@@ -52,21 +48,6 @@ class Forecast:
         return self.total <= USABLE * self.available
 
 
-def environment() -> list[tuple[str, str]]:
-    """What a run finds here, as names and values."""
-    gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
-    compiler = next(filter(None, map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))), None)
-    return [
-        ("pekoe", version("pekoe")),
-        ("Python", f"{platform.python_version()} on {platform.platform(terse=True)}"),
-        ("torch", torch.__version__),
-        ("cores", f"{os.cpu_count()} ({torch.backends.cpu.get_cpu_capability()})"),
-        ("memory", f"{available_bytes('cpu') / GIB:.1f} GiB available"),
-        ("GPUs", ", ".join(f"{g.name}, {g.total_memory / GIB:.0f} GiB" for g in gpus) or "none"),
-        ("train.compile", f"possible ({compiler})" if compiler or gpus else "no: it needs a C++ compiler"),
-    ]
-
-
 def examine(
     recipe: str, overrides: Sequence[str], processes: int, memory_bytes: int | None
 ) -> tuple[list[str], str | None]:
@@ -74,6 +55,8 @@ def examine(
     kind = RLConfig if "num_steps" in read_toml(Path(recipe)) else SFTConfig  # a recipe of `rl` must have it
     config = load_config(recipe, overrides, kind)
     lines: list[str] = []
+    if isinstance(config, RLConfig):
+        lines += batch(config, read_spec(Path(config.model.path))[0])
     if isinstance(config, RLConfig) and config.cluster is not None:
         from pekoe.run.cluster import plan
 

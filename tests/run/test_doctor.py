@@ -1,5 +1,7 @@
 """`pekoe doctor`: what fits, and the largest budget that does."""
 
+import json
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import Any
 
@@ -7,8 +9,10 @@ import pytest
 import tomli_w
 
 from pekoe.core import RLConfig, SFTConfig, UserError, dump_config, load_config
-from pekoe.run import doctor
-from pekoe.run.doctor import GIB, USABLE, environment, examine, forecast
+from pekoe.model import read_spec
+from pekoe.run import doctor, machine
+from pekoe.run.doctor import GIB, USABLE, examine, forecast
+from pekoe.run.machine import batch, environment
 
 
 @pytest.fixture
@@ -81,15 +85,40 @@ def test_a_containers_limit_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(doctor, "_LIMIT", tmp_path / "max")
     monkeypatch.setattr(doctor, "_USED", tmp_path / "current")
     (tmp_path / "max").write_text("max\n")
-    machine = doctor.available_bytes("cpu")
-    assert machine > 2**20
+    assert doctor.available_bytes("cpu") > 2**20
     (tmp_path / "max").write_text(f"{2**20}\n")
     (tmp_path / "current").write_text(f"{2**18}\n")
     assert doctor.available_bytes("cpu") == 2**20 - 2**18
 
 
 def test_the_environment_names_what_matters():
-    assert {"Python", "torch", "cores", "memory", "GPUs"} <= {name for name, _ in environment()}
+    found = dict(environment())
+    assert {"Python", "torch", "cores", "disk", "GPUs", "cluster", "report", "vLLM", "SGLang"} <= set(found)
+
+
+def test_what_is_absent_comes_with_the_command_that_installs_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    def nothing_but_pekoe(name: str) -> str:
+        if name == "pekoe":
+            return "1"
+        raise PackageNotFoundError
+
+    monkeypatch.setattr(machine, "version", nothing_but_pekoe)
+    monkeypatch.chdir(tmp_path)
+    found = dict(environment())
+    assert found["cluster"] == "absent: pip install 'pekoe[cluster]'"
+    assert found["vLLM"].startswith("absent here: make .venv-vllm/.stamp")
+
+
+def test_the_arithmetic_of_a_step_and_the_time_that_is_left(recipe: dict[str, Any], tmp_path: Path):
+    config = load_config(recipe | {"num_steps": 30, "run": {"dir": str(tmp_path)}})
+    spec, _ = read_spec(Path(config.model.path))
+    said = batch(config, spec)
+    assert "4 prompts x 4 = 16 responses of at most 12 tokens: at most 192 are sampled" in said[1]
+    assert "4 optimizer steps of at most 80 tokens, 3 or more responses a micro-batch" in said[2]
+    assert len(said) == 3
+    steps = [{"event": "step", "step": i, "step_s": 6.0} for i in (1, 2)]
+    (tmp_path / "journal.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps))
+    assert "about 2.8 minutes for the 28 that are left" in batch(config, spec)[3]
 
 
 def test_a_clusters_placement_is_said_before_anything_starts(tree: dict[str, Any], tmp_path: Path):
@@ -98,8 +127,8 @@ def test_a_clusters_placement_is_said_before_anything_starts(tree: dict[str, Any
     file.write_text(tomli_w.dumps(tree))
     lines, fault = examine(str(file), [], 1, 24 * GIB)
     assert fault is None
-    assert "engine 0, engine 1, rank 0, rank 1, rank 2" in lines[0]
-    assert lines[1] == "of 3 training ranks, each:"
+    assert "engine 0, engine 1, rank 0, rank 1, rank 2" in lines[3]
+    assert lines[4] == "of 3 training ranks, each:"
     assert not any("KV cache" in line for line in lines)
     with pytest.raises(UserError, match=r"room for rank 0 \(1 CPU, 1 GPU\) on one node, got none"):
         examine(str(file), ["cluster.training.gpus_per_rank=1"], 1, None)
