@@ -5,10 +5,11 @@ the standard library alone, so it is there at once. PR_SET_PDEATHSIG in the serv
 the *thread* that started the server ends, it tells only the first process of a server that has many, and to set it
 between fork and exec is not safe in a process with threads. This process has one.
 
-It has a second of its own kind, which takes the server down when the first is killed: Ray kills the children of a
-process that it ends, and knows nothing of theirs.
+It has a second of its own kind, which takes down what is left of the server when the first is gone: Ray kills the
+children of a process that it ends, and knows nothing of theirs; and a server's first process may die alone.
 """
 
+import contextlib
 import ctypes
 import os
 import signal
@@ -34,19 +35,29 @@ def main(parent: int, command: list[str]) -> int:
     # The group's SIGTERM is for the server; this process ends after it.
     signal.signal(signal.SIGTERM, ignore)
     keeper = os.getpid()
-    second = os.fork()
-    if not second:
+    if not os.fork():
         while os.getppid() == keeper:
             time.sleep(POLL_S)
-        end_group(lambda: False)
+        if others(keeper):
+            end_group(lambda: not others(keeper))
+        os._exit(0)
     child = subprocess.Popen(command, preexec_fn=die_with_keeper)
     while child.poll() is None:
         if os.getppid() != parent:
             end_group(lambda: child.poll() is not None)
         time.sleep(POLL_S)
-    os.kill(second, signal.SIGKILL)
-    os.waitpid(second, 0)
     return child.returncode if child.returncode >= 0 else 128 - child.returncode
+
+
+def others(keeper: int) -> list[int]:
+    """Processes of this group beside the two keepers."""
+    found: list[int] = []
+    for name in os.listdir("/proc"):
+        if name.isdigit() and int(name) not in (keeper, os.getpid()):
+            with contextlib.suppress(OSError):
+                if os.getpgid(int(name)) == os.getpgrp():
+                    found.append(int(name))
+    return found
 
 
 def end_group(ended: Callable[[], bool]) -> None:

@@ -142,6 +142,17 @@ def test_nothing_of_a_server_outlives_its_keeper(tmp_path: Path):
     process.stop()
 
 
+def test_nothing_of_a_server_outlives_its_first_process(tmp_path: Path):
+    """Also where whoever started it is killed before it can look."""
+    told = tmp_path / "pids"
+    process = ServerProcess("s", [sys.executable, "-c", STUBBORN, str(told)], os.environ, tmp_path / "log")
+    first, second = (int(pid) for pid in wait_for(told).split())
+    os.kill(first, signal.SIGKILL)
+    assert gone(second, 15)
+    assert process.exit_code == 128 + signal.SIGKILL
+    process.stop()
+
+
 def test_shared_memory_that_a_killed_server_made_is_removed(tmp_path: Path):
     if not Path("/dev/shm").is_dir():
         pytest.skip("no /dev/shm")

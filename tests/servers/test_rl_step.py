@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ from tests.servers.vllm_fixture import START_LIMIT_S, vllm_python
 
 pytestmark = [pytest.mark.server, pytest.mark.timeout(600)]
 
+OURS = uuid.uuid4().hex
 # Heads that vLLM knows, sizes that SGLang does not pad. Of its 64 tokens the tokenizer knows 24.
 SHAPE = SGLANG_SHAPE | {"num_heads": 2, "num_kv_heads": 1, "head_dim": 32}
 
@@ -66,7 +68,8 @@ def lay_out(tmp_path: Path, make_model: Callable[..., Decoder]) -> Callable[...,
 def pekoe(*words: str) -> str:
     """What the command prints. It leaves no weights in shared memory."""
     command = [sys.executable, "-m", "pekoe.cli", *words]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    marked = os.environ | {"PEKOE_TEST_RUN": OURS}  # whatever it starts has this, too
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=marked) as process:
         try:
             printed, errors = process.communicate(timeout=START_LIMIT_S + 60)
         finally:
@@ -99,7 +102,7 @@ def assert_proven(recipe: Path, route: str, num_steps: int = 2) -> list[dict[str
 def assert_nothing_left() -> None:
     """No process that this test's commands started, or that those started. (Servers' own shared memory: see their
     engines' tests.)"""
-    mark = f"PYTEST_CURRENT_TEST={os.environ['PYTEST_CURRENT_TEST']}".encode()
+    mark = f"PEKOE_TEST_RUN={OURS}".encode()
     end = time.monotonic() + 15  # of a server that was killed, the keeper takes down the rest
     while left := [process for process in Path("/proc").glob("[0-9]*") if mark in environment(process)]:
         assert time.monotonic() < end, [(process / "cmdline").read_bytes() for process in left]
@@ -200,4 +203,5 @@ def kill_once_there(recipe: Path) -> None:
             command = " ".join(process.cmdline())
             if "keeper.py" in command and str(recipe.parent) in command:
                 for child in process.children():
-                    child.kill()
+                    if "keeper.py" not in " ".join(child.cmdline()):
+                        child.kill()

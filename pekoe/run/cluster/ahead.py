@@ -40,7 +40,7 @@ class LogprobsAhead:
             self._next += 1
             self._chunk += samples
             self._size += sum(len(sample) for sample in samples)
-            if self._size >= self._chunk_tokens:
+            if self._size >= self._chunk_tokens and self._trainer.can_share(self._chunk):
                 self._asked.append(self._trainer.ask_ahead(self._chunk))
                 self._chunk, self._size = [], 0
 

@@ -61,6 +61,8 @@ def run_cluster(config: RLConfig, view: View, stop: Stop) -> None:
         trainer, sync = cast(ClusterTrainer, parts.trainer), cast(ClusterSync, parts.sync)
         for restart in range(config.cluster.max_restarts + 1):
             try:
+                if restart:
+                    trainer.start()
                 return run_rl(parts)
             except Lost as error:
                 if restart == config.cluster.max_restarts:
@@ -70,7 +72,6 @@ def run_cluster(config: RLConfig, view: View, stop: Stop) -> None:
                 view.say(f"training broke off, and begins again from the last checkpoint: {error}")
                 trainer.stop()
                 parts.run.forget_writing()
-                trainer.start()
                 sync.forget_group()
                 parts.order = DataOrder([p.uid for p in parts.problems], config.run.seed)  # if there is no checkpoint
 
@@ -100,6 +101,7 @@ def build_cluster(config: RLConfig, view: View, stop: Stop, stack: ExitStack) ->
         trainer.start()
         if config.algo.proximal == "recompute":
             ahead = LogprobsAhead(trainer, config.train.token_budget * section.training.ranks // section.training.tp)
+    stack.callback(run.forget_writing)  # what the ranks are writing may as well stand, whatever ends the run
     engines.wait_ready()
     canary = Prompt("canary", 0, tokenizer.encode_prompt(task.problems[0].messages))
     room = min(CANARY_TOKENS, task.longest - len(canary.tokens))

@@ -18,6 +18,7 @@ import ray
 import torch
 
 from pekoe.core.config import RLConfig
+from pekoe.core.errors import RunError
 from pekoe.core.types import Payload, Problem, Prompt, Rollout, SamplingParams, Verdict
 from pekoe.data.tokenizer import Tokenizer
 from pekoe.engine.fingerprints import Fingerprints
@@ -95,6 +96,7 @@ class EngineWorker:
         self._results: list[Result] = []
         self._error, self._batch = "", -1
         self._mark = mark
+        self._num_given, self._num_done = 0, 0
         self._looks, self._busy_s, self._busy_since = 0, 0.0, 0.0
         threading.Thread(target=self._work, name="sampling", daemon=True).start()
 
@@ -114,6 +116,7 @@ class EngineWorker:
         with self._told:
             if batch != self._batch:
                 self._batch, self._results = batch, []
+            self._num_given += 1
         self._jobs.put((batch, drawn, params))
 
     def cancel(self) -> None:
@@ -143,6 +146,17 @@ class EngineWorker:
                     self._told.notify_all()
                 return
             self._busy_s, self._busy_since = self._busy_s + time.monotonic() - self._busy_since, 0.0
+            with self._told:
+                self._num_done += 1
+                self._told.notify_all()
+
+    def _wait_idle(self) -> None:
+        """What was cancelled ends at its next response; until then, weights and KV are in use."""
+        assert self._config.cluster is not None
+        limit_s = self._config.cluster.sync_limit_s
+        with self._told:
+            if not self._told.wait_for(lambda: self._num_done == self._num_given or self._error, limit_s):
+                raise RunError(f"waited {limit_s:g} s for engine {self._number} to end what was cancelled")
 
     def _sample(self, batch: int, drawn: list[tuple[int, Problem, int]], params: SamplingParams) -> None:
         rows = {(problem.uid, draw): (row, problem) for row, problem, draw in drawn}
@@ -183,12 +197,15 @@ class EngineWorker:
     # Weights
 
     def join(self, group: Group) -> None:
+        self._wait_idle()
         self._member.join(group)
 
     def receive(self, version: int, max_bytes: int) -> None:
+        self._wait_idle()
         self._member.receive(version, max_bytes)
 
     def load(self, directory: str, version: int) -> None:
+        self._wait_idle()
         self._member.load(Path(directory), version)
 
     def probe(self, canary: Prompt, params: SamplingParams) -> tuple[int, list[Rollout]]:
@@ -204,6 +221,7 @@ class EngineWorker:
     # Turns with the ranks of the same devices
 
     def release(self) -> None:
+        self._wait_idle()
         self._member.release()
 
     def restore(self) -> None:

@@ -23,7 +23,7 @@ from pekoe.run.cluster.nodes import Depots, engine_bundles, node_of, place, reas
 POLL_S = 2.0
 _LOOK_S = 1.0  # between looks for a lost engine's node
 _CLOSE_LIMIT_S = 20.0  # then it is killed
-_MAX_FAILURES = 3  # of one engine in a row to start, after which it is given up
+_MAX_FAILURES = 5  # of one engine, without a response between them, after which it is given up
 
 
 @dataclass(eq=False)
@@ -140,13 +140,15 @@ class Engines:
             if ray.wait([engine.starting], timeout=0)[0]:
                 try:
                     engine.pid, engine.num_workers = ray.get(engine.starting)
-                    engine.state, engine.failures = "stale", 0
+                    engine.state = "stale"
                 except RayError as error:
                     self.lose(engine, f"did not start: {reason(error)}")
             elif time.monotonic() - engine.since > self._section.start_limit_s:
                 self.lose(engine, f"did not start within {self._section.start_limit_s:g} s")
         if stale := self.in_state("stale"):
             self.bring(stale)
+            for engine in self.in_state("serving"):
+                engine.heard = time.monotonic()  # nobody listened meanwhile
             for engine in stale:
                 if engine.state == "serving":
                     self._view.say(f"engine {engine.number} came back (process {engine.pid})")
@@ -164,7 +166,7 @@ class Engines:
         """It serves no longer, and is started again."""
         self._view.say(f"engine {engine.number} is lost: {why}")
         self.num_lost += 1
-        engine.failures += engine.state == "starting"
+        engine.failures += 1
         engine.resting = False
         engine.rows.clear()  # others take them
         ray.kill(engine.actor)
@@ -225,6 +227,8 @@ class Engines:
                     continue
                 if report.results or report.signs_of_life != engine.signs_of_life:
                     engine.heard, engine.signs_of_life = time.monotonic(), report.signs_of_life
+                if report.results:
+                    engine.failures = 0
                 self.busy_s += report.busy_s - engine.busy_s
                 engine.busy_s = report.busy_s
                 self._depots.count(report)

@@ -22,6 +22,7 @@ from pekoe.run.cluster.depot import Depot
 
 _LOCAL_STORE_BYTES = 512 << 20
 _LOOK_S = 1.0  # between looks at what is lost
+_CLEAR_LIMIT_S = 10.0
 Bundle = dict[str, float]
 
 
@@ -162,7 +163,7 @@ class Depots:
         if node_id not in self._numbers:
             number = len(self._numbers)
             here = NodeAffinitySchedulingStrategy(node_id, soft=False)
-            # One that dies comes back empty; what it had is missed when it is fetched, and the step is done again.
+            # One that dies comes back empty; what it had is missed when it is fetched: training begins again.
             options: dict[str, Any] = {"max_restarts": -1, "max_task_retries": 3}
             self.handles[number] = ray.remote(Depot).options(num_cpus=0, scheduling_strategy=here, **options).remote()
             self._numbers[node_id] = number
@@ -175,8 +176,9 @@ class Depots:
 
     def clear(self) -> None:
         """Forget everything: the step is done. A depot that does not answer has nothing to forget."""
-        for handle in self.handles.values():
-            handle.clear.remote()
+        cleared = [handle.clear.remote() for handle in self.handles.values()]
+        if cleared:  # before anything of the next step arrives
+            ray.wait(cleared, num_returns=len(cleared), timeout=_CLEAR_LIMIT_S)
 
 
 def get(refs: Any, limit_s: float, what: str) -> Any:

@@ -90,7 +90,8 @@ class ClusterSync:
         self._members = {}
 
     def _catch_up(self, engines: list[Engine]) -> None:
-        """Engines that came back get what the others have; the ranks have nothing else to do meanwhile."""
+        """Engines that came back get what the others have, when the ranks are done with log-probs ahead."""
+        self._trainer.call("idle", self._section.step_limit_s, "the ranks to finish log-probs")
         self._bring(engines, True)
 
     def _bring(self, engines: list[Engine], look: bool) -> float:
@@ -219,10 +220,11 @@ class ClusterSync:
                 self._engines.lose(engine, f"weight sync: {reason(error)}")
                 continue
             diff = float(np.max(self._trainer.call("difference", limit, "the canary's log-probs", rollouts)[0]))
-            if version != self._version or not diff <= self._limit:
+            versions = {version} | {each for rollout in rollouts for each, _ in rollout.versions}
+            if versions != {self._version} or not diff <= self._limit:
                 raise RunError(
                     f"weight sync: expected engine {engine.number} at version {self._version} with log-probs within "
-                    f"{self._limit} of the trainer's, got version {version} and {diff}"
+                    f"{self._limit} of the trainer's, got version {' and '.join(map(str, sorted(versions)))} and {diff}"
                 )
             if wrong:
                 more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""

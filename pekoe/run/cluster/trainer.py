@@ -10,6 +10,7 @@ from typing import Any, cast
 import ray
 
 from pekoe.core.config import RLConfig
+from pekoe.core.errors import UserError
 from pekoe.core.spec import ModelSpec
 from pekoe.core.types import AnySample, SampleRef
 from pekoe.run.cluster.depot import Key, Stored
@@ -132,8 +133,18 @@ class ClusterTrainer:
         rest = [sample for sample in samples if key_of(sample) not in known]
         if rest:
             self.take_turn()
+            if not self.can_share(rest):  # too few to go round: those that are known are computed again with them
+                known, rest = {}, list(samples)
             known = known | self._found(*self._ask_logprobs(rest, reference))
         return [known[key_of(sample)] for sample in samples]
+
+    def can_share(self, samples: Sequence[AnySample]) -> bool:
+        """Whether every rank would have something to do, within the token budget."""
+        try:
+            self._shares(samples)
+        except UserError:
+            return False
+        return True
 
     def ask_ahead(self, samples: Sequence[AnySample]) -> Asked:
         """Begin to compute log-probs; returns at once."""

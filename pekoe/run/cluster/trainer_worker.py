@@ -177,6 +177,9 @@ class TrainerWorker:
         """Of the weights that an engine holds."""
         return torch.float32 if kind == "embedded" else self._trainer.compute_dtype
 
+    def idle(self) -> None:
+        """Answered when all that was asked before is done."""
+
     def spare(self) -> None:
         """Give back what the allocator keeps: engines take their turn on this device."""
         if torch.cuda.is_available():

@@ -18,6 +18,10 @@ class Ranks:
     def __init__(self, busy_s: float = 0.0, left_s: float = 0.0) -> None:
         self.chunks: list[list[int]] = []
         self._busy_s, self._left_s = busy_s, left_s
+        self.least = 1
+
+    def can_share(self, samples: list[SampleRef]) -> bool:
+        return len(samples) >= self.least
 
     def ask_ahead(self, samples: list[SampleRef]) -> Any:
         self.chunks.append([sample.group for sample in samples])
@@ -61,3 +65,12 @@ def test_work_that_is_waited_for_is_not_saved():
         ahead.add(1, samples(1))
         ahead.end()
         assert ahead.saved_s == pytest.approx(saved, abs=0.05)
+
+
+def test_a_chunk_that_cannot_go_round_waits_for_more():
+    ranks = Ranks()
+    ranks.least = 5
+    ahead = LogprobsAhead(cast(Any, ranks), chunk_tokens=32)
+    for row in range(4):
+        ahead.add(row, samples(row))
+    assert ranks.chunks == [[0, 0, 1, 1, 2, 2]]
