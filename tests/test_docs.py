@@ -8,10 +8,13 @@ import re
 import shlex
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from pekoe.core.config import load_config
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -72,3 +75,31 @@ def test_commands_run(line: str) -> None:
     if program == "pekoe":
         known = set(re.findall(r"--[\w-]+", done.stdout))
         assert {arg for arg in args if arg.startswith("--")} <= known
+
+
+def test_the_glossary_has_every_metric_that_a_step_may_carry_and_no_other() -> None:
+    """Names are read from the code that writes them: the keys of its dictionaries."""
+    written: set[str] = set()
+    for file, function in (
+        ("run/metrics.py", "step_metrics"),
+        ("run/sync.py", "as_dict"),
+        ("run/cluster/build.py", "tell"),
+    ):
+        tree = ast.parse((ROOT / "pekoe" / file).read_text())
+        (body,) = (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and node.name == function)
+        for node in ast.walk(body):
+            if isinstance(node, ast.Dict):
+                written |= {str(key.value) for key in node.keys if isinstance(key, ast.Constant)}
+            if isinstance(node, ast.For) and isinstance(node.iter, ast.Tuple):
+                written |= {str(name.value) for name in node.iter.elts if isinstance(name, ast.Constant)}
+    rows = re.findall(r"^\| (`.*?`) \|", (ROOT / "docs/metrics.md").read_text(), re.MULTILINE)
+    told = {name for row in rows for name in re.findall(r"`(\w+)`", row)}
+    assert told == written
+
+
+def test_toml_that_is_shown_is_a_recipe() -> None:
+    recipe = {"num_steps": 1, "run": {"dir": "r"}, "model": {"path": "m"}, "data": {"train": "t"}}
+    shown = [text for page in PAGES for text in re.findall(r"```toml\n(.*?)```", page.read_text(), re.DOTALL)]
+    assert shown
+    for text in shown:
+        load_config(recipe | tomllib.loads(text))
