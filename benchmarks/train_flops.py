@@ -1,57 +1,24 @@
-"""Floating-point operations of a forward and backward, and what the machine's matrix product makes of the same shapes.
-
-An operation is counted where the mathematics asks for it: 2 for each multiply-add of each matrix product, twice as
-many backward (two products for each one forward), attention within each document's causal triangle alone. Whatever is
-computed again (checkpointing, attention's backward, chunks of the head) is not counted again.
-"""
+"""FLOP/s of a forward and backward (counted as `pekoe.core.roofline` does), and what the machine's matrix product makes
+of the same shapes."""
 
 from __future__ import annotations
 
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from pekoe.algo.packing import pack
-from pekoe.core.spec import ModelSpec
+from pekoe.core.roofline import training_flops
 from pekoe.core.types import Sample
 from pekoe.model import Decoder
 from pekoe.train import Trainer
 from pekoe.train.trainer import Objective
 
 _MOST_HEAD_ROWS = 4096
-
-
-@dataclass(frozen=True, slots=True)
-class Flops:
-    """Of one forward and backward."""
-
-    linear: float  # of the layers' weights
-    head: float  # of the output embedding, at the tokens that are trained on
-    attention: float
-
-    @property
-    def matmul(self) -> float:
-        return self.linear + self.head
-
-    @property
-    def total(self) -> float:
-        return self.matmul + self.attention
-
-
-def flops(spec: ModelSpec, lengths: Sequence[int], num_targets: int) -> Flops:
-    c, d, m = spec.hidden_size, spec.head_dim, spec.intermediate_size
-    weights = c * d * (2 * spec.num_heads + 2 * spec.num_kv_heads) + 3 * c * m
-    pairs = sum(length * (length + 1) // 2 for length in lengths)
-    return Flops(
-        linear=6.0 * spec.num_layers * weights * sum(lengths),
-        head=6.0 * c * spec.vocab_size * num_targets,
-        attention=12.0 * spec.num_layers * spec.num_heads * d * pairs,  # scores and values, three times two each
-    )
 
 
 def synchronise(device: torch.device) -> None:
@@ -137,7 +104,7 @@ def reached(trainer: Trainer, objective: Objective, samples: Sequence[Sample], r
             break
         lengths.append(len(sample))
     batch = pack(samples[: len(lengths)]).to(trainer.device)
-    count = flops(trainer.model.spec, lengths, len(batch.targets))
+    count = training_flops(trainer.model.spec, lengths, len(batch.targets))
     ceiling = Ceiling(trainer.model, len(batch.tokens), len(batch.targets), trainer.compute_dtype)
     assert abs(ceiling.flops / count.matmul - 1) < 1e-9, "both count the same products"
     forwards: list[float] = []

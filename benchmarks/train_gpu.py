@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from rollout_cases import SHAPES, Shape
 from train_cases import Case
-from train_flops import Ceiling, flops, seconds
+from train_flops import Ceiling, seconds
 from train_memory import Peak
 from train_worker import OBJECTIVE, make_trainer, sample_of
 
+from pekoe.core.roofline import training_flops
 from pekoe.core.spec import ModelSpec, RopeSpec
 from pekoe.model import Decoder
 from pekoe.train.predict import predict
@@ -75,7 +76,7 @@ def measure(name: str, spec: ModelSpec, device: torch.device, rounds: int, optio
     taken = [seconds(lambda: trainer.step(samples, OBJECTIVE), device) for _ in range(rounds)]
     memory = peak.about() if device.type == "cpu" else {"peak_bytes": torch.cuda.max_memory_allocated()}
     lengths = list(map(len, samples))
-    count = flops(spec, lengths, warm.num_targets)
+    count = training_flops(spec, lengths, warm.num_targets)
     targets = round(budget * warm.num_targets / warm.num_tokens)
     ceiling = Ceiling(trainer.model, budget, targets, torch.bfloat16)
     matmul_s = statistics.median([ceiling.measure() for _ in range(rounds + 1)][1:])

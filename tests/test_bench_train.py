@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from pekoe.core.roofline import training_flops
 from pekoe.core.spec import ModelSpec
 from pekoe.model import Decoder, PackedAttention
 
@@ -50,7 +51,7 @@ def test_flops_are_those_that_torch_counts(module: Any):
         model.logits(hidden[:num_targets]).sum().backward()
     found = {str(name): flops for name, flops in counter.get_flop_counts()["Global"].items()}
     matmul = sum(flops for name, flops in found.items() if name in ("aten.mm", "aten.addmm"))
-    ours = module("train_flops").flops(model.spec, lengths, num_targets)
+    ours = training_flops(model.spec, lengths, num_targets)
     assert ours.matmul == matmul
     # A document of L tokens has L (L + 1) / 2 pairs; scores and values are 2 products forward and 4 backward.
     assert ours.attention == 6 * 2 * shape.layers * shape.heads * shape.head_dim * 2 * (24 * 25 // 2)

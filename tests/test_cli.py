@@ -195,7 +195,8 @@ def test_ctrl_c_saves_and_says_how_to_go_on(folder: Path):
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "which is saved; run the same command again to go on from there" in stderr
-    steps = [json.loads(line)["step"] for line in journal.read_text().splitlines()]
+    events = [json.loads(line) for line in journal.read_text().splitlines()]
+    steps = [event["step"] for event in events if "step" in event]
     assert f"stopped after step {steps[-1]} of 100000" in stderr
     done = pekoe("rl", *words[:2], f"num_steps={steps[-1] + 1}")
     assert done.returncode == 0, done.stderr

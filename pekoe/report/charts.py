@@ -8,6 +8,7 @@ from typing import Any
 
 import plotly.graph_objects as go
 
+from pekoe.report.findings import ceilings, reached
 from pekoe.report.history import History
 
 # (metric, title, how its axis is written)
@@ -24,6 +25,9 @@ CURVES = (
     ("approx_kl", "approximate KL of a step", ".1e"),
     ("rollout_tokens_per_s", "sampled tokens a second", ",.0f"),
     ("train_tokens_per_s", "trained tokens a second", ",.0f"),
+    ("idle_engines", "of a step, an engine idle", ".0%"),
+    ("idle_ranks", "of a step, a training rank idle", ".0%"),
+    ("train_peak_bytes", "memory at the peak of an optimizer step (bytes)", ".3s"),
     ("fault_rate", "FAULT verdicts", ".1%"),
 )
 COLOURS = ("#2f6f9f", "#c4622d", "#4f8f4f", "#8a5fa0", "#b0913a", "#5b8f95")
@@ -36,6 +40,9 @@ def charts(histories: Sequence[History]) -> list[dict[str, Any]]:
     for name, title, form in CURVES:
         if any(name in step for history in histories for step in history.steps):
             figures.append(_curve(histories, name, title, form))
+    for phase in ("rollout", "train"):
+        if figure := _utilisation(histories, phase):
+            figures.append(figure)
     return [_json(figure) for figure in figures]
 
 
@@ -89,6 +96,31 @@ def _curve(histories: Sequence[History], name: str, title: str, form: str) -> go
     elif "%" in form:
         figure.update_yaxes(rangemode="tozero")
     return figure
+
+
+def _utilisation(histories: Sequence[History], phase: str) -> go.Figure | None:
+    """Of each step, the share of `phase` that its operations or bytes would take at the machine's ceilings."""
+    figure = go.Figure()
+    for number, history in enumerate(histories):
+        measured = ceilings(history)
+        if measured is None:
+            continue
+        found = [(step["step"], *pair) for step in history.steps if (pair := reached(step, phase, measured))]
+        if found:
+            figure.add_scatter(
+                name=history.name,
+                x=[step for step, _, _ in found],
+                y=[share for _, share, _ in found],
+                text=[by for _, _, by in found],
+                mode="lines" if len(found) > 1 else "markers",
+                line={"color": COLOURS[number % len(COLOURS)], "width": 2},
+                hovertemplate="step %{x}: %{y:.0%} of %{text}'s ceiling",
+            )
+    if not figure.data:
+        return None
+    figure.update_layout(title=f"utilisation in {phase}: share of the machine's ceiling", yaxis_tickformat=".0%")
+    figure.update_layout(showlegend=len(histories) > 1)
+    return figure.update_yaxes(rangemode="tozero")
 
 
 def _evals(histories: Sequence[History]) -> go.Figure:

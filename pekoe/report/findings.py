@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from math import ceil
 from statistics import median
 from typing import Any
 
 from pekoe.core.journal import Event
+from pekoe.core.roofline import Ceilings
 from pekoe.report.history import History
 
 _FEW = 0.25  # of a step's responses: when no more than these are unfinished, its tail has begun
@@ -20,6 +22,8 @@ def findings(history: History) -> list[str]:
         return []
     return [
         *_phases(steps),
+        *_bounds(history),
+        *_prefill(steps),
         *_tail(history),
         *_micro_batches(history),
         *_cluster(steps),
@@ -51,6 +55,68 @@ def _phases(steps: Sequence[Event]) -> list[str]:
     if len(shares) == 1:
         return [f"{most}."]
     return [f"{most}; were that twice as fast, a step would be {gain:.2f} times as fast."]
+
+
+def ceilings(history: History) -> Ceilings | None:
+    """Of the machine that ran the last steps, where the run measured them."""
+    machines = history.of("machine")
+    if not machines or "flop_s" not in machines[-1]:
+        return None
+    return Ceilings(machines[-1]["flop_s"], machines[-1]["byte_s"])
+
+
+def reached(step: Event, phase: str, measured: Ceilings) -> tuple[float, str] | None:
+    """How much of `phase` its arithmetic or its bytes would take at the ceilings, the larger; and which that is."""
+    flops, seconds = step.get(f"{phase}_flops"), step["seconds"].get(phase)
+    if not flops or not seconds:
+        return None
+    if phase == "rollout" and "rollout_bytes" not in step:
+        return None  # the engine does not tell how often it read the weights
+    return measured.reached(flops, step.get(f"{phase}_bytes", 0.0), seconds)
+
+
+def _bounds(history: History) -> list[str]:
+    """What bounds the phases whose operations are counted: of a roofline."""
+    measured = ceilings(history)
+    if measured is None:
+        return []
+    found: list[str] = []
+    for phase in (name for name in phase_shares(history.steps) if name in ("rollout", "train")):
+        pairs = [(step, pair) for step in history.steps if (pair := reached(step, phase, measured))]
+        if not pairs:
+            continue
+        share = median(pair[0] for _, pair in pairs)
+        by = Counter(pair[1] for _, pair in pairs).most_common(1)[0][0]
+        flop_s = median(step[f"{phase}_flops"] / step["seconds"][phase] for step, _ in pairs)
+        of = (
+            f"a matrix product's {measured.flop_s / 1e9:,.0f} GFLOP/s"
+            if by == "arithmetic"
+            else f"memory's {measured.byte_s / 1e9:,.0f} GB/s"
+        )
+        said = f"{phase} computes {flop_s / 1e9:,.1f} GFLOP/s; at {of}, measured here, it would take {share:.0%}"
+        found.append(f"{said} of its time: {_remedy(phase, by, share)}.")
+    return found
+
+
+def _remedy(phase: str, by: str, share: float) -> str:
+    if share >= 0.5:
+        return (
+            f"{by} bounds it; {'a faster device' if by == 'arithmetic' else 'larger batches'} would help, little else"
+        )
+    if phase == "rollout":
+        return "what bounds it is between the products, which more responses at once would share (engine.max_running)"
+    return "what bounds it is between the products, which larger micro-batches would share"
+
+
+def _prefill(steps: Sequence[Event]) -> list[str]:
+    sums = {name: sum(step.get(f"{name}_tokens", 0) for step in steps) for name in ("prefill", "cached", "shared")}
+    reused, whole = sums["cached"] + sums["shared"], sum(sums.values())
+    if not whole:
+        return []
+    return [
+        f"Prefix sharing saved {reused / whole:.0%} of prefill: {reused:,} of {whole:,} tokens of context, "
+        f"{sums['shared']:,} by a group's one prefill and {sums['cached']:,} found in the cache."
+    ]
 
 
 def _tail(history: History) -> list[str]:

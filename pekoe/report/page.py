@@ -64,6 +64,7 @@ def _run(history: History) -> dict[str, Any]:
         "ledger": history.ledger,
         "resumed": [event["step"] for event in history.of("resumed")],
         "config": _flat(config),
+        "machine": _flat(history.of("machine")[-1]) if history.of("machine") else [],
     }
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ from pekoe.engine import EmbeddedEngine, Generator, RemoteEngine, SGLangEngine, 
 from pekoe.model import Decoder, load_model
 from pekoe.run.control import Stop
 from pekoe.run.judging import make_judge
+from pekoe.run.machine import describe
 from pekoe.run.processes import only_one_process
 from pekoe.run.rollout import Sampler
 from pekoe.run.state import RunDir
@@ -57,7 +58,11 @@ class RLParts:
     view: View
     stop: Stop
     measured: Callable[[], dict[str, Any]] = dict[str, Any]
-    """What else the journal says of a step."""
+    """What else the journal says of a step: since it was last asked."""
+    spec: ModelSpec | None = None
+    """The model's shape, where a step's operations and bytes are to be counted."""
+    machine: dict[str, Any] = field(default_factory=dict[str, Any])
+    """What the journal says of the machine, in the beginning."""
 
 
 def prepare(run: ProcessSection, train: TrainSection | None = None) -> None:
@@ -323,4 +328,27 @@ def build_rl(config: RLConfig, view: View, stop: Stop, stack: ExitStack) -> RLPa
         run=run,
         view=view,
         stop=stop,
+        measured=EngineCounts(sampler.engine).tell,
+        spec=model.spec,
+        machine=describe(next(model.parameters()).device, dtype),
     )
+
+
+class EngineCounts:
+    """What an engine computed of prompts and what it need not, step by step."""
+
+    def __init__(self, engine: Generator) -> None:
+        self._engine, self._last = engine, engine.stats()
+
+    def tell(self) -> dict[str, Any]:
+        """Since it was last asked."""
+        last, now = self._last, self._engine.stats()
+        self._last = now
+        found = {
+            "prefill_tokens": now.num_prefill_tokens - last.num_prefill_tokens,
+            "cached_tokens": now.num_cached_tokens - last.num_cached_tokens,
+            "shared_tokens": now.num_shared_tokens - last.num_shared_tokens,
+            "num_preemptions": now.num_preemptions - last.num_preemptions,
+            "num_forwards": now.num_forwards - last.num_forwards,
+        }
+        return {name: number for name, number in found.items() if number}

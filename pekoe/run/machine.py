@@ -1,19 +1,24 @@
-"""What `pekoe doctor` says of this machine, and of a recipe's batch: counts, without running anything."""
+"""This machine: what `pekoe doctor` says of it and of a recipe's batch, and what a run journals of it."""
 
 from __future__ import annotations
 
 import os
 import platform
 import shutil
+import time
+from collections.abc import Callable
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from math import ceil
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 
 from pekoe.core.config import RLConfig
 from pekoe.core.journal import read_lines
+from pekoe.core.roofline import Ceilings
 from pekoe.core.spec import ModelSpec
 
 GIB = 2**30
@@ -54,6 +59,47 @@ def environment() -> list[tuple[str, str]]:
         make = f"make {folder}/.stamp (for a CPU); for a GPU see recipes/server.toml"
         found.append((name, str(python) if python.exists() else f"absent here: {make}"))
     return found
+
+
+def describe(device: torch.device | None = None, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
+    """The `machine` event of a journal: versions and, of the device that is given, its name and measured ceilings."""
+    found: dict[str, Any] = {
+        "versions": {"pekoe": version("pekoe"), "python": platform.python_version(), "torch": torch.__version__},
+        "host": platform.node(),
+        "platform": platform.platform(terse=True),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+    }
+    if device is None:
+        return found
+    ceilings = measure_ceilings(device, dtype)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
+    found |= {"device": f"{device.type} ({name})", "dtype": str(dtype).removeprefix("torch.")}
+    return found | {"flop_s": ceilings.flop_s, "byte_s": ceilings.byte_s}
+
+
+@cache
+def measure_ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
+    """What a square matrix product and a copy in memory reach here: the best of three each, a quarter of a second."""
+    width, size = (8192, 2**28) if device.type == "cuda" else (1024, 2**26)
+    a, b = (torch.randn(width, width, device=device, dtype=dtype) for _ in range(2))
+    source = torch.zeros(size, dtype=torch.float32, device=device)
+    target = torch.zeros_like(source)  # written once before: a page's first use is not memory's speed
+    return Ceilings(
+        flop_s=2 * width**3 / _fastest(lambda: torch.mm(a, b), device),
+        byte_s=2 * source.nbytes / _fastest(lambda: target.copy_(source), device),
+    )
+
+
+def _fastest(work: Callable[[], Any], device: torch.device) -> float:
+    taken: list[float] = []
+    for _ in range(4):  # the first warms up
+        start = time.perf_counter()
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        taken.append(time.perf_counter() - start)
+    return min(taken[1:])
 
 
 def batch(config: RLConfig, spec: ModelSpec) -> list[str]:

@@ -9,6 +9,8 @@ import numpy as np
 
 from pekoe.algo.scoring import Scored, reward_of
 from pekoe.core.config import RLConfig
+from pekoe.core.roofline import sampling_bytes, sampling_flops, training_bytes, training_flops
+from pekoe.core.spec import ModelSpec
 from pekoe.run.rollout import Batch
 from pekoe.train import StepStats
 
@@ -71,6 +73,34 @@ def step_metrics(
             metrics[name] = sum(s.means[name] * s.num_targets for s in stats) / targets
     skipped = [s.skipped for s in stats if s.skipped]
     return metrics | ({"skipped": "; ".join(skipped)} if skipped else {})
+
+
+def work(
+    spec: ModelSpec,
+    dtype: str,
+    batch: Batch,
+    scored: Scored,
+    stats: Sequence[StepStats],
+    num_forwards: int | None,
+) -> dict[str, float]:
+    """Operations and bytes that the step could not do without (`pekoe.core.roofline`).
+
+    Args:
+        dtype: of the matrix products.
+        num_forwards: of the engine, where it tells.
+    """
+    groups = [
+        (group.rollouts[0].num_prompt_tokens, [rollout.num_tokens for rollout in group.rollouts])
+        for group, _ in batch.everything()
+    ]
+    found = {"rollout_flops": sampling_flops(spec, groups).total}
+    if num_forwards:
+        found["rollout_bytes"] = sampling_bytes(spec, groups, num_forwards, dtype)
+    if stats:
+        num_targets, num_microbatches = sum(s.num_targets for s in stats), sum(s.num_microbatches for s in stats)
+        found["train_flops"] = training_flops(spec, map(len, scored.samples), num_targets).total
+        found["train_bytes"] = training_bytes(spec, num_microbatches, len(stats), dtype)
+    return found
 
 
 def _mean(values: Any) -> float:

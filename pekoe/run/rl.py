@@ -21,7 +21,7 @@ from pekoe.core.view import View
 from pekoe.run.build import RLParts, sampling, sampling_for
 from pekoe.run.control import Clock, StopRequested
 from pekoe.run.evaluate import evaluate, warn_truncation
-from pekoe.run.metrics import step_metrics
+from pekoe.run.metrics import step_metrics, work
 from pekoe.run.rollout import Batch, check_faults, is_useless, rollout_lines
 from pekoe.run.state import Progress
 from pekoe.run.sync import SyncReport
@@ -36,7 +36,10 @@ def run_rl(parts: RLParts) -> None:
     start = {"step": 0, "order": parts.order.state(), "measured": True}
     progress: Progress = parts.run.resume(parts.trainer) or start
     parts.order.restore(progress["order"])
+    if parts.machine:
+        parts.run.journal.write("machine", **parts.machine)
     parts.view.say(str(bring(parts, progress["step"])))
+    parts.measured()  # what came before is no step's
     try:
         progress = measure_if_due(parts, progress)
         while progress["step"] < config.num_steps:
@@ -149,7 +152,11 @@ def commit(
     for group, _, reason in batch.dropped:
         account(parts, step, group.problem.uid, group.draw, reason)
     metrics = step_metrics(step, batch, scored, stats, parts.config, clock.seconds)
-    parts.run.journal.write("step", **metrics, **synced.as_dict(), **parts.measured())
+    measured = parts.measured()
+    if parts.spec is not None:
+        forwards = measured.get("num_forwards")
+        metrics |= work(parts.spec, parts.config.model.dtype, batch, scored, stats, forwards)
+    parts.run.journal.write("step", **metrics, **synced.as_dict(), **measured)
     if step % TELL_EVERY == 1:
         warn_truncation(metrics["truncation_rate"], parts.config.rollout.max_new_tokens, parts.view)
     parts.run.settle(wait=False)
@@ -183,6 +190,7 @@ def measure_if_due(parts: RLParts, progress: Progress) -> Progress:
     parts.run.journal.write("eval", step=progress["step"], seconds=clock.seconds, **result.as_dict())
     if parts.sync.route == "alias":
         bring(parts, progress["step"])  # the next step finds the caches that a resumed run would find
+    parts.measured()  # what this took is no step's
     return progress | {"measured": True}
 
 

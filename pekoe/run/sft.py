@@ -11,6 +11,7 @@ import numpy as np
 from pekoe.algo.loss import cross_entropy
 from pekoe.core.config import SFTConfig
 from pekoe.core.errors import Interrupted, UserError
+from pekoe.core.roofline import training_bytes, training_flops
 from pekoe.core.types import Sample
 from pekoe.core.view import NoView, View
 from pekoe.data.order import DataOrder
@@ -18,6 +19,7 @@ from pekoe.data.sft_data import Demonstration, read_demonstrations
 from pekoe.data.tokenizer import Tokenizer
 from pekoe.run.build import open_model, prepare
 from pekoe.run.control import Clock, Stop
+from pekoe.run.machine import describe
 from pekoe.run.processes import joined, make_layout
 from pekoe.run.state import Progress, RunDir
 from pekoe.train import Trainer
@@ -57,6 +59,7 @@ def _run(config: SFTConfig, view: View, leader: bool) -> None:
     with stop.listening(), RunDir(config, (view.event,), leader) as run:
         progress: Progress = run.resume(trainer) or {"step": 0, "order": order.state()}
         order.restore(progress["order"])
+        run.journal.write("machine", **describe(trainer.device, dtype))
         view.begin("sft", total)
         view.advance(progress["step"])
         while progress["step"] < total and not trainer.any(stop.requested):
@@ -86,6 +89,11 @@ def train_one(trainer: Trainer, batch: Sequence[Sample], step: int, run: RunDir,
     with clock("train"):
         stats = trainer.step(batch, cross_entropy)
     view.advance()
+    work: dict[str, float] = {}
+    if trainer.group is None:  # one process; of several, each would have its own ceilings
+        spec, dtype = trainer.model.spec, str(trainer.compute_dtype).removeprefix("torch.")
+        work["train_flops"] = training_flops(spec, map(len, batch), stats.num_targets).total
+        work["train_bytes"] = training_bytes(spec, stats.num_microbatches, 1, dtype)
     run.journal.write(
         "step",
         step=step,
@@ -99,6 +107,7 @@ def train_one(trainer: Trainer, batch: Sequence[Sample], step: int, run: RunDir,
         train_tokens_per_s=stats.num_tokens / clock.seconds["train"],
         train_peak_bytes=stats.peak_bytes,
         seconds=clock.seconds,
+        **work,
         **({"skipped": stats.skipped} if stats.skipped else {}),
     )
 

@@ -100,6 +100,39 @@ def test_the_long_tail_is_told_from_lengths(tmp_path: Path):
     assert any("for 80% of the longest response" in sentence for sentence in findings(read_history(run)))
 
 
+MACHINE = {"event": "machine", "time": 999.0, "flop_s": 1e9, "byte_s": 1e8, "versions": {"torch": "2.11.0"}}
+
+
+def test_a_phase_is_measured_against_the_machine_that_ran_it(tmp_path: Path):
+    work = {"rollout_flops": 3e8, "rollout_bytes": 4.8e8, "train_flops": 6e8, "train_bytes": 1e7}
+    sharing = {"prefill_tokens": 10, "shared_tokens": 70, "cached_tokens": 20}
+    run = write_run(tmp_path / "run", [MACHINE, *(step_event(i, **work, **sharing) for i in (1, 2))], {})
+    history = read_history(run)
+    said = findings(history)
+    assert said[1] == (  # 6 s of rollout: 0.3 s of arithmetic, 4.8 s of memory
+        "rollout computes 0.1 GFLOP/s; at memory's 0 GB/s, measured here, it would take 80% of its time: memory "
+        "bounds it; larger batches would help, little else."
+    )
+    assert said[2] == (  # 3 s of training: 0.6 s of arithmetic
+        "train computes 0.2 GFLOP/s; at a matrix product's 1 GFLOP/s, measured here, it would take 20% of its time: "
+        "what bounds it is between the products, which larger micro-batches would share."
+    )
+    assert said[3].startswith("Prefix sharing saved 90% of prefill: 180 of 200 tokens of context, 140 by a group's")
+    page = render([history])
+    found = {chart["layout"]["title"]["text"]: chart for chart in data_of(page)["charts"]}
+    assert found["utilisation in rollout: share of the machine's ceiling"]["data"][0]["y"] == pytest.approx([0.8, 0.8])
+    assert found["utilisation in train: share of the machine's ceiling"]["data"][0]["text"] == ["arithmetic"] * 2
+    assert "<td>versions.torch</td><td>2.11.0</td>" in page
+
+
+def test_without_a_measured_machine_nothing_is_said_of_bounds(tmp_path: Path):
+    cluster = {key: value for key, value in MACHINE.items() if key not in ("flop_s", "byte_s")}
+    run = write_run(tmp_path / "run", [cluster, step_event(1, train_flops=6e8)], {})
+    history = read_history(run)
+    assert not any("GFLOP" in sentence for sentence in findings(history))
+    assert not any("utilisation" in chart["layout"]["title"]["text"] for chart in data_of(render([history]))["charts"])
+
+
 def test_a_live_page_is_made_anew_when_the_run_grows(run_dir: Path):
     made: list[int] = []
 

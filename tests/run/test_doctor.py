@@ -1,12 +1,14 @@
 """`pekoe doctor`: what fits, and the largest budget that does."""
 
 import json
+import time
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tomli_w
+import torch
 
 from pekoe.core import RLConfig, SFTConfig, UserError, dump_config, load_config
 from pekoe.model import read_spec
@@ -107,6 +109,19 @@ def test_what_is_absent_comes_with_the_command_that_installs_it(monkeypatch: pyt
     found = dict(environment())
     assert found["cluster"] == "absent: pip install 'pekoe[cluster]'"
     assert found["vLLM"].startswith("absent here: make .venv-vllm/.stamp")
+
+
+def test_a_machines_ceilings_are_those_of_a_product_and_a_copy():
+    found = machine.describe(torch.device("cpu"), torch.float32)
+    size, a = 1024, torch.randn(1024, 1024)
+    start = time.perf_counter()
+    torch.mm(a, a)
+    slower = 2 * size**3 / (time.perf_counter() - start)
+    assert found["flop_s"] > slower / 20  # the best of three is hardly slower than one, on a busy machine too
+    assert 1e8 < found["byte_s"] < 1e13
+    assert found["dtype"] == "float32"
+    assert found["versions"]["torch"] == torch.__version__
+    assert "flop_s" not in machine.describe()
 
 
 def test_the_arithmetic_of_a_step_and_the_time_that_is_left(recipe: dict[str, Any], tmp_path: Path):

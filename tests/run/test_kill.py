@@ -123,7 +123,7 @@ def future_of(run: Path) -> dict[str, Any]:
         name: [
             {k: v for k, v in line.items() if not k.endswith(("_s", "time", "seconds", "peak_bytes"))}
             for line in read_lines(run / name)
-            if line.get("event") not in ("resumed", "sync", "checkpoint")  # each start has its own
+            if line.get("event") not in ("machine", "resumed", "sync", "checkpoint")  # each start has its own
         ]
         for name in ("journal.jsonl", "ledger.jsonl")
     }

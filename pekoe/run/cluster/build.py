@@ -25,6 +25,7 @@ from pekoe.run.cluster.sync import ClusterSync
 from pekoe.run.cluster.trainer import ClusterStore, ClusterTrainer
 from pekoe.run.cluster.trainer_worker import Traffic
 from pekoe.run.control import Stop
+from pekoe.run.machine import describe
 from pekoe.run.rl import run_rl
 from pekoe.run.rollout import RolloutLine
 from pekoe.run.state import RunDir
@@ -121,6 +122,8 @@ def build_cluster(config: RLConfig, view: View, stop: Stop, stack: ExitStack) ->
         view=view,
         stop=stop,
         measured=Account(trainer, sync, engines, depots, ahead).tell,
+        spec=spec,
+        machine=describe(),
     )
 
 
