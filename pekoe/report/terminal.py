@@ -172,6 +172,6 @@ class LiveView:
 
 
 def make_view(console: Console | None = None) -> LiveView | PlainView:
-    """The live view on a terminal, plain lines elsewhere."""
+    """The live view on a terminal; plain lines elsewhere, also where a terminal cannot be drawn on (TERM=dumb)."""
     console = console or Console()
-    return LiveView(console) if console.is_terminal else PlainView(console)
+    return LiveView(console) if console.is_terminal and not console.is_dumb_terminal else PlainView(console)

@@ -86,7 +86,7 @@ def warn_truncation(rate: float, max_new_tokens: int, view: View) -> None:
     if rate > MAX_TRUNCATION:
         view.say(
             f"warning: {rate:.1%} of the responses were cut at {max_new_tokens} tokens (max_new_tokens); they are "
-            f"judged by what they had said until then"
+            f"judged by what they had said until then: raise it, or look at whether they repeat themselves"
         )
 
 

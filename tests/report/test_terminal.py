@@ -1,9 +1,11 @@
 """The live view: what it shows of a step, wide, narrow and piped."""
 
 import io
+import re
 from typing import Any
 
-from rich.console import Console
+import pytest
+from rich.console import Console, ConsoleDimensions
 
 from pekoe.core.view import View, phase
 from pekoe.report import LiveView, PlainView, make_view
@@ -77,6 +79,37 @@ def test_a_terminal_gets_a_table_however_narrow():
         assert "reward" in text
         assert ("train tok/s" in text) == (width == 200)
         assert "…" not in text or width == 20
+
+
+def test_a_terminal_that_cannot_be_drawn_on_gets_plain_lines():
+    c = Console(file=io.StringIO(), force_terminal=True, _environ={"TERM": "dumb"})
+    assert isinstance(make_view(c), PlainView)
+
+
+@pytest.mark.parametrize("environment", [{"NO_COLOR": "1"}, {}])
+def test_no_colour_where_none_is_wanted(environment: dict[str, str]):
+    c = Console(file=io.StringIO(), width=100, force_terminal=True, _environ={"TERM": "xterm-256color", **environment})
+    view = make_view(c)
+    assert isinstance(view, LiveView)
+    with view, phase(view, "rollout", 4):
+        view.advance(3)
+        view.say("drawn again below this")
+    coloured = re.search(r"\x1b\[[0-9;]*(3[0-7]|38;5|9[0-7])[0-9;]*m", printed(c))
+    assert bool(coloured) == (not environment)
+
+
+def test_a_terminal_that_is_resized_while_a_phase_goes_on():
+    environment = {"TERM": "xterm", "COLUMNS": "160"}
+    c = Console(file=io.StringIO(), force_terminal=True, color_system=None, _environ=environment)
+    view = LiveView(c)
+    with view:
+        for width in (160, 40, 9, 120):
+            c.size = ConsoleDimensions(width, 24)
+            follow(view)
+    header, *_, last = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", printed(c)).splitlines()[-5:]  # four steps were told
+    assert "62.5%" in last
+    assert "reward" in header
+    assert max(len(header), len(last)) <= 120
 
 
 def follow(view: View) -> None:
