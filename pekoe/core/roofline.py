@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from pekoe.core.spec import ModelSpec
 
-ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+ITEM_BYTES = {"float32": 4, "bfloat16": 2}
 _OPTIMIZER_BYTES = 7 * 4  # of a parameter: itself, its gradient and two moments read, all but the gradient written
 
 

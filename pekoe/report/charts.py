@@ -8,7 +8,7 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-from pekoe.report.findings import ceilings, reached
+from pekoe.report.findings import utilisation
 from pekoe.report.history import History
 
 # (metric, title, how its axis is written)
@@ -102,16 +102,12 @@ def _utilisation(histories: Sequence[History], phase: str) -> go.Figure | None:
     """Of each step, the share of `phase` that its operations or bytes would take at the machine's ceilings."""
     figure = go.Figure()
     for number, history in enumerate(histories):
-        measured = ceilings(history)
-        if measured is None:
-            continue
-        found = [(step["step"], *pair) for step in history.steps if (pair := reached(step, phase, measured))]
-        if found:
+        if found := utilisation(history, phase):
             figure.add_scatter(
                 name=history.name,
-                x=[step for step, _, _ in found],
-                y=[share for _, share, _ in found],
-                text=[by for _, _, by in found],
+                x=[step["step"] for step, _, _, _ in found],
+                y=[share for _, _, share, _ in found],
+                text=[by for _, _, _, by in found],
                 mode="lines" if len(found) > 1 else "markers",
                 line={"color": COLOURS[number % len(COLOURS)], "width": 2},
                 hovertemplate="step %{x}: %{y:.0%} of %{text}'s ceiling",

@@ -57,37 +57,30 @@ def _phases(steps: Sequence[Event]) -> list[str]:
     return [f"{most}; were that twice as fast, a step would be {gain:.2f} times as fast."]
 
 
-def ceilings(history: History) -> Ceilings | None:
-    """Of the machine that ran the last steps, where the run measured them."""
-    machines = history.of("machine")
-    if not machines or "flop_s" not in machines[-1]:
-        return None
-    return Ceilings(machines[-1]["flop_s"], machines[-1]["byte_s"])
-
-
-def reached(step: Event, phase: str, measured: Ceilings) -> tuple[float, str] | None:
-    """How much of `phase` its arithmetic or its bytes would take at the ceilings, the larger; and which that is."""
-    flops, seconds = step.get(f"{phase}_flops"), step["seconds"].get(phase)
-    if not flops or not seconds:
-        return None
-    if phase == "rollout" and "rollout_bytes" not in step:
-        return None  # the engine does not tell how often it read the weights
-    return measured.reached(flops, step.get(f"{phase}_bytes", 0.0), seconds)
+def utilisation(history: History, phase: str) -> list[tuple[Event, Ceilings, float, str]]:
+    """Of each step whose work in `phase` is counted: the ceilings of the machine that ran it, the share of the phase
+    that its arithmetic or its bytes would take at them, the larger, and which of the two that is."""
+    found: list[tuple[Event, Ceilings, float, str]] = []
+    measured: Ceilings | None = None
+    for event in history.events:
+        if event["event"] == "machine":  # a run may go on elsewhere
+            measured = Ceilings(event["flop_s"], event["byte_s"]) if "flop_s" in event else None
+        elif event["event"] == "step" and measured and f"{phase}_bytes" in event and event["seconds"].get(phase):
+            work = event[f"{phase}_flops"], event[f"{phase}_bytes"]
+            found.append((event, measured, *measured.reached(*work, event["seconds"][phase])))
+    return found
 
 
 def _bounds(history: History) -> list[str]:
     """What bounds the phases whose operations are counted: of a roofline."""
-    measured = ceilings(history)
-    if measured is None:
-        return []
     found: list[str] = []
     for phase in (name for name in phase_shares(history.steps) if name in ("rollout", "train")):
-        pairs = [(step, pair) for step in history.steps if (pair := reached(step, phase, measured))]
-        if not pairs:
+        used = utilisation(history, phase)
+        if not used:
             continue
-        share = median(pair[0] for _, pair in pairs)
-        by = Counter(pair[1] for _, pair in pairs).most_common(1)[0][0]
-        flop_s = median(step[f"{phase}_flops"] / step["seconds"][phase] for step, _ in pairs)
+        measured, share = used[-1][1], median(share for _, _, share, _ in used)
+        by = Counter(by for _, _, _, by in used).most_common(1)[0][0]
+        flop_s = median(step[f"{phase}_flops"] / step["seconds"][phase] for step, _, _, _ in used)
         of = (
             f"a matrix product's {measured.flop_s / 1e9:,.0f} GFLOP/s"
             if by == "arithmetic"

@@ -306,6 +306,7 @@ def build_rl(config: RLConfig, view: View, stop: Stop, stack: ExitStack) -> RLPa
     only_one_process("rl")
     prepare(config.run, config.train)
     model, tokenizer, dtype = open_model(config.model)
+    machine = describe(next(model.parameters()).device, dtype)  # before an engine takes what memory there is
     task = open_task(config, model.spec, tokenizer, view)
     run = stack.enter_context(RunDir(config, (view.event,)))
     if task.report.dropped:
@@ -330,7 +331,7 @@ def build_rl(config: RLConfig, view: View, stop: Stop, stack: ExitStack) -> RLPa
         stop=stop,
         measured=EngineCounts(sampler.engine).tell,
         spec=model.spec,
-        machine=describe(next(model.parameters()).device, dtype),
+        machine=machine,
     )
 
 

@@ -80,8 +80,15 @@ def describe(device: torch.device | None = None, dtype: torch.dtype = torch.floa
 
 @cache
 def measure_ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
-    """What a square matrix product and a copy in memory reach here: the best of three each, a quarter of a second."""
-    width, size = (8192, 2**28) if device.type == "cuda" else (1024, 2**26)
+    """What a square matrix product and a copy in memory reach here: the best of three each."""
+    found = _measure(device, dtype)
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # what was measured with is not needed again
+    return found
+
+
+def _measure(device: torch.device, dtype: torch.dtype) -> Ceilings:
+    width, size = 8192 if device.type == "cuda" else 1024, 2**26  # 256 MiB: more than caches hold
     a, b = (torch.randn(width, width, device=device, dtype=dtype) for _ in range(2))
     source = torch.zeros(size, dtype=torch.float32, device=device)
     target = torch.zeros_like(source)  # written once before: a page's first use is not memory's speed

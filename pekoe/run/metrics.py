@@ -77,18 +77,18 @@ def step_metrics(
 
 def work(
     spec: ModelSpec,
-    dtype: str,
+    config: RLConfig,
     batch: Batch,
     scored: Scored,
     stats: Sequence[StepStats],
     num_forwards: int | None,
 ) -> dict[str, float]:
-    """Operations and bytes that the step could not do without (`pekoe.core.roofline`).
+    """Operations and bytes that the step could not do without (`pekoe.core.roofline`), as of one process.
 
     Args:
-        dtype: of the matrix products.
         num_forwards: of the engine, where it tells.
     """
+    dtype = config.model.dtype
     groups = [
         (group.rollouts[0].num_prompt_tokens, [rollout.num_tokens for rollout in group.rollouts])
         for group, _ in batch.everything()
@@ -98,7 +98,8 @@ def work(
         found["rollout_bytes"] = sampling_bytes(spec, groups, num_forwards, dtype)
     if stats:
         num_targets, num_microbatches = sum(s.num_targets for s in stats), sum(s.num_microbatches for s in stats)
-        found["train_flops"] = training_flops(spec, map(len, scored.samples), num_targets).total
+        passes = 4 / 3 if config.algo.kl else 1  # the reference's forward beside a forward and backward
+        found["train_flops"] = passes * training_flops(spec, map(len, scored.samples), num_targets).total
         found["train_bytes"] = training_bytes(spec, num_microbatches, len(stats), dtype)
     return found
 

@@ -154,8 +154,7 @@ def commit(
     metrics = step_metrics(step, batch, scored, stats, parts.config, clock.seconds)
     measured = parts.measured()
     if parts.spec is not None:
-        forwards = measured.get("num_forwards")
-        metrics |= work(parts.spec, parts.config.model.dtype, batch, scored, stats, forwards)
+        metrics |= work(parts.spec, parts.config, batch, scored, stats, measured.get("num_forwards"))
     parts.run.journal.write("step", **metrics, **synced.as_dict(), **measured)
     if step % TELL_EVERY == 1:
         warn_truncation(metrics["truncation_rate"], parts.config.rollout.max_new_tokens, parts.view)

@@ -59,7 +59,8 @@ def _run(config: SFTConfig, view: View, leader: bool) -> None:
     with stop.listening(), RunDir(config, (view.event,), leader) as run:
         progress: Progress = run.resume(trainer) or {"step": 0, "order": order.state()}
         order.restore(progress["order"])
-        run.journal.write("machine", **describe(trainer.device, dtype))
+        alone = trainer.group is None  # several would measure one another
+        run.journal.write("machine", **describe(trainer.device if alone else None, dtype))
         view.begin("sft", total)
         view.advance(progress["step"])
         while progress["step"] < total and not trainer.any(stop.requested):

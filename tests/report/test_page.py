@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from pekoe.report.findings import findings
+from pekoe.report.findings import findings, utilisation
 from pekoe.report.history import read_history
 from pekoe.report.live import LiveReport
 from pekoe.report.page import render
@@ -125,9 +125,16 @@ def test_a_phase_is_measured_against_the_machine_that_ran_it(tmp_path: Path):
     assert "<td>versions.torch</td><td>2.11.0</td>" in page
 
 
+def test_a_run_that_goes_on_elsewhere_is_measured_there(tmp_path: Path):
+    work = {"train_flops": 6e8, "train_bytes": 0.0}
+    events = [MACHINE, step_event(1, **work), MACHINE | {"flop_s": 2e9}, step_event(2, **work)]
+    used = utilisation(read_history(write_run(tmp_path / "run", events, {})), "train")
+    assert [share for _, _, share, _ in used] == pytest.approx([0.2, 0.1])
+
+
 def test_without_a_measured_machine_nothing_is_said_of_bounds(tmp_path: Path):
     cluster = {key: value for key, value in MACHINE.items() if key not in ("flop_s", "byte_s")}
-    run = write_run(tmp_path / "run", [cluster, step_event(1, train_flops=6e8)], {})
+    run = write_run(tmp_path / "run", [cluster, step_event(1, train_flops=6e8, train_bytes=1e7)], {})
     history = read_history(run)
     assert not any("GFLOP" in sentence for sentence in findings(history))
     assert not any("utilisation" in chart["layout"]["title"]["text"] for chart in data_of(render([history]))["charts"])
