@@ -31,6 +31,7 @@ from pekoe.core.config import (
     load_config,
 )
 from pekoe.core.errors import Interrupted, RunError, UserError
+from pekoe.core.types import Verdict
 from pekoe.core.view import NoView, View
 from pekoe.report import LiveView, PlainView, make_view
 from pekoe.report.trackers import tracking
@@ -59,12 +60,15 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="print the resolved reci
 
 
 @contextlib.contextmanager
-def viewing(config: TrainingConfig | None = None) -> Iterator[View]:
-    """The live view, and the trackers of a run's recipe, closed whatever happens."""
+def viewing(config: TrainingConfig | None = None, results: bool = False) -> Iterator[View]:
+    """The live view, and the trackers of a run's recipe, closed whatever happens.
+
+    `results`: what the command prints is for another program, and the view goes to stderr.
+    """
     if not _leads():
         yield NoView()
         return
-    view: LiveView | PlainView = make_view()
+    view: LiveView | PlainView = make_view(Console(stderr=results))
     with view if isinstance(view, LiveView) else contextlib.nullcontext():
         if config is None:
             yield view
@@ -188,7 +192,7 @@ def evaluate(
         raise UserError("eval: expected a recipe, or both --model DIR and --data FILE.jsonl")
     from pekoe.run.evaluate import run_eval, table_of
 
-    with viewing() as view:
+    with viewing(results=True) as view:
         result = run_eval(config, view)
     Console(stderr=True).print(table_of(result))
     typer.echo(json.dumps(result.as_dict(), indent=2))
@@ -285,14 +289,17 @@ def verify(
     table = Table(
         "cases", *(Column(name, justify="right") for name in ("right", "wrong", "FN", "FP", "unparsed", "fault"))
     )
-    with JudgePool(num_workers=os.cpu_count() or 1) as pool:
-        for file, cases in by_file:
-            verdicts = pool.judge_many((case["response"], case["gold"], case.get("kind", kind)) for case in cases)
-            if summary:
-                table.add_row(Path(file).stem, *errors_of(cases, verdicts).cells())
-                continue
-            for case, verdict in zip(cases, verdicts, strict=True):
-                typer.echo(json.dumps({"id": case["id"], **asdict(verdict)}))
+    judged: list[list[Verdict]] = []
+    with JudgePool(num_workers=os.cpu_count() or 1) as pool, viewing(results=True) as view:
+        for _, cases in by_file:
+            asked = [(case["response"], case["gold"], case.get("kind", kind)) for case in cases]
+            judged.append(pool.judge_many(asked, view))
+    for (file, cases), verdicts in zip(by_file, judged, strict=True):
+        if summary:
+            table.add_row(Path(file).stem, *errors_of(cases, verdicts).cells())
+            continue
+        for case, verdict in zip(cases, verdicts, strict=True):
+            typer.echo(json.dumps({"id": case["id"], **asdict(verdict)}))
     if summary:
         Console().print(table)
 

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from pekoe.core.journal import Event
 
+T = TypeVar("T")
+_TOLD = 200  # how often `each` tells, at the most
+
 
 class View(Protocol):
-    """Receives phases with their progress, and journal events."""
+    """Receives phases with their progress, and journal events. Phases nest; `done` of the total were done before."""
 
-    def begin(self, phase: str, total: int | None) -> None: ...
+    def begin(self, phase: str, total: int | None, done: int = 0) -> None: ...
 
     def advance(self, done: int = 1) -> None: ...
 
@@ -26,7 +29,7 @@ class View(Protocol):
 class NoView:
     """Watches nothing."""
 
-    def begin(self, phase: str, total: int | None) -> None: ...
+    def begin(self, phase: str, total: int | None, done: int = 0) -> None: ...
 
     def advance(self, done: int = 1) -> None: ...
 
@@ -38,10 +41,20 @@ class NoView:
 
 
 @contextmanager
-def phase(view: View, name: str, total: int | None = None) -> Iterator[None]:
-    """Show `name` with a progress bar of `total` items while the body runs."""
-    view.begin(name, total)
+def phase(view: View, name: str, total: int | None = None, done: int = 0) -> Iterator[None]:
+    """Show `name` with a progress bar of `total` items, of which `done` were done before, while the body runs."""
+    view.begin(name, total, done)
     try:
         yield
     finally:
         view.end()
+
+
+def each(view: View, name: str, items: Sequence[T]) -> Iterator[T]:
+    """The items, with a progress bar while they are gone through."""
+    some = max(1, len(items) // _TOLD)
+    with phase(view, name, len(items)):
+        for number, item in enumerate(items, 1):
+            yield item
+            if number % some == 0:
+                view.advance(some)

@@ -19,6 +19,7 @@ import numpy as np
 from pekoe.core.data_config import ProblemSection, SourceSection
 from pekoe.core.errors import UserError
 from pekoe.core.types import Problem
+from pekoe.core.view import NoView, View, each
 from pekoe.data.formats import parse_problem
 from pekoe.data.overlap import Contamination, gold_key, near_duplicates, prompt_key
 from pekoe.data.problems import read_problems
@@ -87,24 +88,26 @@ class _Item:
         return f"{self.source}, row {self.row} ({self.problem.uid})"
 
 
-def gather_problems(data: ProblemSection, seed: int, tokenizer: Tokenizer | None) -> tuple[list[Problem], DataReport]:
+def gather_problems(
+    data: ProblemSection, seed: int, tokenizer: Tokenizer | None, view: View | None = None
+) -> tuple[list[Problem], DataReport]:
     """Read the sources of `data` and return the problems that an epoch draws, with what became of the others.
 
     A problem of `data.sources` is named `source/uid`; one of `data.train` keeps its uid. A second copy (weight above
-    1) is named `uid#2`. `tokenizer` measures prompts; None: none is too long.
+    1) is named `uid#2`. `tokenizer` measures prompts; None: none is too long. `view` is shown what takes long.
 
     Raises UserError for a source that cannot be used, and, unless `data.skip_malformed`, for the first malformed row
     or prompt longer than `data.max_prompt_tokens`.
     """
-    report = DataReport()
+    report, view = DataReport(), view or NoView()
     sources = data.sources or (SourceSection(path=data.train or "", name=data.train or ""),)
     items = [item for source in sources for item in _read(source, data, report)]
     items = _of_pass_rate(items, data, report)
     items = _one_of_each_prompt(items, data, report)
-    items = _short_enough(items, data, tokenizer, report)
-    items = _unknown_to_evaluation(items, data, report)
+    items = _short_enough(items, data, tokenizer, report, view)
+    items = _unknown_to_evaluation(items, data, report, view)
     if data.dedup == "near":
-        near = near_duplicates([item.problem for item in items], data.dedup_threshold)
+        near = near_duplicates([item.problem for item in items], data.dedup_threshold, view)
         items = _without(items, {i: (NEAR, f"nearly {items[first]}") for i, first in near.items()}, report)
     left = Counter(item.source for item in items)
     for source in sources:
@@ -190,12 +193,12 @@ def _one_of_each_prompt(items: list[_Item], data: ProblemSection, report: DataRe
 
 
 def _short_enough(
-    items: list[_Item], data: ProblemSection, tokenizer: Tokenizer | None, report: DataReport
+    items: list[_Item], data: ProblemSection, tokenizer: Tokenizer | None, report: DataReport, view: View
 ) -> list[_Item]:
     drop: _Drops = {}
     if tokenizer is None:
         return items
-    for index, item in enumerate(items):
+    for index, item in enumerate(each(view, "prompts", items)):
         size, limit = len(tokenizer.encode_prompt(item.problem.messages)), data.max_prompt_tokens
         if size > limit and not data.skip_malformed:
             raise UserError(
@@ -207,11 +210,11 @@ def _short_enough(
     return _without(items, drop, report)
 
 
-def _unknown_to_evaluation(items: list[_Item], data: ProblemSection, report: DataReport) -> list[_Item]:
+def _unknown_to_evaluation(items: list[_Item], data: ProblemSection, report: DataReport, view: View) -> list[_Item]:
     if not data.decontaminate:
         return items
     known = Contamination({path: read_problems(path).problems for path in data.decontaminate}, data.ngram)
-    found = ((index, known.find(item.problem)) for index, item in enumerate(items))
+    found = ((index, known.find(item.problem)) for index, item in enumerate(each(view, "overlap", items)))
     return _without(items, {i: (CONTAMINATED, f"{hit[0]}: {hit[1]}") for i, hit in found if hit}, report)
 
 

@@ -14,6 +14,7 @@ from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 from pekoe.core.types import Problem
+from pekoe.core.view import NoView, View, each
 from pekoe.data.tables import needs
 
 # What a prompt says about the form of an answer, not about the problem: it would hide duplicates and feign overlap.
@@ -57,7 +58,7 @@ def gold_key(gold: Any) -> str:
     return re.sub(r"\s+|(?<=\d)\.0+$", "", gold)
 
 
-def near_duplicates(problems: Sequence[Problem], threshold: float) -> dict[int, int]:
+def near_duplicates(problems: Sequence[Problem], threshold: float, view: View | None = None) -> dict[int, int]:
     """Index of each problem to drop -> index of the earlier one that it nearly repeats.
 
     Same kind, gold and numbers, and Jaccard similarity of the sets of three-token runs at least `threshold`.
@@ -71,12 +72,13 @@ def near_duplicates(problems: Sequence[Problem], threshold: float) -> dict[int, 
     except ImportError:
         raise needs("datasketch", "data.dedup = 'near'") from None
     alike: dict[Hashable, list[int]] = defaultdict(list)
-    for index, problem in enumerate(problems):
+    view = view or NoView()
+    for index, problem in enumerate(each(view, "near", problems)):
         numbers = " ".join(sorted(token for token in tokens_of(problem) if token.isdigit()))
         alike[problem.kind, gold_key(problem.gold), numbers].append(index)
     found: dict[int, int] = {}
     empty = MinHash(num_perm=128, hashfunc=int)
-    for group in alike.values():
+    for group in each(view, "near", list(alike.values())):
         if len(group) == 1:  # most: nothing to sketch
             continue
         lsh: Any = MinHashLSH(num_perm=128, params=_bands(threshold))

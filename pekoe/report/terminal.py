@@ -5,18 +5,22 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 from rich.console import Console, Group
 from rich.live import Live
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, Task, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from pekoe.core.journal import Event
 from pekoe.core.view import NoView
 
 _KEPT_ROWS = 12
 _SECONDS, _LEAST_SECONDS = "seconds", 12
+_WHOLE_RUN_S = 7 * 86400.0  # the time left is told from the pace of all that was done, not of the last seconds
 
 
 def _count(value: float) -> str:
@@ -80,11 +84,62 @@ def line_of(event: Event) -> str | None:
             return None
 
 
-class PlainView(NoView):
-    """One line an event, for logs and pipes; where steps are short, at most one step line in `min_interval_s`."""
+@dataclass(slots=True)
+class _Phase:
+    name: str
+    total: int | None
+    before: int  # of the total, done when it began
+    start: float
+    told: float  # when a line was last said of it
+    done: int = 0  # since it began
 
-    def __init__(self, console: Console, min_interval_s: float = 2.0) -> None:
+    @classmethod
+    def now(cls, name: str, total: int | None, before: int) -> _Phase:
+        return cls(name, total, before, time.monotonic(), time.monotonic())
+
+    def rate(self) -> str:
+        """Such as `34/s`; where an item takes longer, the seconds of one."""
+        pace = self.done / max(1e-9, time.monotonic() - self.start)
+        return (
+            f"{pace:,.0f}/s" if pace >= 10 else f"{pace:.1f}/s" if pace >= 1 or not pace else f"{1 / pace:.1f} s each"
+        )
+
+    def line(self) -> str:
+        """How far it is, at what rate, and the time left at that rate."""
+        if self.total is None:
+            return f"{self.name}: {self.done:,}, {self.rate()}"
+        line = f"{self.name}: {self.before + self.done:,} of {self.total:,}, {self.rate()}"
+        if self.done:
+            left = (time.monotonic() - self.start) / self.done * (self.total - self.before - self.done)
+            line += f", about {timedelta(seconds=round(left))} left"
+        return line
+
+
+class PlainView(NoView):
+    """One line an event, for logs and pipes; where steps are short, at most one step line in `min_interval_s`.
+
+    Phases that take longer than `progress_s` get a line as often as that.
+    """
+
+    def __init__(self, console: Console, min_interval_s: float = 2.0, progress_s: float = 30.0) -> None:
         self._console, self._interval, self._last = console, min_interval_s, -1e9
+        self._progress_s = progress_s
+        self._phases: list[_Phase] = []
+
+    def begin(self, phase: str, total: int | None, done: int = 0) -> None:
+        self._phases.append(_Phase.now(phase, total, done))
+
+    def advance(self, done: int = 1) -> None:
+        if self._phases:
+            phase, now = self._phases[-1], time.monotonic()
+            phase.done += done
+            if now - phase.told >= self._progress_s:
+                phase.told = now
+                self.say(phase.line())
+
+    def end(self) -> None:
+        if self._phases:
+            self._phases.pop()
 
     def event(self, event: Event) -> None:
         if event["event"] == "step":
@@ -99,8 +154,18 @@ class PlainView(NoView):
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
+class _TimeColumn(TimeRemainingColumn):
+    """The time left; how long it has taken so far, where nobody knows how much there is to do."""
+
+    def render(self, task: Task) -> Text:
+        if task.total is None:
+            return Text(f"{timedelta(seconds=round(task.elapsed or 0))}", style="progress.elapsed")
+        return super().render(task)
+
+
 class LiveView:
-    """A table of the last steps above the progress bar of the phase in hand. Use as a context manager."""
+    """A table of the last steps above the progress bars of the run and of the phase in hand. Use as a context
+    manager."""
 
     def __init__(self, console: Console) -> None:
         self._rows: deque[dict[str, str]] = deque(maxlen=_KEPT_ROWS)
@@ -109,10 +174,11 @@ class LiveView:
             BarColumn(),
             MofNCompleteColumn(),
             TextColumn("{task.fields[rate]}"),
-            TimeRemainingColumn(),
+            _TimeColumn(),
             console=console,
+            speed_estimate_period=_WHOLE_RUN_S,
         )
-        self._tasks: list[tuple[TaskID, float]] = []  # phases may nest
+        self._tasks: list[tuple[TaskID, _Phase]] = []  # phases may nest
         self._live = Live(get_renderable=self._draw, console=console, refresh_per_second=4, transient=True)
 
     def __enter__(self) -> LiveView:
@@ -124,15 +190,15 @@ class LiveView:
         if self._rows:
             self._live.console.print(self._table())
 
-    def begin(self, phase: str, total: int | None) -> None:
-        self._tasks.append((self._progress.add_task(phase, total=total, rate=""), time.monotonic()))
+    def begin(self, phase: str, total: int | None, done: int = 0) -> None:
+        task = self._progress.add_task(phase, total=total, completed=done, rate="")
+        self._tasks.append((task, _Phase.now(phase, total, done)))
 
     def advance(self, done: int = 1) -> None:
         if self._tasks:
-            task, start = self._tasks[-1]
-            self._progress.advance(task, done)
-            completed = self._progress.tasks[self._progress.task_ids.index(task)].completed
-            self._progress.update(task, rate=f"{completed / max(1e-9, time.monotonic() - start):.0f}/s")
+            task, phase = self._tasks[-1]
+            phase.done += done
+            self._progress.update(task, advance=done, rate=phase.rate())
 
     def end(self) -> None:
         if self._tasks:

@@ -24,7 +24,7 @@ from pekoe.core.config import (
 from pekoe.core.errors import UserError
 from pekoe.core.spec import ModelSpec
 from pekoe.core.types import Problem, Prompt, SamplingParams
-from pekoe.core.view import View
+from pekoe.core.view import View, phase
 from pekoe.data.mix import DataReport, gather_problems
 from pekoe.data.order import DataOrder
 from pekoe.data.problems import read_problems
@@ -226,22 +226,23 @@ def open_servers(
             f"nearest: [{each}]"
         )
     view.say(
-        f"{'attaching to' if server.urls else 'starting'} {number} {section.backend} server{'s' * (number > 1)}, "
-        f"weights by {server.sync}; logs in {log_dir}"
+        f"{'attaching to' if server.urls else 'starting'} {number} {section.backend} server{'s' * (number > 1)} "
+        f"(at most {server.start_limit_s:g} s), weights by {server.sync}; logs in {log_dir}"
     )
-    remote = kind(
-        Path(config.model.path),
-        section,
-        spec,
-        longest,
-        log_dir,
-        config.model.dtype,
-        device,
-        threads,
-        on_event=view.say,
-        asked=asked,
-        releases=releases,
-    )
+    with phase(view, "servers"):
+        remote = kind(
+            Path(config.model.path),
+            section,
+            spec,
+            longest,
+            log_dir,
+            config.model.dtype,
+            device,
+            threads,
+            on_event=view.say,
+            asked=asked,
+            releases=releases,
+        )
     if isinstance(remote, SGLangEngine) and not remote.seeded:
         view.say("SGLang runs without --enable-deterministic-inference: the same seed does not give the same tokens")
     return remote
@@ -285,7 +286,7 @@ def open_task(config: RLConfig, spec: ModelSpec, tokenizer: Tokenizer, view: Vie
     data, rollout = config.data, config.rollout
     new_tokens = max(rollout.max_new_tokens, config.eval.max_new_tokens or 0)
     check_context(spec, data.max_prompt_tokens, new_tokens)
-    problems, report = gather_problems(data, config.run.seed, tokenizer)
+    problems, report = gather_problems(data, config.run.seed, tokenizer, view)
     for line in report.summary():
         view.say(line)
     asked = [sampling(rollout, tokenizer, config.run.seed)]

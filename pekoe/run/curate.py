@@ -48,7 +48,7 @@ def run_curate(config: CurateConfig, view: View) -> Curated:
     except OSError as error:
         raise UserError(f"out: expected a directory that can be written, got {out}: {error.strerror}") from None
     tokenizer = Tokenizer.load(Path(config.model.path)).with_template(config.model.template)
-    problems, report = gather_problems(config.data, config.run.seed, tokenizer)
+    problems, report = gather_problems(config.data, config.run.seed, tokenizer, view)
     for line in report.summary():
         view.say(line)
     curated = Curated(tuple(problems), report, {})

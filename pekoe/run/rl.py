@@ -17,7 +17,7 @@ from pekoe.algo.scoring import Scored, score
 from pekoe.core.config import RLConfig
 from pekoe.core.errors import Interrupted, RunError
 from pekoe.core.types import AnySample
-from pekoe.core.view import View
+from pekoe.core.view import View, phase
 from pekoe.run.build import RLParts, sampling, sampling_for
 from pekoe.run.control import Clock, StopRequested
 from pekoe.run.evaluate import evaluate, warn_truncation
@@ -42,20 +42,22 @@ def run_rl(parts: RLParts) -> None:
     parts.measured()  # what came before is no step's
     try:
         progress = measure_if_due(parts, progress)
-        while progress["step"] < config.num_steps:
-            step, clock = progress["step"] + 1, Clock(parts.view)
-            batch = collect(parts, clock)
-            scored = score(batch.groups, batch.verdicts, config.algo)
-            stats, untrained = train(parts, scored, step, clock)
-            with clock("sync"):
-                synced = parts.sync(step)
-            due = config.eval.every is not None and step % config.eval.every == 0
-            progress = {"step": step, "order": parts.order.state(), "measured": not due}
-            commit(parts, step, batch, scored, stats, untrained, synced, clock)
-            check_finite(parts, step)
-            progress = measure_if_due(parts, progress)
-            if step % config.train.save_every == 0:
-                save(parts, progress)
+        with phase(parts.view, "steps", config.num_steps, progress["step"]):
+            while progress["step"] < config.num_steps:
+                step, clock = progress["step"] + 1, Clock(parts.view)
+                batch = collect(parts, clock)
+                scored = score(batch.groups, batch.verdicts, config.algo)
+                stats, untrained = train(parts, scored, step, clock)
+                with clock("sync"):
+                    synced = parts.sync(step)
+                due = config.eval.every is not None and step % config.eval.every == 0
+                progress = {"step": step, "order": parts.order.state(), "measured": not due}
+                commit(parts, step, batch, scored, stats, untrained, synced, clock)
+                check_finite(parts, step)
+                progress = measure_if_due(parts, progress)
+                if step % config.train.save_every == 0:
+                    save(parts, progress)
+                parts.view.advance()
     except StopRequested:
         save(parts, progress)
         parts.run.settle()

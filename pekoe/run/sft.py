@@ -13,7 +13,7 @@ from pekoe.core.config import SFTConfig
 from pekoe.core.errors import Interrupted, UserError
 from pekoe.core.roofline import training_bytes, training_flops
 from pekoe.core.types import Sample
-from pekoe.core.view import NoView, View
+from pekoe.core.view import NoView, View, phase
 from pekoe.data.order import DataOrder
 from pekoe.data.sft_data import Demonstration, read_demonstrations
 from pekoe.data.tokenizer import Tokenizer
@@ -61,21 +61,19 @@ def _run(config: SFTConfig, view: View, leader: bool) -> None:
         order.restore(progress["order"])
         alone = trainer.group is None  # several would measure one another
         run.journal.write("machine", **describe(trainer.device if alone else None, dtype))
-        view.begin("sft", total)
-        view.advance(progress["step"])
-        while progress["step"] < total and not trainer.any(stop.requested):
-            step = progress["step"] + 1
-            last_of_epoch = step % per_epoch == 0
-            size = len(samples) - (per_epoch - 1) * config.sft.batch_size if last_of_epoch else None
-            batch = [samples[i] for i, _ in order.draw(size or config.sft.batch_size)]
-            train_one(trainer, batch, step, run, view)
-            if measured and (step % config.sft.eval_every == 0 or step == total):
-                measure(trainer, measured, step, run)
-            progress = {"step": step, "order": order.state()}
-            run.settle(wait=False)
-            if step % config.train.save_every == 0:
-                run.save(trainer, progress, config.train.keep_checkpoints)
-        view.end()
+        with phase(view, "steps", total, progress["step"]):
+            while progress["step"] < total and not trainer.any(stop.requested):
+                step = progress["step"] + 1
+                last_of_epoch = step % per_epoch == 0
+                size = len(samples) - (per_epoch - 1) * config.sft.batch_size if last_of_epoch else None
+                batch = [samples[i] for i, _ in order.draw(size or config.sft.batch_size)]
+                train_one(trainer, batch, step, run, view)
+                if measured and (step % config.sft.eval_every == 0 or step == total):
+                    measure(trainer, measured, step, run)
+                progress = {"step": step, "order": order.state()}
+                run.settle(wait=False)
+                if step % config.train.save_every == 0:
+                    run.save(trainer, progress, config.train.keep_checkpoints)
         run.save(trainer, progress, config.train.keep_checkpoints)
         run.settle()
     if progress["step"] < total:

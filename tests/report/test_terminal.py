@@ -67,6 +67,45 @@ def test_a_pipe_gets_plain_lines():
     assert "\x1b" not in printed(c)
 
 
+def test_a_pipe_hears_of_phases_that_take_long(monkeypatch: pytest.MonkeyPatch):
+    now = [0.0]
+    monkeypatch.setattr("pekoe.report.terminal.time.monotonic", lambda: now[0])
+    c = console(80, terminal=False)
+    view = make_view(c)
+    with phase(view, "steps", 100, done=40):
+        for _ in range(2):
+            with phase(view, "rollout", 300):
+                for _ in range(50):
+                    now[0] += 1
+                    view.advance(2)
+            now[0] += 10
+            view.advance()
+    with phase(view, "short", 10):
+        view.advance(10)
+    assert printed(c).splitlines() == [
+        "rollout: 60 of 300, 2.0/s, about 0:02:00 left",
+        "steps: 41 of 100, 60.0 s each, about 0:59:00 left",
+        "rollout: 60 of 300, 2.0/s, about 0:02:00 left",
+        "steps: 42 of 100, 60.0 s each, about 0:58:00 left",
+    ]
+
+
+def test_a_terminal_shows_the_time_left_of_the_whole_run():
+    now = [0.0]
+    c = Console(file=io.StringIO(), width=100, force_terminal=True, get_time=lambda: now[0], _environ={"TERM": "xterm"})
+    view = LiveView(c)
+    with view, phase(view, "steps", 100, done=40):
+        for _ in range(3):
+            now[0] += 1000  # a step takes longer than bars look back by default
+            view.advance()
+        with phase(view, "servers"):
+            now[0] += 7
+            view.say("drawn")
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", printed(c))
+    assert re.search(r"steps .* 43/100 .* 15:50:00", text)  # 57 steps of 1,000 s each
+    assert "0:00:07" in text
+
+
 def test_a_terminal_gets_a_table_however_narrow():
     for width in (200, 60, 20):
         c = console(width, terminal=True)

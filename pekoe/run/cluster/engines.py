@@ -15,7 +15,7 @@ from ray.util.placement_group import PlacementGroup
 from pekoe.core.config import RLConfig
 from pekoe.core.errors import RunError
 from pekoe.core.types import Problem, SamplingParams
-from pekoe.core.view import View
+from pekoe.core.view import View, each
 from pekoe.engine.fingerprints import Kind
 from pekoe.run.cluster.engine_worker import EngineWorker, Report
 from pekoe.run.cluster.nodes import Depots, engine_bundles, node_of, place, reason, within
@@ -120,7 +120,7 @@ class Engines:
 
     def wait_ready(self) -> None:
         """Until all have started; an engine that does not, stops the run before it begins."""
-        for engine in self.all:
+        for engine in each(self._view, "engines", self.all):
             left = self._section.start_limit_s - (time.monotonic() - engine.since)
             try:
                 engine.pid, engine.num_workers = ray.get(engine.starting, timeout=max(1.0, left))
