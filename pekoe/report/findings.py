@@ -171,7 +171,10 @@ def _learning(steps: Sequence[Event]) -> list[str]:
             f"then: raise rollout.max_new_tokens, or look at whether they repeat themselves."
         )
     if all(step.get("skipped") for step in last):
-        found.append(f"Nothing was learned in the last {len(last)} steps: {last[-1]['skipped']}.")
+        found.append(
+            f"Nothing was learned in the last {len(last)} steps: {last[-1]['skipped']}. `pekoe curate` keeps problems "
+            f"that this model sometimes gets right."
+        )
     if median(step["pass_rate"] for step in last) > 0.95:
         found.append("Nearly all of the last responses are right: these problems have little left to teach.")
     faults = sum(step["fault_rate"] * step["num_rollouts"] for step in steps)

@@ -14,6 +14,10 @@ from pekoe.core.spec import ModelSpec
 from pekoe.run.rollout import Batch
 from pekoe.train import StepStats
 
+# Above it something computes other numbers than training does. Tests hold every engine to half of the first; the second
+# is a guess until bfloat16 has been measured on a GPU.
+MAX_LOGPROB_DIFF = {"float32": 1e-3, "bfloat16": 0.5}
+
 
 def step_metrics(
     step: int,
@@ -102,6 +106,29 @@ def work(
         found["train_flops"] = passes * training_flops(spec, map(len, scored.samples), num_targets).total
         found["train_bytes"] = training_bytes(spec, num_microbatches, len(stats), dtype)
     return found
+
+
+def warnings_of(metrics: dict[str, Any], config: RLConfig) -> list[str]:
+    """What looks wrong in a step's metrics, and what to do about it (docs/troubleshooting.md has more)."""
+    found: list[str] = []
+    largest, allowed = metrics.get("logprob_diff_max", 0.0), MAX_LOGPROB_DIFF[config.model.dtype]
+    if not largest <= allowed:
+        found.append(
+            f"log-probs of sampling and training differ by up to {largest:.2g} (expected: at most {allowed:g} in "
+            f'{config.model.dtype}): look at what the engine is started with, or set algo.proximal = "recompute" with '
+            f'algo.correction = "truncate"'
+        )
+    if "skipped" in metrics and "loss" not in metrics:
+        found.append(
+            f"nothing was learned ({metrics['skipped']}; pass rate {metrics['pass_rate']:.0%}): `pekoe curate` keeps "
+            f"problems that this model sometimes gets right; rollout.samples_per_prompt gives each more tries"
+        )
+    if metrics["fault_rate"] > 0:
+        found.append(
+            f"{metrics['fault_rate']:.1%} of the responses could not be judged (FAULT) and have no reward: "
+            f"`pekoe report {config.run.dir}` lists the reasons"
+        )
+    return [f"warning: step {metrics['step']}: {text}" for text in found]
 
 
 def _mean(values: Any) -> float:

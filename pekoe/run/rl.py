@@ -21,7 +21,7 @@ from pekoe.core.view import View, phase
 from pekoe.run.build import RLParts, sampling, sampling_for
 from pekoe.run.control import Clock, StopRequested
 from pekoe.run.evaluate import evaluate, warn_truncation
-from pekoe.run.metrics import step_metrics, work
+from pekoe.run.metrics import step_metrics, warnings_of, work
 from pekoe.run.rollout import Batch, check_faults, is_useless, rollout_lines
 from pekoe.run.state import Progress
 from pekoe.run.sync import SyncReport
@@ -159,6 +159,8 @@ def commit(
         metrics |= work(parts.spec, parts.config, batch, scored, stats, measured.get("num_forwards"))
     parts.run.journal.write("step", **metrics, **synced.as_dict(), **measured)
     if step % TELL_EVERY == 1:
+        for warning in warnings_of(metrics, parts.config):
+            parts.view.say(warning)
         warn_truncation(metrics["truncation_rate"], parts.config.rollout.max_new_tokens, parts.view)
     parts.run.settle(wait=False)
 

@@ -1,0 +1,42 @@
+"""What a run says when a step's metrics look wrong."""
+
+import re
+from typing import Any
+
+import pytest
+
+from pekoe.core.config import RLConfig, load_config
+from pekoe.run.metrics import warnings_of
+
+WELL: dict[str, Any] = {"step": 11, "loss": 0.1, "logprob_diff_max": 2e-5, "fault_rate": 0.0, "pass_rate": 0.5}
+RECIPE = {"num_steps": 1, "run": {"dir": "r"}, "model": {"path": "m"}, "data": {"train": "t"}}
+
+
+def test_a_step_that_looks_well_has_no_warning():
+    assert warnings_of(WELL, load_config(RECIPE, kind=RLConfig)) == []
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"logprob_diff_max": 0.2}, r"differ by up to 0\.2 \(expected: at most 0\.001 in float32\).*algo\.proximal"),
+        ({"logprob_diff_max": float("nan")}, "differ by up to nan"),
+        ({"fault_rate": 0.25}, "25.0% of the responses could not be judged.*pekoe report r"),
+    ],
+)
+def test_what_is_wrong_is_said_with_what_to_do(wrong: dict[str, Any], said: str):
+    (warning,) = warnings_of(WELL | wrong, load_config(RECIPE, kind=RLConfig))
+    assert re.search(said, warning)
+
+
+def test_a_step_that_taught_nothing():
+    metrics = {name: value for name, value in WELL.items() if name not in ("loss", "logprob_diff_max")}
+    (said,) = warnings_of(metrics | {"skipped": "all advantages are 0"}, load_config(RECIPE, kind=RLConfig))
+    assert said.startswith(
+        "warning: step 11: nothing was learned (all advantages are 0; pass rate 50%): `pekoe curate`"
+    )
+
+
+def test_bfloat16_is_allowed_its_rounding():
+    config = load_config(RECIPE, ["model.dtype=bfloat16"], RLConfig)
+    assert warnings_of(WELL | {"logprob_diff_max": 0.2}, config) == []
