@@ -49,7 +49,7 @@ check: $(VENV)/.stamp-dev ## Check format, lint, types and floors
 	if [ -n "$$failed" ]; then echo "make check: failed:$$failed" >&2; exit 1; fi
 
 docs: $(VENV)/.stamp-docs ## Build the docs site in build/docs
-	$(BIN)/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 format: $(VENV)/.stamp-dev ## Format the code and mend what lint can mend
 	$(BIN)/ruff format .

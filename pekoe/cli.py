@@ -380,6 +380,7 @@ def main() -> None:
     """Entry point. Exit status: 0 done, 1 the run failed, 2 the user's input is wrong, 130 interrupted."""
     if not WAITING.keys() & os.environ:
         os.environ |= WAITING
+    sys.path.append(os.getcwd())  # last: rewards of the user's (kind function:...) are found from where they start this
     try:
         app(prog_name="pekoe")
     except UserError as error:

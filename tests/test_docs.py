@@ -1,4 +1,8 @@
-"""The docs: tests that they name exist, commands that they show run or say why not."""
+"""The docs: tests that they name exist, and their commands are run in order, or it is said before each why not.
+
+A page is a script: blocks with a title are files, `sh` blocks what is done with them, in a folder that has the recipes and
+what `make demo` leaves (by its quick form).
+"""
 
 from __future__ import annotations
 
@@ -6,10 +10,11 @@ import ast
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import tomllib
-from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
@@ -20,28 +25,51 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 MARK = re.compile(r"<!-- not run: \S.* -->")
 PROGRAM = re.compile(r"    (?:pekoe|make|sbatch|kubectl|pip|python|ray|torchrun) ")
+TITLED = re.compile(r'```\w+ title="([\w.-]+)"')
 
 
-def commands(page: Path) -> Iterator[str]:
-    """Lines of `sh` blocks, and indented lines that begin as commands do, but for those marked as not run."""
-    before, fenced, skipped = "", False, False
-    for line in page.read_text().splitlines():
-        if line.startswith("```"):
-            fenced = not fenced and line == "```sh"
-            skipped = MARK.fullmatch(before) is not None
-        elif fenced and not skipped:
-            yield line
-        elif PROGRAM.match(line):
-            skipped = MARK.fullmatch(before) is not None or (skipped and before.startswith("    "))
-            if not skipped:
-                yield line.strip()
-        else:
-            skipped = skipped and fenced
-        before = line or before
+@dataclass
+class Page:
+    """What a page asks its reader to write and to run."""
+
+    path: Path
+    files: dict[str, list[str]] = field(default_factory=dict[str, list[str]])
+    commands: list[str] = field(default_factory=list[str])
+
+    @classmethod
+    def read(cls, path: Path) -> Page:
+        """Commands are the lines of `sh` blocks, and indented ones that begin as commands do, but for those marked."""
+        page, before, block, skipped = cls(path), "", "", False
+        for line in path.read_text().splitlines():
+            if line.startswith("```"):
+                block = "" if block else line
+                skipped = MARK.fullmatch(before) is not None
+                if titled := TITLED.fullmatch(block):
+                    page.files[titled[1]] = []
+            elif titled := TITLED.fullmatch(block):
+                page.files[titled[1]].append(line)
+            elif block == "```sh" and not skipped:
+                page.commands.append(line)
+            elif not block and PROGRAM.match(line):
+                skipped = MARK.fullmatch(before) is not None or (skipped and before.startswith("    "))
+                if not skipped:
+                    page.commands.append(line.strip())
+            before = line or before
+        return page
 
 
-COMMANDS = [pytest.param(line, id=f"{page.name}: {line.split('  ')[0]}") for page in PAGES for line in commands(page)]
-ENVIRONMENT = {**os.environ, "NO_COLOR": "1", "TERM": "dumb", "COLUMNS": "200"}
+READ = [Page.read(path) for path in PAGES]
+COMMANDS = [
+    pytest.param(line, id=f"{page.path.name}: {line.split('  ')[0]}") for page in READ for line in page.commands
+]
+SCRIPTS = [pytest.param(page, id=str(page.path.relative_to(ROOT))) for page in READ if page.commands]
+ENVIRONMENT = {
+    **os.environ,
+    "NO_COLOR": "1",
+    "TERM": "dumb",
+    "COLUMNS": "200",
+    "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+}
 
 
 def test_every_test_named_exists() -> None:
@@ -58,23 +86,46 @@ def test_every_invariant_has_a_test() -> None:
 
 
 @pytest.mark.parametrize("line", COMMANDS)
-def test_commands_run(line: str) -> None:
-    """Help runs as it is. Of other `pekoe` lines, whose files are the reader's, the options are looked up in the help.
-
-    Of `make` lines the target is tried without its work (`-n`).
-    """
-    program, *args = shlex.split(re.sub(r"[][]", "", line), comments=True)
-    assert program in ("pekoe", "make"), f"{line}: say before it why not: <!-- not run: why -->"
+def test_commands_are_known(line: str) -> None:
+    """The options of `pekoe` lines are looked up in the help, `make` lines are tried without their work (`-n`)."""
+    program, *args = shlex.split(line, comments=True)
     if program == "make":
         done = subprocess.run(["make", "-n", *args], cwd=ROOT, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0, done.stderr
+    elif program == "pekoe":
+        command = [sys.executable, "-m", "pekoe.cli", args[0], "--help"]
+        done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0, done.stderr
+        assert {arg for arg in args if arg.startswith("--")} <= set(re.findall(r"--[\w-]+", done.stdout))
     else:
-        asked = ["--help"] if args == ["--help"] else [args[0], "--help"]
-        command = [sys.executable, "-m", "pekoe.cli", *asked]
-        done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0, done.stderr
-    if program == "pekoe":
-        known = set(re.findall(r"--[\w-]+", done.stdout))
-        assert {arg for arg in args if arg.startswith("--")} <= known
+        assert program == "torchrun", f"{line}: say before it why it is not run: <!-- not run: why -->"
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("demo")
+    shutil.copytree(ROOT / "recipes", folder / "recipes")
+    run("pekoe demo --quick", folder)
+    return folder
+
+
+def run(line: str, folder: Path) -> None:
+    done = subprocess.run(
+        ["bash", "-c", line], cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, f"{line}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", SCRIPTS)
+def test_a_page_does_what_it_says(page: Page, demo: Path, tmp_path: Path) -> None:
+    """From first to last, but for `make` lines: what they make takes minutes, and has tests of its own."""
+    folder = shutil.copytree(demo, tmp_path / "reader")
+    for name, lines in page.files.items():
+        (folder / name).write_text("\n".join(lines) + "\n")
+    for line in page.commands:
+        if not line.startswith("make "):
+            run(line, folder)
 
 
 def test_the_glossary_has_every_metric_that_a_step_may_carry_and_no_other() -> None:
@@ -105,7 +156,7 @@ def test_the_glossary_has_every_metric_that_a_step_may_carry_and_no_other() -> N
 
 def test_toml_that_is_shown_is_a_recipe() -> None:
     recipe = {"num_steps": 1, "run": {"dir": "r"}, "model": {"path": "m"}, "data": {"train": "t"}}
-    shown = [text for page in PAGES for text in re.findall(r"```toml\n(.*?)```", page.read_text(), re.DOTALL)]
+    shown = [text for page in PAGES for text in re.findall(r"```toml[^\n]*\n(.*?)```", page.read_text(), re.DOTALL)]
     assert shown
     for text in shown:
         load_config(recipe | tomllib.loads(text))

@@ -11,7 +11,7 @@ from pekoe.core.section import Section
 
 class DataSection(Section):
     train: str
-    """Demonstrations to train on: a .jsonl, .json or .parquet file, or hf:OWNER/NAME[/CONFIG][:SPLIT]."""
+    """Demonstrations to train on: a .jsonl, .json or .parquet file, or `hf:OWNER/NAME[/CONFIG][:SPLIT]`."""
     skip_malformed: bool = False
     """Skip, and report, rows that cannot be used, in place of stopping."""
 
@@ -20,7 +20,7 @@ class SourceSection(Section):
     """One of the sets that a mix is made of."""
 
     path: str
-    """A .jsonl, .json or .parquet file, or a Hugging Face data set, hf:OWNER/NAME[/CONFIG][:SPLIT]."""
+    """A .jsonl, .json or .parquet file, or a Hugging Face data set, `hf:OWNER/NAME[/CONFIG][:SPLIT]`."""
     name: str
     """Stands before its problems' uids (name/uid) and in reports."""
     weight: float = Field(default=1.0, gt=0)
@@ -34,7 +34,7 @@ class SourceSection(Section):
 
 class ProblemSection(Section):
     train: str | None = None
-    """Problems to train on: a .jsonl, .json or .parquet file, or hf:OWNER/NAME[/CONFIG][:SPLIT]."""
+    """Problems to train on: a .jsonl, .json or .parquet file, or `hf:OWNER/NAME[/CONFIG][:SPLIT]`."""
     sources: tuple[SourceSection, ...] = Field(default=(), strict=False)
     """In place of `train`: several sets, mixed."""
     skip_malformed: bool = False

@@ -98,7 +98,7 @@ def _remedy(phase: str, by: str, share: float) -> str:
         )
     if phase == "rollout":
         return "what bounds it is between the products, which more responses at once would share (engine.max_running)"
-    return "what bounds it is between the products, which larger micro-batches would share"
+    return "what bounds it is between the products, which more tokens a micro-batch would share"
 
 
 def _prefill(steps: Sequence[Event]) -> list[str]:
