@@ -1,7 +1,7 @@
 """The docs: tests that they name exist, and their commands are run in order, or it is said before each why not.
 
-A page is a script: blocks with a title are files, `sh` blocks what is done with them, in a folder that has the recipes and
-what `make demo` leaves (by its quick form).
+A page is a script: blocks with a title are files, `sh` blocks what is done with them, in a folder that has the recipes
+and what `make demo` leaves (by its quick form).
 """
 
 from __future__ import annotations

@@ -165,7 +165,7 @@ class EvalSection(Section):
     top_p: float = Field(default=1.0, gt=0, le=1)
     """Nucleus truncation (SFT models 0.95, RL models 1.0)."""
     max_new_tokens: int | None = Field(default=None, ge=1)
-    """Length limit. Absent: rollout.max_new_tokens; for `pekoe eval`, what the context leaves beside
+    """Length limit. Absent: rollout.max_new_tokens; for `pekoe eval`, what the model's context leaves beside
     max_prompt_tokens."""
 
 
@@ -178,7 +178,7 @@ class WatchSection(EvalSection):
     data: str | None = None
     """Held-out problems."""
     every: int | None = Field(default=None, ge=1)
-    """Steps between evaluations while training. Absent: none."""
+    """Steps between evaluations while training, the first before step 1. Absent: none."""
 
 
 class Config(Section):
@@ -317,8 +317,8 @@ class EvalConfig(Config):
     run: ProcessSection = ProcessSection()
     engine: EngineSection = EngineSection()
     verify: VerifySection = VerifySection()
-    max_prompt_tokens: int = Field(default=1024, ge=1)
-    """A longer prompt is an error."""
+    max_prompt_tokens: int | None = Field(default=None, ge=1)
+    """A longer prompt is an error. Absent: as long as the longest of the data."""
     out: str | None = None
     """A directory for results.json and the verdicts so far, from which the same command goes on. Absent: neither."""
 

@@ -87,18 +87,22 @@ def _bounds(history: History) -> list[str]:
             else f"memory's {measured.byte_s / 1e9:,.0f} GB/s"
         )
         said = f"{phase} computes {flop_s / 1e9:,.1f} GFLOP/s; at {of}, measured here, it would take {share:.0%}"
-        found.append(f"{said} of its time: {_remedy(phase, by, share)}.")
+        found.append(f"{said} of its time: {_remedy(phase, by, share, history)}.")
     return found
 
 
-def _remedy(phase: str, by: str, share: float) -> str:
+def _remedy(phase: str, by: str, share: float, history: History) -> str:
     if share >= 0.5:
         return (
             f"{by} bounds it; {'a faster device' if by == 'arithmetic' else 'larger batches'} would help, little else"
         )
+    small = "the rest goes to Python and small operations between the products"
     if phase == "rollout":
-        return "what bounds it is between the products, which more responses at once would share (engine.max_running)"
-    return "what bounds it is between the products, which more tokens a micro-batch would share"
+        at_once = history.config.get("engine", {}).get("max_running", 0)
+        few = median(step["num_rollouts"] for step in history.steps) <= at_once
+        key = "rollout.prompts_per_step" if few else "engine.max_running"
+        return f"{small}, which more responses at once would share ({key})"
+    return f"{small}, which more tokens a micro-batch would share"
 
 
 def _prefill(steps: Sequence[Event]) -> list[str]:

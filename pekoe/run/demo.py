@@ -88,6 +88,7 @@ def rl_recipe(out: Path, seed: int) -> dict[str, Any]:
         "optim": {"lr": 2e-4, "warmup_fraction": 0.02},
         "train": {"token_budget": 8192, "save_every": 20, "keep_checkpoints": 1},
         "verify": {"workers": 1},
+        "eval": {"data": str(out / "data" / "held_out.jsonl"), "every": 30},
     }
 
 
@@ -103,7 +104,7 @@ def eval_recipe(out: Path, stage: str, seed: int) -> dict[str, Any]:
 
 # A smoke test of every stage in under a minute. It learns nothing worth the name.
 QUICK_SFT = ("sft.epochs=1", "sft.batch_size=512")
-QUICK_RL = ("num_steps=2", "rollout.prompts_per_step=8", "rollout.max_new_tokens=48")
+QUICK_RL = ("num_steps=2", "rollout.prompts_per_step=8", "rollout.max_new_tokens=48", "eval.every=2", "eval.samples=2")
 QUICK_EVAL = ("eval.samples=2", "eval.max_new_tokens=48")
 
 
@@ -218,6 +219,9 @@ def _rl(
 ) -> dict[str, Any]:
     overrides = [*(QUICK_RL if quick else ()), *(["verify.random=true"] if control else [])]
     recipe = rl_recipe(out, seed)
+    if control:  # what it measured would be drawn at random, too
+        del recipe["eval"]
+        overrides = [override for override in overrides if not override.startswith("eval.")]
     if cluster is not None:
         recipe |= {"cluster": cluster, "run": recipe["run"] | {"dir": str(out / "rl_cluster")}}
     config = load_config(recipe, overrides, RLConfig)

@@ -95,15 +95,18 @@ def run_eval(config: EvalConfig, view: View) -> EvalResult:
     recipe sampled is taken from there, and `results.json` is written."""
     prepare(config.run)
     model, tokenizer, _ = open_model(config.model)
-    new_tokens = config.eval.max_new_tokens or max(1, model.spec.max_positions - config.max_prompt_tokens)
-    check_context(model.spec, config.max_prompt_tokens, new_tokens)
-    sets = _open_sets(config, tokenizer, view)
+    context = model.spec.max_positions
+    sets = _open_sets(config, tokenizer, config.max_prompt_tokens or context - 1, view)
+    problems = [problem for its in sets.values() for problem in its]
+    prompt_tokens = config.max_prompt_tokens or max(len(tokenizer.encode_prompt(p.messages)) for p in problems)
+    new_tokens = config.eval.max_new_tokens or max(1, context - prompt_tokens)
+    check_context(model.spec, prompt_tokens, new_tokens)
     params = sampling_for(config.eval, new_tokens, tokenizer, config.run.seed)
-    longest = config.max_prompt_tokens + new_tokens
+    longest = prompt_tokens + new_tokens
     stop = Stop()
     out = Path(config.out) if config.out else None
     keys: dict[str, Any] = config.eval.model_dump(mode="json")
-    about = {"max_prompt_tokens": config.max_prompt_tokens} | {f"eval.{key}": value for key, value in keys.items()}
+    about = {"max_prompt_tokens": prompt_tokens} | {f"eval.{key}": value for key, value in keys.items()}
     with stop.listening(), ExitStack() as stack:
         samples = SampleFile(out / "samples.jsonl" if out else None, decided_by(config) | about if out else about)
         stack.callback(samples.close)
@@ -113,7 +116,6 @@ def run_eval(config: EvalConfig, view: View) -> EvalResult:
             sampler.engine.update_weights(model, 0)
         if sampler.engine.holds(model) is False:
             raise RunError(f"expected the engine to hold the parameters of {config.model.path}, got others")
-        problems = [problem for its in sets.values() for problem in its]
         try:
             rows = samples.sample(sampler, problems, params, Clock(view), config.verify.max_fault_rate)
         except StopRequested:
@@ -133,7 +135,9 @@ def run_eval(config: EvalConfig, view: View) -> EvalResult:
     return result
 
 
-def _open_sets(config: EvalConfig, tokenizer: Tokenizer, view: View) -> dict[str, list[Problem]]:
+def _open_sets(
+    config: EvalConfig, tokenizer: Tokenizer, max_prompt_tokens: int, view: View
+) -> dict[str, list[Problem]]:
     """The problems of each data set, by its name; where there are several, uids begin with that name."""
     paths = [config.eval.data] if isinstance(config.eval.data, str) else list(config.eval.data)
     sets: dict[str, list[Problem]] = {}
@@ -141,7 +145,7 @@ def _open_sets(config: EvalConfig, tokenizer: Tokenizer, view: View) -> dict[str
         name = Path(path).stem if len(paths) > 1 else ""
         if name in sets:
             raise UserError(f"eval.data: expected files of different names, got {name!r} twice")
-        problems = open_problems(path, tokenizer, config.max_prompt_tokens, False, view)
+        problems = open_problems(path, tokenizer, max_prompt_tokens, False, view)
         sets[name] = [replace(p, uid=f"{name}/{p.uid}") for p in problems] if name else problems
     return sets
 

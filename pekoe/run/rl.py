@@ -33,7 +33,7 @@ TELL_EVERY = 10  # steps: how often a warning is repeated
 def run_rl(parts: RLParts) -> None:
     """Train until `num_steps`. Ctrl-C keeps the last complete step and raises Interrupted."""
     config = parts.config
-    start = {"step": 0, "order": parts.order.state(), "measured": True}
+    start = {"step": 0, "order": parts.order.state(), "measured": config.eval.every is None}
     progress: Progress = parts.run.resume(parts.trainer) or start
     parts.order.restore(progress["order"])
     if parts.machine:

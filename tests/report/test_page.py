@@ -115,7 +115,8 @@ def test_a_phase_is_measured_against_the_machine_that_ran_it(tmp_path: Path):
     )
     assert said[2] == (  # 3 s of training: 0.6 s of arithmetic
         "train computes 0.2 GFLOP/s; at a matrix product's 1 GFLOP/s, measured here, it would take 20% of its time: "
-        "what bounds it is between the products, which more tokens a micro-batch would share."
+        "the rest goes to Python and small operations between the products, which more tokens a "
+        "micro-batch would share."
     )
     assert said[3].startswith("Prefix sharing saved 90% of prefill: 180 of 200 tokens of context, 140 by a group's")
     page = render([history])

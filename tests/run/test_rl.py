@@ -222,8 +222,9 @@ def test_dynamic_sampling_draws_again_for_groups_that_teach_nothing(build: Build
     assert sum(line["outcome"] == "trained" for line in lines) <= 8
 
 
+@pytest.mark.parametrize("after", [0, 2])
 def test_stopped_during_an_evaluation_the_resumed_run_measures_and_has_the_same_bits(
-    build: Build, train: Train, tiny_dir: Path, tmp_path: Path
+    build: Build, train: Train, tiny_dir: Path, tmp_path: Path, after: int
 ):
     words = ["num_steps=3", f"eval.data={tiny_dir / 'held_out.jsonl'}", "eval.every=2", "eval.samples=2"]
     unbroken = build(*words, f"run.dir={tmp_path / 'unbroken'}")
@@ -234,12 +235,13 @@ def test_stopped_during_an_evaluation_the_resumed_run_measures_and_has_the_same_
         generate = parts.sampler.engine.generate
 
         def watched(prompts: list[Prompt], params: SamplingParams) -> Iterator[Rollout]:
-            parts.stop.requested = params.stream == "eval" and len(prompts) > 1
+            in_evaluation = params.stream == "eval" and len(prompts) > 1
+            parts.stop.requested = in_evaluation and parts.sampler.engine.version == after
             yield from generate(prompts, params)
 
         parts.sampler.engine.generate = watched  # type: ignore[method-assign]
 
-    with pytest.raises(Interrupted, match="stopped after step 2 of 3"):
+    with pytest.raises(Interrupted, match=f"stopped after step {after} of 3"):
         train(broken, stop_in_evaluation)
     train(broken)
     assert torch.equal(weights_of(broken), weights_of(unbroken))
@@ -251,7 +253,8 @@ def test_stopped_during_an_evaluation_the_resumed_run_measures_and_has_the_same_
         ]
         for c in (unbroken, broken)
     ]
-    assert measured[0] == measured[1] != []
+    assert measured[0] == measured[1]
+    assert [step for step, _ in measured[0]] == [0, 2]
 
 
 def test_killed_between_the_rollouts_file_and_the_ledger(build: Build, train: Train):
@@ -280,10 +283,10 @@ def test_a_group_all_truncated_and_masked_is_dropped_in_the_ledger(build: Build,
     assert any(line["outcome"] == "dropped" for line in lines)
 
 
-def test_evaluation_in_the_middle(build: Build, train: Train, tiny_dir: Path):
+def test_evaluation_before_and_in_the_middle(build: Build, train: Train, tiny_dir: Path):
     config = build("num_steps=2", f"eval.data={tiny_dir / 'held_out.jsonl'}", "eval.every=2", "eval.samples=2")
     train(config)
     events = list(read_lines(Path(config.run.dir) / "journal.jsonl"))
-    (measured,) = (event for event in events if event["event"] == "eval")
-    assert measured["step"] == 2
+    before, measured = (event for event in events if event["event"] == "eval")
+    assert [before["step"], measured["step"]] == [0, 2]
     assert measured["num_problems"] == 7
