@@ -96,7 +96,8 @@ def _remedy(phase: str, by: str, share: float, history: History) -> str:
         return (
             f"{by} bounds it; {'a faster device' if by == 'arithmetic' else 'larger batches'} would help, little else"
         )
-    small = "the rest goes to Python and small operations between the products"
+    talk = "communication, " if "cluster" in history.config else ""
+    small = f"the rest goes to {talk}Python and small operations between the products"
     if phase == "rollout":
         at_once = history.config.get("engine", {}).get("max_running", 0)
         few = median(step["num_rollouts"] for step in history.steps) <= at_once

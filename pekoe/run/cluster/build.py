@@ -25,7 +25,6 @@ from pekoe.run.cluster.sync import ClusterSync
 from pekoe.run.cluster.trainer import ClusterStore, ClusterTrainer
 from pekoe.run.cluster.trainer_worker import Traffic
 from pekoe.run.control import Stop
-from pekoe.run.machine import describe
 from pekoe.run.rl import run_rl
 from pekoe.run.rollout import RolloutLine
 from pekoe.run.state import RunDir
@@ -123,7 +122,7 @@ def build_cluster(config: RLConfig, view: View, stop: Stop, stack: ExitStack) ->
         stop=stop,
         measured=Account(trainer, sync, engines, depots, ahead).tell,
         spec=spec,
-        machine=describe(),
+        machine=trainer.machine(),
     )
 
 

@@ -16,6 +16,7 @@ from pekoe.core.types import AnySample, SampleRef
 from pekoe.run.cluster.depot import Key, Stored
 from pekoe.run.cluster.nodes import Depots, get, nodes_of, place, rank_bundles, shared_bundles, within
 from pekoe.run.cluster.trainer_worker import Traffic, TrainerWorker
+from pekoe.run.machine import describe
 from pekoe.train import StepStats
 from pekoe.train.trainer import Objective, Share, share_out
 
@@ -86,6 +87,12 @@ class ClusterTrainer:
         found = self.call("devices", self._cluster.start_limit_s, "the ranks to tell their devices")
         each = self._ranks_each
         return [",".join(filter(None, found[i : i + each])) for i in range(0, len(found), each)]
+
+    def machine(self) -> dict[str, Any]:
+        """The `machine` event of a journal; its ceilings are those of all ranks together, as a step's work is."""
+        found = self.call("measure", self._cluster.start_limit_s, "the ranks to measure their devices")
+        total = {name: sum(each[name] for each in found) for name in ("flop_s", "byte_s")}
+        return describe() | {"device": f"{len(found)} x {found[0]['device']}", "dtype": found[0]["dtype"], **total}
 
     def call(self, method: str, limit_s: float, what: str, *args: Any) -> list[Any]:
         """Call all ranks with the same arguments."""

@@ -21,6 +21,7 @@ from pekoe.model import save_model
 from pekoe.run.build import make_trainer, open_model
 from pekoe.run.cluster.depot import Stored, fetch
 from pekoe.run.cluster.weights import send, use_interface
+from pekoe.run.machine import describe
 from pekoe.run.processes import joined, make_layout
 from pekoe.train import StepStats, checkpoint
 from pekoe.train.trainer import Objective, Share
@@ -80,6 +81,10 @@ class TrainerWorker:
         layout = make_layout(model.spec, self._section, next(model.parameters()).device)
         self._trainer = make_trainer(self._config, model, dtype, layout)
         return os.getpid()
+
+    def measure(self) -> dict[str, Any]:
+        """What its device reaches while all ranks measure theirs; see `describe`."""
+        return describe(self._trainer.device, getattr(torch, self._config.model.dtype))
 
     # Training
 

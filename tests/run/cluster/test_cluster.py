@@ -13,6 +13,8 @@ import ray
 
 from pekoe.core import RLConfig
 from pekoe.core.view import NoView
+from pekoe.report.findings import findings
+from pekoe.report.history import read_history
 from pekoe.run.cluster.engines import Engines
 from pekoe.run.cluster.trainer import ClusterTrainer
 from pekoe.run.replay import replay
@@ -41,6 +43,11 @@ def test_on_the_same_rollouts_it_loses_what_one_process_loses(cluster: Cluster, 
         lines = read_rollouts(Path(config.run.dir), step["step"])
         assert len(lines) == 16
         assert all(len(line["tokens"]) == len(line["logprobs"]) for line in lines)
+    (machine,) = events(config, "machine")
+    assert machine["device"].startswith("2 x cpu")
+    assert min(machine["flop_s"], machine["byte_s"]) > 1e6
+    said = [sentence for sentence in findings(read_history(Path(config.run.dir))) if "GFLOP/s" in sentence]
+    assert [sentence.split()[0] for sentence in said] == ["train"]  # what engines sample on is not measured
     assert len(set(ledger(config))) == len(ledger(config)) == 12
     assert {e["sync_checksum"] for e in steps} <= {"equal", "skipped"}
     assert steps[0]["sync_checksum"] == "equal"
