@@ -12,6 +12,7 @@ from pekoe.core.journal import Event
 from pekoe.core.roofline import Ceilings
 from pekoe.report.history import History
 
+_WORK = {"rollout": "Sampling", "train": "Training"}  # the phases whose operations are counted
 _FEW = 0.25  # of a step's responses: when no more than these are unfinished, its tail has begun
 
 
@@ -74,7 +75,7 @@ def utilisation(history: History, phase: str) -> list[tuple[Event, Ceilings, flo
 def _bounds(history: History) -> list[str]:
     """What bounds the phases whose operations are counted: of a roofline."""
     found: list[str] = []
-    for phase in (name for name in phase_shares(history.steps) if name in ("rollout", "train")):
+    for phase in (name for name in phase_shares(history.steps) if name in _WORK):
         used = utilisation(history, phase)
         if not used:
             continue
@@ -86,7 +87,7 @@ def _bounds(history: History) -> list[str]:
             if by == "arithmetic"
             else f"memory's {measured.byte_s / 1e9:,.0f} GB/s"
         )
-        said = f"{phase} computes {flop_s / 1e9:,.1f} GFLOP/s; at {of}, measured here, it would take {share:.0%}"
+        said = f"{_WORK[phase]} computes {flop_s / 1e9:,.1f} GFLOP/s; at {of}, measured here, it would take {share:.0%}"
         found.append(f"{said} of its time: {_remedy(phase, by, share, history)}.")
     return found
 

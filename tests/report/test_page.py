@@ -110,11 +110,11 @@ def test_a_phase_is_measured_against_the_machine_that_ran_it(tmp_path: Path):
     history = read_history(run)
     said = findings(history)
     assert said[1] == (  # 6 s of rollout: 0.3 s of arithmetic, 4.8 s of memory
-        "rollout computes 0.1 GFLOP/s; at memory's 0 GB/s, measured here, it would take 80% of its time: memory "
+        "Sampling computes 0.1 GFLOP/s; at memory's 0 GB/s, measured here, it would take 80% of its time: memory "
         "bounds it; larger batches would help, little else."
     )
     assert said[2] == (  # 3 s of training: 0.6 s of arithmetic
-        "train computes 0.2 GFLOP/s; at a matrix product's 1 GFLOP/s, measured here, it would take 20% of its time: "
+        "Training computes 0.2 GFLOP/s; at a matrix product's 1 GFLOP/s, measured here, it would take 20% of its time: "
         "the rest goes to Python and small operations between the products, which more tokens a "
         "micro-batch would share."
     )

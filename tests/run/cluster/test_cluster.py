@@ -47,7 +47,7 @@ def test_on_the_same_rollouts_it_loses_what_one_process_loses(cluster: Cluster, 
     assert machine["device"].startswith("2 x cpu")
     assert min(machine["flop_s"], machine["byte_s"]) > 1e6
     said = [sentence for sentence in findings(read_history(Path(config.run.dir))) if "GFLOP/s" in sentence]
-    assert [sentence.split()[0] for sentence in said] == ["train"]  # what engines sample on is not measured
+    assert [sentence.split()[0] for sentence in said] == ["Training"]  # what engines sample on is not measured
     assert len(set(ledger(config))) == len(ledger(config)) == 12
     assert {e["sync_checksum"] for e in steps} <= {"equal", "skipped"}
     assert steps[0]["sync_checksum"] == "equal"
