@@ -154,7 +154,7 @@ class Dispatcher:
             return self._lose(worker, "the worker died")
         for message in messages:
             if "failed" in message and not worker.ready:
-                raise RunError(f"the judge's worker cannot start: {message['failed']}")
+                raise RunError(f"the judge of kind {self._command[-1]} cannot start: {message['failed']}")
             if "ready" in message and not worker.ready:
                 worker.ready, worker.deadline = True, float("inf")
             elif worker.task is None or message.get("id") != worker.message_id:
