@@ -63,9 +63,9 @@ def examine(
         processes = config.cluster.training.ranks
         lines += [*plan(config.cluster, NoView()), f"of {processes} training ranks, each:"]
     found = forecast(config, processes, memory_bytes)
-    lines += [f"{name:<29} {size / GIB:8.2f} GiB" for name, size in found.parts.items()]
-    lines.append(f"{'together, at the peak':<29} {found.total / GIB:8.2f} GiB")
-    lines.append(f"{f'{USABLE:.0%} of what is available':<29} {USABLE * found.available / GIB:8.2f} GiB")
+    lines += [f"{name:<29} {_size(size)}" for name, size in found.parts.items()]
+    lines.append(f"{'together, at the peak':<29} {_size(found.total)}")
+    lines.append(f"{f'{USABLE:.0%} of what is available':<29} {_size(USABLE * found.available)}")
     if found.fits:
         lines.append(f"it fits; the largest train.token_budget that does is about {found.largest_budget:,}")
         return lines, None
@@ -168,3 +168,7 @@ def _beside(config: RLConfig | SFTConfig, spec: ModelSpec, cuda: bool) -> dict[s
         beside["KV cache"] = engine.kv_room(_longest(config, spec), per_token) * per_token
         beside["weights laid out for decoding"] = (2 if half else 4) * spec.num_parameters
     return beside
+
+
+def _size(num_bytes: float) -> str:
+    return f"{num_bytes / GIB:8.2f} GiB" if num_bytes >= GIB / 10 else f"{num_bytes / 2**20:8.2f} MiB"

@@ -22,6 +22,7 @@ from pekoe.core.roofline import Ceilings
 from pekoe.core.spec import ModelSpec
 
 GIB = 2**30
+_AT_LEAST, _LONG_S = 4, 0.15  # a ceiling is measured so often, and so long: what else goes on here comes and goes
 
 # (what it is for, the package that says whether it is there, how it is installed)
 PARTS = (
@@ -80,7 +81,7 @@ def describe(device: torch.device | None = None, dtype: torch.dtype = torch.floa
 
 @cache
 def measure_ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
-    """What a square matrix product and a copy in memory reach here: the best of three each."""
+    """What a square matrix product and a copy in memory reach here: each the fastest of some."""
     found = _measure(device, dtype)
     if device.type == "cuda":
         torch.cuda.empty_cache()  # what was measured with is not needed again
@@ -100,13 +101,14 @@ def _measure(device: torch.device, dtype: torch.dtype) -> Ceilings:
 
 def _fastest(work: Callable[[], Any], device: torch.device) -> float:
     taken: list[float] = []
-    for _ in range(4):  # the first warms up
+    begun = time.perf_counter()
+    while len(taken) < _AT_LEAST or time.perf_counter() - begun < _LONG_S:
         start = time.perf_counter()
         work()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         taken.append(time.perf_counter() - start)
-    return min(taken[1:])
+    return min(taken)
 
 
 def batch(config: RLConfig, spec: ModelSpec) -> list[str]:
