@@ -37,24 +37,26 @@ RESPONSE, OPTIMIZER = "pekoe.run.judging:RandomJudge.submit", "torch.optim:AdamW
 FORWARD, LINE = "pekoe.train.trainer:Trainer.forward", "pekoe.core.journal:JsonLines.append"
 TENSORS, EXPORT = "pekoe.train.checkpoint:write", "pekoe.train.checkpoint:save_model"
 
-# Three steps of 16 responses and 4 optimizer steps each, an evaluation after the second; every step is saved, one kept.
+# An evaluation of 14 responses, three steps of 16 responses and 4 optimizer steps each, another evaluation after the
+# second; every step is saved, one kept.
 POINTS: dict[str, Point] = {
     "nothing is done": Point("pekoe.run.state:RunDir.resume"),
     "first response": Point(RESPONSE),
-    "mid-rollout of step 1": Point(RESPONSE, 9),
-    "mid-rollout of step 2": Point(RESPONSE, 25),
+    "after the first evaluation": Point("pekoe.run.rl:evaluate", 1, "after"),
+    "mid-rollout of step 1": Point(RESPONSE, 23),
+    "mid-rollout of step 2": Point(RESPONSE, 39),
     "mid-decode": Point("pekoe.model.decoder:Decoder.forward", 30),
     "all responses of step 2": Point("pekoe.run.rl:collect", 2, "after"),
     "before learning": Point("pekoe.run.rl:learn", 2),
-    "before a forward": Point(FORWARD, 6),
-    "after a forward": Point(FORWARD, 10, "after"),
-    "mid-backward of step 1": Point(FORWARD, 2, "in_backward"),
-    "mid-backward of step 2": Point(FORWARD, 14, "in_backward"),
+    "before a forward": Point(FORWARD, 7),
+    "after a forward": Point(FORWARD, 11, "after"),
+    "mid-backward of step 1": Point(FORWARD, 3, "in_backward"),
+    "mid-backward of step 2": Point(FORWARD, 15, "in_backward"),
     "before an optimizer step": Point(OPTIMIZER, 6),
     "after an optimizer step": Point(OPTIMIZER, 6, "after"),
     "after the last optimizer step": Point(OPTIMIZER, 8, "after"),
-    "before a sync": Point("pekoe.run.sync:WeightSync.__call__", 2),
-    "after a sync": Point("pekoe.run.sync:WeightSync.__call__", 3, "after"),
+    "before a sync": Point("pekoe.run.sync:WeightSync.__call__", 3),
+    "after a sync": Point("pekoe.run.sync:WeightSync.__call__", 4, "after"),
     "half of a rollouts file": Point("pathlib:Path.write_bytes", 2, "torn_bytes", _ROLLOUTS),
     "after a rollouts file": Point("pekoe.run.state:RunDir.write_rollouts", 2, "after"),
     "half of the first ledger line": Point(LINE, 1, "torn_line", _LEDGER),
@@ -79,9 +81,9 @@ POINTS: dict[str, Point] = {
     "before an old checkpoint goes": Point("os:replace", 1, "before", _DOOMED),
     "an old checkpoint has no name": Point("os:replace", 1, "after", _DOOMED),
     "an old checkpoint is half gone": Point("shutil:rmtree", 1, "half_removed", lambda path, *_: _DOOMED(0, path)),
-    "before an evaluation": Point("pekoe.run.rl:evaluate"),
-    "mid-evaluation": Point(RESPONSE, 35),
-    "after an evaluation": Point("pekoe.run.rl:evaluate", 1, "after"),
+    "before an evaluation": Point("pekoe.run.rl:evaluate", 2),
+    "mid-evaluation": Point(RESPONSE, 49),
+    "after an evaluation": Point("pekoe.run.rl:evaluate", 2, "after"),
     "the last save": Point("os:replace", 3, "after", _STEP),
 }
 AGAIN: dict[str, Point] = {  # and once more, by the run that goes on
@@ -169,7 +171,7 @@ def rl(build: Build, tiny_dir: Path, life: Callable[..., int | None], expected: 
         whole = build(*more, f"run.dir={tmp_path / 'whole'}")
         assert life(whole) == 0
         expected |= future_of(tmp_path / "whole")
-        assert [e["step"] for e in expected["journal.jsonl"]] == [1, 2, 2, 3]
+        assert [e["step"] for e in expected["journal.jsonl"]] == [0, 1, 2, 2, 3]
     return build(*more)
 
 
