@@ -226,8 +226,8 @@ def open_servers(
             f"nearest: [{each}]"
         )
     view.say(
-        f"{'attaching to' if server.urls else 'starting'} {number} {section.backend} server{'s' * (number > 1)} "
-        f"(at most {server.start_limit_s:g} s), weights by {server.sync}; logs in {log_dir}"
+        f"{'attaching to' if server.urls else 'starting'} {number} {section.backend} server{'s' * (number > 1)}, "
+        f"weights by {server.sync}; at most {server.start_limit_s:g} s; logs in {log_dir}"
     )
     with phase(view, "servers"):
         remote = kind(
