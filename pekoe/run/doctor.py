@@ -14,7 +14,7 @@ from pekoe.core.errors import UserError
 from pekoe.core.spec import ModelSpec
 from pekoe.core.view import NoView
 from pekoe.model import read_spec
-from pekoe.run.machine import GIB, batch
+from pekoe.run.machine import GIB, batch, least_time
 from pekoe.train.predict import StepMemory, predict
 
 USABLE = 0.9  # of what is available: the rest for allocators' gaps, and what comes and goes
@@ -63,6 +63,8 @@ def examine(
         processes = config.cluster.training.ranks
         lines += [*plan(config.cluster, NoView()), f"of {processes} training ranks, each:"]
     found = forecast(config, processes, memory_bytes)
+    if isinstance(config, RLConfig) and config.cluster is None and memory_bytes is None:
+        lines.append(least_time(config, read_spec(Path(config.model.path))[0]))
     lines += [f"{name:<29} {_size(size)}" for name, size in found.parts.items()]
     lines.append(f"{'together, at the peak':<29} {_size(found.total)}")
     lines.append(f"{f'{USABLE:.0%} of what is available':<29} {_size(USABLE * found.available)}")

@@ -18,7 +18,7 @@ import torch
 
 from pekoe.core.config import RLConfig
 from pekoe.core.journal import read_lines
-from pekoe.core.roofline import Ceilings
+from pekoe.core.roofline import Ceilings, sampling_flops, training_flops
 from pekoe.core.spec import ModelSpec
 
 GIB = 2**30
@@ -135,3 +135,19 @@ def batch(config: RLConfig, spec: ModelSpec) -> list[str]:
             f"{seconds * left / 60:,.1f} minutes for the {left} that are left"
         )
     return lines
+
+
+def least_time(config: RLConfig, spec: ModelSpec) -> str:
+    """What a step takes on this machine at the least, from the arithmetic that it cannot do without."""
+    rollout, prompt = config.rollout, config.data.max_prompt_tokens
+    responses, new = rollout.prompts_per_step * rollout.samples_per_prompt, rollout.max_new_tokens
+    device = torch.device("cuda" if config.model.device != "cpu" and torch.cuda.is_available() else "cpu")
+    reached = measure_ceilings(device, getattr(torch, config.model.dtype)).flop_s
+    group = sampling_flops(spec, [(prompt, [new] * rollout.samples_per_prompt)]).total
+    sampling = rollout.prompts_per_step * group / reached
+    training = training_flops(spec, [prompt + new] * responses, responses * new).total / reached
+    return (
+        f"were every response as long as it may be, a step would take at least {sampling + training:.2g} s here: "
+        f"arithmetic alone ({sampling:.2g} s to sample, {training:.2g} s to train), at a matrix product's "
+        f"{reached / 1e9:,.0f} GFLOP/s"
+    )

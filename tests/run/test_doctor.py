@@ -1,6 +1,7 @@
 """`pekoe doctor`: what fits, and the largest budget that does."""
 
 import json
+import re
 import time
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
@@ -11,6 +12,7 @@ import tomli_w
 import torch
 
 from pekoe.core import RLConfig, SFTConfig, UserError, dump_config, load_config
+from pekoe.core.roofline import Ceilings, sampling_flops
 from pekoe.model import read_spec
 from pekoe.run import doctor, machine
 from pekoe.run.doctor import GIB, USABLE, examine, forecast
@@ -134,6 +136,19 @@ def test_the_arithmetic_of_a_step_and_the_time_that_is_left(recipe: dict[str, An
     steps = [{"event": "step", "step": i, "step_s": 6.0} for i in (1, 2)]
     (tmp_path / "journal.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps))
     assert "about 2.8 minutes for the 28 that are left" in batch(config, spec)[3]
+
+
+def test_the_least_time_of_a_step_is_its_arithmetic(recipe: dict[str, Any], monkeypatch: pytest.MonkeyPatch):
+    config = load_config(recipe | {"num_steps": 1, "run": {"dir": "r"}})
+    spec, _ = read_spec(Path(config.model.path))
+    prompt, new, n = config.data.max_prompt_tokens, config.rollout.max_new_tokens, config.rollout.samples_per_prompt
+    sampled = config.rollout.prompts_per_step * sampling_flops(spec, [(prompt, [new] * n)]).total
+    monkeypatch.setattr(machine, "measure_ceilings", lambda *_: Ceilings(flop_s=sampled / 2, byte_s=1.0))
+    said = machine.least_time(config, spec)
+    sampling, training = map(float, re.findall(r"([\d.]+) s to", said))
+    assert sampling == 2.0
+    assert 4.0 < training < 12.0  # three passes over every token, where sampling computes a prompt once for all
+    assert f"at least {sampling + training:.2g} s here" in said
 
 
 def test_a_clusters_placement_is_said_before_anything_starts(tree: dict[str, Any], tmp_path: Path):
