@@ -25,7 +25,7 @@ import torch.multiprocessing as mp
 from pekoe.core.spec import ModelSpec
 from pekoe.engine.transfer import buckets
 from pekoe.model import Decoder
-from pekoe.run.cluster.weights import receive, send
+from pekoe.ray.weights import receive, send
 
 
 def spec_of(mib: int) -> ModelSpec:

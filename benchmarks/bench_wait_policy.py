@@ -25,10 +25,10 @@ def child() -> None:
     import numpy as np
 
     from pekoe.algo.loss import cross_entropy
-    from pekoe.core.config import OptimSection
+    from pekoe.config.recipes import OptimSection
     from pekoe.core.types import Sample
+    from pekoe.demo.run import model_spec
     from pekoe.model import Decoder
-    from pekoe.run.demo import model_spec
     from pekoe.train import Trainer
 
     rng = np.random.default_rng(0)

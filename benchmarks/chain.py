@@ -33,13 +33,13 @@ import tomli_w
 
 from pekoe.core.errors import UserError
 from pekoe.core.types import Problem
-from pekoe.data.char_tokenizer import make_char_tokenizer
-from pekoe.data.gym import ARITHMETIC_ALPHABET, make_arithmetic
 from pekoe.data.problems import read_problems, write_problems
 from pekoe.data.sft_data import Demonstration, write_demonstrations
 from pekoe.data.tokenizer import Tokenizer
+from pekoe.demo.char_tokenizer import make_char_tokenizer
+from pekoe.demo.problems import ARITHMETIC_ALPHABET, make_arithmetic
+from pekoe.demo.run import model_spec
 from pekoe.model import Decoder, save_model
-from pekoe.run.demo import model_spec
 
 Made = list[tuple[Problem, str]]
 LIMIT_S = 900

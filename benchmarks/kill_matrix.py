@@ -34,9 +34,9 @@ def make_inputs(folder: Path, reward: str = "kill_matrix:parity") -> dict[str, A
     """A model of random weights, problems, and the recipe."""
     from pekoe.core.spec import ModelSpec
     from pekoe.core.types import Problem
-    from pekoe.data.char_tokenizer import make_char_tokenizer
     from pekoe.data.problems import write_problems
     from pekoe.data.tokenizer import Tokenizer
+    from pekoe.demo.char_tokenizer import make_char_tokenizer
     from pekoe.model import Decoder, save_model
 
     files = make_char_tokenizer("0123456789+=")
@@ -71,15 +71,15 @@ def life(recipe: dict[str, Any], kind: str, phase: str) -> None:
     import psutil
     import ray
 
-    from pekoe.core.config import load_config
-    from pekoe.core.view import NoView
-    from pekoe.run.cluster import run_cluster
-    from pekoe.run.cluster.engines import Engines
-    from pekoe.run.cluster.sync import ClusterSync
-    from pekoe.run.cluster.trainer import ClusterStore, ClusterTrainer
-    from pekoe.run.control import Stop
+    from pekoe.config.recipes import load_config
+    from pekoe.core.progress import NoProgress
+    from pekoe.ray import run_cluster
+    from pekoe.ray.engines import Engines
+    from pekoe.ray.sync import ClusterSync
+    from pekoe.ray.trainer_proxy import ClusterStore, ClusterTrainer
+    from pekoe.run.interrupt import Stop
 
-    class Said(NoView):
+    class Said(NoProgress):
         def say(self, text: str) -> None:
             print(text, flush=True)
 

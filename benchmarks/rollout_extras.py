@@ -73,8 +73,8 @@ _MATMUL = ("linear", "head")
 def _timed(times: Counter[str], vocab: int) -> Iterator[None]:
     """Adds up the seconds of each kernel and matrix product, as the thread that asks for them sees them; those of
     threads that work side by side, each on rows of its own, count as their mean."""
+    from pekoe.kernels.packed_linear import PackedLinear
     from pekoe.model import jit
-    from pekoe.model.packed import PackedLinear
 
     num_threads, lock = torch.get_num_threads(), threading.Lock()
 

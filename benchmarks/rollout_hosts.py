@@ -18,7 +18,9 @@ from typing import Any
 from pekoe.cli import WAITING
 
 WORKER = Path(__file__).with_name("rollout_worker.py")
-KEEPER = Path(__file__).resolve().parent.parent / "pekoe/engine/keeper.py"  # ends the group should we be killed
+KEEPER = (
+    Path(__file__).resolve().parent.parent / "pekoe/engine/servers/process_guard.py"
+)  # ends the group should we be killed
 CLOSE_LIMIT_S = 20.0
 
 
@@ -95,7 +97,7 @@ class Worker:
         return "\n".join(self._log.read_text(errors="replace").splitlines()[-5:])
 
     def peak_bytes(self) -> int:
-        """Peak resident memory so far, summed over its processes."""
+        """PeakMemory resident memory so far, summed over its processes."""
         return sum(_peak(pid) for pid in _group(self._process.pid))
 
     def _signal(self, number: int) -> None:

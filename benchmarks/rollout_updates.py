@@ -20,9 +20,9 @@ def server_python(name: str) -> str | None:
 
 def server_update_times(name: str, directory: Path, place: Path, threads: int, rounds: int = 3) -> dict[str, Any]:
     """Median seconds of `update_weights` (save, send, load, flush and check) of a server launched on `directory`."""
-    from pekoe.core.engine_config import EngineSection
-    from pekoe.engine.sglang import SGLangEngine
-    from pekoe.engine.vllm import VLLMEngine
+    from pekoe.config.engine import EngineSection
+    from pekoe.engine.servers.sglang import SGLangEngine
+    from pekoe.engine.servers.vllm import VLLMEngine
     from pekoe.model import load_model
 
     engines: dict[str, Any] = {"sglang": SGLangEngine, "vllm": VLLMEngine}

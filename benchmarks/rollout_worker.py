@@ -31,7 +31,7 @@ class Embedded:
         self.engine = self.make()
 
     def make(self) -> Any:
-        from pekoe.core.engine_config import EngineSection
+        from pekoe.config.engine import EngineSection
         from pekoe.engine import EmbeddedEngine
 
         options = self.options

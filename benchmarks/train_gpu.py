@@ -13,13 +13,13 @@ import torch
 from rollout_cases import SHAPES, Shape
 from train_cases import Case
 from train_flops import Ceiling, seconds
-from train_memory import Peak
+from train_memory import PeakMemory
 from train_worker import OBJECTIVE, make_trainer, sample_of
 
 from pekoe.core.roofline import training_flops
 from pekoe.core.spec import ModelSpec, RopeSpec
 from pekoe.model import Decoder
-from pekoe.train.predict import predict
+from pekoe.train.memory_estimate import predict
 
 Q7B = Shape("q7b", 152064, 3584, 28, 28, 4, 18944, {}, 8192, (256, 27136))
 LARGE = {shape.name: shape for shape in (SHAPES["nano"], SHAPES["q1.5b"], Q7B)}
@@ -70,7 +70,7 @@ def measure(name: str, spec: ModelSpec, device: torch.device, rounds: int, optio
         raise torch.OutOfMemoryError(f"predicted: {predicted.total / 2**30:.0f} GiB")
     trainer = make_trainer(make_model(spec, device), budget, torch.bfloat16, **options)
     warm = trainer.step(samples, OBJECTIVE)
-    peak = Peak()
+    peak = PeakMemory()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     taken = [seconds(lambda: trainer.step(samples, OBJECTIVE), device) for _ in range(rounds)]

@@ -1,4 +1,4 @@
-"""Peak resident memory; and, as a program, what log-probs over a large vocabulary take, chunked or not.
+"""PeakMemory resident memory; and, as a program, what log-probs over a large vocabulary take, chunked or not.
 
 python train_memory.py '{"chunked": true, "vocab": 151936, "hidden": 64, "tokens": 8192, "threads": 2}'
 """
@@ -19,8 +19,8 @@ def _status(name: str) -> int:
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(name)), 0)
 
 
-class Peak:
-    """Peak resident memory from now on, and what there is now. 0 where there is no /proc."""
+class PeakMemory:
+    """PeakMemory resident memory from now on, and what there is now. 0 where there is no /proc."""
 
     def __init__(self) -> None:
         if CLEAR.exists():
@@ -57,7 +57,7 @@ def head(options: dict[str, Any]) -> dict[str, Any]:
     logprobs, _ = way(hidden[:few], weight, targets[:few], 1.0)
     logprobs.sum().backward()
     hidden.grad = weight.grad = None
-    peak, start = Peak(), time.perf_counter()
+    peak, start = PeakMemory(), time.perf_counter()
     logprobs, entropy = way(hidden, weight, targets, 1.0)
     logprobs.sum().backward()
     assert hidden.grad is not None

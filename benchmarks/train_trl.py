@@ -25,7 +25,7 @@ import trl
 from datasets import Dataset
 from tokenizers import Tokenizer, models
 from train_cases import CLIP, OPTIM, Case, Row
-from train_memory import Peak
+from train_memory import PeakMemory
 
 Answer = Callable[[dict[str, Any]], None]
 
@@ -90,7 +90,7 @@ class Serve(transformers.TrainerCallback):
         rows = case.rows()
         self.real = [sum(map(len, each)) for each in rows]
         self.computed = [len(each) * (case.prompt_tokens + max(len(row.response) for row in each)) for each in rows]
-        self.left, self.peak = 0, Peak()
+        self.left, self.peak = 0, PeakMemory()
         self.done: list[dict[str, float]] = []
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -20,10 +20,10 @@ import rollout_worker
 import torch
 from train_cases import CLIP, OPTIM, Case, Row
 from train_flops import reached
-from train_memory import Peak
+from train_memory import PeakMemory
 
 from pekoe.algo.loss import ppo
-from pekoe.core.config import AlgoSection, OptimSection
+from pekoe.config.recipes import AlgoSection, OptimSection
 from pekoe.core.types import Sample
 from pekoe.model import Decoder, load_model
 from pekoe.train import StepStats, Trainer
@@ -107,7 +107,7 @@ class Worker:
         self.trainer = make_trainer(self.model, self.case.budget, dtype, TRAINERS[system], **options["trainer"])
         self.minibatches = [[sample_of(row) for row in rows] for rows in self.case.rows()]
         self.done = 0
-        self.peak = Peak()
+        self.peak = PeakMemory()
 
     def about(self) -> dict[str, Any]:
         return {"torch": torch.__version__, "threads": torch.get_num_threads()}

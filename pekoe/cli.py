@@ -13,6 +13,7 @@ import tomllib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from types import ModuleType
 from typing import Annotated, Any, TypeVar
 
 import typer
@@ -20,7 +21,8 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from pekoe import __version__
-from pekoe.core.config import (
+from pekoe.config.cluster import ClusterSection
+from pekoe.config.recipes import (
     Config,
     CurateConfig,
     EvalConfig,
@@ -31,8 +33,8 @@ from pekoe.core.config import (
     load_config,
 )
 from pekoe.core.errors import Interrupted, RunError, UserError
+from pekoe.core.progress import NoProgress, ProgressReporter
 from pekoe.core.types import Verdict
-from pekoe.core.view import NoView, View
 from pekoe.report import LiveView, PlainView, make_view
 from pekoe.report.trackers import tracking
 
@@ -60,13 +62,13 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="print the resolved reci
 
 
 @contextlib.contextmanager
-def viewing(config: TrainingConfig | None = None, results: bool = False) -> Iterator[View]:
+def viewing(config: TrainingConfig | None = None, results: bool = False) -> Iterator[ProgressReporter]:
     """The live view, and the trackers of a run's recipe, closed whatever happens.
 
     `results`: what the command prints is for another program, and the view goes to stderr.
     """
     if not _leads():
-        yield NoView()
+        yield NoProgress()
         return
     view: LiveView | PlainView = make_view(Console(stderr=results))
     with view if isinstance(view, LiveView) else contextlib.nullcontext():
@@ -113,20 +115,13 @@ def rl(
         return
     config = read_recipe(recipe, overrides, RLConfig, dry_run)
     from pekoe.run.build import build_rl
-    from pekoe.run.control import Stop
+    from pekoe.run.interrupt import Stop
     from pekoe.run.rl import run_rl
 
     stop = Stop()
     with stop.listening(), viewing(config) as view, contextlib.ExitStack() as stack:
         if config.cluster is not None:
-            try:
-                from pekoe.run.cluster import run_cluster
-            except ModuleNotFoundError as error:
-                if error.name != "ray":
-                    raise
-                raise UserError("cluster: expected Ray, which is not installed: pip install 'pekoe[cluster]'") from None
-
-            run_cluster(config, view, stop)
+            _ray_room().run_cluster(config, view, stop)
         else:
             run_rl(build_rl(config, view, stop, stack))
     from pekoe.report.findings import findings
@@ -230,12 +225,28 @@ def demo(
     ] = False,
 ) -> None:
     """The whole story on a laptop: a small model from nothing, taught by SFT, improved by RL on verified answers."""
-    from pekoe.run.demo import run_demo
+    from pekoe.demo.run import run_demo
 
     console = Console()
     with viewing() as view:
         story = run_demo(Path(out), seed, control, fresh, quick, view, cluster)
     console.print(story, markup=False, highlight=False, soft_wrap=True)
+
+
+def _ray_room() -> ModuleType:
+    """`pekoe.ray`; UserError where Ray is not installed."""
+    try:
+        import pekoe.ray as room
+    except ModuleNotFoundError as error:
+        if error.name != "ray":
+            raise
+        raise UserError("cluster: expected Ray, which is not installed: pip install 'pekoe[cluster]'") from None
+    return room
+
+
+def _cluster_plan(section: ClusterSection, view: ProgressReporter) -> list[str]:
+    """`pekoe.ray.plan`, imported when a recipe has a cluster."""
+    return _ray_room().plan(section, view)
 
 
 @app.command()
@@ -254,14 +265,15 @@ def doctor(
     the largest train.token_budget that fits. Exit status 2 where it does not fit.
     """
     from pekoe.run.doctor import available_bytes, examine
-    from pekoe.run.machine import environment
+    from pekoe.run.hardware import environment
 
     console = Console()
     if recipe is None:
         for name, value in [*environment(), ("memory", f"{available_bytes('cpu') / 2**30:.1f} GiB available")]:
             console.print(f"{name:<14} {value}", markup=False, highlight=False, soft_wrap=True)
         return
-    lines, fault = examine(recipe, overrides or [], processes, int(memory_gib * 2**30) if memory_gib else None)
+    memory_bytes = int(memory_gib * 2**30) if memory_gib else None
+    lines, fault = examine(recipe, overrides or [], processes, memory_bytes, _cluster_plan)
     for line in lines:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     if fault:

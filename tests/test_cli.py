@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 
 from pekoe.core.types import Problem
-from pekoe.data.char_tokenizer import make_char_tokenizer
 from pekoe.data.problems import write_problems
 from pekoe.data.tokenizer import Tokenizer
+from pekoe.demo.char_tokenizer import make_char_tokenizer
 from pekoe.model import Decoder, save_model
 
 RECIPE = """

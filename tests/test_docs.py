@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 
-from pekoe.core.config import load_config
+from pekoe.config.recipes import load_config
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from pekoe.algo.packing import MicroBatch
-from pekoe.core.config import AlgoSection
+from pekoe.config.recipes import AlgoSection
 
 Sums = dict[str, Tensor]  # statistic -> its sum over the N tokens (`*_max`: its maximum), detached scalars
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from pekoe.algo.advantage import ADVANTAGES
-from pekoe.core.config import AlgoSection
+from pekoe.config.recipes import AlgoSection
 from pekoe.core.types import Group, Rollout, SampleRef, Verdict
 
 

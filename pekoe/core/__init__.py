@@ -1,6 +1,7 @@
-"""Floor 0: the nouns, the config, the errors, the journal. No torch, nothing heavy."""
+"""The types, the protocols of the loop, the errors, the journal. No torch, nothing heavy."""
 
-from pekoe.core.config import EvalConfig, RLConfig, SFTConfig, dump_config, load_config
+from typing import Any
+
 from pekoe.core.errors import Interrupted, RunError, UserError
 from pekoe.core.types import (
     Group,
@@ -14,20 +15,24 @@ from pekoe.core.types import (
 )
 
 __all__ = [
-    "EvalConfig",
     "Group",
     "Interrupted",
     "Payload",
     "Problem",
     "Prompt",
-    "RLConfig",
     "Rollout",
     "RunError",
-    "SFTConfig",
     "Sample",
     "SamplingParams",
     "UserError",
     "Verdict",
-    "dump_config",
-    "load_config",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """`pekoe.core.load_config` is a public name of a room above; it is looked up when it is asked for."""
+    if name == "load_config":
+        from pekoe.config import load_config
+
+        return load_config
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

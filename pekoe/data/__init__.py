@@ -1,7 +1,5 @@
-"""Floor 1: problems and worked solutions read from files or made, the order they are drawn in, tokens. No torch."""
+"""Problems and worked solutions read from files, the order they are drawn in, tokens. No torch."""
 
-from pekoe.data.char_tokenizer import make_char_tokenizer
-from pekoe.data.gym import make_arithmetic
 from pekoe.data.mix import DataReport, gather_problems
 from pekoe.data.order import DataOrder
 from pekoe.data.problems import ProblemFile, read_problems, write_problems
@@ -16,8 +14,6 @@ __all__ = [
     "ProblemFile",
     "Tokenizer",
     "gather_problems",
-    "make_arithmetic",
-    "make_char_tokenizer",
     "read_demonstrations",
     "read_problems",
     "write_demonstrations",

@@ -16,10 +16,10 @@ from typing import Any
 
 import numpy as np
 
-from pekoe.core.data_config import ProblemSection, SourceSection
+from pekoe.config.data import ProblemSection, SourceSection
 from pekoe.core.errors import UserError
+from pekoe.core.progress import NoProgress, ProgressReporter, each
 from pekoe.core.types import Problem
-from pekoe.core.view import NoView, View, each
 from pekoe.data.formats import parse_problem
 from pekoe.data.overlap import Contamination, gold_key, near_duplicates, prompt_key
 from pekoe.data.problems import read_problems
@@ -89,7 +89,7 @@ class _Item:
 
 
 def gather_problems(
-    data: ProblemSection, seed: int, tokenizer: Tokenizer | None, view: View | None = None
+    data: ProblemSection, seed: int, tokenizer: Tokenizer | None, view: ProgressReporter | None = None
 ) -> tuple[list[Problem], DataReport]:
     """Read the sources of `data` and return the problems that an epoch draws, with what became of the others.
 
@@ -99,7 +99,7 @@ def gather_problems(
     Raises UserError for a source that cannot be used, and, unless `data.skip_malformed`, for the first malformed row
     or prompt longer than `data.max_prompt_tokens`.
     """
-    report, view = DataReport(), view or NoView()
+    report, view = DataReport(), view or NoProgress()
     sources = data.sources or (SourceSection(path=data.train or "", name=data.train or ""),)
     items = [item for source in sources for item in _read(source, data, report)]
     items = _of_pass_rate(items, data, report)
@@ -193,7 +193,7 @@ def _one_of_each_prompt(items: list[_Item], data: ProblemSection, report: DataRe
 
 
 def _short_enough(
-    items: list[_Item], data: ProblemSection, tokenizer: Tokenizer | None, report: DataReport, view: View
+    items: list[_Item], data: ProblemSection, tokenizer: Tokenizer | None, report: DataReport, view: ProgressReporter
 ) -> list[_Item]:
     drop: _Drops = {}
     if tokenizer is None:
@@ -210,7 +210,9 @@ def _short_enough(
     return _without(items, drop, report)
 
 
-def _unknown_to_evaluation(items: list[_Item], data: ProblemSection, report: DataReport, view: View) -> list[_Item]:
+def _unknown_to_evaluation(
+    items: list[_Item], data: ProblemSection, report: DataReport, view: ProgressReporter
+) -> list[_Item]:
     if not data.decontaminate:
         return items
     known = Contamination({path: read_problems(path).problems for path in data.decontaminate}, data.ngram)

@@ -13,8 +13,8 @@ from collections import Counter, defaultdict
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
+from pekoe.core.progress import NoProgress, ProgressReporter, each
 from pekoe.core.types import Problem
-from pekoe.core.view import NoView, View, each
 from pekoe.data.tables import needs
 
 # What a prompt says about the form of an answer, not about the problem: it would hide duplicates and feign overlap.
@@ -58,7 +58,9 @@ def gold_key(gold: Any) -> str:
     return re.sub(r"\s+|(?<=\d)\.0+$", "", gold)
 
 
-def near_duplicates(problems: Sequence[Problem], threshold: float, view: View | None = None) -> dict[int, int]:
+def near_duplicates(
+    problems: Sequence[Problem], threshold: float, view: ProgressReporter | None = None
+) -> dict[int, int]:
     """Index of each problem to drop -> index of the earlier one that it nearly repeats.
 
     Same kind, gold and numbers, and Jaccard similarity of the sets of three-token runs at least `threshold`.
@@ -72,7 +74,7 @@ def near_duplicates(problems: Sequence[Problem], threshold: float, view: View | 
     except ImportError:
         raise needs("datasketch", "data.dedup = 'near'") from None
     alike: dict[Hashable, list[int]] = defaultdict(list)
-    view = view or NoView()
+    view = view or NoProgress()
     for index, problem in enumerate(each(view, "near", problems)):
         numbers = " ".join(sorted(token for token in tokens_of(problem) if token.isdigit()))
         alike[problem.kind, gold_key(problem.gold), numbers].append(index)

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import tokenizers
 
-from pekoe.core.data_config import TemplateSection
+from pekoe.config.data import TemplateSection
 from pekoe.core.errors import UserError
-from pekoe.core.files import TOKENIZER_FILES
+from pekoe.core.io import TOKENIZER_FILES
 from pekoe.core.types import IntArray
 from pekoe.data.chat import ChatTemplate
 from pekoe.data.rows import PLAIN, RAW, missing

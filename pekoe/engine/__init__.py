@@ -3,8 +3,8 @@
 from pekoe.core.types import SamplingParams
 from pekoe.engine.base import EngineStats, Generator
 from pekoe.engine.embedded import EmbeddedEngine
-from pekoe.engine.remote import RemoteEngine
-from pekoe.engine.sglang import SGLangEngine
-from pekoe.engine.vllm import VLLMEngine
+from pekoe.engine.servers.remote import RemoteEngine
+from pekoe.engine.servers.sglang import SGLangEngine
+from pekoe.engine.servers.vllm import VLLMEngine
 
 __all__ = ["EmbeddedEngine", "EngineStats", "Generator", "RemoteEngine", "SGLangEngine", "SamplingParams", "VLLMEngine"]

@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pekoe.core.types import BoolArray, FloatArray, IntArray, SamplingParams
-from pekoe.model.jit import even, kernel, run
-from pekoe.model.simd import add, exp, larger, largest_of, load, mul, splat, store, sum_of
+from pekoe.kernels.jit import even, kernel, run
+from pekoe.kernels.simd import add, exp, larger, largest_of, load, mul, splat, store, sum_of
 
 _SPAN = 64  # tokens whose probabilities are summed before any is looked at
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pekoe.core.spec import ModelSpec
-from pekoe.model import fused
+from pekoe.kernels import decoder_ops
 from pekoe.model.attention import Attention
 from pekoe.model.rope import apply_rope, cos_sin, inverse_frequencies
 
@@ -34,8 +34,8 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        if fused.usable(x):
-            return fused.rms_norm(x, self.weight, self.eps)
+        if decoder_ops.usable(x):
+            return decoder_ops.rms_norm(x, self.weight, self.eps)
         # Not F.rms_norm: it multiplies by the weight before rounding to bf16, transformers and the engines after.
         wide = x if x.dtype == torch.float64 else x.float()
         normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
@@ -60,8 +60,8 @@ class SelfAttention(nn.Module):
         v = self.v_proj(x).unflatten(-1, (-1, self.head_dim))  # [T, K, D]
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        if fused.usable(q):
-            fused.rope_(q, k, cos, sin)
+        if decoder_ops.usable(q):
+            decoder_ops.rope_(q, k, cos, sin)
             return self.o_proj(attention(layer, q, k, v).flatten(1))
         # Under autocast the norms and the rotation are in float32; the kernels want one dtype.
         q, k = apply_rope(q, cos, sin).to(v.dtype), apply_rope(k, cos, sin).to(v.dtype)
@@ -79,7 +79,7 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.gate_proj(x), self.up_proj(x)
-        return self.down_proj(fused.silu_mul(gate, up) if fused.usable(gate) else F.silu(gate) * up)
+        return self.down_proj(decoder_ops.silu_mul(gate, up) if decoder_ops.usable(gate) else F.silu(gate) * up)
 
 
 class Layer(nn.Module):

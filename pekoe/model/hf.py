@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from pekoe.core.errors import UserError, nearest
-from pekoe.core.files import TOKENIZER_FILES, fsync
+from pekoe.core.io import TOKENIZER_FILES, fsync
 from pekoe.core.spec import ModelSpec
 from pekoe.model.decoder import Decoder
 from pekoe.model.hf_config import hf_config_to_spec, spec_to_hf_config

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pekoe.core.errors import UserError
-from pekoe.core.files import read_compressed_lines
+from pekoe.core.io import read_compressed_lines
 from pekoe.core.journal import Event, read_lines
 
 Decode = Callable[[Sequence[int]], str]

@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pekoe.core.journal import Event
-from pekoe.core.view import NoView
+from pekoe.core.progress import NoProgress
 
 _KEPT_ROWS = 12
 _SECONDS, _LEAST_SECONDS = "seconds", 12
@@ -115,7 +115,7 @@ class _Phase:
         return line
 
 
-class PlainView(NoView):
+class PlainView(NoProgress):
     """One line an event, for logs and pipes; where steps are short, at most one step line in `min_interval_s`.
 
     Phases that take longer than `progress_s` get a line as often as that.

@@ -12,10 +12,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
-from pekoe.core.config import TrackSection
+from pekoe.config.recipes import Logging
 from pekoe.core.errors import UserError
 from pekoe.core.journal import Event
-from pekoe.core.view import View
+from pekoe.core.progress import ProgressReporter
 
 Numbers = dict[str, float]
 
@@ -101,7 +101,7 @@ def numbers_of(event: Event) -> Numbers:
 class TrackedView:
     """A view whose events go to trackers, too."""
 
-    def __init__(self, view: View, trackers: list[Tracker]) -> None:
+    def __init__(self, view: ProgressReporter, trackers: list[Tracker]) -> None:
         self._view, self._trackers = view, trackers
         self.begin, self.advance, self.end, self.say = view.begin, view.advance, view.end, view.say
 
@@ -130,7 +130,9 @@ class TrackedView:
 
 
 @contextmanager
-def tracking(section: TrackSection, run: Path, config: Mapping[str, Any], view: View) -> Iterator[View]:
+def tracking(
+    section: Logging, run: Path, config: Mapping[str, Any], view: ProgressReporter
+) -> Iterator[ProgressReporter]:
     """`view`, with the trackers that the recipe asks for; UserError where one cannot be had."""
     trackers: list[Tracker] = []
     if section.tensorboard:

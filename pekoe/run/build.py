@@ -11,35 +11,35 @@ from typing import Any
 
 import torch
 
-from pekoe.core.config import (
+from pekoe.config.recipes import (
     CurateConfig,
     EvalConfig,
     EvalSection,
     ModelSection,
-    ProcessSection,
+    Process,
     RLConfig,
     RolloutSection,
     TrainSection,
 )
 from pekoe.core.errors import UserError
+from pekoe.core.progress import ProgressReporter, phase
 from pekoe.core.spec import ModelSpec
 from pekoe.core.types import Problem, Prompt, SamplingParams
-from pekoe.core.view import View, phase
 from pekoe.data.mix import DataReport, gather_problems
 from pekoe.data.order import DataOrder
 from pekoe.data.problems import read_problems
 from pekoe.data.tokenizer import Tokenizer
 from pekoe.engine import EmbeddedEngine, Generator, RemoteEngine, SGLangEngine, VLLMEngine
 from pekoe.model import Decoder, load_model
-from pekoe.run.control import Stop
+from pekoe.run.distributed import require_single_process
+from pekoe.run.hardware import describe
+from pekoe.run.interrupt import Stop
 from pekoe.run.judging import make_judge
-from pekoe.run.machine import describe
-from pekoe.run.processes import only_one_process
-from pekoe.run.rollout import Sampler
-from pekoe.run.state import RunDir
+from pekoe.run.rollouts import Sampler
+from pekoe.run.run_dir import RunDir
 from pekoe.run.sync import WeightSync
 from pekoe.train import Layout, Trainer
-from pekoe.train.memory import give_back
+from pekoe.train.memory import limit_malloc_cache
 
 
 @dataclass(slots=True)
@@ -55,7 +55,7 @@ class RLParts:
     sampler: Sampler
     sync: WeightSync
     run: RunDir
-    view: View
+    view: ProgressReporter
     stop: Stop
     measured: Callable[[], dict[str, Any]] = dict[str, Any]
     """What else the journal says of a step: since it was last asked."""
@@ -65,10 +65,10 @@ class RLParts:
     """What the journal says of the machine, in the beginning."""
 
 
-def prepare(run: ProcessSection, train: TrainSection | None = None) -> None:
+def prepare(run: Process, train: TrainSection | None = None) -> None:
     """This process's threads, and its allocator where memory was asked to be spared."""
     if train is not None and train.activation_checkpointing:
-        give_back()
+        limit_malloc_cache()
     torch.set_num_threads(run.threads or max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 
 
@@ -91,7 +91,9 @@ def open_model(model: ModelSection) -> tuple[Decoder, Tokenizer, torch.dtype]:
     return decoder, open_tokenizer(model, decoder.spec), getattr(torch, model.dtype)
 
 
-def open_problems(path: str, tokenizer: Tokenizer, max_prompt_tokens: int, skip: bool, view: View) -> list[Problem]:
+def open_problems(
+    path: str, tokenizer: Tokenizer, max_prompt_tokens: int, skip: bool, view: ProgressReporter
+) -> list[Problem]:
     """Read problems whose prompts fit. One that does not is an error, or skipped and reported."""
     file = read_problems(Path(path), skip_malformed=skip)
     kept, too_long = [], []
@@ -156,7 +158,7 @@ def open_sampler(
     longest: int,
     asked: Sequence[SamplingParams],
     log_dir: Path,
-    view: View,
+    view: ProgressReporter,
     stop: Stop,
     stack: ExitStack,
 ) -> Sampler:
@@ -190,7 +192,7 @@ def open_engine(
     longest: int,
     asked: Sequence[SamplingParams],
     log_dir: Path,
-    view: View,
+    view: ProgressReporter,
 ) -> Generator:
     """The engine that the config names, ready; says what it takes. See `open_sampler`."""
     section, server = config.engine, config.engine.server
@@ -211,7 +213,7 @@ def open_servers(
     longest: int,
     asked: Sequence[SamplingParams],
     log_dir: Path,
-    view: View,
+    view: ProgressReporter,
     releases: bool = False,
 ) -> RemoteEngine:
     """As `open_engine`, of servers; nothing of the model is loaded here. See `RemoteEngine`."""
@@ -281,7 +283,7 @@ class Task:
     """Every kind of sampling that the engines will be asked for."""
 
 
-def open_task(config: RLConfig, spec: ModelSpec, tokenizer: Tokenizer, view: View) -> Task:
+def open_task(config: RLConfig, spec: ModelSpec, tokenizer: Tokenizer, view: ProgressReporter) -> Task:
     """Read the data of a recipe. UserError for what does not fit the model, or is not enough."""
     data, rollout = config.data, config.rollout
     new_tokens = max(rollout.max_new_tokens, config.eval.max_new_tokens or 0)
@@ -302,9 +304,9 @@ def open_task(config: RLConfig, spec: ModelSpec, tokenizer: Tokenizer, view: Vie
     return Task(problems, held_out, report, data.max_prompt_tokens + new_tokens, asked)
 
 
-def build_rl(config: RLConfig, view: View, stop: Stop, stack: ExitStack) -> RLParts:
+def build_rl(config: RLConfig, view: ProgressReporter, stop: Stop, stack: ExitStack) -> RLParts:
     """Everything for `pekoe rl`. What must be closed is pushed on `stack`."""
-    only_one_process("rl")
+    require_single_process("rl")
     prepare(config.run, config.train)
     model, tokenizer, dtype = open_model(config.model)
     machine = describe(next(model.parameters()).device, dtype)  # before an engine takes what memory there is

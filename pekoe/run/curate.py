@@ -11,17 +11,17 @@ from typing import Any
 
 from rich.table import Table
 
-from pekoe.core.config import CurateConfig
+from pekoe.config.recipes import CurateConfig
 from pekoe.core.errors import Interrupted, RunError, UserError
+from pekoe.core.progress import ProgressReporter
 from pekoe.core.types import Problem, SamplingParams
-from pekoe.core.view import View
 from pekoe.data import write_problems
 from pekoe.data.mix import DataReport, Dropped, gather_problems
 from pekoe.data.tokenizer import Tokenizer
 from pekoe.run.build import check_context, open_model, open_sampler, prepare
-from pekoe.run.control import Clock, Stop, StopRequested
 from pekoe.run.evaluate import warn_truncation
-from pekoe.run.sampled import Judged, SampleFile, decided_by
+from pekoe.run.interrupt import StepTimer, Stop, StopRequested
+from pekoe.run.sample_store import ProblemResult, ResumableSamples, decided_by
 
 ALL_RIGHT, ALL_WRONG, NO_VERDICT = "all right", "all wrong", "no verdict"
 
@@ -36,7 +36,7 @@ class Curated:
     truncation_rate: float = 0.0
 
 
-def run_curate(config: CurateConfig, view: View) -> Curated:
+def run_curate(config: CurateConfig, view: ProgressReporter) -> Curated:
     """`pekoe curate`: `out/problems.jsonl` with the problems kept, and `out/dropped.jsonl` with the others.
 
     What an earlier run of the same recipe sampled is taken from `out/samples.jsonl`.
@@ -66,7 +66,7 @@ def run_curate(config: CurateConfig, view: View) -> Curated:
     return curated
 
 
-def _sample(config: CurateConfig, problems: Sequence[Problem], view: View) -> list[Judged]:
+def _sample(config: CurateConfig, problems: Sequence[Problem], view: ProgressReporter) -> list[ProblemResult]:
     section, longest = config.curate, config.data.max_prompt_tokens + config.curate.max_new_tokens
     model, tokenizer, _ = open_model(config.model)
     check_context(model.spec, config.data.max_prompt_tokens, section.max_new_tokens)
@@ -83,7 +83,7 @@ def _sample(config: CurateConfig, problems: Sequence[Problem], view: View) -> li
     about = decided_by(config) | {f"curate.{key}": value for key, value in keys.items()}
     stop = Stop()
     with stop.listening(), ExitStack() as stack:
-        samples = SampleFile(Path(config.out) / "samples.jsonl", about)
+        samples = ResumableSamples(Path(config.out) / "samples.jsonl", about)
         stack.callback(samples.close)
         logs = Path(config.out) / "logs"
         sampler = open_sampler(config, model, tokenizer, longest, [params], logs, view, stop, stack)
@@ -92,13 +92,15 @@ def _sample(config: CurateConfig, problems: Sequence[Problem], view: View) -> li
         if sampler.engine.holds(model) is False:
             raise RunError(f"expected the engine to hold the parameters of {config.model.path}, got others")
         try:
-            return samples.sample(sampler, problems, params, Clock(view), config.verify.max_fault_rate)
+            return samples.sample(sampler, problems, params, StepTimer(view), config.verify.max_fault_rate)
         except StopRequested:
             kept = f"{len(samples.done)} of {len(problems)} problems are kept"
             raise Interrupted(f"stopped; {kept}. Run the same command again to go on") from None
 
 
-def sort_out(problems: Sequence[Problem], rows: Sequence[Judged], config: CurateConfig, report: DataReport) -> Curated:
+def sort_out(
+    problems: Sequence[Problem], rows: Sequence[ProblemResult], config: CurateConfig, report: DataReport
+) -> Curated:
     """Keep problems by their pass rates; those dropped are added to `report`."""
     kept: list[Problem] = []
     for number, (problem, row) in enumerate(zip(problems, rows, strict=True), 1):

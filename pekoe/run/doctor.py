@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 import torch
 
-from pekoe.core.config import RLConfig, SFTConfig, load_config, read_toml
+from pekoe.config.cluster import ClusterSection
+from pekoe.config.recipes import RLConfig, SFTConfig, load_config, read_toml
 from pekoe.core.errors import UserError
+from pekoe.core.progress import NoProgress, ProgressReporter
 from pekoe.core.spec import ModelSpec
-from pekoe.core.view import NoView
 from pekoe.model import read_spec
-from pekoe.run.machine import GIB, batch, least_time
-from pekoe.train.predict import StepMemory, predict
+from pekoe.run.hardware import GIB, batch, least_time
+from pekoe.train.memory_estimate import StepMemory, predict
 
 USABLE = 0.9  # of what is available: the rest for allocators' gaps, and what comes and goes
 PROCESS = int(0.6 * GIB)  # Python, torch, compiled kernels; on a GPU its context
 JUDGE = int(0.15 * GIB)  # a judge process
-GAPS = 0.5  # on a CPU, of forward and backward: the most seen; see `give_back`, which activation checkpointing calls
+GAPS = 0.5  # on a CPU, of forward and backward: the most seen; activation checkpointing calls `limit_malloc_cache`
 
 _LIMIT, _USED = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
 
@@ -49,19 +50,26 @@ class Forecast:
 
 
 def examine(
-    recipe: str, overrides: Sequence[str], processes: int, memory_bytes: int | None
+    recipe: str,
+    overrides: Sequence[str],
+    processes: int,
+    memory_bytes: int | None,
+    place: Callable[[ClusterSection, ProgressReporter], list[str]] | None = None,
 ) -> tuple[list[str], str | None]:
-    """A recipe's forecast in words, and what is wrong with it, if anything is."""
+    """A recipe's forecast in words, and what is wrong with it, if anything is.
+
+    Args:
+        place: where a cluster's engines and ranks would be, a line a node (`pekoe.ray.plan`).
+    """
     kind = RLConfig if "num_steps" in read_toml(Path(recipe)) else SFTConfig  # a recipe of `rl` must have it
     config = load_config(recipe, overrides, kind)
     lines: list[str] = []
     if isinstance(config, RLConfig):
         lines += batch(config, read_spec(Path(config.model.path))[0])
     if isinstance(config, RLConfig) and config.cluster is not None:
-        from pekoe.run.cluster import plan
-
+        assert place is not None
         processes = config.cluster.training.ranks
-        lines += [*plan(config.cluster, NoView()), f"of {processes} training ranks, each:"]
+        lines += [*place(config.cluster, NoProgress()), f"of {processes} training ranks, each:"]
     found = forecast(config, processes, memory_bytes)
     if isinstance(config, RLConfig) and config.cluster is None and memory_bytes is None:
         lines.append(least_time(config, read_spec(Path(config.model.path))[0]))

@@ -17,16 +17,16 @@ import numpy as np
 from rich.table import Table
 
 from pekoe import __version__
-from pekoe.core.config import EvalConfig
+from pekoe.config.recipes import EvalConfig
 from pekoe.core.errors import Interrupted, RunError, UserError, nearest
+from pekoe.core.progress import ProgressReporter
 from pekoe.core.types import Group, Problem, SamplingParams, Verdict
-from pekoe.core.view import View
 from pekoe.data.tokenizer import Tokenizer
 from pekoe.run.build import check_context, open_model, open_problems, open_sampler, prepare, sampling_for
-from pekoe.run.control import Clock, Stop, StopRequested
-from pekoe.run.rollout import Sampler, check_faults
-from pekoe.run.sampled import Judged, SampleFile, decided_by
-from pekoe.run.scores import majority_at_k, paired, pass_at_1, pass_at_k, powers_up_to
+from pekoe.run.eval_metrics import majority_at_k, paired, pass_at_1, pass_at_k, powers_up_to
+from pekoe.run.interrupt import StepTimer, Stop, StopRequested
+from pekoe.run.rollouts import Sampler, check_faults
+from pekoe.run.sample_store import ProblemResult, ResumableSamples, decided_by
 
 MAX_TRUNCATION = 0.05  # above it a figure says more about the length limit than about the model
 
@@ -53,7 +53,7 @@ class EvalResult:
         return figures | ({"sets": {k: v.as_dict() for k, v in self.by_set.items()}} if self.by_set else {})
 
 
-def result_of(rows: Sequence[Judged], num_samples: int) -> EvalResult:
+def result_of(rows: Sequence[ProblemResult], num_samples: int) -> EvalResult:
     """The figures of judged problems."""
     labels = [label for row in rows for label in row.labels]
     mean, interval = pass_at_1(rows)
@@ -73,15 +73,19 @@ def result_of(rows: Sequence[Judged], num_samples: int) -> EvalResult:
 
 
 def evaluate(
-    sampler: Sampler, problems: Sequence[Problem], params: SamplingParams, clock: Clock, max_fault_rate: float = 0.05
+    sampler: Sampler,
+    problems: Sequence[Problem],
+    params: SamplingParams,
+    clock: StepTimer,
+    max_fault_rate: float = 0.05,
 ) -> EvalResult:
     """Sample `params.n` responses to each problem and judge them."""
     groups = sampler([(problem, 0) for problem in problems], params, clock)
     check_faults((v for _, verdicts in groups for v in verdicts), max_fault_rate)
-    return result_of([Judged.of(*group) for group in groups], params.n)
+    return result_of([ProblemResult.of(*group) for group in groups], params.n)
 
 
-def warn_truncation(rate: float, max_new_tokens: int, view: View) -> None:
+def warn_truncation(rate: float, max_new_tokens: int, view: ProgressReporter) -> None:
     """Say so where more than 5 % of responses were cut."""
     if rate > MAX_TRUNCATION:
         view.say(
@@ -90,7 +94,7 @@ def warn_truncation(rate: float, max_new_tokens: int, view: View) -> None:
         )
 
 
-def run_eval(config: EvalConfig, view: View) -> EvalResult:
+def run_eval(config: EvalConfig, view: ProgressReporter) -> EvalResult:
     """`pekoe eval`: evaluate one model on one problem file, or several. With `out`, what an earlier run of the same
     recipe sampled is taken from there, and `results.json` is written."""
     prepare(config.run)
@@ -108,7 +112,7 @@ def run_eval(config: EvalConfig, view: View) -> EvalResult:
     keys: dict[str, Any] = config.eval.model_dump(mode="json")
     about = {"max_prompt_tokens": prompt_tokens} | {f"eval.{key}": value for key, value in keys.items()}
     with stop.listening(), ExitStack() as stack:
-        samples = SampleFile(out / "samples.jsonl" if out else None, decided_by(config) | about if out else about)
+        samples = ResumableSamples(out / "samples.jsonl" if out else None, decided_by(config) | about if out else about)
         stack.callback(samples.close)
         log_dir = stack.enter_context(_kept_on_failure())
         sampler = open_sampler(config, model, tokenizer, longest, [params], log_dir, view, stop, stack)
@@ -117,7 +121,7 @@ def run_eval(config: EvalConfig, view: View) -> EvalResult:
         if sampler.engine.holds(model) is False:
             raise RunError(f"expected the engine to hold the parameters of {config.model.path}, got others")
         try:
-            rows = samples.sample(sampler, problems, params, Clock(view), config.verify.max_fault_rate)
+            rows = samples.sample(sampler, problems, params, StepTimer(view), config.verify.max_fault_rate)
         except StopRequested:
             kept = f"{len(samples.done)} of {len(problems)} problems are kept" if out else "nothing was kept (no `out`)"
             raise Interrupted(f"stopped; {kept}. Run the same command again to go on") from None
@@ -136,7 +140,7 @@ def run_eval(config: EvalConfig, view: View) -> EvalResult:
 
 
 def _open_sets(
-    config: EvalConfig, tokenizer: Tokenizer, max_prompt_tokens: int, view: View
+    config: EvalConfig, tokenizer: Tokenizer, max_prompt_tokens: int, view: ProgressReporter
 ) -> dict[str, list[Problem]]:
     """The problems of each data set, by its name; where there are several, uids begin with that name."""
     paths = [config.eval.data] if isinstance(config.eval.data, str) else list(config.eval.data)
@@ -150,7 +154,7 @@ def _open_sets(
     return sets
 
 
-def _write_results(path: Path, config: EvalConfig, total: EvalResult, rows: Sequence[Judged]) -> None:
+def _write_results(path: Path, config: EvalConfig, total: EvalResult, rows: Sequence[ProblemResult]) -> None:
     results = {
         "schema": 1,
         "pekoe": __version__,

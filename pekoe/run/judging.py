@@ -8,7 +8,7 @@ from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
 from typing import Protocol
 
-from pekoe.core.config import VerifySection
+from pekoe.config.recipes import VerifySection
 from pekoe.core.errors import RunError
 from pekoe.core.types import Problem, Rollout, Verdict
 from pekoe.data.tokenizer import Tokenizer

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 
 from pekoe.algo.scoring import Scored, reward_of
-from pekoe.core.config import RLConfig
+from pekoe.config.recipes import RLConfig
 from pekoe.core.roofline import sampling_bytes, sampling_flops, training_bytes, training_flops
 from pekoe.core.spec import ModelSpec
-from pekoe.run.rollout import Batch
+from pekoe.run.rollouts import Batch
 from pekoe.train import StepStats
 
 # Above it something computes other numbers than training does. Tests hold every engine to half of the first; the second

@@ -9,15 +9,15 @@ from typing import Any
 
 import numpy as np
 
-from pekoe.core.config import RLConfig, load_config
+from pekoe.config.recipes import RLConfig, load_config
 from pekoe.core.errors import UserError
 from pekoe.core.journal import read_lines
+from pekoe.core.progress import ProgressReporter
 from pekoe.core.types import Sample
-from pekoe.core.view import View
 from pekoe.run.build import make_trainer, open_model, prepare
-from pekoe.run.control import Clock
+from pekoe.run.interrupt import StepTimer
 from pekoe.run.rl import learn
-from pekoe.run.state import checkpoints, read_rollouts
+from pekoe.run.run_dir import checkpoints, read_rollouts
 from pekoe.train import StepStats, checkpoint
 
 
@@ -52,7 +52,7 @@ class Replayed:
         return "\n".join(lines)
 
 
-def replay(run_dir: Path, step: int, view: View) -> Replayed:
+def replay(run_dir: Path, step: int, view: ProgressReporter) -> Replayed:
     """Train on the step's rollouts again, starting from the newest checkpoint before it. Nothing is written.
 
     Steps between that checkpoint and `step` are trained on too, in order. With as many threads as the run had, on the
@@ -84,7 +84,7 @@ def replay(run_dir: Path, step: int, view: View) -> Replayed:
         lines = read_rollouts(run_dir, number)
         if not lines:
             raise UserError(f"--replay: expected the rollouts of step {number} in {run_dir / 'rollouts'}, got none")
-        stats, _ = learn(config, trainer, samples_of(lines), number, Clock(view), view)
+        stats, _ = learn(config, trainer, samples_of(lines), number, StepTimer(view), view)
     return Replayed(step, start, events[step], stats)
 
 

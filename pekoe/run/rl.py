@@ -14,16 +14,16 @@ import numpy as np
 from pekoe.algo.loss import ppo
 from pekoe.algo.packing import split_minibatches
 from pekoe.algo.scoring import Scored, score
-from pekoe.core.config import RLConfig
+from pekoe.config.recipes import RLConfig
 from pekoe.core.errors import Interrupted, RunError
+from pekoe.core.progress import ProgressReporter, phase
 from pekoe.core.types import AnySample
-from pekoe.core.view import View, phase
 from pekoe.run.build import RLParts, sampling, sampling_for
-from pekoe.run.control import Clock, StopRequested
 from pekoe.run.evaluate import evaluate, warn_truncation
+from pekoe.run.interrupt import StepTimer, StopRequested
 from pekoe.run.metrics import step_metrics, warnings_of, work
-from pekoe.run.rollout import Batch, check_faults, is_useless, rollout_lines
-from pekoe.run.state import Progress
+from pekoe.run.rollouts import Batch, check_faults, is_useless, rollout_lines
+from pekoe.run.run_dir import Progress
 from pekoe.run.sync import SyncReport
 from pekoe.train import StepStats, Trainer
 
@@ -44,7 +44,7 @@ def run_rl(parts: RLParts) -> None:
         progress = measure_if_due(parts, progress)
         with phase(parts.view, "steps", config.num_steps, progress["step"]):
             while progress["step"] < config.num_steps:
-                step, clock = progress["step"] + 1, Clock(parts.view)
+                step, clock = progress["step"] + 1, StepTimer(parts.view)
                 batch = collect(parts, clock)
                 scored = score(batch.groups, batch.verdicts, config.algo)
                 stats, untrained = train(parts, scored, step, clock)
@@ -69,7 +69,7 @@ def run_rl(parts: RLParts) -> None:
     parts.run.settle()
 
 
-def collect(parts: RLParts, clock: Clock) -> Batch:
+def collect(parts: RLParts, clock: StepTimer) -> Batch:
     """Draw problems, sample and judge. With dynamic sampling, draw again for groups that teach nothing (DAPO)."""
     rollout, batch = parts.config.rollout, Batch()
     params = sampling(rollout, parts.tokenizer, parts.config.run.seed)
@@ -88,7 +88,7 @@ def collect(parts: RLParts, clock: Clock) -> Batch:
     return batch
 
 
-def train(parts: RLParts, scored: Scored, step: int, clock: Clock) -> tuple[list[StepStats], dict[int, str]]:
+def train(parts: RLParts, scored: Scored, step: int, clock: StepTimer) -> tuple[list[StepStats], dict[int, str]]:
     """One optimizer step for each minibatch, none where there is nothing to learn.
 
     Returns the steps, and why groups (by position in the batch) were not trained on after all.
@@ -104,8 +104,8 @@ def learn(
     trainer: Trainer,
     samples: Sequence[AnySample],
     step: int,
-    clock: Clock,
-    view: View,
+    clock: StepTimer,
+    view: ProgressReporter,
 ) -> tuple[list[StepStats], dict[int, str]]:
     """The optimizer steps of a batch; nothing but its arguments decides them. Returns as `train`."""
     algo = config.algo
@@ -145,7 +145,7 @@ def commit(
     stats: list[StepStats],
     untrained: dict[int, str],
     synced: SyncReport,
-    clock: Clock,
+    clock: StepTimer,
 ) -> None:
     """Write the step down: rollouts, what became of every prompt drawn, metrics."""
     parts.run.write_rollouts(step, rollout_lines(batch, scored, parts.config.algo.reward), parts.tokenizer)
@@ -186,7 +186,7 @@ def measure_if_due(parts: RLParts, progress: Progress) -> Progress:
     """Evaluate on the held-out problems where the step asks for it, and journal it."""
     if progress["measured"]:
         return progress
-    clock = Clock(parts.view)
+    clock = StepTimer(parts.view)
     new_tokens = parts.config.eval.max_new_tokens or parts.config.rollout.max_new_tokens
     params = sampling_for(parts.config.eval, new_tokens, parts.tokenizer, parts.config.run.seed)
     result = evaluate(parts.sampler, parts.held_out, params, clock, parts.config.verify.max_fault_rate)

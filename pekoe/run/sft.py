@@ -9,32 +9,32 @@ from pathlib import Path
 import numpy as np
 
 from pekoe.algo.loss import cross_entropy
-from pekoe.core.config import SFTConfig
+from pekoe.config.recipes import SFTConfig
 from pekoe.core.errors import Interrupted, UserError
+from pekoe.core.progress import NoProgress, ProgressReporter, phase
 from pekoe.core.roofline import training_bytes, training_flops
 from pekoe.core.types import Sample
-from pekoe.core.view import NoView, View, phase
 from pekoe.data.order import DataOrder
 from pekoe.data.sft_data import Demonstration, read_demonstrations
 from pekoe.data.tokenizer import Tokenizer
 from pekoe.run.build import open_model, prepare
-from pekoe.run.control import Clock, Stop
-from pekoe.run.machine import describe
-from pekoe.run.processes import joined, make_layout
-from pekoe.run.state import Progress, RunDir
+from pekoe.run.distributed import joined, make_layout
+from pekoe.run.hardware import describe
+from pekoe.run.interrupt import StepTimer, Stop
+from pekoe.run.run_dir import Progress, RunDir
 from pekoe.train import Trainer
 
 
-def run_sft(config: SFTConfig, view: View) -> None:
+def run_sft(config: SFTConfig, view: ProgressReporter) -> None:
     """Train on `data.train` for `sft.epochs`. Ctrl-C keeps the last complete step and raises Interrupted.
 
     Started by torchrun, all processes call it, and train together as `parallel` says; the first one writes and shows.
     """
     with joined() as rank:
-        _run(config, view if rank == 0 else NoView(), rank == 0)
+        _run(config, view if rank == 0 else NoProgress(), rank == 0)
 
 
-def _run(config: SFTConfig, view: View, leader: bool) -> None:
+def _run(config: SFTConfig, view: ProgressReporter, leader: bool) -> None:
     prepare(config.run, config.train)
     model, tokenizer, dtype = open_model(config.model)
     context = model.spec.max_positions
@@ -83,8 +83,8 @@ def _run(config: SFTConfig, view: View, leader: bool) -> None:
         )
 
 
-def train_one(trainer: Trainer, batch: Sequence[Sample], step: int, run: RunDir, view: View) -> None:
-    clock = Clock()
+def train_one(trainer: Trainer, batch: Sequence[Sample], step: int, run: RunDir, view: ProgressReporter) -> None:
+    clock = StepTimer()
     with clock("train"):
         stats = trainer.step(batch, cross_entropy)
     view.advance()
@@ -113,14 +113,16 @@ def train_one(trainer: Trainer, batch: Sequence[Sample], step: int, run: RunDir,
 
 def measure(trainer: Trainer, samples: Sequence[Sample], step: int, run: RunDir) -> None:
     """The loss on held-out demonstrations, per token over all of them, whatever the split or the number of ranks."""
-    clock = Clock()
+    clock = StepTimer()
     with clock("eval"):
         total = sum(float(logprobs.sum(dtype=np.float64)) for logprobs in trainer.logprobs(samples))
     num_targets = sum(int(sample.loss_mask.sum()) for sample in samples)
     run.journal.write("eval_loss", step=step, loss=-total / num_targets, num_targets=num_targets, seconds=clock.seconds)
 
 
-def open_demonstrations(path: str, config: SFTConfig, tokenizer: Tokenizer, context: int, view: View) -> list[Sample]:
+def open_demonstrations(
+    path: str, config: SFTConfig, tokenizer: Tokenizer, context: int, view: ProgressReporter
+) -> list[Sample]:
     """Read demonstrations as samples; one longer than the token budget or the context is an error, or skipped."""
     data = config.data
     file = read_demonstrations(Path(path), skip_malformed=data.skip_malformed)

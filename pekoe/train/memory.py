@@ -12,7 +12,7 @@ _LARGE = 1 << 20
 _M_MMAP_THRESHOLD = -3  # malloc.h
 
 
-def give_back() -> None:
+def limit_malloc_cache() -> None:
     """Have glibc map what is larger than 1 MiB for itself, so that it goes back to the system when it is freed.
 
     By default glibc learns to keep up to 32 MiB at a time, whose holes then fit nothing: a step of 8,192 tokens with
@@ -25,7 +25,7 @@ def give_back() -> None:
             mallopt(_M_MMAP_THRESHOLD, _LARGE)
 
 
-class Peak:
+class PeakMemory:
     """The most memory since this was made: that torch allocated on a GPU, or that the process had (Linux).
 
     Elsewhere `bytes` is None: a process's peak cannot be told apart from earlier ones.

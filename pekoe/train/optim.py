@@ -7,7 +7,7 @@ import math
 import torch
 from torch import nn
 
-from pekoe.core.config import OptimSection
+from pekoe.config.recipes import OptimSection
 
 
 def make_optimizer(model: nn.Module, optim: OptimSection) -> torch.optim.AdamW:

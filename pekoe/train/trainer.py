@@ -17,12 +17,12 @@ from torch.utils.checkpoint import checkpoint
 from pekoe.algo.allocation import allocate, assign
 from pekoe.algo.loss import Sums, chosen_logprobs
 from pekoe.algo.packing import MicroBatch, pack
-from pekoe.core.config import OptimSection
+from pekoe.config.recipes import OptimSection
 from pekoe.core.spec import ModelSpec
 from pekoe.core.types import AnySample, FloatArray
 from pekoe.model import Decoder
-from pekoe.train.context import Part
-from pekoe.train.memory import Peak
+from pekoe.train.context_parallel import Part
+from pekoe.train.memory import PeakMemory
 from pekoe.train.optim import learning_rate, make_optimizer
 from pekoe.train.parallel import Layout, compute_of
 
@@ -41,7 +41,7 @@ class StepStats:
     num_microbatches: int
     means: dict[str, float]
     skipped: str | None = None
-    peak_bytes: int | None = None  # the most memory meanwhile, of the process that had most (see `Peak`)
+    peak_bytes: int | None = None  # the most memory meanwhile, of the process that had most (see `PeakMemory`)
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,7 +153,7 @@ class Trainer:
         max_mean_ratio: float | None = None,
     ) -> StepStats:
         """As `step`, of a minibatch of which this process is given its own share alone."""
-        peak = Peak(self.device)
+        peak = PeakMemory(self.device)
         divisor = float(denominator or share.num_targets)
         self.optimizer.zero_grad(set_to_none=True)
         loss_sum, sums = torch.zeros((), dtype=torch.float64), {}

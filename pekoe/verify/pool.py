@@ -15,8 +15,8 @@ from types import TracebackType
 from typing import Any
 
 from pekoe.core.errors import RunError, UserError
+from pekoe.core.progress import NoProgress, ProgressReporter, each
 from pekoe.core.types import Label, Verdict
-from pekoe.core.view import NoView, View, each
 from pekoe.verify.dispatch import Dispatcher, Limits, Task
 from pekoe.verify.kinds import find_kind
 from pekoe.verify.kinds.base import Kind
@@ -110,10 +110,10 @@ class JudgePool:
             self._rooms[kind.room] = Dispatcher(self._limits, command, self._deliver, self._fail)
         return self._rooms[kind.room]
 
-    def judge_many(self, items: Iterable[tuple[str, Any, str]], view: View | None = None) -> list[Verdict]:
+    def judge_many(self, items: Iterable[tuple[str, Any, str]], view: ProgressReporter | None = None) -> list[Verdict]:
         """Judge (response, gold, kind) triples; the verdicts come back in the items' order. Raises as `submit` does."""
         futures = [self.submit(response, gold, kind) for response, gold, kind in items]
-        return [future.result() for future in each(view or NoView(), "verify", futures)]
+        return [future.result() for future in each(view or NoProgress(), "verify", futures)]
 
     def stats(self) -> JudgeStats:
         """Return the counts so far."""

@@ -10,7 +10,7 @@ from torch import Tensor
 from pekoe.algo import loss as loss_module
 from pekoe.algo.loss import Sums, chosen_logprobs, cross_entropy, ppo
 from pekoe.algo.packing import MicroBatch, pack
-from pekoe.core.config import AlgoSection
+from pekoe.config.recipes import AlgoSection
 from pekoe.core.types import Sample
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from pekoe.algo.scoring import all_alike, reward_of, score
-from pekoe.core.config import AlgoSection
+from pekoe.config.recipes import AlgoSection
 from pekoe.core.types import FinishReason, Group, Label, Payload, Problem, Rollout, Verdict
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from pekoe.core.config import load_config
+from pekoe.config.recipes import load_config
 from pekoe.core.errors import UserError
 
 RECIPE: dict[str, Any] = {

@@ -5,8 +5,9 @@ from typing import Any
 
 import pytest
 
-from pekoe.core import EvalConfig, RLConfig, SFTConfig, UserError, dump_config, load_config
-from pekoe.core.config import Config, Section
+from pekoe.config import EvalConfig, RLConfig, SFTConfig, dump_config, load_config
+from pekoe.config.recipes import Config, ConfigSection
+from pekoe.core import UserError
 
 RECIPE: dict[str, Any] = {
     "num_steps": 3,
@@ -84,10 +85,10 @@ def test_configs_are_frozen():
 
 
 def test_every_key_is_documented():
-    def check(section: type[Section]) -> None:
+    def check(section: type[ConfigSection]) -> None:
         for name, field in section.model_fields.items():
             inner = field.annotation
-            if isinstance(inner, type) and issubclass(inner, Section):
+            if isinstance(inner, type) and issubclass(inner, ConfigSection):
                 check(inner)
             else:
                 assert field.description, f"{section.__name__}.{name} has no docstring"

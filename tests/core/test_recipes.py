@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from pekoe.core.config import KINDS, EvalConfig, RLConfig, SFTConfig, dump_config, load_config
-from pekoe.engine.vllm import check_args
+from pekoe.config.recipes import KINDS, EvalConfig, RLConfig, SFTConfig, dump_config, load_config
+from pekoe.engine.servers.vllm import check_args
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 

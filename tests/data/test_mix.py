@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 
-from pekoe.core.config import RLConfig, dump_config, load_config, read_toml
-from pekoe.core.data_config import ProblemSection
+from pekoe.config.data import ProblemSection
+from pekoe.config.recipes import RLConfig, dump_config, load_config, read_toml
 from pekoe.core.errors import UserError
 from pekoe.core.types import Problem
-from pekoe.data import DataReport, Tokenizer, gather_problems, make_char_tokenizer
+from pekoe.data import DataReport, Tokenizer, gather_problems
+from pekoe.demo.char_tokenizer import make_char_tokenizer
 
 Rows = list[dict[str, Any]]
 

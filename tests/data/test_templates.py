@@ -8,7 +8,7 @@ from typing import Literal
 import pytest
 import tokenizers
 
-from pekoe.core.data_config import TemplateSection
+from pekoe.config.data import TemplateSection
 from pekoe.core.errors import UserError
 from pekoe.data import Tokenizer
 

@@ -10,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pekoe.core.errors import UserError
-from pekoe.data import Tokenizer, make_char_tokenizer
-from pekoe.data.gym import ARITHMETIC_ALPHABET
+from pekoe.data import Tokenizer
+from pekoe.demo.char_tokenizer import make_char_tokenizer
+from pekoe.demo.problems import ARITHMETIC_ALPHABET
 
 ALPHABET = ARITHMETIC_ALPHABET
 CHAT = [{"role": "user", "content": "7+25="}]

@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from pekoe.engine.blocks import BlockPool, OutOfBlocks
-from pekoe.engine.radix import PrefixTree
+from pekoe.engine.embedded.blocks import BlockPool, OutOfBlocks
+from pekoe.engine.embedded.radix import PrefixTree
 
 BLOCK = 2
 

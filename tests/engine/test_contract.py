@@ -4,9 +4,9 @@ from collections.abc import Callable
 
 import pytest
 
-from pekoe.core.engine_config import EngineSection
+from pekoe.config.engine import EngineSection
 from pekoe.engine import EmbeddedEngine
-from pekoe.engine.cpu import CPUCache
+from pekoe.engine.embedded.attention_cpu import CPUCache
 from pekoe.model import Decoder
 from tests.engine.contract import Contract
 from tests.engine.harness import SHAPE, Harness

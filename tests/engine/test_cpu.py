@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from pekoe.core.spec import ModelSpec
-from pekoe.engine.cpu import CPUCache, groups
-from pekoe.engine.kv import KVCache, Step
+from pekoe.engine.embedded.attention import KVCache, Step
+from pekoe.engine.embedded.attention_cpu import CPUCache, groups
 
 
 def spec(heads: int, kv_heads: int, dim: int) -> ModelSpec:

@@ -17,13 +17,13 @@ import numpy as np
 import pytest
 import torch
 
-from pekoe.core.engine_config import EngineSection
+from pekoe.config.engine import EngineSection
 from pekoe.core.spec import ModelSpec
 from pekoe.core.types import Prompt, Rollout, SamplingParams
 from pekoe.engine import EmbeddedEngine
-from pekoe.engine.cuda import CUDACache, Room, make_plan, pack
-from pekoe.engine.graphs import DecodeGraphs
-from pekoe.engine.kv import KVCache, Step
+from pekoe.engine.embedded.attention import KVCache, Step
+from pekoe.engine.embedded.attention_cuda import CUDACache, Room, make_plan, pack
+from pekoe.engine.embedded.graphs import DecodeGraphs
 from pekoe.model import Decoder, PackedAttention
 
 # Triton 3.9 says when it compiles that a default of a later version will differ.

@@ -6,12 +6,14 @@ import numpy as np
 import pytest
 import torch
 
-from pekoe.core.engine_config import EngineSection
+from pekoe.config.engine import EngineSection
 from pekoe.core.errors import RunError, UserError
 from pekoe.core.types import Prompt, Rollout, SamplingParams
-from pekoe.engine import EmbeddedEngine, embedded
-from pekoe.model import Decoder, PackedAttention, packed
-from pekoe.model.packed import available
+from pekoe.engine import EmbeddedEngine
+from pekoe.engine.embedded import engine as embedded
+from pekoe.kernels import packed_linear
+from pekoe.kernels.packed_linear import available
+from pekoe.model import Decoder, PackedAttention
 
 MakeModel = Callable[..., Decoder]
 MakePrompt = Callable[..., Prompt]
@@ -264,10 +266,10 @@ def test_work_that_cannot_be_queued_leaves_none_behind(make_model: MakeModel, ma
 
 @pytest.mark.skipif(not available(), reason="needs oneDNN on x86-64")
 def test_packed_copies_follow_an_update_in_place(make_model: MakeModel, make_prompt: MakePrompt, monkeypatch):
-    monkeypatch.setattr(packed, "_WORTHWHILE", 0)
+    monkeypatch.setattr(packed_linear, "_WORTHWHILE", 0)
     model = make_model(head_dim=8, scale=2.0)
     engine = EmbeddedEngine(model, EngineSection(block_tokens=8, prefill_tokens=4))  # also forwards without a logit
-    assert any(isinstance(module, packed.PackedLinear) for module in engine._sampled.modules())
+    assert any(isinstance(module, packed_linear.PackedLinear) for module in engine._sampled.modules())
     for version in (1, 2):
         with torch.no_grad():
             for parameter in model.parameters():

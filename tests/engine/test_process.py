@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from pekoe.core.errors import RunError
-from pekoe.engine.process import ServerProcess, free_ports, wait_ready
+from pekoe.engine.servers.process import ServerProcess, free_ports, wait_ready
 
 
 def launch(code: str, tmp_path: Path) -> ServerProcess:
@@ -114,7 +114,7 @@ def test_killed_with_us_even_by_sigkill(tmp_path: Path):
     parent_code = f"""
 import os, sys, threading, time
 from pathlib import Path
-from pekoe.engine.process import ServerProcess
+from pekoe.engine.servers.process import ServerProcess
 argv = [sys.executable, "-c", {STUBBORN!r}, {str(told)!r}]
 thread = threading.Thread(target=lambda: ServerProcess("s", argv, os.environ, Path({str(tmp_path / "log")!r})))
 thread.start()

@@ -14,13 +14,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pekoe.core.engine_config import EngineSection
+from pekoe.config.engine import EngineSection
 from pekoe.core.errors import RunError, UserError
 from pekoe.core.types import Prompt, Rollout, SamplingParams
-from pekoe.engine.batch import Batch
-from pekoe.engine.loop import LoopThread
-from pekoe.engine.process import check_open_files
-from pekoe.engine.sglang import SGLangEngine
+from pekoe.engine.async_thread import AsyncThread
+from pekoe.engine.servers.batch import Batch
+from pekoe.engine.servers.process import check_open_files
+from pekoe.engine.servers.sglang import SGLangEngine
 from pekoe.model import Decoder
 
 FAKE = Path(__file__).with_name("fake_sglang.py")
@@ -220,7 +220,7 @@ def test_an_update_while_paused_loses_nothing(house: House, make_prompt: MakePro
 def test_a_silent_request_does_not_condemn_a_server_that_is_paused_meanwhile(
     house: House, make_prompt: MakePrompt, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("pekoe.engine.backend._HEALTH_LIMIT_S", 0.5)
+    monkeypatch.setattr("pekoe.engine.servers.client._HEALTH_LIMIT_S", 0.5)
     server = house.add()
     engine = house.engine(server, request_limit_s=0.5)
     server.faults = {"/generate": ["hang"], "/health": ["hang"]}  # silent at 0.5 s, asked after until 1 s
@@ -268,7 +268,7 @@ def test_a_dead_servers_work_goes_to_the_others(house: House, make_prompt: MakeP
 
 
 def test_a_server_that_hangs_is_found_out(house: House, make_prompt: MakePrompt, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("pekoe.engine.backend._HEALTH_LIMIT_S", 0.5)
+    monkeypatch.setattr("pekoe.engine.servers.client._HEALTH_LIMIT_S", 0.5)
     hung, other = house.add(), house.add()
     engine = house.engine(hung, other, request_limit_s=1.0)
     hung.faults = {"/generate": ["hang"], "/health": ["hang"]}
@@ -494,7 +494,7 @@ def test_an_iterator_left_open_at_the_end_says_so(house: House, make_prompt: Mak
 def test_a_stopped_loop_takes_no_more_work():
     async def work() -> None: ...
 
-    loop = LoopThread("pekoe loop")
+    loop = AsyncThread("pekoe loop")
     loop.stop()
     with pytest.raises(RunError, match="closed"):
         loop.run(work())

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 import torch
 
-from pekoe.core.engine_config import ServerSection
+from pekoe.config.engine import ServerSection
 from pekoe.core.errors import RunError
 from pekoe.core.types import Prompt, SamplingParams
-from pekoe.engine.backend import Server, Setup
 from pekoe.engine.fingerprints import SGLangPrints, prints_of
-from pekoe.engine.sglang import SGLang, parse_answer
+from pekoe.engine.servers.client import Server, Setup
+from pekoe.engine.servers.sglang import SGLang, parse_answer
 from pekoe.engine.transfer import Group
 from pekoe.model import Decoder
 
@@ -255,7 +255,7 @@ def test_an_update_that_broke_off_does_not_stand_in_the_way(record: Callable[...
 def test_a_flush_is_asked_for_until_it_happens(
     record: Callable[..., Recording], recorded, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("pekoe.engine.sglang._FLUSH_AGAIN_S", 0.0)
+    monkeypatch.setattr("pekoe.engine.servers.sglang._FLUSH_AGAIN_S", 0.0)
     recording = record(flush_cache=(400, recorded("flush_cache_while_running")["response"]))
     with pytest.raises(RunError, match="Flush cache failed"):
         recording.run(lambda b: b.flush(SERVER))

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pekoe.core.engine_config import EngineSection
+from pekoe.config.engine import EngineSection
 from pekoe.core.types import Prompt, SamplingParams
 from pekoe.engine import EmbeddedEngine
 from pekoe.model import Decoder

@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError
 
 from pekoe.core.errors import RunError
-from pekoe.engine.process import free_ports
+from pekoe.engine.servers.process import free_ports
 from pekoe.engine.transfer import Group, broadcast, buckets, close_group, open_group, written
 from pekoe.model import Decoder, load_model
 

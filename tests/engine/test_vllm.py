@@ -15,15 +15,16 @@ import httpx
 import pytest
 import torch
 
-from pekoe.core.engine_config import ServerSection
+from pekoe.config.engine import ServerSection
 from pekoe.core.errors import RunError, UserError
 from pekoe.core.spec import ModelSpec
 from pekoe.core.types import Prompt, SamplingParams
-from pekoe.engine import fingerprints, vllm
-from pekoe.engine.backend import Answer, Server, Setup, TransportError
+from pekoe.engine import fingerprints
 from pekoe.engine.fingerprints import fingerprint
+from pekoe.engine.servers import vllm
+from pekoe.engine.servers.client import Answer, Server, Setup, TransportError
+from pekoe.engine.servers.vllm import VLLMBackend, check_args
 from pekoe.engine.transfer import Group
-from pekoe.engine.vllm import VLLMBackend, check_args
 
 SERVER = Server("http://127.0.0.1:1")
 Route = Callable[[httpx.Request], httpx.Response]

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from rich.console import Console, ConsoleDimensions
 
-from pekoe.core.view import View, phase
+from pekoe.core.progress import ProgressReporter, phase
 from pekoe.report import LiveView, PlainView, make_view
 from pekoe.report.terminal import cells
 
@@ -151,7 +151,7 @@ def test_a_terminal_that_is_resized_while_a_phase_goes_on():
     assert max(len(header), len(last)) <= 120
 
 
-def follow(view: View) -> None:
+def follow(view: ProgressReporter) -> None:
     view.event(STEP)
     with phase(view, "rollout", 4):
         view.advance(3)

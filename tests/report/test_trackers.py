@@ -10,14 +10,14 @@ from typing import Any
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from pekoe.core.config import TrackSection
+from pekoe.config.recipes import Logging
 from pekoe.core.errors import UserError
-from pekoe.core.view import NoView
+from pekoe.core.progress import NoProgress
 from pekoe.report.trackers import numbers_of, tracking
 from tests.report.conftest import step_event
 
 
-class Ears(NoView):
+class Ears(NoProgress):
     def __init__(self) -> None:
         self.said: list[str] = []
         self.events: list[str] = []
@@ -45,11 +45,11 @@ def test_numbers_have_the_journals_names():
 
 
 def test_tensorboard_shows_each_step_once_also_of_a_run_that_went_on(tmp_path: Path):
-    section = TrackSection(tensorboard=True)
-    with tracking(section, tmp_path, {}, NoView()) as view:
+    section = Logging(tensorboard=True)
+    with tracking(section, tmp_path, {}, NoProgress()) as view:
         for step in (1, 2, 3):
             view.event(step_event(step))
-    with tracking(section, tmp_path, {}, NoView()) as view:
+    with tracking(section, tmp_path, {}, NoProgress()) as view:
         view.event({"event": "resumed", "time": 0.0, "step": 1})
         for step in (2, 3, 4):
             view.event(step_event(step, reward=float(step)))
@@ -78,7 +78,7 @@ class FakeWandb(ModuleType):
 def test_a_tracker_that_fails_is_left_and_the_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     wandb, ears = FakeWandb(), Ears()
     monkeypatch.setitem(sys.modules, "wandb", wandb)
-    section = TrackSection(wandb="project", tensorboard=True)
+    section = Logging(wandb="project", tensorboard=True)
     with tracking(section, tmp_path / "run", {"seed": 1}, ears) as view:
         for step in (1, 2, 3):
             view.event(step_event(step))
@@ -96,7 +96,7 @@ def test_a_run_that_goes_on_is_the_same_run_there(tmp_path: Path, monkeypatch: p
     for _ in range(2):
         wandb = FakeWandb()
         monkeypatch.setitem(sys.modules, "wandb", wandb)
-        with tracking(TrackSection(wandb="p"), tmp_path / "run", {}, NoView()):
+        with tracking(Logging(wandb="p"), tmp_path / "run", {}, NoProgress()):
             pass
         ids.append(wandb.calls[0][1]["id"])
     assert ids[0] == ids[1]
@@ -105,7 +105,7 @@ def test_a_run_that_goes_on_is_the_same_run_there(tmp_path: Path, monkeypatch: p
 def test_a_package_that_is_absent_is_said_before_anything_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "trackio", None)
     message = r"expected the package trackio, which is not installed: pip install 'pekoe\[trackio\]'"
-    with pytest.raises(UserError, match=message), tracking(TrackSection(trackio="p"), tmp_path, {}, NoView()):
+    with pytest.raises(UserError, match=message), tracking(Logging(trackio="p"), tmp_path, {}, NoProgress()):
         pass
-    with tracking(TrackSection(), tmp_path, {}, view := NoView()) as same:
+    with tracking(Logging(), tmp_path, {}, view := NoProgress()) as same:
         assert same is view

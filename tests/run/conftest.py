@@ -9,15 +9,15 @@ from typing import Any
 
 import pytest
 
-from pekoe.core import RLConfig, load_config
+from pekoe.config import RLConfig, load_config
+from pekoe.core.progress import NoProgress, ProgressReporter
 from pekoe.core.types import Problem
-from pekoe.core.view import NoView, View
-from pekoe.data.char_tokenizer import make_char_tokenizer
 from pekoe.data.problems import write_problems
 from pekoe.data.tokenizer import Tokenizer
+from pekoe.demo.char_tokenizer import make_char_tokenizer
 from pekoe.model import Decoder, save_model
 from pekoe.run.build import RLParts, build_rl
-from pekoe.run.control import Stop
+from pekoe.run.interrupt import Stop
 from pekoe.run.rl import run_rl
 
 ALPHABET = "0123456789+=\\{}boxed"
@@ -68,10 +68,12 @@ def build(recipe: dict[str, Any]):
 def train():
     """Runs a config to its end; `meddle(parts)` may change the parts first."""
 
-    def run(config: RLConfig, meddle: Callable[[RLParts], None] = lambda _: None, view: View | None = None) -> None:
+    def run(
+        config: RLConfig, meddle: Callable[[RLParts], None] = lambda _: None, view: ProgressReporter | None = None
+    ) -> None:
         stop = Stop()
         with ExitStack() as stack:
-            parts = build_rl(config, view or NoView(), stop, stack)
+            parts = build_rl(config, view or NoProgress(), stop, stack)
             meddle(parts)
             run_rl(parts)
 

@@ -10,9 +10,9 @@ import torch
 
 from pekoe.core.types import Prompt, SamplingParams
 from pekoe.engine import EmbeddedEngine
-from pekoe.engine.backend import Answer, Backend, Server, Setup
 from pekoe.engine.fingerprints import Fingerprints, SGLangPrints, prints_of
-from pekoe.engine.sglang import SGLang
+from pekoe.engine.servers.client import Answer, Backend, Server, Setup
+from pekoe.engine.servers.sglang import SGLang
 from pekoe.engine.transfer import Group, Tensors
 from pekoe.model import Decoder, load_model
 

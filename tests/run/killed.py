@@ -18,13 +18,13 @@ from typing import Any, NoReturn
 import psutil
 import torch
 
-from pekoe.core import EvalConfig, RLConfig, SFTConfig, load_config
-from pekoe.core.config import CurateConfig
-from pekoe.core.view import NoView
+from pekoe.config import EvalConfig, RLConfig, SFTConfig, load_config
+from pekoe.config.recipes import CurateConfig
+from pekoe.core.progress import NoProgress
 from pekoe.run.build import build_rl
-from pekoe.run.control import Stop
 from pekoe.run.curate import run_curate
 from pekoe.run.evaluate import run_eval
+from pekoe.run.interrupt import Stop
 from pekoe.run.rl import run_rl
 from pekoe.run.sft import run_sft
 
@@ -121,10 +121,10 @@ def run(config: RLConfig | SFTConfig, points: Sequence[Point]) -> None:
     for point in points:
         arm(point)
     if isinstance(config, SFTConfig):
-        run_sft(config, NoView())
+        run_sft(config, NoProgress())
         return
     with ExitStack() as stack:
-        run_rl(build_rl(config, NoView(), Stop(), stack))
+        run_rl(build_rl(config, NoProgress(), Stop(), stack))
 
 
 def killed_command(name: str, tree: dict[str, Any], act: str) -> None:
@@ -137,6 +137,6 @@ def killed_command(name: str, tree: dict[str, Any], act: str) -> None:
 if __name__ == "__main__":
     arm(Point("pekoe.core.journal:JsonLines.append", 4, sys.argv[3]))  # the first line says what it is
     if sys.argv[1] == "eval":
-        run_eval(load_config(json.loads(sys.argv[2]), kind=EvalConfig), NoView())
+        run_eval(load_config(json.loads(sys.argv[2]), kind=EvalConfig), NoProgress())
     else:
-        run_curate(load_config(json.loads(sys.argv[2]), kind=CurateConfig), NoView())
+        run_curate(load_config(json.loads(sys.argv[2]), kind=CurateConfig), NoProgress())

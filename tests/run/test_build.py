@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from pekoe.core.journal import read_lines
-from pekoe.core.view import NoView
+from pekoe.core.progress import NoProgress
 
 
-class Heard(NoView):
+class Heard(NoProgress):
     def __init__(self) -> None:
         self.said: list[str] = []
 

@@ -12,12 +12,13 @@ from typing import Any
 import pytest
 import torch
 
-from pekoe.core import RLConfig, RunError
+from pekoe.config import RLConfig
+from pekoe.core import RunError
 from pekoe.core.journal import read_lines
 from pekoe.model import load_model
-from pekoe.run import state
+from pekoe.run import run_dir as state
 from pekoe.run.build import RLParts
-from pekoe.run.state import checkpoints
+from pekoe.run.run_dir import checkpoints
 from pekoe.train import checkpoint
 
 Build = Callable[..., RLConfig]
@@ -91,7 +92,7 @@ def test_a_full_disk_stops_the_run_and_the_older_checkpoint_stands(
             raise OSError(errno.ENOSPC, "No space left on device", "step-000002")
         return write(*args, **more)
 
-    monkeypatch.setattr(f"pekoe.run.state.{name}", full)
+    monkeypatch.setattr(f"pekoe.run.run_dir.{name}", full)
     with pytest.raises(RunError, match=r"checkpoint of step 2: .*No space left.*that of step 1 stands"):
         train(config)
     assert [p.name for p in (Path(config.run.dir) / "checkpoints").iterdir()] == ["step-000001"]

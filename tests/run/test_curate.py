@@ -9,16 +9,17 @@ from typing import Any
 
 import pytest
 
-from pekoe.core import UserError, load_config
-from pekoe.core.config import CurateConfig, RLConfig
+from pekoe.config import load_config
+from pekoe.config.recipes import CurateConfig, RLConfig
+from pekoe.core import UserError
 from pekoe.core.errors import RunError
+from pekoe.core.progress import NoProgress
 from pekoe.core.types import Problem
-from pekoe.core.view import NoView
 from pekoe.data import read_problems
 from pekoe.data.mix import DataReport, gather_problems
 from pekoe.engine import EmbeddedEngine
 from pekoe.run.curate import run_curate, sort_out
-from pekoe.run.sampled import Judged
+from pekoe.run.sample_store import ProblemResult
 from tests.run.killed import killed_command
 
 
@@ -35,7 +36,7 @@ def tree(tiny_dir: Path, tmp_path: Path) -> dict[str, Any]:
 
 
 def test_problems_are_kept_by_their_pass_rate(tree: dict[str, Any], tmp_path: Path):
-    curated = run_curate(load_config(tree, kind=CurateConfig), NoView())
+    curated = run_curate(load_config(tree, kind=CurateConfig), NoProgress())
     kept = {problem.uid: problem for problem in read_problems(tmp_path / "out/problems.jsonl").problems}
     samples = [json.loads(line) for line in (tmp_path / "out/samples.jsonl").read_text().splitlines()[1:]]
     assert len(samples) == 18
@@ -48,13 +49,13 @@ def test_problems_are_kept_by_their_pass_rate(tree: dict[str, Any], tmp_path: Pa
     assert 0 < counts["4/4"] < 18  # coins: some problem fell four times on heads
     dropped = [json.loads(line) for line in (tmp_path / "out/dropped.jsonl").read_text().splitlines()]
     assert {(line["reason"], line["detail"]) for line in dropped} == {("all right", "4 of 4")}
-    again = run_curate(load_config(tree, ["curate.drop_all_wrong=true"], CurateConfig), NoView())
+    again = run_curate(load_config(tree, ["curate.drop_all_wrong=true"], CurateConfig), NoProgress())
     assert {p.uid for p in again.problems} == {uid for uid, p in kept.items() if p.pass_rate}
     assert len((tmp_path / "out/samples.jsonl").read_text().splitlines()) == 19  # nothing sampled again
 
 
 def test_what_is_curated_can_be_drawn_by_difficulty(tree: dict[str, Any], tmp_path: Path):
-    run_curate(load_config(tree, kind=CurateConfig), NoView())
+    run_curate(load_config(tree, kind=CurateConfig), NoProgress())
     data = {"train": str(tmp_path / "out/problems.jsonl"), "pass_rate": [0.25, 0.5]}
     rl = {"num_steps": 1, "run": {"dir": "x"}, "model": tree["model"], "data": data, "train": {"token_budget": 4096}}
     section = load_config(rl, kind=RLConfig).data
@@ -67,7 +68,7 @@ def test_what_is_curated_can_be_drawn_by_difficulty(tree: dict[str, Any], tmp_pa
 
 
 def test_nothing_is_sampled_where_none_is_asked_for(tree: dict[str, Any], tmp_path: Path):
-    curated = run_curate(load_config(tree, ["curate.samples=0"], CurateConfig), NoView())
+    curated = run_curate(load_config(tree, ["curate.samples=0"], CurateConfig), NoProgress())
     assert len(curated.problems) == 18
     assert not (tmp_path / "out/samples.jsonl").exists()
 
@@ -75,8 +76,8 @@ def test_nothing_is_sampled_where_none_is_asked_for(tree: dict[str, Any], tmp_pa
 def test_nothing_left_is_an_error_and_faults_have_no_rate(tree: dict[str, Any], tmp_path: Path):
     problems = [Problem(uid, ({"role": "user", "content": "x"},), "1") for uid in "ab"]
     rows = [
-        Judged("a", ["fault", "correct"], ["1", "1"], [1, 1], ["stop", "length"]),
-        Judged("b", ["fault", "fault"], ["1", "1"], [1, 1], ["stop", "stop"]),
+        ProblemResult("a", ["fault", "correct"], ["1", "1"], [1, 1], ["stop", "length"]),
+        ProblemResult("b", ["fault", "fault"], ["1", "1"], [1, 1], ["stop", "stop"]),
     ]
     config = load_config(tree, ["curate.drop_all_right=false"], CurateConfig)
     curated = sort_out(problems, rows, config, DataReport())
@@ -84,22 +85,22 @@ def test_nothing_left_is_an_error_and_faults_have_no_rate(tree: dict[str, Any], 
     assert [drop.reason for drop in curated.report.dropped] == ["no verdict"]
     assert curated.truncation_rate == 0.25
     with pytest.raises(RunError, match="expected problems to keep, got none of 18"):
-        run_curate(load_config(tree, ["verify.random=false", "curate.drop_all_wrong=true"], CurateConfig), NoView())
+        run_curate(load_config(tree, ["verify.random=false", "curate.drop_all_wrong=true"], CurateConfig), NoProgress())
     assert len((tmp_path / "out/dropped.jsonl").read_text().splitlines()) == 18
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="out: expected a directory that can be written"):
-        run_curate(load_config(tree, [f"out={tmp_path}/file"], CurateConfig), NoView())
+        run_curate(load_config(tree, [f"out={tmp_path}/file"], CurateConfig), NoProgress())
 
 
 @pytest.mark.parametrize("act", ["after", "torn_line"])
 def test_killed_and_resumed_is_never_killed(tree: dict[str, Any], tmp_path: Path, act: str):
-    whole = run_curate(load_config(tree, kind=CurateConfig), NoView())
+    whole = run_curate(load_config(tree, kind=CurateConfig), NoProgress())
     tree["out"] = str(tmp_path / "part")
     killed_command("curate", tree, act)
     before = (tmp_path / "part/samples.jsonl").read_bytes()
     assert before.count(b"\n") == (4 if act == "after" else 3)
     assert not (tmp_path / "part/problems.jsonl").exists()
-    assert run_curate(load_config(tree, kind=CurateConfig), NoView()) == whole
+    assert run_curate(load_config(tree, kind=CurateConfig), NoProgress()) == whole
     for name in ("problems.jsonl", "dropped.jsonl"):
         assert (tmp_path / "part" / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
     samples = (tmp_path / "part/samples.jsonl").read_bytes()
@@ -110,4 +111,4 @@ def test_killed_and_resumed_is_never_killed(tree: dict[str, Any], tmp_path: Path
 def test_the_engine_must_hold_the_model(tree: dict[str, Any], monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(EmbeddedEngine, "holds", lambda *_: False)
     with pytest.raises(RunError, match=r"expected the engine to hold the parameters of .*model, got others"):
-        run_curate(load_config(tree, kind=CurateConfig), NoView())
+        run_curate(load_config(tree, kind=CurateConfig), NoProgress())

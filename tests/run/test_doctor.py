@@ -11,12 +11,14 @@ import pytest
 import tomli_w
 import torch
 
-from pekoe.core import RLConfig, SFTConfig, UserError, dump_config, load_config
+from pekoe.config import RLConfig, SFTConfig, dump_config, load_config
+from pekoe.core import UserError
 from pekoe.core.roofline import Ceilings, sampling_flops
 from pekoe.model import read_spec
-from pekoe.run import doctor, machine
+from pekoe.run import doctor
+from pekoe.run import hardware as machine
 from pekoe.run.doctor import GIB, USABLE, examine, forecast
-from pekoe.run.machine import batch, environment
+from pekoe.run.hardware import batch, environment
 
 
 @pytest.fixture
@@ -152,13 +154,15 @@ def test_the_least_time_of_a_step_is_its_arithmetic(recipe: dict[str, Any], monk
 
 
 def test_a_clusters_placement_is_said_before_anything_starts(tree: dict[str, Any], tmp_path: Path):
+    from pekoe.ray import plan
+
     tree["cluster"] = {"generation": {"engines": 2}, "training": {"ranks": 3}}
     file = tmp_path / "cluster.toml"
     file.write_text(tomli_w.dumps(tree))
-    lines, fault = examine(str(file), [], 1, 24 * GIB)
+    lines, fault = examine(str(file), [], 1, 24 * GIB, plan)
     assert fault is None
     assert "engine 0, engine 1, rank 0, rank 1, rank 2" in lines[3]
     assert lines[4] == "of 3 training ranks, each:"
     assert not any("KV cache" in line for line in lines)
     with pytest.raises(UserError, match=r"room for rank 0 \(1 CPU, 1 GPU\) on one node, got none"):
-        examine(str(file), ["cluster.training.gpus_per_rank=1"], 1, None)
+        examine(str(file), ["cluster.training.gpus_per_rank=1"], 1, None, plan)

@@ -10,18 +10,19 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pekoe.core import EvalConfig, UserError, load_config
+from pekoe.config import EvalConfig, load_config
+from pekoe.core import UserError
+from pekoe.core.progress import NoProgress
 from pekoe.core.types import Label
-from pekoe.core.view import NoView
+from pekoe.run.eval_metrics import majority_at_k, paired, pass_at_1, pass_at_k, powers_up_to
 from pekoe.run.evaluate import compare, run_eval
-from pekoe.run.sampled import Judged
-from pekoe.run.scores import majority_at_k, paired, pass_at_1, pass_at_k, powers_up_to
+from pekoe.run.sample_store import ProblemResult
 from tests.run.killed import killed_command
 
 
-def row(*labels: Label, answers: tuple[str | None, ...] = ()) -> Judged:
+def row(*labels: Label, answers: tuple[str | None, ...] = ()) -> ProblemResult:
     size = len(labels)
-    return Judged("p", list(labels), list(answers or (None,) * size), [1] * size, ["stop"] * size)
+    return ProblemResult("p", list(labels), list(answers or (None,) * size), [1] * size, ["stop"] * size)
 
 
 def test_the_interval_is_over_problems():
@@ -91,7 +92,7 @@ def test_several_sets_and_a_comparison(tiny_dir: Path, tmp_path: Path):
     for tree, seed in zip(trees, (0, 1), strict=True):
         tree["eval"]["data"] = [str(tiny_dir / "train.jsonl"), str(tiny_dir / "held_out.jsonl")]
         tree["run"]["seed"] = seed
-    result, _ = (run_eval(load_config(tree, kind=EvalConfig), NoView()) for tree in trees)
+    result, _ = (run_eval(load_config(tree, kind=EvalConfig), NoProgress()) for tree in trees)
     assert {name: one.num_problems for name, one in result.by_set.items()} == {"train": 18, "held_out": 7}
     assert result.num_problems == 25
     found = compare(tmp_path / "a", tmp_path / "b/results.json")
@@ -114,36 +115,36 @@ def test_several_sets_and_a_comparison(tiny_dir: Path, tmp_path: Path):
 
 @pytest.mark.parametrize("act", ["after", "torn_line"])
 def test_killed_and_resumed_is_never_killed(tiny_dir: Path, tmp_path: Path, act: str):
-    whole = run_eval(load_config(tree_of(tiny_dir, tmp_path / "whole"), kind=EvalConfig), NoView())
+    whole = run_eval(load_config(tree_of(tiny_dir, tmp_path / "whole"), kind=EvalConfig), NoProgress())
     tree = tree_of(tiny_dir, tmp_path / "part")
     killed_command("eval", tree, act)
     lines = (tmp_path / "part/samples.jsonl").read_bytes()
     assert lines.count(b"\n") == (4 if act == "after" else 3)
-    assert run_eval(load_config(tree, kind=EvalConfig), NoView()).as_dict() == whole.as_dict()
+    assert run_eval(load_config(tree, kind=EvalConfig), NoProgress()).as_dict() == whole.as_dict()
     files = [sorted((tmp_path / name / "samples.jsonl").read_text().splitlines()) for name in ("whole", "part")]
     assert files[0] == files[1]
     before = (tmp_path / "part/samples.jsonl").read_bytes()
-    assert run_eval(load_config(tree, kind=EvalConfig), NoView()).as_dict() == whole.as_dict()
+    assert run_eval(load_config(tree, kind=EvalConfig), NoProgress()).as_dict() == whole.as_dict()
     assert (tmp_path / "part/samples.jsonl").read_bytes() == before  # nothing sampled again
     with pytest.raises(UserError, match=r"expected responses sampled with eval.temperature = 0.5, got 1.0"):
-        run_eval(load_config(tree, ["eval.temperature=0.5"], EvalConfig), NoView())
+        run_eval(load_config(tree, ["eval.temperature=0.5"], EvalConfig), NoProgress())
 
 
 def test_run_eval(tiny_dir: Path):
     tree = tree_of(tiny_dir)
     config = load_config(tree, kind=EvalConfig)
-    result = run_eval(config, NoView())
-    assert result == run_eval(config, NoView())
+    result = run_eval(config, NoProgress())
+    assert result == run_eval(config, NoProgress())
     assert (result.num_problems, result.samples_per_problem) == (7, 3)
     assert result.pass_at_1 == 0  # random weights
     assert result.fault_rate == 0
     assert len(result.examples) == 7
-    other = run_eval(load_config(tree, ["run.seed=1"], EvalConfig), NoView())
+    other = run_eval(load_config(tree, ["run.seed=1"], EvalConfig), NoProgress())
     assert other.examples != result.examples
     with pytest.raises(UserError, match=r"context: expected prompt and response to fit the model's 64 positions"):
-        run_eval(load_config(tree, ["eval.max_new_tokens=60"], EvalConfig), NoView())
+        run_eval(load_config(tree, ["eval.max_new_tokens=60"], EvalConfig), NoProgress())
     with pytest.raises(UserError, match=r"expected a prompt of at most 3 tokens"):
-        run_eval(load_config(tree, ["max_prompt_tokens=3"], EvalConfig), NoView())
+        run_eval(load_config(tree, ["max_prompt_tokens=3"], EvalConfig), NoProgress())
 
 
 def test_a_judged_evaluation_sees_right_answers(
@@ -168,10 +169,10 @@ def test_a_judged_evaluation_sees_right_answers(
 
     monkeypatch.setattr(EmbeddedEngine, "generate", answer)
     tree = tree_of(tiny_dir, samples=4)
-    result = run_eval(load_config(tree, kind=EvalConfig), NoView())
+    result = run_eval(load_config(tree, kind=EvalConfig), NoProgress())
     boxes.clear()
-    assert run_eval(load_config(tree, kind=EvalConfig), NoView()).unparsed_rate == 1
-    assert run_eval(load_config(tree, ["verify.unboxed=true"], EvalConfig), NoView()).pass_at_1 == 0.5
+    assert run_eval(load_config(tree, kind=EvalConfig), NoProgress()).unparsed_rate == 1
+    assert run_eval(load_config(tree, ["verify.unboxed=true"], EvalConfig), NoProgress()).pass_at_1 == 0.5
     assert result.pass_at_1 == 0.5
     assert result.ci95 == (0.5, 0.5)
     assert result.pass_at_k["4"] == 1

@@ -15,10 +15,10 @@ import pytest
 import torch
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
-from pekoe.core import RLConfig, SFTConfig, load_config
+from pekoe.config import RLConfig, SFTConfig, load_config
 from pekoe.core.journal import read_lines
 from pekoe.data.sft_data import Demonstration, write_demonstrations
-from pekoe.run.state import checkpoints
+from pekoe.run.run_dir import checkpoints
 from tests.run import killed
 from tests.run.killed import Point
 
@@ -40,7 +40,7 @@ TENSORS, EXPORT = "pekoe.train.checkpoint:write", "pekoe.train.checkpoint:save_m
 # An evaluation of 14 responses, three steps of 16 responses and 4 optimizer steps each, another evaluation after the
 # second; every step is saved, one kept.
 POINTS: dict[str, Point] = {
-    "nothing is done": Point("pekoe.run.state:RunDir.resume"),
+    "nothing is done": Point("pekoe.run.run_dir:RunDir.resume"),
     "first response": Point(RESPONSE),
     "after the first evaluation": Point("pekoe.run.rl:evaluate", 1, "after"),
     "mid-rollout of step 1": Point(RESPONSE, 23),
@@ -58,7 +58,7 @@ POINTS: dict[str, Point] = {
     "before a sync": Point("pekoe.run.sync:WeightSync.__call__", 3),
     "after a sync": Point("pekoe.run.sync:WeightSync.__call__", 4, "after"),
     "half of a rollouts file": Point("pathlib:Path.write_bytes", 2, "torn_bytes", _ROLLOUTS),
-    "after a rollouts file": Point("pekoe.run.state:RunDir.write_rollouts", 2, "after"),
+    "after a rollouts file": Point("pekoe.run.run_dir:RunDir.write_rollouts", 2, "after"),
     "half of the first ledger line": Point(LINE, 1, "torn_line", _LEDGER),
     "half of a ledger line": Point(LINE, 7, "torn_line", _LEDGER),
     "between ledger lines": Point(LINE, 6, "after", _LEDGER),
@@ -70,7 +70,7 @@ POINTS: dict[str, Point] = {
     "first save, half of the tensors": Point(TENSORS, 1, "torn_tensors"),
     "half of the tensors": Point(TENSORS, 2, "torn_tensors"),
     "after the tensors": Point(TENSORS, 2, "after"),
-    "before the checkpoint is on disk": Point("pekoe.run.state:_to_disk", 2),
+    "before the checkpoint is on disk": Point("pekoe.run.run_dir:_to_disk", 2),
     "before the model": Point(EXPORT, 2),
     "after the model": Point(EXPORT, 2, "after"),
     "before the rename": Point("os:replace", 2, "before", _STEP),
@@ -90,8 +90,8 @@ AGAIN: dict[str, Point] = {  # and once more, by the run that goes on
     "before loading": Point("pekoe.train.checkpoint:load"),
     "after loading": Point("pekoe.train.checkpoint:load", 1, "after"),
     "between journal and ledger": Point("pekoe.core.journal:JsonLines.cut", 1, "after"),
-    "before rollouts are set aside": Point("pekoe.run.state:_set_aside"),
-    "rollouts are set aside": Point("pekoe.run.state:_set_aside", 1, "after"),
+    "before rollouts are set aside": Point("pekoe.run.run_dir:_set_aside"),
+    "rollouts are set aside": Point("pekoe.run.run_dir:_set_aside", 1, "after"),
     "half of the line on going on": Point(LINE, 1, "torn_line"),
     "mid-rollout": Point(RESPONSE, 5),
 }

@@ -24,17 +24,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pekoe.core import RLConfig, load_config
+from pekoe.config import RLConfig, load_config
 from pekoe.core.journal import JsonLines, read_lines
+from pekoe.core.progress import NoProgress
 from pekoe.core.types import AnySample, Payload, Problem, Prompt, Rollout, SamplingParams, Verdict
-from pekoe.core.view import NoView
 from pekoe.data.order import DataOrder
-from pekoe.run import state
+from pekoe.run import run_dir as state
 from pekoe.run.build import RLParts
-from pekoe.run.control import Stop
+from pekoe.run.interrupt import Stop
 from pekoe.run.rl import run_rl
-from pekoe.run.rollout import Sampler
-from pekoe.run.state import RunDir
+from pekoe.run.rollouts import Sampler
+from pekoe.run.run_dir import RunDir
 from pekoe.run.sync import SyncReport
 from pekoe.train import StepStats, checkpoint
 
@@ -188,11 +188,11 @@ def live(config: RLConfig, life: Life) -> tuple[Trainer, DataOrder]:
     while True:
         trainer, words = Trainer(life, problems), cast(Any, Words())
         stop, order = Stop(), DataOrder([p.uid for p in problems], 0)
-        sampler = Sampler(cast(Any, Engine(life)), words, Judge(life), NoView(), stop)
+        sampler = Sampler(cast(Any, Engine(life)), words, Judge(life), NoProgress(), stop)
         try:
             with ExitStack() as stack:
                 run = stack.enter_context(RunDir(config))
-                parts = [config, problems, [], order, words, trainer, sampler, Sync(life), run, NoView(), stop]
+                parts = [config, problems, [], order, words, trainer, sampler, Sync(life), run, NoProgress(), stop]
                 run_rl(RLParts(*cast(Any, parts)))
             return trainer, order
         except Killed:

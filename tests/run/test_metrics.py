@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from pekoe.core.config import RLConfig, load_config
+from pekoe.config.recipes import RLConfig, load_config
 from pekoe.run.metrics import warnings_of
 
 WELL: dict[str, Any] = {"step": 11, "loss": 0.1, "logprob_diff_max": 2e-5, "fault_rate": 0.0, "pass_rate": 0.5}

@@ -12,13 +12,14 @@ import numpy as np
 import pytest
 import torch
 
-from pekoe.core import SFTConfig, UserError, dump_config, load_config
-from pekoe.core.config import ParallelSection
+from pekoe.config import SFTConfig, dump_config, load_config
+from pekoe.config.recipes import ParallelSection
+from pekoe.core import UserError
 from pekoe.core.journal import read_lines
-from pekoe.core.view import NoView
+from pekoe.core.progress import NoProgress
 from pekoe.data.sft_data import Demonstration, write_demonstrations
 from pekoe.model import load_model
-from pekoe.run.processes import make_layout, only_one_process
+from pekoe.run.distributed import make_layout, require_single_process
 from pekoe.run.sft import run_sft
 
 LIMIT_S = 120
@@ -64,7 +65,7 @@ def steps(run: Path) -> list[dict[str, float]]:
 
 def test_two_processes_are_as_one_and_one_goes_on_where_they_stopped(recipe: Path, tmp_path: Path):
     alone, both = tmp_path / "alone", tmp_path / "both"
-    run_sft(load_config(recipe, [f"run.dir={alone}", "sft.epochs=40"], SFTConfig), NoView())
+    run_sft(load_config(recipe, [f"run.dir={alone}", "sft.epochs=40"], SFTConfig), NoProgress())
     words = [str(recipe), f"run.dir={both}", "sft.epochs=40", "parallel.cp=2", "train.activation_checkpointing=true"]
     process = torchrun(2, "sft", *words)
     deadline = time.monotonic() + LIMIT_S
@@ -80,7 +81,7 @@ def test_two_processes_are_as_one_and_one_goes_on_where_they_stopped(recipe: Pat
     assert stdout.count("saved step ") == 1, "one process speaks"
     done = len(steps(both))
     assert 3 <= done < 80
-    run_sft(load_config(recipe, [f"run.dir={both}", "sft.epochs=40"], SFTConfig), NoView())  # another layout
+    run_sft(load_config(recipe, [f"run.dir={both}", "sft.epochs=40"], SFTConfig), NoProgress())  # another layout
     for key in ("loss", "grad_norm"):
         np.testing.assert_allclose([s[key] for s in steps(both)], [s[key] for s in steps(alone)], rtol=1e-3)
     torch.testing.assert_close(weights(both), weights(alone), rtol=0, atol=1e-4)
@@ -92,10 +93,10 @@ def test_what_several_processes_do_not_do(recipe: Path, monkeypatch: pytest.Monk
     with pytest.raises(
         UserError, match=r"parallel: expected 2 processes or a multiple, got one; .* --nproc-per-node 2"
     ):
-        run_sft(config, NoView())
+        run_sft(config, NoProgress())
     spec = load_model(config.model.path).spec
     assert make_layout(spec, ParallelSection(), torch.device("cpu")) is None
-    only_one_process("rl")
+    require_single_process("rl")
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match="rl: expected one process, got torchrun with 2; torchrun is for sft"):
-        only_one_process("rl")
+        require_single_process("rl")

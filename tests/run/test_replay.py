@@ -13,13 +13,14 @@ import torch
 from typer.testing import CliRunner
 
 from pekoe.cli import app
-from pekoe.core import RLConfig, RunError, UserError
+from pekoe.config import RLConfig
+from pekoe.core import RunError, UserError
 from pekoe.core.journal import read_lines
-from pekoe.core.view import NoView
+from pekoe.core.progress import NoProgress
 from pekoe.run import rl
 from pekoe.run.replay import replay
-from pekoe.run.rollout import exact
-from pekoe.run.state import read_rollouts
+from pekoe.run.rollouts import exact
+from pekoe.run.run_dir import read_rollouts
 
 Build = Callable[..., RLConfig]
 Train = Callable[..., None]
@@ -49,7 +50,7 @@ def test_a_replayed_step_has_the_same_loss_bit_by_bit(
     config = build("train.keep_checkpoints=9", *words)
     train(config)
     before = contents(Path(config.run.dir))
-    replayed = replay(Path(config.run.dir), step, NoView())
+    replayed = replay(Path(config.run.dir), step, NoProgress())
     event = [e for e in read_lines(Path(config.run.dir) / "journal.jsonl") if e["event"] == "step"][step - 1]
     assert replayed.started_from == start
     assert (replayed.loss, replayed.grad_norm) == (event["loss"], event["grad_norm"])
@@ -68,16 +69,16 @@ def test_the_command(build: Build, train: Train):
 
 def test_what_cannot_be_replayed(build: Build, train: Train, tmp_path: Path):
     with pytest.raises(UserError, match="expected the directory of an rl run"):
-        replay(tmp_path / "nothing", 1, NoView())
+        replay(tmp_path / "nothing", 1, NoProgress())
     config = build("num_steps=1")
     train(config)
     with pytest.raises(UserError, match=r"expected a step of .* \(1 to 1\), got 2"):
-        replay(Path(config.run.dir), 2, NoView())
+        replay(Path(config.run.dir), 2, NoProgress())
     (rollouts,) = (Path(config.run.dir) / "rollouts").iterdir()
     assert read_rollouts(Path(config.run.dir), 1)
     rollouts.unlink()
     with pytest.raises(UserError, match="expected the rollouts of step 1"):
-        replay(Path(config.run.dir), 1, NoView())
+        replay(Path(config.run.dir), 1, NoProgress())
 
 
 def test_losses_that_are_not_finite_in_a_row_end_the_run_and_teach_nothing(
@@ -100,5 +101,5 @@ def test_losses_that_are_not_finite_in_a_row_end_the_run_and_teach_nothing(
     assert "not finite: loss nan" in events[-1]["skipped"]
     assert all(torch.isfinite(p).all() for p in parts[0].trainer.model.parameters())
     monkeypatch.setattr(rl, "ppo", right)
-    replayed = replay(Path(config.run.dir), 2, NoView())
+    replayed = replay(Path(config.run.dir), 2, NoProgress())
     assert replayed.loss == events[1]["loss"]

@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 import torch
 
-from pekoe.core import Interrupted, RLConfig, RunError, UserError
+from pekoe.config import RLConfig
+from pekoe.core import Interrupted, RunError, UserError
 from pekoe.core.journal import read_lines
 from pekoe.core.types import Prompt, Rollout, SamplingParams
 from pekoe.model import load_model
 from pekoe.run.build import RLParts
-from pekoe.run.state import read_rollouts
+from pekoe.run.run_dir import read_rollouts
 
 Build = Callable[..., RLConfig]
 Train = Callable[..., None]

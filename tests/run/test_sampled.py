@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 
-from pekoe.core import EvalConfig, UserError, load_config
-from pekoe.core.config import CurateConfig
+from pekoe.config import EvalConfig, load_config
+from pekoe.config.recipes import CurateConfig
+from pekoe.core import UserError
 from pekoe.core.errors import RunError
+from pekoe.core.progress import NoProgress
 from pekoe.core.types import Verdict
-from pekoe.core.view import NoView
 from pekoe.model import load_model, save_model
 from pekoe.run import judging
 from pekoe.run.curate import run_curate
@@ -33,13 +34,13 @@ def test_empty_list(tiny_dir, tmp_path):
     t = tree_of(tiny_dir, tmp_path / "o")
     t["eval"]["data"] = []
     with pytest.raises(UserError):
-        run_eval(load_config(t, kind=EvalConfig), NoView())
+        run_eval(load_config(t, kind=EvalConfig), NoProgress())
 
 
 def test_out_is_file(tiny_dir, tmp_path):
     (tmp_path / "f").write_text("")
     with pytest.raises(UserError):
-        run_eval(load_config(tree_of(tiny_dir, tmp_path / "f"), kind=EvalConfig), NoView())
+        run_eval(load_config(tree_of(tiny_dir, tmp_path / "f"), kind=EvalConfig), NoProgress())
 
 
 def test_fault_gate_holds_on_rerun(tiny_dir, tmp_path, monkeypatch):
@@ -47,7 +48,7 @@ def test_fault_gate_holds_on_rerun(tiny_dir, tmp_path, monkeypatch):
     c = load_config(tree_of(tiny_dir, tmp_path / "o"), kind=EvalConfig)
     for _ in range(2):
         with pytest.raises(RunError, match="FAULT"):
-            run_eval(c, NoView())
+            run_eval(c, NoProgress())
 
 
 def _done():
@@ -64,20 +65,20 @@ def test_changed_problem_is_sampled_again(tiny_dir, tmp_path):
     t = tree_of(tiny_dir, tmp_path / "o")
     t["eval"]["data"] = str(data)
     t["verify"]["random"] = False
-    run_eval(load_config(t, kind=EvalConfig), NoView())
+    run_eval(load_config(t, kind=EvalConfig), NoProgress())
     rows = [json.loads(x) for x in data.read_text().splitlines()]
     data.write_text("".join(json.dumps(r | {"answer": "77"}) + "\n" for r in rows))
     first = (tmp_path / "o/samples.jsonl").read_text().count("\n")
-    run_eval(load_config(t, kind=EvalConfig), NoView())
+    run_eval(load_config(t, kind=EvalConfig), NoProgress())
     assert (tmp_path / "o/samples.jsonl").read_text().count("\n") == 2 * first - 1
 
 
 def test_other_judge_is_refused(tiny_dir, tmp_path):
     t = tree_of(tiny_dir, tmp_path / "o")
-    run_eval(load_config(t, kind=EvalConfig), NoView())
+    run_eval(load_config(t, kind=EvalConfig), NoProgress())
     t["verify"]["random"] = False
     with pytest.raises(UserError):
-        run_eval(load_config(t, kind=EvalConfig), NoView())
+        run_eval(load_config(t, kind=EvalConfig), NoProgress())
 
 
 @pytest.mark.parametrize("command", ["eval", "curate"])
@@ -91,13 +92,13 @@ def test_another_model_of_the_same_path_is_refused(tiny_dir, tmp_path, command):
         kind, run = CurateConfig, run_curate
         t["data"] = {"train": t.pop("eval")["data"], "max_prompt_tokens": t.pop("max_prompt_tokens")}
         t["curate"] = {"samples": 2, "max_new_tokens": 6, "drop_all_right": False}
-    run(load_config(t, kind=kind), NoView())
-    run(load_config(t, kind=kind), NoView())
+    run(load_config(t, kind=kind), NoProgress())
+    run(load_config(t, kind=kind), NoProgress())
     model = load_model(path)
     model.init_weights(1)
     save_model(model, path)
     with pytest.raises(UserError, match=r"expected responses sampled with model.weights = '\w+', got '\w+'"):
-        run(load_config(t, kind=kind), NoView())
+        run(load_config(t, kind=kind), NoProgress())
 
 
 def test_fewer_problems(tiny_dir, tmp_path):
@@ -106,7 +107,7 @@ def test_fewer_problems(tiny_dir, tmp_path):
     data.write_text("".join(lines))
     t = tree_of(tiny_dir, tmp_path / "o")
     t["eval"]["data"] = str(data)
-    run_eval(load_config(t, kind=EvalConfig), NoView())
+    run_eval(load_config(t, kind=EvalConfig), NoProgress())
     data.write_text("".join(lines[:3]))
-    r = run_eval(load_config(t, kind=EvalConfig), NoView())
+    r = run_eval(load_config(t, kind=EvalConfig), NoProgress())
     assert len(json.loads((tmp_path / "o/results.json").read_text())["problems"]) == r.num_problems

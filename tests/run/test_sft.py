@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from pekoe.core import Interrupted, SFTConfig, UserError, load_config
+from pekoe.config import SFTConfig, load_config
+from pekoe.core import Interrupted, UserError
 from pekoe.core.journal import read_lines
-from pekoe.core.view import NoView
+from pekoe.core.progress import NoProgress
 from pekoe.data.sft_data import Demonstration, write_demonstrations
 from pekoe.data.tokenizer import Tokenizer
 from pekoe.model import PackedAttention, load_model
@@ -48,7 +49,7 @@ def test_only_the_response_is_trained_on(tiny_dir: Path):
 
 def test_it_learns_and_covers_every_epoch(tree: dict[str, Any]):
     config = load_config(tree, ["sft.epochs=15"], SFTConfig)
-    run_sft(config, NoView())
+    run_sft(config, NoProgress())
     steps = [e for e in read_lines(Path(config.run.dir) / "journal.jsonl") if e["event"] == "step"]
     assert [s["num_samples"] for s in steps] == [8, 8, 4] * 15
     assert steps[-1]["loss"] < 0.3 * steps[0]["loss"]
@@ -62,13 +63,13 @@ def test_the_held_out_loss_is_of_the_weights_after_its_step(tree: dict[str, Any]
     )
     words = [f"sft.eval_data={tmp_path / 'held_out.jsonl'}", "sft.eval_every=4", "train.token_budget=32"]
     config = load_config(tree, words, SFTConfig)
-    run_sft(config, NoView())
+    run_sft(config, NoProgress())
     events = list(read_lines(Path(config.run.dir) / "journal.jsonl"))
     measured = [e for e in events if e["event"] == "eval_loss"]
     assert [e["step"] for e in measured] == [4, 8, 9]
     assert measured[-1]["loss"] < measured[0]["loss"]
     plain = load_config(tree, [f"run.dir={tmp_path / 'plain'}", "train.token_budget=32"], SFTConfig)
-    run_sft(plain, NoView())
+    run_sft(plain, NoProgress())
     assert torch.equal(weights(config.run.dir), weights(plain.run.dir))  # looking changes nothing
     model, tokenizer = load_model(Path(config.run.dir) / "model"), Tokenizer.load(Path(config.run.dir) / "model")
     total = count = 0.0
@@ -87,7 +88,7 @@ def test_the_held_out_loss_is_of_the_weights_after_its_step(tree: dict[str, Any]
 
 def test_ctrl_c_and_resume_reach_the_same_bits(tree: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     unbroken = load_config(tree, [f"run.dir={tmp_path / 'a'}"], SFTConfig)
-    run_sft(unbroken, NoView())
+    run_sft(unbroken, NoProgress())
     broken = load_config(tree, [f"run.dir={tmp_path / 'b'}"], SFTConfig)
     any_of, calls = Trainer.any, []
 
@@ -97,8 +98,8 @@ def test_ctrl_c_and_resume_reach_the_same_bits(tree: dict[str, Any], tmp_path: P
 
     monkeypatch.setattr(Trainer, "any", ask)
     with pytest.raises(Interrupted, match="stopped after step 5 of 9"):
-        run_sft(broken, NoView())
-    run_sft(broken, NoView())
+        run_sft(broken, NoProgress())
+    run_sft(broken, NoProgress())
     assert torch.equal(weights(unbroken.run.dir), weights(broken.run.dir))
 
 
@@ -106,8 +107,8 @@ def test_a_demonstration_over_the_budget(tree: dict[str, Any], tmp_path: Path):
     lines = (tmp_path / "demos.jsonl").read_text()
     (tmp_path / "demos.jsonl").write_text('{"prompt": "1+1=", "response": "' + "1" * 80 + '"}\n' + lines)
     with pytest.raises(UserError, match=r"demonstration 1: expected at most 64 tokens .*, got 87"):
-        run_sft(load_config(tree, kind=SFTConfig), NoView())
+        run_sft(load_config(tree, kind=SFTConfig), NoProgress())
     config = load_config(tree, ["data.skip_malformed=true", "sft.epochs=1"], SFTConfig)
-    run_sft(config, NoView())
+    run_sft(config, NoProgress())
     steps = [e for e in read_lines(Path(config.run.dir) / "journal.jsonl") if e["event"] == "step"]
     assert np.isfinite([e["loss"] for e in steps]).all()

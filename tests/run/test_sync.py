@@ -14,18 +14,19 @@ import numpy as np
 import pytest
 import torch
 
-from pekoe.core import RLConfig, RunError, UserError
-from pekoe.core.config import OptimSection
-from pekoe.core.engine_config import EngineSection
+from pekoe.config import RLConfig
+from pekoe.config.engine import EngineSection
+from pekoe.config.recipes import OptimSection
+from pekoe.core import RunError, UserError
 from pekoe.core.journal import read_lines
+from pekoe.core.progress import NoProgress
 from pekoe.core.types import Prompt, Rollout, SamplingParams
-from pekoe.core.view import NoView
 from pekoe.engine import EmbeddedEngine, RemoteEngine, SGLangEngine
 from pekoe.model import Decoder, load_model, save_model
 from pekoe.run.build import RLParts, build_rl, open_engine
-from pekoe.run.control import Stop
+from pekoe.run.interrupt import Stop
 from pekoe.run.rl import run_rl
-from pekoe.run.state import read_rollouts
+from pekoe.run.run_dir import read_rollouts
 from pekoe.run.sync import WeightSync
 from pekoe.train import Trainer
 from tests.run.hosted import URLS, Hosted
@@ -242,7 +243,7 @@ async def refuse(it: bool) -> bool:
 
 
 def parts_of(config: RLConfig, stack: ExitStack) -> RLParts:
-    return build_rl(config, NoView(), Stop(), stack)
+    return build_rl(config, NoProgress(), Stop(), stack)
 
 
 @pytest.mark.parametrize("route", ROUTES)
@@ -284,7 +285,7 @@ def test_a_resumed_run_brings_the_checkpoints_weights(build: Callable[..., RLCon
 def test_what_servers_cannot_do_is_refused_before_any_is_started(
     build: Callable[..., RLConfig], monkeypatch: pytest.MonkeyPatch, tiny_dir: Path
 ):
-    monkeypatch.setattr("pekoe.engine.remote.ServerProcess", None)  # would fail
+    monkeypatch.setattr("pekoe.engine.servers.remote.ServerProcess", None)  # would fail
     launched = ["engine.server.python=python3"]
     for backend, words, message in [
         ("sglang", ["rollout.min_new_tokens=2"], "min_new_tokens: expected 0 with SGLang"),
@@ -315,4 +316,4 @@ def test_servers_on_gpus_are_told_theirs(
     model, on_gpu = make_model(), SimpleNamespace(device=torch.device("cuda"))
     monkeypatch.setattr(model, "parameters", lambda: iter([on_gpu]))
     with pytest.raises(UserError, match=r'gpus: expected the GPUs of each of 2 servers.* nearest: \["0", "1"\]'):
-        open_engine(config, model, 20, [], tmp_path, NoView())
+        open_engine(config, model, 20, [], tmp_path, NoProgress())

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from pekoe.core.engine_config import EngineSection
+from pekoe.config.engine import EngineSection
 from pekoe.core.spec import ModelSpec
-from pekoe.engine.sglang import SGLangEngine
+from pekoe.engine.servers.sglang import SGLangEngine
 from pekoe.model import Decoder, save_model
 from tests.servers.vllm_fixture import vllm_engine_factory, vllm_launch  # noqa: F401  # pyright: ignore[reportUnusedImport]
 

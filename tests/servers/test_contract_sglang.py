@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from pekoe.core.engine_config import EngineSection
-from pekoe.engine.sglang import SGLangEngine
+from pekoe.config.engine import EngineSection
+from pekoe.engine.servers.sglang import SGLangEngine
 from pekoe.model import Decoder, save_model
 from tests.engine.contract import Contract
 from tests.engine.harness import SHAPE, Harness

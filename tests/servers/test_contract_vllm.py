@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 
-from pekoe.engine.vllm import CPU_BLOCK_TOKENS, VLLMEngine
+from pekoe.engine.servers.vllm import CPU_BLOCK_TOKENS, VLLMEngine
 from pekoe.model import Decoder
 from tests.engine.contract import Contract
 from tests.engine.harness import SHAPE, Harness

@@ -19,14 +19,14 @@ import pytest
 import tomli_w
 import torch
 
-from pekoe.core.engine_config import EngineSection
+from pekoe.config.engine import EngineSection
 from pekoe.core.journal import read_lines
 from pekoe.core.types import Problem
-from pekoe.data.char_tokenizer import make_char_tokenizer
 from pekoe.data.problems import write_problems
+from pekoe.demo.char_tokenizer import make_char_tokenizer
 from pekoe.engine import SGLangEngine
 from pekoe.model import Decoder, load_model, save_model
-from pekoe.run.state import read_rollouts
+from pekoe.run.run_dir import read_rollouts
 from tests.servers.test_sglang_server import SHAPE as SGLANG_SHAPE
 from tests.servers.test_sglang_server import group_members
 from tests.servers.vllm_fixture import START_LIMIT_S, vllm_python

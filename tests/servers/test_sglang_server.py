@@ -14,7 +14,7 @@ import torch
 
 from pekoe.core.errors import RunError
 from pekoe.core.types import Prompt, Rollout, SamplingParams
-from pekoe.engine.sglang import SGLangEngine
+from pekoe.engine.servers.sglang import SGLangEngine
 from pekoe.model import Decoder, PackedAttention, save_model
 
 pytestmark = [pytest.mark.server, pytest.mark.timeout(400)]

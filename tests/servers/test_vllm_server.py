@@ -18,7 +18,7 @@ import torch
 from pekoe.core.errors import RunError
 from pekoe.core.types import Prompt, Rollout, SamplingParams
 from pekoe.engine import transfer
-from pekoe.engine.vllm import VLLMEngine
+from pekoe.engine.servers.vllm import VLLMEngine
 from pekoe.model import Decoder, PackedAttention
 
 MakePrompt = Callable[..., Prompt]

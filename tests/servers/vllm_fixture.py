@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from pekoe.core.engine_config import EngineSection
-from pekoe.engine.vllm import VLLMEngine
+from pekoe.config.engine import EngineSection
+from pekoe.engine.servers.vllm import VLLMEngine
 from pekoe.model import Decoder, save_model
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent

@@ -13,7 +13,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 
 from pekoe.algo.loss import ppo
-from pekoe.core.config import AlgoSection, OptimSection
+from pekoe.config.recipes import AlgoSection, OptimSection
 from pekoe.core.spec import ModelSpec
 from pekoe.core.types import Sample
 from pekoe.model import Decoder

@@ -11,13 +11,13 @@ import pytest
 import torch
 
 from pekoe.algo.loss import cross_entropy
-from pekoe.core.config import OptimSection
+from pekoe.config.recipes import OptimSection
 from pekoe.core.spec import ModelSpec
 from pekoe.core.types import Sample
 from pekoe.model import Decoder
 from pekoe.train import Trainer
-from pekoe.train.memory import Peak, give_back, resident
-from pekoe.train.predict import predict
+from pekoe.train.memory import PeakMemory, limit_malloc_cache, resident
+from pekoe.train.memory_estimate import predict
 
 SPEC = ModelSpec("qwen2", 2048, 192, 4, 6, 2, 32, 512, 4096, tied_embeddings=True, qkv_bias=True)
 LARGE_VOCAB = replace(SPEC, vocab_size=32_768, num_layers=1)
@@ -37,7 +37,7 @@ def samples(number: int, length: int) -> list[Sample]:
 
 def measure(spec: ModelSpec, dtype: str, again: bool, answer: Any) -> None:
     torch.set_num_threads(1)
-    give_back()
+    limit_malloc_cache()
     before = resident()
     model = Decoder(spec)
     model.init_weights(0)
@@ -90,7 +90,7 @@ def test_what_takes_less():
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak of a step is told by Linux alone")
 def test_a_peak_is_of_its_own_time():
     torch.ones(2**26)  # 256 MiB, and gone
-    peak = Peak(torch.device("cpu"))
+    peak = PeakMemory(torch.device("cpu"))
     first = peak.bytes
     assert first is not None
     assert first < resident() + 2**26

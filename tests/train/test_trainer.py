@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from pekoe.algo.loss import cross_entropy, ppo
-from pekoe.core.config import AlgoSection, OptimSection
+from pekoe.config.recipes import AlgoSection, OptimSection
 from pekoe.core.types import Sample
 from pekoe.model import Decoder
 from pekoe.train import Trainer

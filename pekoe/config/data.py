@@ -1,0 +1,82 @@
+"""The `[data]` section of recipes: what to train on, and what to leave out of it."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from pekoe.config.base import ConfigSection
+
+
+class DataSection(ConfigSection):
+    train: str
+    """Demonstrations to train on: a .jsonl, .json or .parquet file, or `hf:OWNER/NAME[/CONFIG][:SPLIT]`."""
+    skip_malformed: bool = False
+    """Skip, and report, rows that cannot be used, in place of stopping."""
+
+
+class SourceSection(ConfigSection):
+    """One of the sets that a mix is made of."""
+
+    path: str
+    """A .jsonl, .json or .parquet file, or a Hugging Face data set, `hf:OWNER/NAME[/CONFIG][:SPLIT]`."""
+    name: str
+    """Stands before its problems' uids (name/uid) and in reports."""
+    weight: float = Field(default=1.0, gt=0)
+    """How often an epoch draws each of its problems: 0.5 takes a seeded half of them; 2 takes each twice, the second
+    time as uid#2."""
+    limit: int | None = Field(default=None, ge=1)
+    """Keep at most this many of its problems, a seeded choice; `weight` counts from there."""
+    where: dict[str, list[str]] = Field(default_factory=dict[str, list[str]])
+    """Read only rows whose column (the key) holds one of these values."""
+
+
+class ProblemSection(ConfigSection):
+    train: str | None = None
+    """Problems to train on: a .jsonl, .json or .parquet file, or `hf:OWNER/NAME[/CONFIG][:SPLIT]`."""
+    sources: tuple[SourceSection, ...] = Field(default=(), strict=False)
+    """In place of `train`: several sets, mixed."""
+    skip_malformed: bool = False
+    """Skip, and report, rows that cannot be used, in place of stopping."""
+    max_prompt_tokens: int = Field(default=1024, ge=1)
+    """A longer prompt is an error, unless skip_malformed is on."""
+    dedup: Literal["off", "exact", "near"] = "off"
+    """exact: of problems with the same prompt (spaces and chat markers aside) keep the first. near: also of those with
+    the same answer, the same numbers and nearly the same words (not for puzzles of one template: there a word makes
+    another puzzle). off: only say how many there are."""
+    dedup_threshold: float = Field(default=0.8, ge=0.5, le=1)
+    """For near: the share of three-word runs that two prompts have in common (Jaccard), from which they are one."""
+    conflicts: Literal["drop", "first"] = "drop"
+    """Of problems with the same prompt and different answers, with dedup on: drop all (at least one answer is wrong,
+    and nobody knows which), or keep the first."""
+    decontaminate: tuple[str, ...] = Field(default=(), strict=False)
+    """Evaluation sets (as in `train`); problems that share a run of `ngram` words with one of theirs are dropped."""
+    ngram: int = Field(default=13, ge=4)
+    """Length of such a run, in words, numbers and operators. Shorter evaluation problems must match as a whole."""
+    pass_rate: tuple[float, float] | None = Field(default=None, strict=False)
+    """Keep problems whose pass rate, as `pekoe curate` writes it, lies between the two."""
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> ProblemSection:
+        if (self.train is None) == (not self.sources):
+            got = "both" if self.sources else "neither"
+            raise ValueError(f"data: expected either train (one set) or sources (several), got {got}")
+        names = [source.name for source in self.sources]
+        if len(set(names)) < len(names):
+            raise ValueError(f"data.sources: expected a name of its own for each, got {names}")
+        if self.pass_rate and not 0 <= self.pass_rate[0] <= self.pass_rate[1] <= 1:
+            raise ValueError(f"data.pass_rate: expected [low, high] from 0 to 1, got {list(self.pass_rate)}")
+        return self
+
+
+class TemplateSection(ConfigSection):
+    """How conversations become prompts, wherever the model is used. Raw prompts (AReaL's) are left as they are."""
+
+    name: Literal["model", "r1", "qwen"] = "model"
+    """The model directory's own chat template, DeepSeek-R1-Distill's, or Qwen2.5's."""
+    directive: str = ""
+    """Put behind the last question; the release's: "\\nPlease reason step by step, and put your final answer within
+    \\boxed{}." """
+    think: bool = False
+    """Prompts end with <think> and a newline, which the response then begins after."""

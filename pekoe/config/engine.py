@@ -1,0 +1,99 @@
+"""The section `engine` of a recipe: what samples."""
+
+from __future__ import annotations
+
+from typing import Literal
+from urllib.parse import urlsplit
+
+from pydantic import Field, model_validator
+
+from pekoe.config.base import ConfigSection
+
+
+class ServerSection(ConfigSection):
+    """Inference servers, started here (`python`) or running already (`urls`)."""
+
+    python: str | None = None
+    """The Python of the environment that SGLang or vLLM is installed in; starts `count` servers with it."""
+    urls: tuple[str, ...] = Field(default=(), strict=False)
+    """Servers that run already, http://host:port each; instead of `python`."""
+    count: int = Field(default=1, ge=1)
+    """Servers to start."""
+    gpus: tuple[str, ...] = Field(default=(), strict=False)
+    """CUDA_VISIBLE_DEVICES of each server to start, such as ["1", "2,3"]; not the trainer's with sync = "broadcast"."""
+    args: tuple[str, ...] = Field(default=(), strict=False)
+    """More arguments of the server's own command line, as they are."""
+    env: dict[str, str] = Field(default_factory=dict[str, str])
+    """More environment variables of the server."""
+    sync: Literal["disk", "shm", "broadcast"] = "disk"
+    """How weights reach a server: a checkpoint in the run directory, one in shared memory (same host), or a
+    torch.distributed group (NCCL on GPU, gloo on CPU)."""
+    checksum_every: int = Field(default=10, ge=1)
+    """Weight updates between two checksums over all parameters, where a server can give a true one; the first two
+    updates of a run always have one."""
+    during_update: Literal["abort", "keep"] = "keep"
+    """Responses in flight at a weight update: ended, or kept and gone on with under the new version."""
+    max_requests: int = Field(default=256, ge=1)
+    """Responses in flight at one server; more wait here."""
+    retries: int = Field(default=2, ge=0)
+    """How often a request is sent again after a transport error."""
+    start_limit_s: float = Field(default=900, gt=0)
+    """How long a server may take to start."""
+    request_limit_s: float = Field(default=3600, gt=0)
+    """How long one request may take."""
+    update_limit_s: float = Field(default=600, gt=0)
+    """How long a weight update, a pause or a flush may take."""
+
+    @model_validator(mode="after")
+    def _launched(self) -> ServerSection:
+        if self.gpus and len(self.gpus) != self.count:
+            raise ValueError(f"engine.server.gpus: expected one for each of {self.count} servers, got {len(self.gpus)}")
+        return self
+
+    @model_validator(mode="after")
+    def _addresses(self) -> ServerSection:
+        for url in self.urls:
+            try:
+                parts = urlsplit(url)
+                good = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+            except ValueError:  # a port that is no number
+                good = False
+            if not good:
+                raise ValueError(f"engine.server.urls: expected http://host:port, got {url!r}")
+        return self
+
+
+class EngineSection(ConfigSection):
+    backend: Literal["embedded", "sglang", "vllm"] = "embedded"
+    """embedded: in this process. sglang, vllm: servers, see `server`."""
+    server: ServerSection = ServerSection()
+    kv_tokens: int | None = Field(default=None, ge=16)
+    """Tokens that the KV cache holds. Absent: enough for max_running sequences of full length, within kv_gib."""
+    kv_gib: float = Field(default=2.0, gt=0)
+    """The most memory that the KV cache takes when kv_tokens is absent."""
+    block_tokens: int = Field(default=16, ge=1)
+    """Tokens of a KV block; prefixes are shared by whole blocks."""
+    max_running: int = Field(default=512, ge=1)
+    """Sequences that decode together."""
+    prefill_tokens: int = Field(default=8192, ge=1)
+    """Tokens of one forward: what the running sequences leave of it goes to chunks of waiting prompts."""
+
+    def kv_room(self, longest: int, bytes_per_token: int) -> int:
+        """Tokens that the KV cache holds, for sequences of at most `longest`."""
+        return self.kv_tokens or min(self.max_running * longest, int(self.kv_gib * 2**30 / bytes_per_token))
+
+    def server_kv(self, longest: int, values_per_token: int, dtype: str, device: str) -> int | None:
+        """As `kv_room`, of a server. None: on a GPU, unless it is set, servers take their share of what is there."""
+        if self.kv_tokens or device != "cpu":
+            return self.kv_tokens
+        return self.kv_room(longest, values_per_token * (4 if dtype == "float32" else 2))
+
+    @model_validator(mode="after")
+    def _one_way(self) -> EngineSection:
+        server = self.server
+        if self.backend != "embedded" and (server.python is None) == (not server.urls):
+            raise ValueError(
+                f"engine.server: expected either python (start servers) or urls (use running ones) for "
+                f"engine.backend = {self.backend!r}, got {'both' if server.urls else 'neither'}"
+            )
+        return self

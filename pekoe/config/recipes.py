@@ -1,0 +1,446 @@
+"""Recipes: TOML files and `section.key=value` overrides, turned into frozen, closed, validated objects.
+
+The docstring under each key is its documentation.
+A key that is absent in TOML has its default; absent with default None means None.
+"""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar, get_args
+
+import tomli_w
+from pydantic import Field, ValidationError, model_validator
+
+from pekoe.config.base import ConfigSection
+from pekoe.config.cluster import ClusterSection, ParallelSection
+from pekoe.config.data import DataSection, ProblemSection, TemplateSection
+from pekoe.config.engine import EngineSection
+from pekoe.core.errors import UserError, nearest
+
+
+class Process(ConfigSection):
+    seed: int = Field(default=0, ge=0)
+    """The seed of everything that is drawn: data order, sampling, minibatches."""
+    threads: int | None = Field(default=None, ge=1)
+    """CPU threads of torch in this process. Absent: as many as there are cores."""
+
+
+class RunSection(Process):
+    dir: str
+    """The run directory. Made if absent; a run found there is resumed."""
+
+
+class ModelSection(ConfigSection):
+    path: str
+    """A Hugging Face model directory (config.json, *.safetensors, tokenizer.json)."""
+    device: Literal["cpu", "cuda", "auto"] = "auto"
+    """Where to train and sample; auto takes a GPU where there is one."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Dtype of the matrix products. Weights and optimizer state are float32 always."""
+    template: TemplateSection = TemplateSection()
+
+
+class RolloutSection(ConfigSection):
+    prompts_per_step: int = Field(default=512, ge=1)
+    """Problems drawn at each step."""
+    samples_per_prompt: int = Field(default=16, ge=1)
+    """Responses sampled for each problem (a group)."""
+    max_new_tokens: int = Field(default=1024, ge=1)
+    """A response is cut at this length."""
+    min_new_tokens: int = Field(default=0, ge=0)
+    """Stop tokens cannot be sampled before this many tokens."""
+    temperature: float = Field(default=1.0, gt=0)
+    """Sampling temperature. Log-probs are of the distribution at this temperature."""
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    """Nucleus truncation; 1 is off."""
+    top_k: int = Field(default=0, ge=0)
+    """Keep the k likeliest tokens; 0 is off."""
+    dynamic_rounds: int = Field(default=0, ge=0)
+    """DAPO's dynamic sampling: groups all right or all wrong are dropped, and the missing ones drawn again, in at
+    most this many further rounds; 0 is off."""
+
+
+Advantage = Literal["global", "grpo", "dr_grpo", "rloo"]
+
+
+class AlgoSection(ConfigSection):
+    advantage: Advantage = "global"
+    """global: reward normalised over all response tokens of the batch (the release). grpo, dr_grpo, rloo: the
+    reward against its group's."""
+    reward: float = Field(default=5.0, gt=0)
+    """CORRECT earns +reward, WRONG and UNPARSED earn -reward."""
+    minibatches: int = Field(default=4, ge=1)
+    """Optimizer steps a rollout batch; must divide rollout.prompts_per_step unless dynamic_rounds is on."""
+    clip_low: float = Field(default=0.2, ge=0, lt=1)
+    """The ratio is clipped from below at 1 - clip_low."""
+    clip_high: float = Field(default=0.2, ge=0)
+    """The ratio is clipped from above at 1 + clip_high (DAPO: 0.28)."""
+    max_mean_ratio: float = Field(default=5.0, gt=1)
+    """A minibatch whose mean importance ratio is above this makes no optimizer step."""
+    proximal: Literal["engine", "recompute"] = "engine"
+    """The ratio's denominator: the engine's log-probs (the release) or the trainer's own, recomputed at each step's
+    start."""
+    correction: Literal["off", "weight", "truncate", "mask_token", "mask_sequence"] = "off"
+    """What becomes of tokens whose proximal log-probs differ from the engine's (numerics, or samples of older
+    versions); needs proximal = "recompute". weight: the loss times w = exp(proximal - engine's), as decoupled PPO.
+    truncate: times min(w, correction_limit). mask_token: times w, or 0 where w is beyond the limit either way.
+    mask_sequence: times w, or 0 for responses whose geometric mean of w is beyond it."""
+    correction_limit: float = Field(default=2.0, gt=1)
+    """See `correction`. For mask_sequence nearer 1: it is a mean over a whole response."""
+    mask_truncated: bool = False
+    """Leave responses cut at the length limit out of the loss. Off: they are judged like any other."""
+    normalise: Literal["token", "max_length"] = "token"
+    """The loss's denominator: the minibatch's response tokens, or (Dr. GRPO) its sequences x rollout.max_new_tokens."""
+    kl: float = Field(default=0.0, ge=0)
+    """Weight of the KL term to the starting model; the reference forward runs only when above 0."""
+
+    @model_validator(mode="after")
+    def _corrected(self) -> AlgoSection:
+        if self.correction != "off" and self.proximal == "engine":
+            raise ValueError(
+                f"algo.correction: expected 'off' with algo.proximal = 'engine', whose log-probs are those that it "
+                f"would correct, got {self.correction!r}; nearest: algo.proximal = 'recompute'"
+            )
+        return self
+
+
+class OptimSection(ConfigSection):
+    lr: float = Field(default=2e-5, gt=0)
+    """Learning rate, constant after warm-up."""
+    warmup_fraction: float = Field(default=0.001, ge=0, le=1)
+    """Share of all optimizer steps in which the rate rises linearly from 0."""
+    schedule: Literal["constant", "cosine"] = "constant"
+    """After warm-up: constant, or a cosine to zero."""
+    beta1: float = Field(default=0.9, ge=0, lt=1)
+    """AdamW's first decay."""
+    beta2: float = Field(default=0.95, ge=0, lt=1)
+    """AdamW's second decay."""
+    eps: float = Field(default=1e-5, gt=0)
+    """AdamW's epsilon."""
+    weight_decay: float = Field(default=0.05, ge=0)
+    """Decoupled weight decay; none on biases and norms."""
+    grad_clip: float = Field(default=1.0, gt=0)
+    """The gradient's norm is clipped at this."""
+
+
+class TrainSection(ConfigSection):
+    token_budget: int = Field(default=30720, ge=1)
+    """Tokens of a micro-batch at one process; no sequence may be longer (times parallel.cp). `pekoe doctor` says what
+    fits."""
+    activation_checkpointing: bool = False
+    """Compute each layer again in backward in place of keeping it: a fraction of the memory, a third more compute, the
+    same numbers."""
+    compile: bool = False
+    """Run layers through torch.compile; on a CPU it needs a C++ compiler. Numbers move in their last bits."""
+    max_not_finite: int = Field(default=3, ge=1)
+    """The run stops after so many optimizer steps in a row whose loss or gradient was not finite; each is skipped."""
+    save_every: int = Field(default=10, ge=1)
+    """Steps between checkpoints."""
+    keep_checkpoints: int = Field(default=2, ge=1)
+    """Checkpoints kept; older ones are removed."""
+
+
+class VerifySection(ConfigSection):
+    workers: int = Field(default=2, ge=1)
+    """Judge processes."""
+    time_limit_s: float = Field(default=5.0, gt=0)
+    """Wall-clock limit of one judgement."""
+    max_fault_rate: float = Field(default=0.05, ge=0, le=1)
+    """The run stops when more than this share of a step's verdicts are FAULT."""
+    unboxed: bool = False
+    """Mathematics: where no box is complete, what a response says that the answer is will do (kind math-unboxed)."""
+    random: bool = False
+    """A control: verdicts are drawn at random, whatever the response says. The reward must not rise."""
+
+
+class EvalSection(ConfigSection):
+    samples: int = Field(default=32, ge=1)
+    """Responses sampled for each problem."""
+    temperature: float = Field(default=1.0, ge=0)
+    """Sampling temperature (SFT models 0.6, RL models 1.0)."""
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    """Nucleus truncation (SFT models 0.95, RL models 1.0)."""
+    max_new_tokens: int | None = Field(default=None, ge=1)
+    """Length limit. Absent: rollout.max_new_tokens; for `pekoe eval`, what the model's context leaves beside
+    max_prompt_tokens."""
+
+
+class EvalData(EvalSection):
+    data: str | Annotated[tuple[str, ...], Field(strict=False, min_length=1)]
+    """Held-out problems: a file, or a list of them, measured each and together."""
+
+
+class PeriodicEval(EvalSection):
+    data: str | None = None
+    """Held-out problems."""
+    every: int | None = Field(default=None, ge=1)
+    """Steps between evaluations while training, the first before step 1. Absent: none."""
+
+
+class Config(ConfigSection):
+    """What every recipe shares."""
+
+    model: ModelSection
+
+
+class Logging(ConfigSection):
+    """Where else the journal's metrics go, by the same names."""
+
+    tensorboard: bool = False
+    """Event files in the run directory, below tensorboard/."""
+    wandb: str | None = None
+    """A project of Weights & Biases."""
+    trackio: str | None = None
+    """A project of Trackio."""
+
+
+class TrainingConfig(Config):
+    """What every recipe that trains shares: a run directory."""
+
+    run: RunSection
+    track: Logging = Logging()
+
+
+class RLConfig(TrainingConfig):
+    """A recipe of `pekoe rl`."""
+
+    num_steps: int = Field(ge=1)
+    """Steps: rollout batches, each with `algo.minibatches` optimizer steps."""
+    data: ProblemSection
+    rollout: RolloutSection = RolloutSection()
+    engine: EngineSection = EngineSection()
+    algo: AlgoSection = AlgoSection()
+    optim: OptimSection = OptimSection()
+    train: TrainSection = TrainSection()
+    verify: VerifySection = VerifySection()
+    eval: PeriodicEval = PeriodicEval()
+    cluster: ClusterSection | None = None
+    """Absent: one process. See `pekoe.config.cluster`."""
+
+    @model_validator(mode="after")
+    def _possible(self) -> RLConfig:
+        rollout, algo = self.rollout, self.algo
+        if rollout.prompts_per_step % algo.minibatches and not rollout.dynamic_rounds:
+            near = _nearest_multiple(rollout.prompts_per_step, algo.minibatches)
+            raise ValueError(
+                f"rollout.prompts_per_step: expected a multiple of algo.minibatches ({algo.minibatches}), "
+                f"got {rollout.prompts_per_step}; nearest: {near}"
+            )
+        if rollout.min_new_tokens > rollout.max_new_tokens:
+            raise ValueError(
+                f"rollout.min_new_tokens: expected at most rollout.max_new_tokens ({rollout.max_new_tokens}), "
+                f"got {rollout.min_new_tokens}"
+            )
+        longest = self.data.max_prompt_tokens + rollout.max_new_tokens
+        if self.train.token_budget < longest:
+            raise ValueError(
+                f"train.token_budget: expected at least the longest sequence, data.max_prompt_tokens + "
+                f"rollout.max_new_tokens = {longest}, got {self.train.token_budget}; nearest: {longest}"
+            )
+        if algo.advantage != "global" and rollout.samples_per_prompt < 2:
+            raise ValueError(
+                f"rollout.samples_per_prompt: expected at least 2 for algo.advantage = {algo.advantage!r} "
+                f"(a reward is compared with its group's), got {rollout.samples_per_prompt}"
+            )
+        if self.cluster is not None:
+            self._check_engines(self.cluster)
+        if self.eval.every and self.eval.data is None:
+            raise ValueError("eval.data: expected a problem file, as eval.every is set, got none")
+        return self
+
+    def _check_engines(self, cluster: ClusterSection) -> None:
+        generation, server = cluster.generation, self.engine.server
+        if self.engine.backend == "embedded":
+            if generation.servers:
+                raise ValueError(
+                    f"cluster.generation.servers: expected 0 with engine.backend = 'embedded', got "
+                    f"{generation.servers}; nearest: 0, or engine.backend = 'vllm' or 'sglang'"
+                )
+            return
+        number = generation.engines if generation.servers is None else generation.servers
+        if server.urls and len(server.urls) != number:
+            raise ValueError(
+                f"engine.server.urls: expected one for each of the cluster's {number} servers, got {len(server.urls)}"
+            )
+        if server.count > 1 or server.gpus:
+            raise ValueError(
+                "engine.server: expected no count and no gpus with a section cluster, which says how many engines "
+                "there are (cluster.generation) and whose GPUs Ray gives out; leave them out"
+            )
+
+    def kind_of_engine(self, number: int) -> Literal["embedded", "sglang", "vllm"]:
+        """Of a cluster's engines, which kind one is."""
+        assert self.cluster is not None
+        generation = self.cluster.generation
+        servers = generation.engines if generation.servers is None else generation.servers
+        return self.engine.backend if number >= generation.engines - servers else "embedded"
+
+    def engine_config(self, number: int) -> RLConfig:
+        """This config as one of a cluster's engines should see it."""
+        assert self.cluster is not None
+        kind, server = self.kind_of_engine(number), self.engine.server
+        if kind != "embedded" and server.urls:
+            place = number - self.cluster.generation.engines
+            server = server.model_copy(update={"urls": (server.urls[place],)})
+        return self.model_copy(update={"engine": self.engine.model_copy(update={"backend": kind, "server": server})})
+
+
+class SFTSection(ConfigSection):
+    epochs: int = Field(default=1, ge=1)
+    """Passes over the demonstrations."""
+    batch_size: int = Field(default=64, ge=1)
+    """Demonstrations an optimizer step; the last batch of an epoch may be smaller."""
+    eval_data: str | None = None
+    """Held-out demonstrations, whose loss is measured every `eval_every` steps and at the end."""
+    eval_every: int = Field(default=100, ge=1)
+    """Optimizer steps between these measurements."""
+
+
+class SFTConfig(TrainingConfig):
+    """A recipe of `pekoe sft`."""
+
+    data: DataSection
+    sft: SFTSection = SFTSection()
+    optim: OptimSection = OptimSection(lr=1e-5, warmup_fraction=0.03, weight_decay=0.1)
+    train: TrainSection = TrainSection(token_budget=32768, save_every=100)
+    parallel: ParallelSection = ParallelSection()
+
+
+class EvalConfig(Config):
+    """A recipe of `pekoe eval`."""
+
+    eval: EvalData
+    run: Process = Process()
+    engine: EngineSection = EngineSection()
+    verify: VerifySection = VerifySection()
+    max_prompt_tokens: int | None = Field(default=None, ge=1)
+    """A longer prompt is an error. Absent: as long as the longest of the data."""
+    out: str | None = None
+    """A directory for results.json and the verdicts so far, from which the same command goes on. Absent: neither."""
+
+
+class CurateSection(ConfigSection):
+    samples: int = Field(default=8, ge=0)
+    """Responses sampled for each problem; 0: problems are read, thinned out and written, and nothing is sampled."""
+    temperature: float = Field(default=1.0, ge=0)
+    """Sampling temperature."""
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    """Nucleus truncation; 1 is off."""
+    max_new_tokens: int = Field(default=1024, ge=1)
+    """A response is cut at this length."""
+    drop_all_right: bool = True
+    """Leave out problems whose responses are all right: they teach nothing."""
+    drop_all_wrong: bool = False
+    """Leave out problems of which no response is right."""
+
+
+class CurateConfig(Config):
+    """A recipe of `pekoe curate`."""
+
+    data: ProblemSection
+    out: str
+    """A directory for problems.jsonl, dropped.jsonl, and the verdicts from which the same command goes on."""
+    curate: CurateSection = CurateSection()
+    run: Process = Process()
+    engine: EngineSection = EngineSection()
+    verify: VerifySection = VerifySection()
+
+
+KINDS: dict[str, type[Config]] = {"rl": RLConfig, "sft": SFTConfig, "eval": EvalConfig, "curate": CurateConfig}
+C = TypeVar("C", bound=Config)
+
+
+def load_config(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = (), kind: type[C] = RLConfig) -> C:
+    """Read a recipe (a TOML file, or a mapping of the same shape), apply overrides, validate.
+
+    Args:
+        source: path of a TOML file, or its content as a mapping.
+        overrides: each `section.key=value`; the value is read as TOML, and as a plain string where that fails.
+        kind: RLConfig, SFTConfig, EvalConfig or CurateConfig.
+
+    Raises:
+        UserError: with where, expected, got, and the nearest valid name.
+    """
+    where = "recipe" if isinstance(source, Mapping) else str(source)
+    tree = json.loads(json.dumps(source)) if isinstance(source, Mapping) else read_toml(Path(source))
+    for override in overrides:
+        _apply(tree, override)
+    try:
+        return kind.model_validate(tree)
+    except ValidationError as error:
+        raise UserError(_explain(error, kind, where)) from None
+
+
+def dump_config(config: Config) -> str:
+    """The resolved config as TOML that `load_config` reads back to an equal object."""
+    return tomli_w.dumps(config.model_dump(exclude_none=True))
+
+
+def _nearest_multiple(value: int, of: int) -> int:
+    return max(of, round(value / of) * of)
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """What a recipe says, not yet validated."""
+    if not path.is_file():
+        siblings = [p.name for p in path.parent.glob("*.toml")] if path.parent.is_dir() else []
+        raise UserError(f"{path}: expected a recipe (a TOML file), found none.{nearest(path.name, siblings)}")
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: expected TOML, got something else: {error}") from None
+
+
+def _apply(tree: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key.strip():
+        raise UserError(f"override {override!r}: expected section.key=value")
+    *sections, last = key.strip().split(".")
+    node: Any = tree
+    for section in sections:
+        node = node.setdefault(section, {})
+        if not isinstance(node, dict):
+            raise UserError(f"override {override!r}: {section!r} is a value, not a section")
+    try:
+        node[last] = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        node[last] = text
+
+
+def _explain(error: ValidationError, kind: type[Config], where: str) -> str:
+    lines: list[str] = []
+    for problem in error.errors():
+        path = [str(part) for part in problem["loc"]]
+        name, got = ".".join(path), problem.get("input")
+        match problem["type"]:
+            case "extra_forbidden":
+                valid = _keys(kind, path[:-1])
+                lines.append(f"{where}: unknown key {name!r}.{nearest(path[-1], valid)}")
+            case "missing":
+                lines.append(f"{where}: missing key {name!r}.")
+            case "value_error":
+                lines.append(
+                    f"{where}: {problem['ctx']['error']}" if "ctx" in problem else f"{where}: {problem['msg']}"
+                )
+            case _:
+                expected = problem["msg"].removeprefix("Input should be ")
+                shown = type(got).__name__ + " (a section)" if isinstance(got, dict) else repr(got)
+                lines.append(f"{where}: {name}: expected {expected}, got {shown}.")
+    return "\n".join(lines)
+
+
+def _keys(kind: type[ConfigSection], path: list[str]) -> list[str]:
+    """The valid keys of the section at `path`."""
+    section: Any = kind
+    for part in path:
+        if part.isdigit():  # the place in an array of sections, which `get_args` below has gone into
+            continue
+        annotation = section.model_fields[part].annotation
+        section = next((a for a in (annotation, *get_args(annotation)) if hasattr(a, "model_fields")), None)
+        if section is None:
+            return []
+    return list(section.model_fields)

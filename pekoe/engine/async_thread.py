@@ -1,0 +1,105 @@
+"""An event loop beside the threads of a program that knows nothing of it, and blocking calls beside the loop."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+from collections.abc import Callable, Coroutine
+from concurrent.futures import CancelledError
+from typing import Any, TypeVar
+
+from pekoe.core.errors import RunError
+
+_STOP_LIMIT_S = 5.0
+
+T = TypeVar("T")
+
+
+class AsyncThread:
+    """An event loop in a daemon thread."""
+
+    def __init__(self, name: str) -> None:
+        self.loop = asyncio.new_event_loop()
+        self._lock, self._stopping = threading.Lock(), False
+        self._thread = threading.Thread(target=self.loop.run_forever, name=name, daemon=True)
+        self._thread.start()
+
+    def run(self, work: Coroutine[Any, Any, T]) -> T:
+        """Run it there, wait for it here. Whatever interrupts the wait (Ctrl-C) cancels the work.
+
+        RunError once it is stopped, and where it stops meanwhile.
+        """
+        with self._lock:
+            if self._stopping:
+                work.close()
+                raise RunError("the engine is closed")
+            future = asyncio.run_coroutine_threadsafe(work, self.loop)
+        try:
+            return future.result()
+        except CancelledError:
+            raise RunError("the engine is closed") from None
+        except BaseException:
+            future.cancel()
+            raise
+
+    def soon(self, call: Callable[..., Any], *arguments: Any) -> None:
+        """Call it there, and do not wait. RunError once it is stopped."""
+        with self._lock:
+            if self._stopping:
+                raise RunError("the engine is closed")
+            self.loop.call_soon_threadsafe(call, *arguments)
+
+    def stop(self) -> None:
+        """Cancel what still runs, and end."""
+
+        async def cancel_all() -> None:
+            tasks = asyncio.all_tasks() - {asyncio.current_task()}
+            for task in tasks:
+                task.cancel()
+            await asyncio.wait(tasks, timeout=_STOP_LIMIT_S) if tasks else None
+            self.loop.stop()
+
+        with self._lock:  # what comes later would never run
+            self._stopping = True
+            asyncio.run_coroutine_threadsafe(cancel_all(), self.loop)
+        self._thread.join(timeout=2 * _STOP_LIMIT_S)
+        if not self._thread.is_alive():
+            self.loop.close()
+
+
+async def in_thread(function: Callable[..., T], *arguments: Any) -> T:
+    """Await a blocking call. The thread is a daemon: one that hangs in a broken group holds up no exit."""
+    loop = asyncio.get_running_loop()
+    future: asyncio.Future[T] = loop.create_future()
+
+    def settle(result: T | None, error: BaseException | None) -> None:
+        if future.cancelled():
+            return
+        if error is not None:
+            future.set_exception(error)
+        else:
+            future.set_result(result)  # pyright: ignore[reportArgumentType]
+
+    def work() -> None:
+        try:
+            outcome = (function(*arguments), None)
+        except BaseException as error:
+            outcome = (None, error)
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits
+            loop.call_soon_threadsafe(settle, *outcome)
+
+    threading.Thread(target=work, name="pekoe blocking call", daemon=True).start()
+    return await future
+
+
+async def both(here: asyncio.Future[Any], there: Coroutine[Any, Any, None]) -> None:
+    """Wait for both ends of one act, or until either fails: the other would wait for it in vain."""
+    other = asyncio.ensure_future(there)
+    try:
+        done, _ = await asyncio.wait({here, other}, return_when=asyncio.FIRST_EXCEPTION)
+        for each in done:
+            each.result()
+    finally:
+        here.cancel()
+        other.cancel()

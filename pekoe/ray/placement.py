@@ -1,0 +1,204 @@
+"""Where a cluster's processes are: Ray itself, the nodes with their depots, and placement groups."""
+
+from __future__ import annotations
+
+import logging
+import os
+import pickle
+import time
+from contextlib import ExitStack
+from typing import Any, cast
+
+import ray
+import torch
+from ray.exceptions import GetTimeoutError, RayError
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
+
+from pekoe.config.cluster import ClusterSection
+from pekoe.core.errors import RunError, UserError
+from pekoe.core.progress import ProgressReporter
+from pekoe.ray.store import RolloutStore
+
+_LOCAL_STORE_BYTES = 512 << 20
+_LOOK_S = 1.0  # between looks at what is lost
+_CLEAR_LIMIT_S = 10.0
+Bundle = dict[str, float]
+
+
+def connect(section: ClusterSection, view: ProgressReporter, stack: ExitStack) -> None:
+    """Join the Ray cluster that the recipe names, or start one here; left, or stopped, with `stack`."""
+    quiet: dict[str, Any] = {"log_to_driver": False, "configure_logging": False, "include_dashboard": False}
+    logging.getLogger("ray").setLevel(logging.ERROR)
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # an actor of 0 GPUs sees none
+    try:
+        if section.address is None:
+            ray.init(address="local", num_cpus=_local_cores(section), object_store_memory=_LOCAL_STORE_BYTES, **quiet)
+        else:
+            quiet.pop("include_dashboard")
+            ray.init(address=section.address, **quiet)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise UserError(
+            f"cluster.address: expected a Ray cluster that answers at {section.address or 'this machine'}, got: {error}"
+        ) from None
+    stack.callback(ray.shutdown)
+    view.say(f"Ray {ray.__version__}: {len(live_nodes())} node(s), {_total('CPU'):g} cores, {_total('GPU'):g} GPUs")
+
+
+def plan(section: ClusterSection, view: ProgressReporter) -> list[str]:
+    """Where engines and ranks would be, a line a node. UserError where there is no room for all."""
+    with ExitStack() as stack:
+        if section.address is None:
+            free = {"this machine": {"CPU": float(_local_cores(section)), "GPU": float(torch.cuda.device_count())}}
+        else:
+            connect(section, view, stack)
+            free = {node["NodeManagerAddress"]: dict(node["Resources"]) for node in live_nodes()}
+    placed: dict[str, list[str]] = {name: [] for name in free}
+    if section.colocate:
+        kinds = (("engine with its ranks", shared_bundles(section)),)
+    else:
+        kinds = (("engine", engine_bundles(section)), ("rank", rank_bundles(section)))
+    for kind, bundles in kinds:
+        for number, bundle in enumerate(bundles):
+            fitting = [n for n, has in free.items() if all(has.get(k, 0.0) >= v for k, v in bundle.items())]
+            if not fitting:
+                asked = ", ".join(f"{value:g} {name}" for name, value in bundle.items())
+                raise UserError(
+                    f"cluster: expected room for {kind} {number} ({asked}) on one node, got none that has it"
+                )
+            name = (
+                min(fitting, key=lambda n: sum(one.startswith(kind) for one in placed[n]))
+                if kind == "rank"
+                else fitting[0]
+            )
+            free[name] = {k: v - bundle.get(k, 0.0) for k, v in free[name].items()}
+            placed[name].append(f"{kind} {number}")
+    return [f"{name:<20} {', '.join(its) or 'nothing'}" for name, its in placed.items()]
+
+
+def _local_cores(section: ClusterSection) -> int:
+    """Ray's count for this machine: more processes than cores are slow, but right."""
+    needed = sum(bundle["CPU"] for bundle in (*engine_bundles(section), *rank_bundles(section)))  # shared: as many
+    return max(os.cpu_count() or 1, int(needed + 0.999))
+
+
+def engine_bundles(section: ClusterSection) -> list[Bundle]:
+    """What each engine takes: one bundle, so that its devices are on one node."""
+    one = section.generation
+    return [_bundle(one.cpus_per_engine, one.gpus_per_engine)] * one.engines
+
+
+def rank_bundles(section: ClusterSection) -> list[Bundle]:
+    one = section.training
+    return [_bundle(one.cpus_per_rank, one.gpus_per_rank)] * one.ranks
+
+
+def shared_bundles(section: ClusterSection) -> list[Bundle]:
+    """What each engine takes with the ranks that have the same devices in turn."""
+    engine, rank = section.generation, section.training
+    each = rank.ranks // engine.engines
+    return [_bundle(engine.cpus_per_engine + each * rank.cpus_per_rank, engine.gpus_per_engine)] * engine.engines
+
+
+def _bundle(cpus: float, gpus: float) -> Bundle:
+    return {"CPU": cpus, **({"GPU": gpus} if gpus else {})}
+
+
+def live_nodes() -> list[dict[str, Any]]:
+    return [node for node in ray.nodes() if node["Alive"]]
+
+
+def _total(resource: str) -> float:
+    return sum(node["Resources"].get(resource, 0.0) for node in live_nodes())
+
+
+def place(bundles: list[Bundle], strategy: str, what: str, limit_s: float, stack: ExitStack) -> PlacementGroup:
+    """Room for these, once Ray has found it; given back with `stack`."""
+    for name in ("CPU", "GPU"):
+        asked = sum(bundle.get(name, 0.0) for bundle in bundles)
+        if asked > _total(name):
+            raise UserError(f"cluster: expected {asked:g} {name}s for {what}, got {_total(name):g} on Ray's nodes")
+    group = placement_group(bundles, strategy=strategy)
+    stack.callback(remove_placement_group, group)
+    if not group.wait(limit_s):
+        raise RunError(f"waited {limit_s:g} s for Ray to place {what}: the room is there, but taken")
+    return group
+
+
+def within(group: PlacementGroup, bundle: int) -> PlacementGroupSchedulingStrategy:
+    return PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=bundle)
+
+
+def node_of(group: PlacementGroup, bundle: int) -> str | None:
+    """The id of the node that a bundle is on; None where that is lost, and Ray has found no other yet."""
+    table: Any = ray.util.placement_group_table(group)
+    node = table["bundles_to_node_id"].get(bundle)
+    alive = {each["NodeID"] for each in live_nodes()}
+    return node if table["state"] == "CREATED" and node in alive else None
+
+
+def nodes_of(group: PlacementGroup, limit_s: float, what: str) -> list[str]:
+    """The ids of the nodes that all bundles are on; waits for nodes that are lost, or others with room."""
+    end = time.monotonic() + limit_s
+    while True:
+        nodes = [node_of(group, bundle) for bundle in range(group.bundle_count)]
+        if None not in nodes:
+            return cast("list[str]", nodes)
+        if time.monotonic() > end:
+            raise RunError(f"waited {limit_s:g} s for Ray to place {what} again: a node is lost, and no other has room")
+        time.sleep(_LOOK_S)
+
+
+class StoreRegistry:
+    """One depot on each node, by number; started when the node is first asked for. Counts, too, what passes through
+    this process in its place: names, lengths, verdicts, problems."""
+
+    def __init__(self) -> None:
+        self.num_bytes = 0
+        self.handles: dict[int, Any] = {}
+        self._numbers: dict[str, int] = {}
+
+    def on(self, node_id: str) -> tuple[int, Any]:
+        """Number and handle of the depot of this node."""
+        if node_id not in self._numbers:
+            number = len(self._numbers)
+            here = NodeAffinitySchedulingStrategy(node_id, soft=False)
+            # One that dies comes back empty; what it had is missed when it is fetched: training begins again.
+            options: dict[str, Any] = {"max_restarts": -1, "max_task_retries": 3}
+            self.handles[number] = (
+                ray.remote(RolloutStore).options(num_cpus=0, scheduling_strategy=here, **options).remote()
+            )
+            self._numbers[node_id] = number
+        number = self._numbers[node_id]
+        return number, self.handles[number]
+
+    def count(self, *values: Any) -> None:
+        """These are sent or were received."""
+        self.num_bytes += sum(len(pickle.dumps(value)) for value in values)
+
+    def clear(self) -> None:
+        """Forget everything: the step is done. A depot that does not answer has nothing to forget."""
+        cleared = [handle.clear.remote() for handle in self.handles.values()]
+        if cleared:  # before anything of the next step arrives
+            ray.wait(cleared, num_returns=len(cleared), timeout=_CLEAR_LIMIT_S)
+
+
+def get(refs: Any, limit_s: float, what: str) -> Any:
+    """ray.get with a limit; RunError (Lost) says what was waited for, or what broke."""
+    try:
+        return ray.get(refs, timeout=limit_s)
+    except GetTimeoutError:
+        raise Lost(f"waited {limit_s:g} s for {what}") from None
+    except RayError as error:
+        raise Lost(f"{what}: {reason(error)}") from error
+
+
+class Lost(RunError):
+    """A process of the cluster died, hangs, or broke off."""
+
+
+def reason(error: BaseException) -> str:
+    """The first line that says something."""
+    cause = getattr(error, "cause", None) or error
+    text = str(cause).strip() or type(cause).__name__
+    return f"{type(cause).__name__}: {text.splitlines()[0]}"

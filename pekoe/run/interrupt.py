@@ -1,0 +1,68 @@
+"""Stopping and timing: what every loop needs and no algorithm should see."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from pekoe.core.progress import NoProgress, ProgressReporter, phase
+
+
+class StopRequested(Exception):
+    """Ctrl-C arrived and the work in hand can be dropped without loss."""
+
+
+class Stop:
+    """Ctrl-C as a request: the loop drops what is unfinished, saves the last complete step, and ends.
+
+    While it listens, the first SIGINT or SIGTERM sets the request; the same one again interrupts at once. (At Ctrl-C
+    torchrun sends a SIGTERM after the terminal's SIGINT.)
+    """
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._heard: set[int] = set()
+
+    def check(self) -> None:
+        """Raise StopRequested if the user asked to stop. Called only where nothing is half done."""
+        if self.requested:
+            raise StopRequested
+
+    @contextmanager
+    def listening(self) -> Iterator[Stop]:
+        if threading.current_thread() is not threading.main_thread():
+            yield self  # only the main thread can hear signals
+            return
+
+        def hear(number: int, frame: object) -> None:
+            if number in self._heard:
+                raise KeyboardInterrupt
+            self._heard.add(number)
+            self.requested = True
+
+        before = {number: signal.signal(number, hear) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield self
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+class StepTimer:
+    """Seconds spent in each named phase of one step, shown to `view` where there is one."""
+
+    def __init__(self, view: ProgressReporter | None = None) -> None:
+        self.seconds: dict[str, float] = {}
+        self._view = view or NoProgress()
+
+    @contextmanager
+    def __call__(self, name: str, total: int | None = None) -> Iterator[None]:
+        start = time.perf_counter()
+        with phase(self._view, name, total):
+            try:
+                yield
+            finally:
+                self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start

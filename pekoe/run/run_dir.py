@@ -1,0 +1,292 @@
+"""A run directory: what is in it, how a step is committed to it, and how a stopped run goes on from it.
+
+    config.toml            the resolved recipe
+    journal.jsonl          events; `step` events carry all metrics
+    ledger.jsonl           what became of every prompt drawn
+    data.jsonl             problems that were read and dropped, each with the reason; absent if there are none
+    rollouts/              one compressed JSONL a step
+    checkpoints/           trainer state by torch.distributed.checkpoint, and state.json with everything else
+    model/                 the last saved version in Hugging Face format
+    discarded/             what a resumed run took back
+
+A checkpoint is written under a temporary name while training goes on, brought to disk, and renamed; it stores the byte
+offsets of journal and ledger, so that a resumed run takes back exactly what came after it.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from pathlib import Path
+from typing import IO, Any
+
+import zstandard
+
+from pekoe.config.recipes import TrainingConfig, dump_config, load_config
+from pekoe.core.errors import RunError, UserError
+from pekoe.core.io import fsync, read_compressed_lines
+from pekoe.core.journal import Journal, JsonLines, Listener
+from pekoe.data.tokenizer import Tokenizer
+from pekoe.run.rollouts import RolloutLine
+from pekoe.train import Trainer, checkpoint
+
+Progress = dict[str, Any]  # what a loop needs to go on: plain JSON values
+
+# Keys that may differ between a run and its continuation: how long it goes on, how often it saves, on what machine. How
+# the work is split (threads, processes, micro-batches) moves the last bits of sums: bits are the same with the same.
+MAY_CHANGE = {
+    "num_steps",
+    "run.threads",
+    "train.token_budget",
+    "train.activation_checkpointing",
+    "train.compile",
+    "train.save_every",
+    "train.keep_checkpoints",
+    "verify.workers",
+}
+MAY_CHANGE_BELOW = ("parallel.", "engine.server.", "cluster.", "track.")  # processes, and who looks on
+WRITE_LIMIT_S = 3600  # of one checkpoint
+
+
+class RunDir:
+    """An open run directory. Use as a context manager.
+
+    Args:
+        config: of the run; its `run.dir`.
+        listeners: hear each event of the journal.
+        leader: whether this process writes. Where several train, the others read, and write their part of checkpoints.
+        store: how a trainer's state is copied, written and loaded: `train.checkpoint`, or what stands for it where
+            trainers are elsewhere.
+    """
+
+    def __init__(
+        self,
+        config: TrainingConfig,
+        listeners: tuple[Listener, ...] = (),
+        leader: bool = True,
+        store: Any = checkpoint,
+    ) -> None:
+        self._store = store
+        self.path = Path(config.run.dir)
+        self._config, self._leader = config, leader
+        self._lock: IO[str] | None = None
+        if leader:
+            self._open()
+        self.journal = Journal(self.path / "journal.jsonl" if leader else None, listeners)
+        self.ledger = JsonLines(self.path / "ledger.jsonl" if leader else None)
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._writing: tuple[dict[str, Any], float, Future[int]] | None = None
+        self._saved: int | None = None  # the step of the last checkpoint
+
+    def __enter__(self) -> RunDir:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            if kind is None:
+                self.settle()
+        finally:
+            self._writer.shutdown()  # waits: what was begun may as well stand
+            self.journal.close()
+            self.ledger.close()
+            if self._lock is not None:
+                self._lock.close()
+
+    def _open(self) -> None:
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            probe = self.path / ".writable"
+            probe.touch()
+            probe.unlink()
+        except OSError as error:
+            raise UserError(
+                f"run.dir: expected a directory that can be written, got {self.path}: {error.strerror}"
+            ) from None
+        self._lock = (self.path / ".lock").open("w")
+        try:
+            self._claim()
+        except BaseException:
+            self._lock.close()
+            raise
+
+    def _claim(self) -> None:
+        """Take the directory for this process; write config.toml, or check that the one there is of the same run."""
+        assert self._lock is not None
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"{self.path}: another process is running here; wait for it, or choose another run.dir"
+            ) from None
+        file = self.path / "config.toml"
+        if file.exists():
+            before = _flat(load_config(file, kind=type(self._config)).model_dump())
+            now = _flat(self._config.model_dump())
+            fixed = (k for k in now if k not in MAY_CHANGE and not k.startswith(MAY_CHANGE_BELOW))
+            differ = [k for k in fixed if now[k] != before.get(k)]
+            if differ and any((self.path / "checkpoints").glob("step-*")):
+                key = differ[0]
+                raise UserError(
+                    f"{self.path}: holds a run with {key} = {before.get(key)!r}, got {now[key]!r}; "
+                    "go on with the same recipe, or choose another run.dir"
+                )
+        partial = file.with_name(".config.toml")
+        partial.write_text(dump_config(self._config), encoding="utf-8")
+        os.replace(partial, file)
+
+    def resume(self, trainer: Trainer) -> Progress | None:
+        """Go back to the newest checkpoint: load the trainer, take back what came later, return the progress.
+
+        None where there is no checkpoint: then everything found is taken back, and the run starts anew.
+        """
+        found = checkpoints(self.path)
+        progress: Progress | None = None
+        offsets = {"journal": 0, "ledger": 0}
+        if found:
+            state = json.loads((found[-1] / "state.json").read_text(encoding="utf-8"))
+            progress, offsets = state["progress"], state["offsets"]
+            self._store.load(found[-1] / "trainer", trainer)
+            self._saved = state["progress"]["step"]
+        if self._leader:
+            self._take_back(progress, offsets)
+        return progress
+
+    def _take_back(self, progress: Progress | None, offsets: Mapping[str, int]) -> None:
+        """Set aside what came after a checkpoint."""
+        step = progress["step"] if progress else 0
+        taken = self.journal.cut(offsets["journal"], self.path / "discarded" / "journal.jsonl")
+        taken += self.ledger.cut(offsets["ledger"], self.path / "discarded" / "ledger.jsonl")
+        for file in sorted((self.path / "rollouts").glob("step-*.jsonl.zst")):
+            if int(file.name[5:11]) > step:
+                taken += file.stat().st_size
+                _set_aside(file, self.path / "discarded")
+        for partial in (self.path / "checkpoints").glob(".partial-*"):
+            shutil.rmtree(partial)
+        if progress or taken:
+            self.journal.write("resumed", step=step, discarded_bytes=taken)
+
+    def save(self, trainer: Trainer, progress: Progress, keep: int) -> None:
+        """Begin a checkpoint of `progress["step"]`, with the model directory; then remove checkpoints beyond `keep`.
+
+        Returns as soon as the trainer's state is copied: it is written while training goes on. One at a time: waits
+        for the one before. What becomes of it, `settle` says.
+        """
+        self.settle()
+        if self._saved == progress["step"]:
+            return
+        start = time.perf_counter()
+        offsets = {"journal": self.journal.sync(), "ledger": self.ledger.sync()}
+        state = self._store.snapshot(trainer)
+        future = self._writer.submit(self._write, trainer, state, progress, offsets, keep)
+        stall = time.perf_counter() - start
+        self._writing = {"step": progress["step"], "stall_s": round(stall, 4)}, start, future
+
+    def settle(self, wait: bool = True) -> None:
+        """Journal the checkpoint that is being written, once it stands.
+
+        Raises RunError where it could not be written. Without `wait`, nothing happens while it is being written.
+        """
+        if self._writing is None:
+            return
+        said, start, future = self._writing
+        if not wait and not future.done():
+            return
+        self._writing = None
+        try:
+            size = future.result(WRITE_LIMIT_S)
+        except OSError as error:
+            kept = checkpoints(self.path)
+            late = isinstance(error, TimeoutError) and not future.done()
+            raise RunError(
+                f"checkpoint of step {said['step']}: {f'not written within {WRITE_LIMIT_S} s' if late else error}; "
+                f"{f'that of step {int(kept[-1].name[5:])} stands' if kept else 'there is none before it'}. "
+                f"With the cause removed, the same command goes on from there"
+            ) from None
+        self._saved = said["step"]
+        self.journal.write("checkpoint", **said, seconds=round(time.perf_counter() - start, 4), bytes=size)
+
+    def forget_writing(self) -> None:
+        """Wait for a checkpoint whose trainer is lost; whether it stands or not, it is not ours to tell."""
+        if self._writing is not None:
+            wait([self._writing[2]], WRITE_LIMIT_S)
+        self._writing = None
+
+    def _write(self, trainer: Trainer, state: Any, progress: Progress, offsets: Mapping[str, int], keep: int) -> int:
+        """Write a checkpoint and return its size in bytes. In a thread of its own: touches nothing that changes."""
+        target = self.path / "checkpoints" / f"step-{progress['step']:06d}"
+        partial = target.with_name(f".partial-{target.name}")
+        try:
+            self._store.write(state, partial / "trainer", trainer.group)
+            if not self._leader:
+                return 0
+            text = json.dumps({"progress": progress, "offsets": offsets}, indent=1)
+            (partial / "state.json").write_text(text, encoding="utf-8")
+            size = _to_disk(partial)
+            # The model first: where a checkpoint stands, its model does too. Killed in between, the step is done again.
+            self._store.export(state, self.path / "model", trainer)
+            os.replace(partial, target)
+            fsync(target.parent)
+        except OSError:
+            shutil.rmtree(partial, ignore_errors=True)  # its room may be what is lacking
+            raise
+        for old in checkpoints(self.path)[:-keep]:
+            doomed = old.with_name(f".partial-{old.name}")  # under its own name it would pass for whole
+            os.replace(old, doomed)
+            shutil.rmtree(doomed)
+        return size
+
+    def write_rollouts(self, step: int, lines: Iterable[RolloutLine], tokenizer: Tokenizer) -> None:
+        """Write a step's rollouts, compressed."""
+        write_lines(
+            self.path / "rollouts" / f"step-{step:06d}.jsonl.zst",
+            (line.complete(line.payload.resolve(), tokenizer) for line in lines),
+        )
+
+
+def write_lines(file: Path, lines: Iterable[Mapping[str, Any]]) -> None:
+    """Write compressed JSON lines."""
+    file.parent.mkdir(exist_ok=True)
+    text = "".join(json.dumps(line, separators=(",", ":")) + "\n" for line in lines)
+    file.write_bytes(zstandard.ZstdCompressor(level=3).compress(text.encode()))
+
+
+def checkpoints(run_dir: Path) -> list[Path]:
+    """The checkpoints of a run, oldest first."""
+    return sorted((run_dir / "checkpoints").glob("step-*"))
+
+
+def read_rollouts(run_dir: Path, step: int) -> list[dict[str, Any]]:
+    """The lines of a step, group by group; empty where there is no file. (On a cluster each node writes its own.)"""
+    lines: list[dict[str, Any]] = []
+    for file in sorted((run_dir / "rollouts").glob(f"step-{step:06d}.*")):
+        lines += read_compressed_lines(file)
+    return sorted(lines, key=lambda line: (line["group"], line["sample"]))
+
+
+def _set_aside(file: Path, folder: Path) -> None:
+    """Move a file to `folder` under a name that is free there: a step may be taken back more than once."""
+    folder.mkdir(exist_ok=True)
+    number = 0
+    while (target := folder / (f"{file.name}.{number}" if number else file.name)).exists():
+        number += 1
+    os.replace(file, target)
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
+    return flat
+
+
+def _to_disk(folder: Path) -> int:
+    """Sync all files below a folder; returns their bytes."""
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    for path in (*files, folder):
+        fsync(path)
+    return sum(path.stat().st_size for path in files)

@@ -1,0 +1,170 @@
+"""ProblemResult responses to problems, kept as they come: what `eval` and `curate` resume from and count.
+
+The file has a first line that says what decided its content, then a line for each problem, in the order in which they
+were finished. A resumed command samples what is not there; in the embedded engine a response depends on nothing but its
+own keys (I8), so the file holds the same in the end.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from pekoe.config.recipes import CurateConfig, EvalConfig
+from pekoe.core.errors import UserError
+from pekoe.core.journal import JsonLines, read_lines
+from pekoe.core.types import Group, Label, Problem, SamplingParams, Verdict
+from pekoe.run.interrupt import StepTimer
+from pekoe.run.rollouts import Sampler, check_faults
+
+SYNC_EVERY, CHUNK = 16, 1024  # problems
+NUM_EXAMPLES = 8
+
+
+@dataclass(frozen=True, slots=True)
+class ProblemResult:
+    """What became of the n responses to one problem; lists are by sample index."""
+
+    uid: str
+    labels: list[Label]
+    answers: list[str | None]  # what the judge found in each
+    tokens: list[int]
+    reasons: list[str]  # why each ended
+    content: str = ""  # a digest of the problem: a uid may come to name another one
+
+    @classmethod
+    def of(cls, group: Group, verdicts: Sequence[Verdict]) -> ProblemResult:
+        return cls(
+            uid=group.problem.uid,
+            labels=[verdict.label for verdict in verdicts],
+            answers=[verdict.extracted for verdict in verdicts],
+            tokens=[rollout.num_tokens for rollout in group.rollouts],
+            reasons=[rollout.finish_reason for rollout in group.rollouts],
+            content=digest(group.problem),
+        )
+
+    @property
+    def num_judged(self) -> int:
+        return len(self.labels) - self.labels.count("fault")
+
+    @property
+    def num_correct(self) -> int:
+        return self.labels.count("correct")
+
+    @property
+    def pass_rate(self) -> float | None:
+        """The share of correct responses, FAULT left out; None where nothing else is left."""
+        return self.num_correct / self.num_judged if self.num_judged else None
+
+
+def digest(problem: Problem) -> str:
+    text = json.dumps([problem.messages, problem.gold, problem.kind], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def decided_by(config: CurateConfig | EvalConfig) -> dict[str, Any]:
+    """What decides the responses to a problem, and their verdicts, beside the command's own section."""
+    files = [p for pattern in ("*.safetensors", "*.json") for p in sorted(Path(config.model.path).glob(pattern))]
+    weights = hashlib.sha256()  # a path may come to name another model: that of a run that went on
+    for path in files:
+        with path.open("rb") as file:
+            weights.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
+    return {
+        "model.path": config.model.path,
+        "model.weights": weights.hexdigest()[:16],
+        "model.dtype": config.model.dtype,
+        "engine.backend": config.engine.backend,
+        "model.template": config.model.template.model_dump(),
+        "verify.random": config.verify.random,
+        "verify.unboxed": config.verify.unboxed,
+        "run.seed": config.run.seed,
+    }
+
+
+class ResumableSamples:
+    """`path` None keeps nothing. Raises UserError where the file there was made by another recipe, is in use by another
+    process, or cannot be written."""
+
+    def __init__(self, path: Path | None, about: dict[str, Any]) -> None:
+        self._about = json.loads(json.dumps(about))
+        self.done: dict[str, ProblemResult] = {}
+        self.groups: list[tuple[Group, list[Verdict]]] = []  # the first that were sampled here, for examples
+        self._lock: IO[bytes] | None = None
+        try:
+            self._lines = JsonLines(path)
+        except OSError as error:
+            raise UserError(f"out: expected a directory that can be written, got {path}: {error.strerror}") from None
+        if path is not None:
+            self._lock = path.open("rb")  # let go when closed
+            try:
+                self._claim(path, self._lock)
+            except BaseException:
+                self.close()
+                raise
+        if path is not None and not path.stat().st_size:
+            self._lines.append({"about": self._about})
+
+    def _claim(self, path: Path, lock: IO[bytes]) -> None:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{path}: another process is sampling here; wait for it, or name another out") from None
+        self._read(path)
+
+    def _read(self, path: Path) -> None:
+        whole = path.read_bytes()
+        path_end = whole.rfind(b"\n") + 1
+        if path_end < len(whole):  # a torn last line
+            with path.open("rb+") as file:
+                file.truncate(path_end)
+        lines = list(read_lines(path))
+        if not lines:
+            return
+        before = lines[0].get("about", {})
+        for key in sorted(self._about.keys() | before.keys()):
+            if before.get(key) != self._about.get(key):
+                raise UserError(
+                    f"{path}: expected responses sampled with {key} = {self._about.get(key)!r}, got "
+                    f"{before.get(key)!r}; name another directory, or remove this one"
+                )
+        rows = [ProblemResult(**line) for line in lines[1:]]
+        # A fault is ours: with its cause removed, the same responses are judged again.
+        self.done = {row.uid: row for row in rows if "fault" not in row.labels}
+
+    def sample(
+        self,
+        sampler: Sampler,
+        problems: Sequence[Problem],
+        params: SamplingParams,
+        clock: StepTimer,
+        max_fault_rate: float,
+    ) -> list[ProblemResult]:
+        """Sample and judge what is missing. Returns all of it, in the problems' order. RunError as `check_faults`."""
+        contents = {uid: row.content for uid, row in self.done.items()}
+        missing = [(problem, 0) for problem in problems if contents.get(problem.uid) != digest(problem)]
+
+        def keep(group: Group, verdicts: list[Verdict]) -> None:
+            self.done[group.problem.uid] = judged = ProblemResult.of(group, verdicts)
+            self._lines.append(asdict(judged))
+            if len(self.done) % SYNC_EVERY == 0:
+                self._lines.sync()
+
+        try:
+            for start in range(0, len(missing), CHUNK):  # tokens and log-probs of all of them may not fit in memory
+                groups = sampler(missing[start : start + CHUNK], params, clock, keep)
+                self.groups = self.groups or groups[:NUM_EXAMPLES]
+        finally:
+            self._lines.sync()
+        rows = [self.done[problem.uid] for problem in problems]
+        check_faults((Verdict(label, None, f"see {row.uid}") for row in rows for label in row.labels), max_fault_rate)
+        return rows
+
+    def close(self) -> None:
+        self._lines.close()
+        if self._lock is not None:
+            self._lock.close()

@@ -1,0 +1,130 @@
+"""What a training step will take of a process's memory.
+
+Found by the trainer's own code on fake tensors, which have sizes and no numbers, under torch's memory tracker: of
+models of one and of two layers, as what more layers and tokens take is linear in both.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed._tools.mem_tracker import MemTracker
+from torch.nn import functional as F
+
+from pekoe.config.recipes import OptimSection
+from pekoe.core.spec import ModelSpec
+from pekoe.model import Decoder, PackedAttention
+from pekoe.model.attention import Attention
+from pekoe.train.context_parallel import Part
+from pekoe.train.trainer import Trainer
+
+_FLOAT = 4  # bytes of a weight, a gradient, each of Adam's moments
+
+
+@dataclass(frozen=True, slots=True)
+class StepMemory:
+    """Bytes of one process at the peak of a training step."""
+
+    weights: int
+    gradients: int
+    moments: int
+    gathered: int
+    """Weights and gradients that FSDP has whole for a while: those of two layers, of embeddings and head."""
+    fixed: int
+    """Of the forward and backward, whatever the micro-batch: chunks of logits, low-precision copies of weights."""
+    per_token: float
+    """Of the forward and backward, for each token of a micro-batch."""
+    token_budget: int
+
+    @property
+    def activations(self) -> int:
+        return self.fixed + round(self.per_token * self.token_budget)
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.gradients + self.moments + self.gathered + self.activations
+
+    def largest_budget(self, available: int) -> int:
+        """The most tokens a micro-batch may have within `available` bytes; 0 where none fit."""
+        return max(0, int((available - self.total + self.activations - self.fixed) / self.per_token))
+
+
+def predict(
+    spec: ModelSpec,
+    token_budget: int,
+    longest: int,
+    compute_dtype: torch.dtype = torch.float32,
+    activation_checkpointing: bool = False,
+    device: str = "cpu",
+    tp: int = 1,
+    shards: int = 1,
+) -> StepMemory:
+    """The memory of an optimizer step of several micro-batches.
+
+    Args:
+        longest: tokens of the longest sequence.
+        device: "cpu" or "cuda", as attention differs; nothing needs to be there.
+        tp, shards: processes that split each layer, and that share what is left of the weights.
+    """
+    own = replace(
+        spec,
+        num_heads=spec.num_heads // tp,
+        num_kv_heads=spec.num_kv_heads // tp,
+        intermediate_size=spec.intermediate_size // tp,
+    )
+    tokens = (max(2, token_budget // 4), max(3, token_budget))
+    found = [
+        [
+            _working(own, layers, count, longest, compute_dtype, activation_checkpointing, device == "cuda")
+            for layers in (1, 2)
+        ]
+        for count in tokens
+    ]
+    less, full = (one + (spec.num_layers - 1) * (two - one) for one, two in found)
+    per_token = (full - less) / (tokens[1] - tokens[0])
+    held = own.num_parameters * _FLOAT
+    gathered = 0
+    if shards > 1:
+        whole = own.num_parameters - (own.num_layers - min(2, own.num_layers)) * own.num_layer_parameters
+        gathered = 2 * whole * _FLOAT
+    return StepMemory(
+        weights=held // shards,
+        gradients=held // shards,
+        moments=2 * held // shards,
+        gathered=gathered,
+        fixed=round(full - per_token * tokens[1]),
+        per_token=per_token,
+        token_budget=token_budget,
+    )
+
+
+def _working(
+    spec: ModelSpec, layers: int, tokens: int, longest: int, dtype: torch.dtype, checkpointing: bool, cuda: bool
+) -> int:
+    """PeakMemory bytes of forward and backward beside weights, gradients and moments, with so many layers."""
+    attention: Attention = _flash
+    if not cuda or dtype == torch.float32:
+        attention = PackedAttention([*range(0, tokens, longest), tokens])
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model = Decoder(replace(spec, num_layers=layers))
+        trainer = Trainer(model, OptimSection(), tokens, 1, compute_dtype=dtype, activation_checkpointing=checkpointing)
+        numbers = torch.arange(tokens)
+        part = Part(numbers, numbers, attention, numbers[:-1], numbers[1:], num_targets=tokens - 1)
+        tracker = MemTracker()
+        tracker.track_external(model, trainer.optimizer)
+        with tracker:
+            for parameter in model.parameters():
+                parameter.grad = torch.zeros_like(parameter)  # of the micro-batches before
+            trainer.forward(part)[0].sum().backward()
+        peak = sum(kinds["Total"] for kinds in tracker.get_tracker_snapshot("peak").values())
+        state = 4 * sum(p.numel() * p.element_size() for p in model.parameters())
+    return peak - state
+
+
+def _flash(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Stands in for torch's variable-length kernel on a GPU: keeps what that keeps, and pads nothing."""
+    q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)[0].transpose(0, 1)

@@ -1,0 +1,58 @@
+"""A cluster on this machine: Ray with some more cores than there are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pekoe.config import RLConfig, load_config
+from pekoe.core.journal import read_lines
+from pekoe.core.progress import NoProgress
+from pekoe.ray import run_cluster
+from pekoe.run.interrupt import Stop
+
+Say = Callable[[str], None]
+
+
+class Ears(NoProgress):
+    """Keeps what is said."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    def say(self, text: str) -> None:
+        self.said.append(text)
+
+
+@pytest.fixture
+def cluster(recipe: dict[str, Any]) -> Callable[..., RLConfig]:
+    """`cluster(*overrides)` gives a config of two engines and two ranks."""
+
+    def make(*overrides: str) -> RLConfig:
+        section = {"generation": {"engines": 2}, "training": {"ranks": 2}, "silence_limit_s": 20}
+        return load_config(recipe | {"cluster": section}, ("run.threads=1", *overrides))
+
+    return make
+
+
+@pytest.fixture
+def run() -> Callable[[RLConfig], list[str]]:
+    """Runs a config to its end; returns what was said."""
+
+    def go(config: RLConfig) -> list[str]:
+        ears = Ears()
+        run_cluster(config, ears, Stop())
+        return ears.said
+
+    return go
+
+
+def events(config: RLConfig, kind: str) -> list[dict[str, Any]]:
+    return [e for e in read_lines(Path(config.run.dir) / "journal.jsonl") if e["event"] == kind]
+
+
+def ledger(config: RLConfig) -> list[tuple[str, int]]:
+    return [(line["uid"], line["draw"]) for line in read_lines(Path(config.run.dir) / "ledger.jsonl")]
