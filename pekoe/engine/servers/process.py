@@ -19,7 +19,7 @@ from pathlib import Path
 
 from pekoe.core.errors import RunError, UserError
 
-_KEEPER = Path(__file__).with_name("keeper.py")
+_KEEPER = Path(__file__).with_name("process_guard.py")
 _TAIL_BYTES = 16_384
 _OTHER_FILES = 256  # open at the same time as connections to servers
 
