@@ -1,6 +1,7 @@
-"""The nouns of Pekoe, in the order in which they are made. Each arrow of the flow makes a new one.
+"""The types of Pekoe, in the order in which they are made. Each arrow of the flow makes a new value.
 
-Problem -> Prompt -> Rollout -> Group -> Verdict -> reward -> advantage -> Sample (-> MicroBatch, in `algo.packing`)
+Draw of a Problem -> Request -> Completion -> Trajectory -> Verdict -> reward -> advantage -> Sample -> MicroBatch (in
+`algo.packing`)
 
 Shapes: [P] prompt tokens, [R] response tokens, [L] = [P + R] one whole sequence.
 Arrays are numpy (host memory), so that nothing on this floor needs torch.
@@ -35,12 +36,14 @@ class Problem:
 
 
 @dataclass(frozen=True, slots=True)
-class Prompt:
-    """The tokens of one problem, ready to be sampled from. `draw` counts how often the problem was drawn before."""
+class Draw:
+    """A problem drawn for sampling. `number` counts how often it was drawn before.
 
-    uid: str
-    draw: int
-    tokens: IntArray  # [P]
+    Example: Draw(Problem("gsm8k/17", ...), 0) in the first epoch.
+    """
+
+    problem: Problem
+    number: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,53 +85,117 @@ class SamplingParams:
 
 
 @dataclass(frozen=True, slots=True)
-class Payload:
-    """The heavy part of a rollout. The stop token, where there is one, is the last of `tokens`."""
+class Request:
+    """Asks an engine for one response.
 
-    prompt_tokens: IntArray  # [P]
-    tokens: IntArray  # [R]
-    logprobs: FloatArray  # [R] of each sampled token, at the sampling temperature
-
-    def resolve(self) -> Payload:
-        return self
-
-
-class PayloadRef(Protocol):
-    """Where a payload lies. `resolve` brings it here; only a room that needs tokens calls it."""
-
-    def resolve(self) -> Payload: ...
-
-
-@dataclass(frozen=True, slots=True)
-class Rollout:
-    """One sampled response. `versions` lists (policy version, index of the first response token sampled under it)."""
+    Example: Request("gsm8k/17", 0, 3, array([1, 734, 29]), params) is the fourth response to the first draw of a
+    problem. Requests of one group that are submitted together should share one `tokens` array.
+    """
 
     uid: str
     draw: int
-    sample_index: int
-    num_prompt_tokens: int
-    num_tokens: int
-    finish_reason: FinishReason
-    versions: tuple[tuple[int, int], ...]
-    payload: PayloadRef
+    sample: int  # index in the group
+    tokens: IntArray  # [P] the context that the response continues
+    params: SamplingParams  # of this response; `params.n` says nothing here
+    priority: int = 0  # among requests that wait, higher ones are sampled first
 
 
 @dataclass(frozen=True, slots=True)
-class Group:
-    """The n rollouts of one draw of one problem, ordered by sample index."""
+class Record:
+    """The tokens of a trajectory, laid out once, where they were sampled. Shapes [L].
 
-    problem: Problem
+    Example: a prompt of 3 tokens and a response of 2: tokens [5, 6, 7, 8, 2], loss_mask [F, F, F, T, T],
+    logprobs [0, 0, 0, -0.7, -0.1]. The stop token, where there is one, is the last.
+    """
+
+    tokens: IntArray
+    loss_mask: BoolArray  # true where an engine sampled the token
+    logprobs: FloatArray  # of each sampled token, at the sampling temperature; 0 elsewhere
+
+    @classmethod
+    def of(cls, prompt: IntArray, response: IntArray, logprobs: FloatArray) -> Record:
+        """Lay a prompt [P] and a response [R] with its log-probs [R] end to end."""
+        mask = np.arange(len(prompt) + len(response)) >= len(prompt)
+        placed = np.zeros(len(mask), np.float32)
+        placed[mask] = logprobs
+        return cls(np.concatenate([prompt, response]), mask, placed)
+
+    def resolve(self) -> Record:
+        return self
+
+
+class Handle(Protocol):
+    """Refers to a record, which may be in another process. Only who needs tokens resolves it."""
+
+    def resolve(self) -> Record: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """One response. `versions` lists (policy version, index of the first response token sampled under it).
+
+    Example: 40 tokens, of which the weights were updated from version 7 to 8 before the 25th:
+    Completion(40, "stop", ((7, 0), (8, 24)), record).
+    """
+
+    num_tokens: int
+    finish: FinishReason
+    versions: tuple[tuple[int, int], ...]
+    handle: Handle
+    num_cached_tokens: int = 0  # of the context, found in a prefix cache
+
+    @property
+    def tokens(self) -> IntArray:
+        """[R]"""
+        record = self.handle.resolve()
+        return record.tokens[record.loss_mask]
+
+    @property
+    def logprobs(self) -> FloatArray:
+        """[R] of each sampled token, at the sampling temperature."""
+        record = self.handle.resolve()
+        return record.logprobs[record.loss_mask]
+
+
+@dataclass(frozen=True, slots=True)
+class Trajectory:
+    """One attempt at a problem, as the loop knows it: lengths, and where the tokens are.
+
+    Example: Trajectory("gsm8k/17", 0, 3, num_prompt_tokens=12, num_tokens=40, "stop", ((7, 0),), record).
+    """
+
+    uid: str
     draw: int
-    rollouts: tuple[Rollout, ...]
+    sample: int  # index in the group
+    num_prompt_tokens: int
+    num_tokens: int  # of the response
+    finish: FinishReason
+    versions: tuple[tuple[int, int], ...]
+    handle: Handle
+
+    @classmethod
+    def of(cls, request: Request, completion: Completion) -> Trajectory:
+        place = request.uid, request.draw, request.sample, len(request.tokens)
+        return cls(*place, completion.num_tokens, completion.finish, completion.versions, completion.handle)
 
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What a judge says of one response. `why` explains everything but a plain CORRECT or WRONG."""
+    """What a judge says of one trajectory. `why` explains everything but a plain CORRECT or WRONG."""
 
     label: Label
     extracted: str | None = None
     why: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class JudgedGroup:
+    """The n trajectories of one draw of a problem, ordered by sample index, each with its verdict."""
+
+    problem: Problem
+    draw: int
+    trajectories: tuple[Trajectory, ...]
+    verdicts: tuple[Verdict, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,40 +222,39 @@ class Sample:
         return self
 
 
-class LogprobsRef(Protocol):
-    """Where log-probs [L] lie."""
+class LogprobsHandle(Protocol):
+    """Refers to log-probs [L], which may be in another process."""
 
     def resolve(self) -> FloatArray: ...
 
 
 @dataclass(frozen=True, slots=True)
 class SampleRef:
-    """A sample as the loop knows it: lengths, advantage, where the tokens lie. Only who trains on it resolves it."""
+    """A sample as the loop knows it: lengths, advantage, where the tokens are. Only who trains on it resolves it.
 
-    num_prompt_tokens: int
+    Example: SampleRef(num_tokens=52, num_targets=40, record, advantage=0.8, group=5, index=3).
+    """
+
+    num_tokens: int  # [L] of the whole sequence
     num_targets: int
-    payload: PayloadRef
-    advantage: float
+    handle: Handle
+    advantage: float  # of every trained token
     group: int
-    index: int  # of the rollout in its group
-    proximal_logprobs: FloatArray | LogprobsRef | None = None
-    reference_logprobs: FloatArray | LogprobsRef | None = None
+    index: int  # of the trajectory in its group
+    proximal_logprobs: FloatArray | LogprobsHandle | None = None
+    reference_logprobs: FloatArray | LogprobsHandle | None = None
 
     def __len__(self) -> int:
-        return self.num_prompt_tokens + self.num_targets
+        return self.num_tokens
 
     def resolve(self) -> Sample:
-        """Lay prompt and response end to end; only response tokens are trained on."""
-        payload = self.payload.resolve()
-        mask = np.arange(len(self)) >= self.num_prompt_tokens
-        behaviour, weights = np.zeros(len(self), np.float32), np.zeros(len(self), np.float32)
-        behaviour[mask], weights[mask] = payload.logprobs, self.advantage
-        tokens = np.concatenate([payload.prompt_tokens, payload.tokens])
+        record = self.handle.resolve()
+        advantages = np.where(record.loss_mask, np.float32(self.advantage), np.float32(0))
         proximal, reference = (
-            at if at is None or isinstance(at, np.ndarray) else at.resolve()
-            for at in (self.proximal_logprobs, self.reference_logprobs)
+            value if value is None or isinstance(value, np.ndarray) else value.resolve()
+            for value in (self.proximal_logprobs, self.reference_logprobs)
         )
-        return Sample(tokens, mask, behaviour, weights, self.group, proximal, reference)
+        return Sample(record.tokens, record.loss_mask, record.logprobs, advantages, self.group, proximal, reference)
 
 
 AnySample = Sample | SampleRef

@@ -1,23 +1,61 @@
-"""The protocol of every engine, embedded or a server."""
+"""The protocol of every engine: in this process, behind HTTP, or in a Ray actor. A request is the unit."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
-from pekoe.core.errors import UserError
-from pekoe.core.types import Prompt, Rollout, SamplingParams
+import numpy as np
+
+from pekoe.core.errors import RunError, UserError
+from pekoe.core.types import Completion, Request, SamplingParams
 from pekoe.model import Decoder
 
-WeightSource = Decoder | Path
-"""Weights to sample from: a model in this process, or a Hugging Face directory that the engine can read."""
+EngineKind = Literal["embedded", "sglang", "vllm"]
+Checksums = Mapping[str, str | int]
+"""Of each parameter, by its name. Equal ones mean equal parameters."""
+
+
+@dataclass(frozen=True, slots=True)
+class BroadcastGroup:
+    """A torch.distributed group for weights: the trainer is rank 0, engines' workers are 1 to world_size - 1."""
+
+    name: str  # a new one for each group: a broken group's may still be taken
+    host: str  # where rank 0 listens
+    port: int
+    world_size: int
+    backend: Literal["gloo", "nccl"]
+    limit_s: float
+    first_rank: int = 1  # of the engine that is told; it has the ranks up to first_rank + num_workers - 1
+
+
+@dataclass(frozen=True, slots=True)
+class Broadcast:
+    """Weights that rank 0 of a group sends while `update_weights` runs, in buckets of at most `bucket_bytes`.
+
+    An engine that is not in `group` yet joins it first, and leaves the one before. Buckets are those of
+    `weights.buckets` over the model's parameters: an engine in this process takes them in float32; a server takes them
+    tensor by tensor in its own dtype.
+    """
+
+    group: BroadcastGroup
+    bucket_bytes: int
+
+
+WeightSource = Decoder | Path | Broadcast
+"""Weights to sample from: a model in this process, a Hugging Face directory, or a broadcast."""
+
+
+class EngineLost(RunError):
+    """The engine died, hangs, or gives answers that cannot be used. What it was asked may be asked of another one."""
 
 
 @dataclass(frozen=True, slots=True)
 class EngineStats:
-    """Counters since the engine was made."""
+    """Counters since the engine was made. Engines behind HTTP know some of them only."""
 
     num_prefill_tokens: int = 0  # context tokens computed
     num_cached_tokens: int = 0  # context tokens found in the prefix cache instead
@@ -25,52 +63,49 @@ class EngineStats:
     num_decode_tokens: int = 0  # response tokens sampled
     num_forwards: int = 0
     num_preemptions: int = 0
+    busy_s: float = 0.0  # seconds in which at least one request was unfinished
 
-    def plus(self, **more: int) -> EngineStats:
+    def plus(self, **more: float) -> EngineStats:
         return replace(self, **{name: getattr(self, name) + number for name, number in more.items()})
 
 
-def validate(prompts: list[Prompt], params: SamplingParams, vocab_size: int, limit: int, limit_name: str) -> None:
+def validate(requests: Iterable[Request], vocab_size: int, limit: int, limit_name: str) -> None:
     """UserError for what no engine can sample: empty prompts, unknown tokens, sequences above `limit` tokens.
 
     `limit_name` says where the limit comes from.
     """
-    for token in params.stop_token_ids:
-        if not 0 <= token < vocab_size:
-            raise UserError(f"stop token: expected an id in [0, {vocab_size}), got {token}")
-    for prompt in prompts:
-        size = len(prompt.tokens)
+    for request in requests:
+        params, size = request.params, len(request.tokens)
+        for token in params.stop_token_ids:
+            if not 0 <= token < vocab_size:
+                raise UserError(f"stop token: expected an id in [0, {vocab_size}), got {token}")
         if not size:
-            raise UserError(f"prompt {prompt.uid}: expected at least one token, got none")
+            raise UserError(f"prompt {request.uid}: expected at least one token, got none")
         if size + params.max_new_tokens > limit:
             raise UserError(
-                f"prompt {prompt.uid}: expected at most {limit} tokens with its response ({limit_name}), got "
+                f"prompt {request.uid}: expected at most {limit} tokens with its response ({limit_name}), got "
                 f"{size} + {params.max_new_tokens} new; most new tokens that fit: {max(0, limit - size)}"
             )
-        low, high = int(prompt.tokens.min()), int(prompt.tokens.max())
+        low, high = int(request.tokens.min()), int(request.tokens.max())
         if low < 0 or high >= vocab_size:
             bad = low if low < 0 else high
-            raise UserError(f"prompt {prompt.uid}: expected token ids in [0, {vocab_size}), got {bad}")
+            raise UserError(f"prompt {request.uid}: expected token ids in [0, {vocab_size}), got {bad}")
 
 
-class Generator(Protocol):
-    """Samples responses to prompts, at a known version of the weights."""
+def requests_of(uid: str, draw: int, tokens: Sequence[int], params: SamplingParams, priority: int = 0) -> list[Request]:
+    """The `params.n` requests of one group, which share their tokens."""
+    array = np.asarray(tokens, np.int64)
+    return [Request(uid, draw, sample, array, params, priority) for sample in range(params.n)]
+
+
+class Engine(Protocol):
+    """Samples responses, at a known version of the weights. All methods may be called from any thread."""
+
+    kind: EngineKind
 
     @property
     def version(self) -> int:
         """The policy version of the weights now sampling."""
-        ...
-
-    def generate(self, prompts: list[Prompt], params: SamplingParams) -> Iterator[Rollout]:
-        """Sample `params.n` responses to each prompt; yield each as it finishes, in any order.
-
-        Wrong input (an empty prompt, an unknown token, a sequence longer than the context) raises UserError at the
-        call, before anything is sampled. Closing the iterator early aborts what is unfinished.
-        """
-        ...
-
-    def abort(self, uids: Iterable[str] | None = None) -> None:
-        """End unfinished responses of these problems (None: of all); they are yielded with reason `abort`."""
         ...
 
     @property
@@ -78,38 +113,74 @@ class Generator(Protocol):
         """The longest prompt with response that fits."""
         ...
 
-    def update_weights(self, source: WeightSource, version: int) -> None:
-        """Sample from other weights from now on. Flushes every cached KV (I4).
+    @property
+    def max_requests(self) -> int | None:
+        """How many unfinished requests it should have at most, where others could take more. None: any number."""
+        ...
 
-        Responses in flight go on under the new version, their KV recomputed, their `versions` telling where.
-        RunError where the weights cannot be taken or the engine does not hold the version afterwards.
+    @property
+    def num_workers(self) -> int:
+        """Processes of it that join a broadcast group."""
+        ...
+
+    def check(self, params: SamplingParams) -> None:
+        """UserError for sampling that this engine cannot do."""
+        ...
+
+    def submit(self, requests: Sequence[Request]) -> list[Future[Completion]]:
+        """Begin to sample one response to each request; at any time, also while others run and during an update.
+
+        Requests of one call are scheduled together. Wrong requests (an empty prompt, an unknown token, a sequence
+        longer than the context) raise UserError at the call, and nothing of it is sampled. Each future ends with a
+        completion (one with `finish = "abort"` where `abort` ended it), or an error: EngineLost where another engine
+        may be asked, RunError where the run must stop.
         """
         ...
 
-    def holds(self, model: Decoder) -> bool | None:
-        """Whether it samples from exactly `model`'s parameters, by a comparison or checksum over every bit of them.
-        None: it cannot tell. Says nothing of KV."""
+    def abort(self, uids: Iterable[str] | None = None) -> None:
+        """End unfinished requests of these uids (None: all); their completions have `finish = "abort"`."""
         ...
 
-    def pause(self) -> None:
-        """Stop sampling until `resume`; what is in flight stays."""
+    def update_weights(self, source: WeightSource, version: int) -> None:
+        """Sample from other weights from now on; returns when it does. Flushes every cached KV (I4).
+
+        Requests in flight go on under the new version, their KV recomputed, their `versions` telling where. RunError
+        where the weights cannot be taken; EngineLost where the engine died.
+        """
         ...
 
-    def resume(self) -> None: ...
-
-    def release(self) -> None:
-        """Give back the memory of KV, and of weights that are the engine's own, where a trainer's turn on the same
-        device has come. Nothing may be in flight."""
+    def flush_cache(self) -> None:
+        """Forget cached KV that no running request uses."""
         ...
 
-    def restore(self) -> None:
+    def checksums(self) -> Checksums | None:
+        """Of every parameter that it samples from, over all bits. None: it cannot tell."""
+        ...
+
+    def offload(self) -> None:
+        """Give back the memory of KV and weights to a trainer on the same device. Nothing may be in flight."""
+        ...
+
+    def onload(self) -> None:
         """Take that memory again. An update of the weights must follow before anything is sampled."""
         ...
 
-    def health(self) -> bool: ...
+    def health(self) -> bool:
+        """Whether it answers. May take some seconds."""
+        ...
 
     def stats(self) -> EngineStats: ...
 
     def close(self) -> None:
-        """Free everything. Safe to call twice."""
+        """Free everything; unfinished futures end with RunError. Safe to call twice."""
         ...
+
+    def generate(self, prompts: Sequence[Sequence[int]], params: SamplingParams) -> list[list[Completion]]:
+        """Sample `params.n` responses to each prompt, and wait for all; in the prompts' order.
+
+        A convenience over `submit`: prompt i has the uid "prompt-i" and draw 0.
+        """
+        groups = [requests_of(f"prompt-{i}", 0, tokens, params) for i, tokens in enumerate(prompts)]
+        futures = self.submit([request for group in groups for request in group])
+        completions = iter([future.result() for future in futures])
+        return [[next(completions) for _ in group] for group in groups]

@@ -1,0 +1,174 @@
+"""The protocols of the loop. `run/rl.py` knows these; one process, a cluster and a simulator implement them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from pekoe.core.types import AnySample, Draw, FloatArray, JudgedGroup, LogprobsHandle, Record, SamplingParams
+
+Counters = Mapping[str, float]
+"""What a part has counted since it was made. Counters only grow; the journal takes differences."""
+
+Route = Literal["alias", "copy", "shm", "disk", "broadcast"]
+"""How weights reach engines. alias: the engine samples from the trainer's own parameters."""
+ChecksumResult = Literal["equal", "unknown", "skipped"]
+"""unknown: an engine cannot give a true checksum. skipped: not due."""
+
+
+class Rollouts(Protocol):
+    """Draws in, judged groups out."""
+
+    def put(self, draws: Sequence[Draw], params: SamplingParams | None = None) -> None:
+        """Begin to sample groups of these problems.
+
+        Args:
+            params: how to sample, `params.n` responses each; None: as the run trains.
+        """
+        ...
+
+    def take(self, n: int) -> list[JudgedGroup]:
+        """Wait for the next n groups, in the order in which they were put."""
+        ...
+
+    def in_flight(self) -> list[Draw]:
+        """What was put and not taken yet."""
+        ...
+
+    def cancel(self) -> None:
+        """Drop everything in flight."""
+        ...
+
+    def flush_cache(self) -> None:
+        """Forget cached KV, so that what is sampled next does not depend on what was sampled before."""
+        ...
+
+    def offload(self) -> None:
+        """Give the engines' device memory to the trainer, where both use the same devices. `Weights.publish` takes it
+        back."""
+        ...
+
+    def counters(self) -> Counters: ...
+
+
+@dataclass(frozen=True, slots=True)
+class StepStats:
+    """One optimizer step. `means` are per trained token; `skipped` says why no update was made."""
+
+    loss: float
+    grad_norm: float
+    lr: float
+    num_tokens: int  # all tokens computed, prompts too
+    num_targets: int  # tokens trained on: the denominator
+    num_microbatches: int
+    means: dict[str, float]
+    skipped: str | None = None
+    peak_bytes: int | None = None  # the most memory meanwhile, of the process that had most
+
+
+class Snapshot(Protocol):
+    """A trainer's state at one moment, copied, so that training goes on while it is written."""
+
+    def write(self, path: Path) -> None:
+        """Write the state to the directory `path`. OSError where a file cannot be written."""
+        ...
+
+    def export(self, path: Path) -> None:
+        """Write the weights as a Hugging Face directory."""
+        ...
+
+
+class Trainer(Protocol):
+    """Owns the weights and the optimizer."""
+
+    @property
+    def num_updates(self) -> int:
+        """Optimizer steps so far, skipped ones too: the place in the learning-rate schedule."""
+        ...
+
+    @property
+    def num_not_finite(self) -> int:
+        """The last optimizer steps in a row whose loss or gradient was not finite."""
+        ...
+
+    def skip(self, num_updates: int) -> None:
+        """Advance the schedule without an update."""
+        ...
+
+    def step(
+        self,
+        samples: Sequence[AnySample],
+        objective: Callable[..., Any],
+        denominator: float | None = None,
+        max_mean_ratio: float | None = None,
+    ) -> StepStats:
+        """Make one optimizer step on a mini-batch; see `train.Trainer.step`."""
+        ...
+
+    def logprobs(self, samples: Sequence[AnySample], reference: bool = False) -> Sequence[FloatArray | LogprobsHandle]:
+        """Log-probs [L] of each sample's trained tokens (0 elsewhere), by the trained or the reference model."""
+        ...
+
+    def snapshot(self) -> Snapshot: ...
+
+    def load(self, path: Path) -> None:
+        """Go back to the state that `Snapshot.write` wrote."""
+        ...
+
+    def counters(self) -> Counters: ...
+
+
+@dataclass(frozen=True, slots=True)
+class SyncReport:
+    """What a publish cost and proved. `copied_bytes` left the trainer."""
+
+    version: int
+    route: Route
+    seconds: float
+    copied_bytes: int
+    canary_diff: float
+    checksum: ChecksumResult
+
+    def as_dict(self) -> dict[str, Any]:
+        """The fields of a journal event."""
+        return {
+            "sync_route": self.route,
+            "sync_bytes": self.copied_bytes,
+            "sync_canary_diff": self.canary_diff,
+            "sync_checksum": self.checksum,
+        }
+
+    def __str__(self) -> str:
+        return (
+            f"weights: version {self.version} by {self.route}, {self.copied_bytes / 2**20:.0f} MiB in "
+            f"{self.seconds:.1f} s; canary off by {self.canary_diff:.0e}, checksum {self.checksum}"
+        )
+
+
+class Weights(Protocol):
+    """Brings the trainer's weights to the engines."""
+
+    def publish(self, version: int) -> SyncReport:
+        """Make every engine sample from the trainer's weights as `version`, and prove it (I4).
+
+        RunError where an engine does not hold them afterwards.
+        """
+        ...
+
+    def counters(self) -> Counters: ...
+
+
+class Store(Protocol):
+    """Keeps records where they were sampled. In one process a record is its own handle."""
+
+    def put(self, records: Sequence[Record]) -> Sequence[Any]:
+        """Keep records; returns a handle of each."""
+        ...
+
+    def get(self, handles: Sequence[Any]) -> list[Record]: ...
+
+    def clear(self) -> None:
+        """Forget everything: the step that needed it is committed."""
+        ...
