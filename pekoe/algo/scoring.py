@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from pekoe.algo.advantage import ADVANTAGES
 from pekoe.config.recipes import AlgoSection
-from pekoe.core.types import Group, Rollout, SampleRef, Verdict
+from pekoe.core.types import IntArray, JudgedGroup, SampleRef, Trajectory, Verdict
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,7 +19,7 @@ class Scored:
 
     samples: tuple[SampleRef, ...]
     dropped: dict[int, str]  # position of a dropped group -> reason
-    advantage_std: float  # 0: every advantage is 0, so the step teaches nothing and is skipped
+    no_signal: str = ""  # why the batch teaches nothing, though there are samples; the step is then skipped
 
 
 def reward_of(verdict: Verdict, reward: float) -> float:
@@ -27,49 +28,61 @@ def reward_of(verdict: Verdict, reward: float) -> float:
     return reward if verdict.label == "correct" else -reward
 
 
-def all_alike(verdicts: Sequence[Verdict]) -> bool:
-    """True if the verdicts of a group are all CORRECT or all not: with a group baseline it teaches nothing (DAPO)."""
-    return len({verdict.label == "correct" for verdict in verdicts if verdict.label != "fault"}) < 2
+def uninformative(verdicts: Sequence[Verdict]) -> str | None:
+    """Why dynamic sampling (DAPO) drops a group, or None: all of it is right, or none; FAULTs left out."""
+    right = {verdict.label == "correct" for verdict in verdicts if verdict.label != "fault"}
+    if len(right) != 1:
+        return None
+    return "dynamic sampling: all right" if True in right else "dynamic sampling: none right"
 
 
-def score(groups: Sequence[Group], verdicts: Sequence[Sequence[Verdict]], algo: AlgoSection) -> Scored:
+def score(groups: Sequence[JudgedGroup], algo: AlgoSection) -> Scored:
     """Make the training samples of a rollout batch.
 
-    FAULT and aborted rollouts leave their group before advantages; a group left with fewer than two rollouts of
-    more than one is dropped, with the reason. Truncated ones leave after advantages where `mask_truncated` is on.
+    FAULT and aborted trajectories leave their group before advantages; a group left with fewer than two trajectories
+    of more than one is dropped, with the reason. Truncated ones leave after advantages where `mask_truncated` is on.
     """
-    kept: list[tuple[int, Rollout, float]] = []
+    kept: list[tuple[int, Trajectory, float]] = []
     dropped: dict[int, str] = {}
-    for position, (group, labels) in enumerate(zip(groups, verdicts, strict=True)):
+    for position, group in enumerate(groups):
+        size = len(group.trajectories)
         good = [
-            (position, rollout, reward_of(verdict, algo.reward))
-            for rollout, verdict in zip(group.rollouts, labels, strict=True)
-            if verdict.label != "fault" and rollout.finish_reason != "abort" and rollout.num_tokens
+            (position, trajectory, reward_of(verdict, algo.reward))
+            for trajectory, verdict in zip(group.trajectories, group.verdicts, strict=True)
+            if verdict.label != "fault" and trajectory.finish != "abort" and trajectory.num_tokens
         ]
-        if len(good) < min(2, len(group.rollouts)):
-            dropped[position] = (
-                f"{len(group.rollouts) - len(good)} of {len(group.rollouts)} rollouts faulted or aborted"
-            )
+        if len(good) < min(2, size):
+            dropped[position] = f"{size - len(good)} of {size} rollouts faulted or aborted"
         else:
             kept.extend(good)
     if not kept:
-        return Scored((), dropped, 0.0)
+        return Scored((), dropped)
     rewards = np.array([reward for _, _, reward in kept], np.float64)
-    lengths = np.array([rollout.num_tokens for _, rollout, _ in kept], np.int64)
+    lengths = np.array([trajectory.num_tokens for _, trajectory, _ in kept], np.int64)
     positions = np.array([position for position, _, _ in kept], np.int64)
     advantages = ADVANTAGES[algo.advantage](rewards, lengths, positions)
     samples = tuple(
         SampleRef(
-            rollout.num_prompt_tokens,
-            rollout.num_tokens,
-            rollout.payload,
-            float(np.float32(advantage)),
-            position,
-            rollout.sample_index,
+            num_tokens=trajectory.num_prompt_tokens + trajectory.num_tokens,
+            num_targets=trajectory.num_tokens,
+            handle=trajectory.handle,
+            advantage=float(np.float32(advantage)),
+            group=position,
+            index=trajectory.sample,
         )
-        for (position, rollout, _), advantage in zip(kept, advantages, strict=True)
-        if not (algo.mask_truncated and rollout.finish_reason == "length")
+        for (position, trajectory, _), advantage in zip(kept, advantages, strict=True)
+        if not (algo.mask_truncated and trajectory.finish == "length")
     )
     for position in set(positions.tolist()) - {sample.group for sample in samples}:
         dropped[position] = "all responses truncated, and algo.mask_truncated is on"
-    return Scored(samples, dropped, float(advantages.std()))
+    return Scored(samples, dropped, _no_signal(rewards, positions, algo))
+
+
+def _no_signal(rewards: NDArray[np.float64], positions: IntArray, algo: AlgoSection) -> str:
+    """Told by the rewards: advantages of equal rewards may be rounding errors, not 0."""
+    if algo.advantage == "global":
+        return "all rewards are equal" if len(set(rewards.tolist())) == 1 else ""
+    by_group: dict[int, set[float]] = {}
+    for position, reward in zip(positions.tolist(), rewards.tolist(), strict=True):
+        by_group.setdefault(position, set()).add(reward)
+    return "all rewards of each group are equal" if all(len(some) == 1 for some in by_group.values()) else ""

@@ -11,7 +11,7 @@ from typing import Literal, Protocol
 import numpy as np
 
 from pekoe.core.errors import RunError, UserError
-from pekoe.core.types import Completion, Request, SamplingParams
+from pekoe.core.types import Completion, IntArray, Request, SamplingParams
 from pekoe.model import Decoder
 
 EngineKind = Literal["embedded", "sglang", "vllm"]
@@ -92,7 +92,9 @@ def validate(requests: Iterable[Request], vocab_size: int, limit: int, limit_nam
             raise UserError(f"prompt {request.uid}: expected token ids in [0, {vocab_size}), got {bad}")
 
 
-def requests_of(uid: str, draw: int, tokens: Sequence[int], params: SamplingParams, priority: int = 0) -> list[Request]:
+def requests_of(
+    uid: str, draw: int, tokens: Sequence[int] | IntArray, params: SamplingParams, priority: int = 0
+) -> list[Request]:
     """The `params.n` requests of one group, which share their tokens."""
     array = np.asarray(tokens, np.int64)
     return [Request(uid, draw, sample, array, params, priority) for sample in range(params.n)]

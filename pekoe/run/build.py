@@ -1,11 +1,12 @@
-"""From a config to the objects that a loop is given. Laptop, GPU and cluster differ here and nowhere else."""
+"""From a config to the objects that a loop is given, in one process; `pekoe.ray` builds those of a cluster."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Sequence
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,25 +22,31 @@ from pekoe.config.recipes import (
     RolloutSection,
     TrainSection,
 )
+from pekoe.core import loop as core
 from pekoe.core.errors import UserError
 from pekoe.core.progress import ProgressReporter, phase
 from pekoe.core.spec import ModelSpec
-from pekoe.core.types import Problem, Prompt, SamplingParams
+from pekoe.core.types import IntArray, Problem, SamplingParams
 from pekoe.data.mix import DataReport, gather_problems
 from pekoe.data.order import DataOrder
 from pekoe.data.problems import read_problems
 from pekoe.data.tokenizer import Tokenizer
-from pekoe.engine import EmbeddedEngine, Generator, RemoteEngine, SGLangEngine, VLLMEngine
+from pekoe.engine.base import EngineKind
+from pekoe.engine.embedded import EmbeddedEngine
+from pekoe.engine.pool import EnginePool, Starter
+from pekoe.engine.servers import ServerEngine, SGLangEngine, VLLMEngine
 from pekoe.model import Decoder, load_model
 from pekoe.run.distributed import require_single_process
 from pekoe.run.hardware import describe
-from pekoe.run.interrupt import Stop
+from pekoe.run.interrupt import StepTimer, Stop
 from pekoe.run.judging import make_judge
-from pekoe.run.rollouts import Sampler
+from pekoe.run.metrics import StepCounters
+from pekoe.run.records import LocalRecords, RecordWriter
+from pekoe.run.rollouts import Rollouts
 from pekoe.run.run_dir import RunDir
-from pekoe.run.sync import WeightSync
 from pekoe.train import Layout, Trainer
 from pekoe.train.memory import limit_malloc_cache
+from pekoe.weights import LocalSender, WeightChannel, forward_logprobs
 
 
 @dataclass(slots=True)
@@ -50,19 +57,23 @@ class RLParts:
     problems: list[Problem]
     held_out: list[Problem]
     order: DataOrder
-    tokenizer: Tokenizer
-    trainer: Trainer
-    sampler: Sampler
-    sync: WeightSync
+    stop_token_ids: tuple[int, ...]
+    trainer: core.Trainer
+    rollouts: core.Rollouts
+    weights: core.Weights
+    records: RecordWriter
     run: RunDir
     view: ProgressReporter
-    stop: Stop
-    measured: Callable[[], dict[str, Any]] = dict[str, Any]
-    """What else the journal says of a step: since it was last asked."""
-    spec: ModelSpec | None = None
-    """The model's shape, where a step's operations and bytes are to be counted."""
+    timer: StepTimer
+    counters: StepCounters
+    spec: ModelSpec
     machine: dict[str, Any] = field(default_factory=dict[str, Any])
-    """What the journal says of the machine, in the beginning."""
+    """The journal's event on the machine, written when the run begins."""
+
+    def begin_step(self) -> None:
+        """Forget the phases and counters of what came before."""
+        self.timer.restart()
+        self.counters.take()
 
 
 def prepare(run: Process, train: TrainSection | None = None) -> None:
@@ -125,7 +136,7 @@ def check_context(spec: ModelSpec, max_prompt_tokens: int, max_new_tokens: int) 
         )
 
 
-def sampling(rollout: RolloutSection, tokenizer: Tokenizer, seed: int) -> SamplingParams:
+def sampling(rollout: RolloutSection, stop_token_ids: tuple[int, ...], seed: int) -> SamplingParams:
     return SamplingParams(
         n=rollout.samples_per_prompt,
         temperature=rollout.temperature,
@@ -133,49 +144,30 @@ def sampling(rollout: RolloutSection, tokenizer: Tokenizer, seed: int) -> Sampli
         top_k=rollout.top_k,
         min_new_tokens=rollout.min_new_tokens,
         max_new_tokens=rollout.max_new_tokens,
-        stop_token_ids=tokenizer.stop_token_ids,
+        stop_token_ids=stop_token_ids,
         seed=seed,
         stream="train",
     )
 
 
-def sampling_for(section: EvalSection, max_new_tokens: int, tokenizer: Tokenizer, seed: int) -> SamplingParams:
+def sampling_for(
+    section: EvalSection, max_new_tokens: int, stop_token_ids: tuple[int, ...], seed: int
+) -> SamplingParams:
     return SamplingParams(
         n=section.samples,
         temperature=section.temperature,
         top_p=section.top_p,
         max_new_tokens=max_new_tokens,
-        stop_token_ids=tokenizer.stop_token_ids,
+        stop_token_ids=stop_token_ids,
         seed=seed,
         stream="eval",
     )
 
 
-def open_sampler(
-    config: RLConfig | EvalConfig | CurateConfig,
-    model: Decoder,
-    tokenizer: Tokenizer,
-    longest: int,
-    asked: Sequence[SamplingParams],
-    log_dir: Path,
-    view: ProgressReporter,
-    stop: Stop,
-    stack: ExitStack,
-) -> Sampler:
-    """The engine that the config names, and judges, closed with `stack`.
-
-    Args:
-        model: what the embedded engine samples from. Servers start from the same directory, `config.model.path`.
-        longest: tokens of the longest prompt with its response.
-        asked: every kind of sampling that the engine will be asked for.
-        log_dir: for servers.
-    """
-    engine = open_engine(config, model, longest, asked, log_dir, view)
-    stack.callback(engine.close)
-    check_room(engine.max_sequence_tokens, longest)
-    judge = make_judge(config.verify, tokenizer, config.run.seed)
-    stack.callback(judge.close)
-    return Sampler(engine, tokenizer, judge, view, stop)
+def eval_sampling(config: RLConfig, stop_token_ids: tuple[int, ...]) -> SamplingParams:
+    """Of the evaluations while a run trains."""
+    new_tokens = config.eval.max_new_tokens or config.rollout.max_new_tokens
+    return sampling_for(config.eval, new_tokens, stop_token_ids, config.run.seed)
 
 
 def check_room(kv_tokens: int, longest: int) -> None:
@@ -186,68 +178,125 @@ def check_room(kv_tokens: int, longest: int) -> None:
         )
 
 
-def open_engine(
-    config: RLConfig | EvalConfig | CurateConfig,
+SamplingConfig = RLConfig | EvalConfig | CurateConfig
+
+
+@dataclass(frozen=True, slots=True)
+class EmbeddedStarter:
+    """Starts the engine of this process, on a model that somebody else may train (implements `engine.Starter`)."""
+
+    model: Decoder
+    config: SamplingConfig
+    longest: int
+    view: ProgressReporter
+    name: str = "the embedded engine"
+    kind: EngineKind = "embedded"
+
+    def start(self) -> EmbeddedEngine:
+        engine = EmbeddedEngine(self.model, self.config.engine, self.longest, getattr(torch, self.config.model.dtype))
+        self.view.say(f"KV cache: {engine.kv_bytes / 2**20:.0f} MiB for {engine.num_kv_tokens:,} tokens")
+        return engine
+
+
+@dataclass(frozen=True, slots=True)
+class ServerStarter:
+    """Launches a server, or attaches to one (implements `engine.Starter`)."""
+
+    config: SamplingConfig
+    spec: ModelSpec
+    device: str
+    threads: int
+    longest: int
+    log_dir: Path
+    number: int = 0
+    offloads: bool = False
+
+    @property
+    def kind(self) -> EngineKind:
+        return self.config.engine.backend
+
+    @property
+    def name(self) -> str:
+        urls, label = self.config.engine.server.urls, _SERVERS[self.config.engine.backend].name
+        return f"{label} at {urls[self.number]}" if urls else f"{label} server {self.number}"
+
+    def start(self) -> ServerEngine:
+        urls = self.config.engine.server.urls
+        return _SERVERS[self.config.engine.backend](
+            Path(self.config.model.path),
+            self.config.engine,
+            self.spec,
+            self.longest,
+            self.log_dir,
+            self.config.model.dtype,
+            self.device,
+            self.threads,
+            number=self.number,
+            url=urls[self.number] if urls else None,
+            offloads=self.offloads,
+        )
+
+
+_SERVERS: dict[str, type[ServerEngine]] = {"sglang": SGLangEngine, "vllm": VLLMEngine}
+
+
+def open_pool(
+    config: SamplingConfig,
     model: Decoder,
     longest: int,
-    asked: Sequence[SamplingParams],
+    planned: Sequence[SamplingParams],
     log_dir: Path,
     view: ProgressReporter,
-) -> Generator:
-    """The engine that the config names, ready; says what it takes. See `open_sampler`."""
+    stack: ExitStack,
+) -> EnginePool:
+    """The engines of one process that the config names, ready; closed with `stack`.
+
+    Args:
+        model: what the embedded engine samples from. Servers start from the same directory, `config.model.path`.
+        longest: tokens of the longest prompt with its response.
+        planned: every kind of sampling that the engines will be asked for.
+        log_dir: for servers.
+    """
     section, server = config.engine, config.engine.server
     if section.backend == "embedded":
-        engine = EmbeddedEngine(model, section, longest, getattr(torch, config.model.dtype))
-        view.say(f"KV cache: {engine.kv_bytes / 2**20:.0f} MiB for {engine.num_kv_tokens:,} tokens")
-        return engine
-    threads = max(1, (config.run.threads or os.cpu_count() or 1) // (len(server.urls) or server.count))
-    device = next(model.parameters()).device.type
-    return open_servers(config, model.spec, device, threads, longest, asked, log_dir, view)
+        starters: list[Starter] = [EmbeddedStarter(model, config, longest, view)]
+    else:
+        check_room(section.kv_tokens or longest, longest)  # before any is started
+        number = len(server.urls) or server.count
+        device = next(model.parameters()).device.type
+        _check_gpus(config, device, number)
+        threads = max(1, (config.run.threads or os.cpu_count() or 1) // number)
+        for params in planned:
+            _SERVERS[section.backend].check_params(params)
+        starters = [ServerStarter(config, model.spec, device, threads, longest, log_dir, i) for i in range(number)]
+        view.say(
+            f"{'attaching to' if server.urls else 'starting'} {number} {section.backend} server{'s' * (number > 1)}, "
+            f"weights by {server.sync}; at most {server.start_limit_s:g} s; logs in {log_dir}"
+        )
+    pool = EnginePool(
+        starters,
+        start_limit_s=server.start_limit_s,
+        restart=section.backend != "embedded",
+        on_event=view.say,
+        serving_at_once=True,
+    )
+    stack.callback(pool.close)
+    with phase(view, "servers") if section.backend != "embedded" else nullcontext():
+        pool.wait_started()
+    check_room(pool.max_sequence_tokens, longest)
+    for params in planned:
+        pool.check(params)
+    return pool
 
 
-def open_servers(
-    config: RLConfig | EvalConfig | CurateConfig,
-    spec: ModelSpec,
-    device: str,
-    threads: int,
-    longest: int,
-    asked: Sequence[SamplingParams],
-    log_dir: Path,
-    view: ProgressReporter,
-    releases: bool = False,
-) -> RemoteEngine:
-    """As `open_engine`, of servers; nothing of the model is loaded here. See `RemoteEngine`."""
-    section, server = config.engine, config.engine.server
-    kind = {"sglang": SGLangEngine, "vllm": VLLMEngine}[section.backend]
-    check_room(section.kv_tokens or longest, longest)  # before any is started
-    number = len(server.urls) or server.count
+def _check_gpus(config: SamplingConfig, device: str, number: int) -> None:
+    server = config.engine.server
     if device == "cuda" and not server.urls and server.count > 1 and not server.gpus:
         each = ", ".join(f'"{i}"' for i in range(number))
         raise UserError(
             f"engine.server.gpus: expected the GPUs of each of {number} servers, which would all take the first; "
             f"nearest: [{each}]"
         )
-    view.say(
-        f"{'attaching to' if server.urls else 'starting'} {number} {section.backend} server{'s' * (number > 1)}, "
-        f"weights by {server.sync}; at most {server.start_limit_s:g} s; logs in {log_dir}"
-    )
-    with phase(view, "servers"):
-        remote = kind(
-            Path(config.model.path),
-            section,
-            spec,
-            longest,
-            log_dir,
-            config.model.dtype,
-            device,
-            threads,
-            on_event=view.say,
-            asked=asked,
-            releases=releases,
-        )
-    if isinstance(remote, SGLangEngine) and not remote.seeded:
-        view.say("SGLang runs without --enable-deterministic-inference: the same seed does not give the same tokens")
-    return remote
 
 
 def make_trainer(config: RLConfig, model: Decoder, dtype: torch.dtype, layout: Layout | None = None) -> Trainer:
@@ -279,7 +328,7 @@ class Task:
     report: DataReport
     longest: int
     """Tokens of the longest prompt with its response."""
-    asked: list[SamplingParams]
+    planned: list[SamplingParams]
     """Every kind of sampling that the engines will be asked for."""
 
 
@@ -291,21 +340,21 @@ def open_task(config: RLConfig, spec: ModelSpec, tokenizer: Tokenizer, view: Pro
     problems, report = gather_problems(data, config.run.seed, tokenizer, view)
     for line in report.summary():
         view.say(line)
-    asked = [sampling(rollout, tokenizer, config.run.seed)]
+    planned = [sampling(rollout, tokenizer.stop_token_ids, config.run.seed)]
     held_out: list[Problem] = []
     if config.eval.data and config.eval.every:
         held_out = open_problems(config.eval.data, tokenizer, data.max_prompt_tokens, data.skip_malformed, view)
-        asked.append(sampling_for(config.eval, config.eval.max_new_tokens or rollout.max_new_tokens, tokenizer, 0))
+        planned.append(eval_sampling(config, tokenizer.stop_token_ids))
     if len(problems) < rollout.prompts_per_step:
         raise UserError(
             f"rollout.prompts_per_step: expected at most the {len(problems)} problems of an epoch, "
             f"got {rollout.prompts_per_step}"
         )
-    return Task(problems, held_out, report, data.max_prompt_tokens + new_tokens, asked)
+    return Task(problems, held_out, report, data.max_prompt_tokens + new_tokens, planned)
 
 
 def build_rl(config: RLConfig, view: ProgressReporter, stop: Stop, stack: ExitStack) -> RLParts:
-    """Everything for `pekoe rl`. What must be closed is pushed on `stack`."""
+    """Everything for `pekoe rl` in one process. What must be closed is pushed on `stack`."""
     require_single_process("rl")
     prepare(config.run, config.train)
     model, tokenizer, dtype = open_model(config.model)
@@ -314,45 +363,67 @@ def build_rl(config: RLConfig, view: ProgressReporter, stop: Stop, stack: ExitSt
     run = stack.enter_context(RunDir(config, (view.event,)))
     if task.report.dropped:
         task.report.write(run.path / "data.jsonl")
-    trainer = make_trainer(config, model, dtype)
-    logs = run.path / "logs"
-    sampler = open_sampler(config, model, tokenizer, task.longest, task.asked, logs, view, stop, stack)
-    server = config.engine.server
-    route = "alias" if config.engine.backend == "embedded" else server.sync
-    canary = Prompt("canary", 0, tokenizer.encode_prompt(task.problems[0].messages))
+    records = LocalRecords(run.path, tokenizer)
+    stack.callback(records.close)
+    trainer, timer = make_trainer(config, model, dtype), StepTimer(view)
+    pool = open_pool(config, model, task.longest, task.planned, run.path / "logs", view, stack)
+    canary = tokenizer.encode_prompt(task.problems[0].messages)
+    sender = LocalSender(model, dtype, trainer.logprobs)
+    weights = open_channel(config, pool, sender, canary, config.rollout.temperature, run.path / "logs")
+    judge = make_judge(config.verify, tokenizer, config.run.seed)
+    stack.callback(judge.close)
+    rollouts = Rollouts(pool, tokenizer, judge, task.planned[0], timer, view, stop, weights.catch_up)
     return RLParts(
         config=config,
         problems=task.problems,
         held_out=task.held_out,
         order=DataOrder([p.uid for p in task.problems], config.run.seed),
-        tokenizer=tokenizer,
+        stop_token_ids=tokenizer.stop_token_ids,
         trainer=trainer,
-        sampler=sampler,
-        sync=WeightSync(trainer, sampler.engine, canary, route, 1 if route == "alias" else server.checksum_every),
+        rollouts=rollouts,
+        weights=weights,
+        records=records,
         run=run,
         view=view,
-        stop=stop,
-        measured=EngineCounts(sampler.engine).tell,
+        timer=timer,
+        counters=StepCounters([rollouts.counters]),
         spec=model.spec,
         machine=machine,
     )
 
 
-class EngineCounts:
-    """What an engine computed of prompts and what it need not, step by step."""
+def open_channel(
+    config: SamplingConfig, pool: EnginePool, sender: LocalSender, canary: IntArray, temperature: float, log_dir: Path
+) -> WeightChannel:
+    """The way of weights from this process to the engines that the config names."""
+    server, embedded = config.engine.server, config.engine.backend == "embedded"
+    return WeightChannel(
+        pool,
+        sender,
+        route="alias" if embedded else server.sync,
+        canary=canary,
+        temperature=temperature,
+        checksum_every=1 if embedded else server.checksum_every,
+        limit_s=server.update_limit_s,
+        folder=log_dir / "weights",
+    )
 
-    def __init__(self, engine: Generator) -> None:
-        self._engine, self._last = engine, engine.stats()
 
-    def tell(self) -> dict[str, Any]:
-        """Since it was last asked."""
-        last, now = self._last, self._engine.stats()
-        self._last = now
-        found = {
-            "prefill_tokens": now.num_prefill_tokens - last.num_prefill_tokens,
-            "cached_tokens": now.num_cached_tokens - last.num_cached_tokens,
-            "shared_tokens": now.num_shared_tokens - last.num_shared_tokens,
-            "num_preemptions": now.num_preemptions - last.num_preemptions,
-            "num_forwards": now.num_forwards - last.num_forwards,
-        }
-        return {name: number for name, number in found.items() if number}
+def attach_weights(
+    config: SamplingConfig,
+    pool: EnginePool,
+    model: Decoder,
+    tokenizer: Tokenizer,
+    problem: Problem,
+    params: SamplingParams,
+    log_dir: Path,
+) -> None:
+    """Prove that the engines hold `model`; attached servers, of which that is not known, are given it first."""
+    temperature, dtype = params.temperature or 1.0, getattr(torch, config.model.dtype)
+    sender = LocalSender(model, dtype, partial(forward_logprobs, model, temperature, dtype))
+    canary = tokenizer.encode_prompt(problem.messages)
+    channel = open_channel(config, pool, sender, canary, temperature, log_dir)
+    if config.engine.server.urls:
+        channel.publish(0)
+    else:
+        channel.prove(0)

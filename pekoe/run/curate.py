@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,16 +11,15 @@ from typing import Any
 from rich.table import Table
 
 from pekoe.config.recipes import CurateConfig
-from pekoe.core.errors import Interrupted, RunError, UserError
+from pekoe.core.errors import RunError, UserError
 from pekoe.core.progress import ProgressReporter
 from pekoe.core.types import Problem, SamplingParams
 from pekoe.data import write_problems
 from pekoe.data.mix import DataReport, Dropped, gather_problems
 from pekoe.data.tokenizer import Tokenizer
-from pekoe.run.build import check_context, open_model, open_sampler, prepare
+from pekoe.run.build import check_context, open_model, prepare
 from pekoe.run.evaluate import warn_truncation
-from pekoe.run.interrupt import StepTimer, Stop, StopRequested
-from pekoe.run.sample_store import ProblemResult, ResumableSamples, decided_by
+from pekoe.run.sample_store import ProblemResult, sample_problems
 
 ALL_RIGHT, ALL_WRONG, NO_VERDICT = "all right", "all wrong", "no verdict"
 
@@ -80,22 +78,10 @@ def _sample(config: CurateConfig, problems: Sequence[Problem], view: ProgressRep
         stream="eval",
     )
     keys: dict[str, Any] = section.model_dump(mode="json", exclude={"drop_all_right", "drop_all_wrong"})
-    about = decided_by(config) | {f"curate.{key}": value for key, value in keys.items()}
-    stop = Stop()
-    with stop.listening(), ExitStack() as stack:
-        samples = ResumableSamples(Path(config.out) / "samples.jsonl", about)
-        stack.callback(samples.close)
-        logs = Path(config.out) / "logs"
-        sampler = open_sampler(config, model, tokenizer, longest, [params], logs, view, stop, stack)
-        if config.engine.server.urls:  # what they held before is not known
-            sampler.engine.update_weights(model, 0)
-        if sampler.engine.holds(model) is False:
-            raise RunError(f"expected the engine to hold the parameters of {config.model.path}, got others")
-        try:
-            return samples.sample(sampler, problems, params, StepTimer(view), config.verify.max_fault_rate)
-        except StopRequested:
-            kept = f"{len(samples.done)} of {len(problems)} problems are kept"
-            raise Interrupted(f"stopped; {kept}. Run the same command again to go on") from None
+    out = Path(config.out)
+    about = {f"curate.{key}": value for key, value in keys.items()}
+    file, logs = out / "samples.jsonl", out / "logs"
+    return sample_problems(config, model, tokenizer, problems, params, longest, file, about, logs, view).rows
 
 
 def sort_out(

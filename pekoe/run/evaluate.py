@@ -7,7 +7,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from math import isnan
 from pathlib import Path
@@ -18,15 +18,16 @@ from rich.table import Table
 
 from pekoe import __version__
 from pekoe.config.recipes import EvalConfig
-from pekoe.core.errors import Interrupted, RunError, UserError, nearest
+from pekoe.core.errors import UserError, nearest
+from pekoe.core.loop import Rollouts
 from pekoe.core.progress import ProgressReporter
-from pekoe.core.types import Group, Problem, SamplingParams, Verdict
+from pekoe.core.types import Draw, JudgedGroup, Problem, SamplingParams
 from pekoe.data.tokenizer import Tokenizer
-from pekoe.run.build import check_context, open_model, open_problems, open_sampler, prepare, sampling_for
+from pekoe.run.build import check_context, open_model, open_problems, prepare, sampling_for
 from pekoe.run.eval_metrics import majority_at_k, paired, pass_at_1, pass_at_k, powers_up_to
-from pekoe.run.interrupt import StepTimer, Stop, StopRequested
-from pekoe.run.rollouts import Sampler, check_faults
-from pekoe.run.sample_store import ProblemResult, ResumableSamples, decided_by
+from pekoe.run.judging import response_text
+from pekoe.run.rollouts import check_faults
+from pekoe.run.sample_store import ProblemResult, sample_problems
 
 MAX_TRUNCATION = 0.05  # above it a figure says more about the length limit than about the model
 
@@ -73,16 +74,13 @@ def result_of(rows: Sequence[ProblemResult], num_samples: int) -> EvalResult:
 
 
 def evaluate(
-    sampler: Sampler,
-    problems: Sequence[Problem],
-    params: SamplingParams,
-    clock: StepTimer,
-    max_fault_rate: float = 0.05,
+    rollouts: Rollouts, problems: Sequence[Problem], params: SamplingParams, max_fault_rate: float = 0.05
 ) -> EvalResult:
     """Sample `params.n` responses to each problem and judge them."""
-    groups = sampler([(problem, 0) for problem in problems], params, clock)
-    check_faults((v for _, verdicts in groups for v in verdicts), max_fault_rate)
-    return result_of([ProblemResult.of(*group) for group in groups], params.n)
+    rollouts.put([Draw(problem, 0) for problem in problems], params)
+    groups = rollouts.take(len(problems))
+    check_faults((verdict for group in groups for verdict in group.verdicts), max_fault_rate)
+    return result_of([ProblemResult.of(group) for group in groups], params.n)
 
 
 def warn_truncation(rate: float, max_new_tokens: int, view: ProgressReporter) -> None:
@@ -105,27 +103,16 @@ def run_eval(config: EvalConfig, view: ProgressReporter) -> EvalResult:
     prompt_tokens = config.max_prompt_tokens or max(len(tokenizer.encode_prompt(p.messages)) for p in problems)
     new_tokens = config.eval.max_new_tokens or max(1, context - prompt_tokens)
     check_context(model.spec, prompt_tokens, new_tokens)
-    params = sampling_for(config.eval, new_tokens, tokenizer, config.run.seed)
+    params = sampling_for(config.eval, new_tokens, tokenizer.stop_token_ids, config.run.seed)
     longest = prompt_tokens + new_tokens
-    stop = Stop()
     out = Path(config.out) if config.out else None
     keys: dict[str, Any] = config.eval.model_dump(mode="json")
     about = {"max_prompt_tokens": prompt_tokens} | {f"eval.{key}": value for key, value in keys.items()}
-    with stop.listening(), ExitStack() as stack:
-        samples = ResumableSamples(out / "samples.jsonl" if out else None, decided_by(config) | about if out else about)
-        stack.callback(samples.close)
-        log_dir = stack.enter_context(_kept_on_failure())
-        sampler = open_sampler(config, model, tokenizer, longest, [params], log_dir, view, stop, stack)
-        if config.engine.server.urls:  # what they held before is not known
-            sampler.engine.update_weights(model, 0)
-        if sampler.engine.holds(model) is False:
-            raise RunError(f"expected the engine to hold the parameters of {config.model.path}, got others")
-        try:
-            rows = samples.sample(sampler, problems, params, StepTimer(view), config.verify.max_fault_rate)
-        except StopRequested:
-            kept = f"{len(samples.done)} of {len(problems)} problems are kept" if out else "nothing was kept (no `out`)"
-            raise Interrupted(f"stopped; {kept}. Run the same command again to go on") from None
-    result = replace(result_of(rows, params.n), examples=_examples(tokenizer, samples.groups))
+    with _kept_on_failure() as log_dir:
+        file = out / "samples.jsonl" if out else None
+        sampled = sample_problems(config, model, tokenizer, problems, params, longest, file, about, log_dir, view)
+    result = replace(result_of(sampled.rows, params.n), examples=_examples(tokenizer, sampled.groups))
+    rows = sampled.rows
     by_set: dict[str, EvalResult] = {}
     start = 0
     for name, its in sets.items():
@@ -247,15 +234,13 @@ def _kept_on_failure() -> Iterator[Path]:
     shutil.rmtree(path)
 
 
-def _examples(
-    tokenizer: Tokenizer, groups: Sequence[tuple[Group, Sequence[Verdict]]], number: int = 8
-) -> tuple[dict[str, Any], ...]:
+def _examples(tokenizer: Tokenizer, groups: Sequence[JudgedGroup], number: int = 8) -> tuple[dict[str, Any], ...]:
     return tuple(
         {
             "prompt": group.problem.messages[-1]["content"],
-            "response": tokenizer.decode(group.rollouts[0].payload.resolve().tokens, skip_special_tokens=True),
-            "label": verdicts[0].label,
+            "response": response_text(group.trajectories[0], tokenizer),
+            "label": group.verdicts[0].label,
             "gold": group.problem.gold,
         }
-        for group, verdicts in groups[:number]
+        for group in groups[:number]
     )

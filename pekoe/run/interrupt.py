@@ -1,4 +1,4 @@
-"""Stopping and timing: what every loop needs and no algorithm should see."""
+"""The stop request (Ctrl-C, SIGTERM), and the seconds of a step's phases."""
 
 from __future__ import annotations
 
@@ -52,11 +52,15 @@ class Stop:
 
 
 class StepTimer:
-    """Seconds spent in each named phase of one step, shown to `view` where there is one."""
+    """Seconds spent in each named phase of the step in hand, shown to `view` where there is one."""
 
     def __init__(self, view: ProgressReporter | None = None) -> None:
         self.seconds: dict[str, float] = {}
         self._view = view or NoProgress()
+
+    def restart(self) -> None:
+        """A step begins: forget the phases of the one before."""
+        self.seconds = {}
 
     @contextmanager
     def __call__(self, name: str, total: int | None = None) -> Iterator[None]:

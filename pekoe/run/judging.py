@@ -1,4 +1,4 @@
-"""From rollouts to verdicts: responses go to the judges as they finish, while others are still being sampled."""
+"""From trajectories to verdicts: responses go to the judges as they finish, while others are still being sampled."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from typing import Protocol
 
 from pekoe.config.recipes import VerifySection
 from pekoe.core.errors import RunError
-from pekoe.core.types import Problem, Rollout, Verdict
+from pekoe.core.types import Problem, Trajectory, Verdict
 from pekoe.data.tokenizer import Tokenizer
 from pekoe.verify import JudgePool
 
 
 class Judge(Protocol):
-    """Judges one rollout; the verdict comes later."""
+    """Judges one trajectory; the verdict comes later."""
 
     @property
     def limit_s(self) -> float:
         """How long the next verdict may take at most, given what is queued."""
         ...
 
-    def submit(self, problem: Problem, rollout: Rollout) -> Future[Verdict]: ...
+    def submit(self, problem: Problem, trajectory: Trajectory) -> Future[Verdict]: ...
 
     def close(self) -> None: ...
 
@@ -42,8 +42,8 @@ class PoolJudge:
         # An item is tried twice and its reference once (I9), each on a worker that may have to start first.
         return 120 + 4 * self._time_limit_s * len(self._pending)
 
-    def submit(self, problem: Problem, rollout: Rollout) -> Future[Verdict]:
-        text = self._tokenizer.decode(rollout.payload.resolve().tokens, skip_special_tokens=True)
+    def submit(self, problem: Problem, trajectory: Trajectory) -> Future[Verdict]:
+        text = response_text(trajectory, self._tokenizer)
         kind = "math-unboxed" if self._unboxed and problem.kind == "math" else problem.kind
         future = self._pool.submit(text, problem.gold, kind)
         self._pending.add(future)
@@ -62,14 +62,20 @@ class RandomJudge:
     def __init__(self, seed: int) -> None:
         self._seed = seed
 
-    def submit(self, problem: Problem, rollout: Rollout) -> Future[Verdict]:
-        text = f"{self._seed}\0{problem.uid}\0{rollout.draw}\0{rollout.sample_index}"
+    def submit(self, problem: Problem, trajectory: Trajectory) -> Future[Verdict]:
+        text = f"{self._seed}\0{problem.uid}\0{trajectory.draw}\0{trajectory.sample}"
         heads = hashlib.blake2b(text.encode(), digest_size=1).digest()[0] < 128
         future: Future[Verdict] = Future()
         future.set_result(Verdict("correct" if heads else "wrong", None, "control: drawn at random"))
         return future
 
     def close(self) -> None: ...
+
+
+def response_text(trajectory: Trajectory, tokenizer: Tokenizer) -> str:
+    """What a judge reads: the sampled tokens without special ones."""
+    record = trajectory.handle.resolve()
+    return tokenizer.decode(record.tokens[record.loss_mask], skip_special_tokens=True)
 
 
 def make_judge(verify: VerifySection, tokenizer: Tokenizer, seed: int) -> Judge:

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
 from pekoe.algo.scoring import Scored, reward_of
 from pekoe.config.recipes import RLConfig
+from pekoe.core.loop import Counters, StepStats
 from pekoe.core.roofline import sampling_bytes, sampling_flops, training_bytes, training_flops
 from pekoe.core.spec import ModelSpec
 from pekoe.run.rollouts import Batch
-from pekoe.train import StepStats
 
 # Above it something computes other numbers than training does. Tests hold every engine to half of the first; the second
 # is a guess until bfloat16 has been measured on a GPU.
@@ -32,7 +33,7 @@ def step_metrics(
     `logprob_diff` and `logprob_diff_max` (I1) are of the first minibatch, whose forward runs on the very weights that
     sampled it.
     """
-    pairs = [(r, v) for group, vs in batch.everything() for r, v in zip(group.rollouts, vs, strict=True)]
+    pairs = [pair for g in batch.everything() for pair in zip(g.trajectories, g.verdicts, strict=True)]
     judged = [(r, v) for r, v in pairs if v.label != "fault"]
     lengths = np.array([r.num_tokens for r, _ in pairs])
     prompt_tokens = sum(r.num_prompt_tokens for r, _ in pairs)
@@ -48,13 +49,13 @@ def step_metrics(
         "fault_rate": 1 - len(judged) / max(1, len(pairs)),
         "response_tokens": _mean(lengths),
         "response_tokens_max": int(lengths.max(initial=0)),
-        "truncation_rate": _mean([r.finish_reason == "length" for r, _ in pairs]),
+        "truncation_rate": _mean([r.finish == "length" for r, _ in pairs]),
         "rollout_tokens_per_s": float(lengths.sum() / seconds["rollout"]),
         "seconds": {name: round(value, 4) for name, value in seconds.items()},
         "step_s": round(sum(seconds.values()), 4),
     }
     if not stats:
-        return metrics | {"skipped": "all advantages are 0" if scored.samples else "no sample to train on"}
+        return metrics | {"skipped": scored.no_signal or "no sample to train on"}
     targets = sum(s.num_targets for s in stats)
     first = stats[0].means
     metrics |= {
@@ -79,13 +80,13 @@ def step_metrics(
     return metrics | ({"skipped": "; ".join(skipped)} if skipped else {})
 
 
-def work(
+def step_work(
     spec: ModelSpec,
     config: RLConfig,
     batch: Batch,
     scored: Scored,
     stats: Sequence[StepStats],
-    num_forwards: int | None,
+    num_forwards: float | None,
 ) -> dict[str, float]:
     """Operations and bytes that the step could not do without (`pekoe.core.roofline`), as of one process.
 
@@ -94,18 +95,53 @@ def work(
     """
     dtype = config.model.dtype
     groups = [
-        (group.rollouts[0].num_prompt_tokens, [rollout.num_tokens for rollout in group.rollouts])
-        for group, _ in batch.everything()
+        (group.trajectories[0].num_prompt_tokens, [trajectory.num_tokens for trajectory in group.trajectories])
+        for group in batch.everything()
     ]
-    found = {"rollout_flops": sampling_flops(spec, groups).total}
+    work = {"rollout_flops": sampling_flops(spec, groups).total}
     if num_forwards:
-        found["rollout_bytes"] = sampling_bytes(spec, groups, num_forwards, dtype)
+        work["rollout_bytes"] = sampling_bytes(spec, groups, int(num_forwards), dtype)
     if stats:
         num_targets, num_microbatches = sum(s.num_targets for s in stats), sum(s.num_microbatches for s in stats)
         passes = 4 / 3 if config.algo.kl else 1  # the reference's forward beside a forward and backward
-        found["train_flops"] = passes * training_flops(spec, map(len, scored.samples), num_targets).total
-        found["train_bytes"] = training_bytes(spec, num_microbatches, len(stats), dtype)
-    return found
+        work["train_flops"] = passes * training_flops(spec, map(len, scored.samples), num_targets).total
+        work["train_bytes"] = training_bytes(spec, num_microbatches, len(stats), dtype)
+    return work
+
+
+_STATES = ("num_engines", "num_lost_engines", "num_ranks")  # counters that are journalled as they are
+
+
+class StepCounters:
+    """What the parts of a run counted, step by step.
+
+    Args:
+        parts: each part's `counters`.
+        cluster: whether engines and ranks are processes of their own, of which idle shares are journalled.
+    """
+
+    def __init__(self, parts: Sequence[Callable[[], Counters]], cluster: bool = False) -> None:
+        self._parts, self._cluster = parts, cluster
+        self._last, self._since = self._read(), time.perf_counter()
+
+    def _read(self) -> dict[str, float]:
+        return {name: value for counters in self._parts for name, value in counters().items()}
+
+    def take(self) -> dict[str, float]:
+        """Differences since this was last called, those that are not 0; on a cluster with the idle shares, where 1 is a
+        step in which no process of that role did anything."""
+        last, self._last = self._last, self._read()
+        since, self._since = self._since, time.perf_counter()
+        steps = {name: value - last.get(name, 0) for name, value in self._last.items() if name not in _STATES}
+        busy = {role: steps.pop(f"{role}_busy_s", 0.0) for role in ("engines", "ranks")}
+        taken = {name: round(value, 4) for name, value in steps.items() if value}
+        if self._cluster:
+            states = {name: self._last[name] for name in _STATES}
+            for role, number in (("engines", states["num_engines"]), ("ranks", states.pop("num_ranks"))):
+                seconds = max(1.0, number) * (self._since - since)
+                taken[f"idle_{role}"] = round(max(0.0, 1 - busy[role] / seconds), 4)
+            taken |= states
+        return taken
 
 
 def warnings_of(metrics: dict[str, Any], config: RLConfig) -> list[str]:

@@ -12,13 +12,14 @@ import numpy as np
 from pekoe.config.recipes import RLConfig, load_config
 from pekoe.core.errors import UserError
 from pekoe.core.journal import read_lines
+from pekoe.core.loop import StepStats
 from pekoe.core.progress import ProgressReporter
-from pekoe.core.types import Sample
+from pekoe.core.records import read_records
+from pekoe.core.types import Record, Sample
 from pekoe.run.build import make_trainer, open_model, prepare
 from pekoe.run.interrupt import StepTimer
 from pekoe.run.rl import learn
-from pekoe.run.run_dir import checkpoints, read_rollouts
-from pekoe.train import StepStats, checkpoint
+from pekoe.run.run_dir import checkpoints
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,15 +74,15 @@ def replay(run_dir: Path, step: int, view: ProgressReporter) -> Replayed:
     earlier = [path for path in checkpoints(run_dir) if int(path.name[5:]) < step]
     start = 0
     if earlier:
-        checkpoint.load(earlier[-1] / "trainer", trainer)
+        trainer.load(earlier[-1] / "trainer")
         start = json.loads((earlier[-1] / "state.json").read_text(encoding="utf-8"))["progress"]["step"]
     stats: list[StepStats] = []
     for number in range(start + 1, step + 1):
         view.say(f"step {number} of {step}")
         if "loss" not in events[number]:
-            trainer.num_updates += config.algo.minibatches
+            trainer.skip(config.algo.minibatches)
             continue
-        lines = read_rollouts(run_dir, number)
+        lines = read_records(run_dir, number)
         if not lines:
             raise UserError(f"--replay: expected the rollouts of step {number} in {run_dir / 'rollouts'}, got none")
         stats, _ = learn(config, trainer, samples_of(lines), number, StepTimer(view), view)
@@ -96,9 +97,7 @@ def samples_of(lines: list[dict[str, Any]]) -> list[Sample]:
         group = groups.setdefault((line["uid"], line["draw"]), len(groups))
         if line["advantage"] is None:
             continue
-        prompt, tokens = line["prompt_tokens"], line["tokens"]
-        mask = np.arange(len(prompt) + len(tokens)) >= len(prompt)
-        behaviour, advantages = np.zeros(len(mask), np.float32), np.zeros(len(mask), np.float32)
-        behaviour[mask], advantages[mask] = line["logprobs"], line["advantage"]
-        samples.append(Sample(np.array(prompt + tokens), mask, behaviour, advantages, group))
+        record = Record.of(line["prompt_tokens"].astype(np.int64), line["tokens"].astype(np.int64), line["logprobs"])
+        advantages = np.where(record.loss_mask, np.float32(line["advantage"]), np.float32(0))
+        samples.append(Sample(record.tokens, record.loss_mask, record.logprobs, advantages, group))
     return samples

@@ -1,6 +1,6 @@
 """The loop of reinforcement learning on verified rewards. `run_rl` is the algorithm, on one screen.
 
-Only the objects in `parts` differ between a laptop, a GPU and a cluster.
+Only the objects in `parts` differ between a laptop, a GPU and a cluster; their types are in `core/loop.py`.
 """
 
 from __future__ import annotations
@@ -13,90 +13,95 @@ import numpy as np
 
 from pekoe.algo.loss import ppo
 from pekoe.algo.packing import split_minibatches
-from pekoe.algo.scoring import Scored, score
+from pekoe.algo.scoring import Scored, score, uninformative
 from pekoe.config.recipes import RLConfig
 from pekoe.core.errors import Interrupted, RunError
+from pekoe.core.loop import StepStats, SyncReport, Trainer
 from pekoe.core.progress import ProgressReporter, phase
-from pekoe.core.types import AnySample
-from pekoe.run.build import RLParts, sampling, sampling_for
+from pekoe.core.types import AnySample, Draw, JudgedGroup
+from pekoe.run.build import RLParts, eval_sampling
 from pekoe.run.evaluate import evaluate, warn_truncation
 from pekoe.run.interrupt import StepTimer, StopRequested
-from pekoe.run.metrics import step_metrics, warnings_of, work
-from pekoe.run.rollouts import Batch, check_faults, is_useless, rollout_lines
+from pekoe.run.metrics import step_metrics, step_work, warnings_of
+from pekoe.run.records import record_lines
+from pekoe.run.rollouts import Batch, check_faults
 from pekoe.run.run_dir import Progress
-from pekoe.run.sync import SyncReport
-from pekoe.train import StepStats, Trainer
 
-TELL_EVERY = 10  # steps: how often a warning is repeated
+WARN_EVERY = 10  # steps: how often a warning is repeated
 
 
 def run_rl(parts: RLParts) -> None:
     """Train until `num_steps`. Ctrl-C keeps the last complete step and raises Interrupted."""
-    config = parts.config
-    start = {"step": 0, "order": parts.order.state(), "measured": config.eval.every is None}
-    progress: Progress = parts.run.resume(parts.trainer) or start
-    parts.order.restore(progress["order"])
+    config, run = parts.config, parts.run
+    progress = run.resume(parts.trainer) or Progress(0, parts.order.state(), config.eval.every is None)
+    parts.order.restore(progress.order)
     if parts.machine:
-        parts.run.journal.write("machine", **parts.machine)
-    parts.view.say(str(bring(parts, progress["step"])))
-    parts.measured()  # what came before is no step's
+        run.journal.write("machine", **parts.machine)
+    publish_first(parts, progress.step)
     try:
-        progress = measure_if_due(parts, progress)
-        with phase(parts.view, "steps", config.num_steps, progress["step"]):
-            while progress["step"] < config.num_steps:
-                step, clock = progress["step"] + 1, StepTimer(parts.view)
-                batch = collect(parts, clock)
-                scored = score(batch.groups, batch.verdicts, config.algo)
-                stats, untrained = train(parts, scored, step, clock)
-                with clock("sync"):
-                    synced = parts.sync(step)
+        progress = evaluate_if_due(parts, progress)
+        with phase(parts.view, "steps", config.num_steps, progress.step):
+            while progress.step < config.num_steps:
+                step = progress.step + 1
+                parts.begin_step()
+                batch = collect(parts)
+                scored = score(batch.groups, config.algo)
+                stats, untrained = train(parts, scored, step)
+                with parts.timer("sync"):
+                    synced = parts.weights.publish(step)
                 due = config.eval.every is not None and step % config.eval.every == 0
-                progress = {"step": step, "order": parts.order.state(), "measured": not due}
-                commit(parts, step, batch, scored, stats, untrained, synced, clock)
-                check_finite(parts, step)
-                progress = measure_if_due(parts, progress)
+                progress = Progress(step, parts.order.state(), evaluated=not due)
+                commit(parts, step, batch, scored, stats, untrained, synced)
+                check_finite(parts, progress)
+                progress = evaluate_if_due(parts, progress)
                 if step % config.train.save_every == 0:
                     save(parts, progress)
                 parts.view.advance()
     except StopRequested:
         save(parts, progress)
-        parts.run.settle()
+        run.settle()
         raise Interrupted(
-            f"stopped after step {progress['step']} of {config.num_steps}, which is saved; "
+            f"stopped after step {progress.step} of {config.num_steps}, which is saved; "
             f"run the same command again to go on from there"
         ) from None
     save(parts, progress)
-    parts.run.settle()
+    run.settle()
 
 
-def collect(parts: RLParts, clock: StepTimer) -> Batch:
+def publish_first(parts: RLParts, version: int) -> None:
+    """The publish before the first step, with its proof in the journal."""
+    report = parts.weights.publish(version)
+    parts.run.journal.write("sync", step=version, **report.as_dict())
+    parts.view.say(str(report))
+
+
+def collect(parts: RLParts) -> Batch:
     """Draw problems, sample and judge. With dynamic sampling, draw again for groups that teach nothing (DAPO)."""
     rollout, batch = parts.config.rollout, Batch()
-    params = sampling(rollout, parts.tokenizer, parts.config.run.seed)
     while len(batch.groups) < rollout.prompts_per_step and batch.num_rounds <= rollout.dynamic_rounds:
         missing = rollout.prompts_per_step - len(batch.groups)
-        drawn = [(parts.problems[i], epoch) for i, epoch in parts.order.draw(missing)]
-        for group, verdicts in parts.sampler(drawn, params, clock):
-            reason = is_useless(verdicts) if rollout.dynamic_rounds else None
+        parts.rollouts.put([Draw(parts.problems[i], epoch) for i, epoch in parts.order.draw(missing)])
+        for group in parts.rollouts.take(missing):
+            reason = uninformative(group.verdicts) if rollout.dynamic_rounds else None
             if reason:
-                batch.dropped.append((group, verdicts, reason))
+                batch.dropped.append((group, reason))
             else:
                 batch.groups.append(group)
-                batch.verdicts.append(verdicts)
         batch.num_rounds += 1
-    check_faults((v for _, vs in batch.everything() for v in vs), parts.config.verify.max_fault_rate)
+    check_faults(batch.verdicts(), parts.config.verify.max_fault_rate)
     return batch
 
 
-def train(parts: RLParts, scored: Scored, step: int, clock: StepTimer) -> tuple[list[StepStats], dict[int, str]]:
-    """One optimizer step for each minibatch, none where there is nothing to learn.
+def train(parts: RLParts, scored: Scored, step: int) -> tuple[list[StepStats], dict[int, str]]:
+    """One optimizer step for each mini-batch, none where there is nothing to learn.
 
     Returns the steps, and why groups (by position in the batch) were not trained on after all.
     """
-    if not scored.samples or scored.advantage_std == 0:
-        parts.trainer.num_updates += parts.config.algo.minibatches  # the schedule goes on
-        return [], {sample.group: "all advantages are 0" for sample in scored.samples}
-    return learn(parts.config, parts.trainer, scored.samples, step, clock, parts.view)
+    if not scored.samples or scored.no_signal:
+        parts.trainer.skip(parts.config.algo.minibatches)  # the schedule goes on
+        return [], {sample.group: scored.no_signal for sample in scored.samples}
+    parts.rollouts.offload()
+    return learn(parts.config, parts.trainer, scored.samples, step, parts.timer, parts.view)
 
 
 def learn(
@@ -104,24 +109,24 @@ def learn(
     trainer: Trainer,
     samples: Sequence[AnySample],
     step: int,
-    clock: StepTimer,
+    timer: StepTimer,
     view: ProgressReporter,
 ) -> tuple[list[StepStats], dict[int, str]]:
     """The optimizer steps of a batch; nothing but its arguments decides them. Returns as `train`."""
     algo = config.algo
     if algo.proximal == "recompute":
-        with clock("recompute"):
-            found = trainer.logprobs(samples)
-            samples = [replace(s, proximal_logprobs=p) for s, p in zip(samples, found, strict=True)]
+        with timer("recompute"):
+            proximal = trainer.logprobs(samples)
+            samples = [replace(s, proximal_logprobs=p) for s, p in zip(samples, proximal, strict=True)]
     rng = np.random.default_rng([config.run.seed, step])
     minibatches = split_minibatches(samples, algo.minibatches, rng)
     stats: list[StepStats] = []
     untrained: dict[int, str] = {}
-    with clock("train", len(minibatches)):
+    with timer("train", len(minibatches)):
         for minibatch in minibatches:
             if algo.kl:
-                found = trainer.logprobs(minibatch, reference=True)
-                minibatch = [replace(s, reference_logprobs=r) for s, r in zip(minibatch, found, strict=True)]
+                reference = trainer.logprobs(minibatch, reference=True)
+                minibatch = [replace(s, reference_logprobs=r) for s, r in zip(minibatch, reference, strict=True)]
             fixed = float(len(minibatch) * config.rollout.max_new_tokens)
             stats.append(
                 trainer.step(
@@ -145,64 +150,58 @@ def commit(
     stats: list[StepStats],
     untrained: dict[int, str],
     synced: SyncReport,
-    clock: StepTimer,
 ) -> None:
-    """Write the step down: rollouts, what became of every prompt drawn, metrics."""
-    parts.run.write_rollouts(step, rollout_lines(batch, scored, parts.config.algo.reward), parts.tokenizer)
+    """Write the step down: records, what became of every prompt drawn, metrics."""
+    config = parts.config
+    parts.records.write(step, list(record_lines(batch, scored, config.algo.reward)))
     for position, group in enumerate(batch.groups):
-        account(parts, step, group.problem.uid, group.draw, (scored.dropped | untrained).get(position))
-    for group, _, reason in batch.dropped:
-        account(parts, step, group.problem.uid, group.draw, reason)
-    metrics = step_metrics(step, batch, scored, stats, parts.config, clock.seconds)
-    measured = parts.measured()
-    if parts.spec is not None:
-        metrics |= work(parts.spec, parts.config, batch, scored, stats, measured.get("num_forwards"))
-    parts.run.journal.write("step", **metrics, **synced.as_dict(), **measured)
-    if step % TELL_EVERY == 1:
-        for warning in warnings_of(metrics, parts.config):
+        account(parts, step, group, (scored.dropped | untrained).get(position))
+    for group, reason in batch.dropped:
+        account(parts, step, group, reason)
+    metrics = step_metrics(step, batch, scored, stats, config, parts.timer.seconds)
+    counted = parts.counters.take()
+    metrics |= step_work(parts.spec, config, batch, scored, stats, counted.get("num_forwards"))
+    parts.run.journal.write("step", **metrics, **synced.as_dict(), **counted)
+    if step % WARN_EVERY == 1:
+        for warning in warnings_of(metrics, config):
             parts.view.say(warning)
-        warn_truncation(metrics["truncation_rate"], parts.config.rollout.max_new_tokens, parts.view)
+        warn_truncation(metrics["truncation_rate"], config.rollout.max_new_tokens, parts.view)
     parts.run.settle(wait=False)
 
 
-def check_finite(parts: RLParts, step: int) -> None:
-    """RunError after too many optimizer steps in a row that were not finite. What was trained so far is saved."""
+def check_finite(parts: RLParts, progress: Progress) -> None:
+    """Save, and raise RunError, after too many optimizer steps in a row that were not finite."""
     count, most = parts.trainer.num_not_finite, parts.config.train.max_not_finite
-    if count >= most:
-        raise RunError(
-            f"step {step}: the loss or the gradient of the last {count} optimizer steps was not finite "
-            f"(train.max_not_finite = {most}); nothing was learned from them. To see one again: "
-            f"pekoe rl --replay {parts.config.run.dir} {step}"
-        )
+    if count < most:
+        return
+    save(parts, progress)
+    parts.run.settle()
+    raise RunError(
+        f"step {progress.step}: the loss or the gradient of the last {count} optimizer steps was not finite "
+        f"(train.max_not_finite = {most}); nothing was learned from them. The step is saved: the same command goes on "
+        f"from it, for instance with a lower optim.lr or optim.grad_clip. To see the step again: "
+        f"pekoe rl --replay {parts.config.run.dir} {progress.step}"
+    )
 
 
-def account(parts: RLParts, step: int, uid: str, draw: int, reason: str | None) -> None:
+def account(parts: RLParts, step: int, group: JudgedGroup, reason: str | None) -> None:
     """One line of the ledger: a prompt drawn was trained on, or dropped with a reason (I6)."""
     outcome = {"outcome": "dropped", "reason": reason} if reason else {"outcome": "trained"}
-    parts.run.ledger.append({"step": step, "uid": uid, "draw": draw, **outcome})
+    parts.run.ledger.append({"step": step, "uid": group.problem.uid, "draw": group.draw, **outcome})
 
 
-def measure_if_due(parts: RLParts, progress: Progress) -> Progress:
+def evaluate_if_due(parts: RLParts, progress: Progress) -> Progress:
     """Evaluate on the held-out problems where the step asks for it, and journal it."""
-    if progress["measured"]:
+    if progress.evaluated:
         return progress
-    clock = StepTimer(parts.view)
-    new_tokens = parts.config.eval.max_new_tokens or parts.config.rollout.max_new_tokens
-    params = sampling_for(parts.config.eval, new_tokens, parts.tokenizer, parts.config.run.seed)
-    result = evaluate(parts.sampler, parts.held_out, params, clock, parts.config.verify.max_fault_rate)
-    parts.run.journal.write("eval", step=progress["step"], seconds=clock.seconds, **result.as_dict())
-    if parts.sync.route == "alias":
-        bring(parts, progress["step"])  # the next step finds the caches that a resumed run would find
-    parts.measured()  # what this took is no step's
-    return progress | {"measured": True}
-
-
-def bring(parts: RLParts, version: int) -> SyncReport:
-    """A sync that belongs to no step, with its proof in the journal."""
-    report = parts.sync(version)
-    parts.run.journal.write("sync", step=version, **report.as_dict())
-    return report
+    parts.begin_step()
+    params = eval_sampling(parts.config, parts.stop_token_ids)
+    result = evaluate(parts.rollouts, parts.held_out, params, parts.config.verify.max_fault_rate)
+    parts.run.journal.write("eval", step=progress.step, seconds=parts.timer.seconds, **result.as_dict())
+    parts.rollouts.flush_cache()  # the next step finds the caches that a resumed run would find
+    return replace(progress, evaluated=True)
 
 
 def save(parts: RLParts, progress: Progress) -> None:
+    parts.records.settle()
     parts.run.save(parts.trainer, progress, parts.config.train.keep_checkpoints)

@@ -1,103 +1,199 @@
-"""One rollout batch: draw problems, sample groups, judge them."""
+"""Samples and judges: draws in, judged groups out. Training, evaluation and curation all use it."""
 
 from __future__ import annotations
 
+import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from queue import Empty, SimpleQueue
 
-from pekoe.algo.scoring import Scored, all_alike, reward_of
 from pekoe.core.errors import RunError
+from pekoe.core.loop import Counters
 from pekoe.core.progress import ProgressReporter
-from pekoe.core.types import (
-    FloatArray,
-    Group,
-    Payload,
-    PayloadRef,
-    Problem,
-    Prompt,
-    Rollout,
-    SamplingParams,
-    Verdict,
-)
+from pekoe.core.types import Completion, Draw, JudgedGroup, Request, SamplingParams, Trajectory, Verdict
 from pekoe.data.tokenizer import Tokenizer
-from pekoe.engine import Generator
+from pekoe.engine.base import requests_of
+from pekoe.engine.pool import EnginePool
 from pekoe.run.interrupt import StepTimer, Stop
 from pekoe.run.judging import Judge, await_verdicts
+
+_LOOK_S = 0.5  # between looks at the stop request while nothing finishes
+_WAITING_S = 1.0  # between calls of `while_waiting`
+
+
+@dataclass(slots=True, eq=False)
+class _Group:
+    """A group in flight."""
+
+    draw: Draw
+    size: int
+    trajectories: dict[int, Trajectory] = field(default_factory=dict[int, Trajectory])  # by sample index
+    verdicts: dict[int, Future[Verdict]] = field(default_factory=dict[int, "Future[Verdict]"])
+
+    @property
+    def sampled(self) -> bool:
+        return len(self.trajectories) == self.size
+
+    @property
+    def judged(self) -> bool:
+        return self.sampled and all(verdict.done() for verdict in self.verdicts.values())
+
+
+_Finished = SimpleQueue[tuple[_Group, Request, "Future[Completion]"]]
+
+
+def _hand_over(finished: _Finished, group: _Group, request: Request, future: Future[Completion]) -> None:
+    """Called in a thread of the engine's."""
+    finished.put((group, request, future))
+
+
+class Rollouts:
+    """Implements `core.loop.Rollouts` on an engine pool and judges, in one process as on a cluster.
+
+    Responses go to the judges as they finish, while others are still being sampled.
+
+    Args:
+        pool: samples. With one engine, what is put together is scheduled together.
+        params: how training samples.
+        timer: is given the phases "rollout" and "verify".
+        while_waiting: called about once a second while `take` waits, when the trainer is idle.
+        on_group: called with each group of training as soon as it is sampled, with its place among those put.
+        offloads: whether engines and trainer take turns on the same devices.
+    """
+
+    def __init__(
+        self,
+        pool: EnginePool,
+        tokenizer: Tokenizer,
+        judge: Judge,
+        params: SamplingParams,
+        timer: StepTimer,
+        view: ProgressReporter,
+        stop: Stop,
+        while_waiting: Callable[[], None] = lambda: None,
+        on_group: Callable[[Sequence[Trajectory]], None] | None = None,
+        offloads: bool = False,
+    ) -> None:
+        self._pool, self._tokenizer, self._judge, self._params = pool, tokenizer, judge, params
+        self._timer, self._view, self._stop = timer, view, stop
+        self._while_waiting, self._on_group, self._offloads = while_waiting, on_group, offloads
+        self._groups: deque[_Group] = deque()  # in the order in which they were put
+        self._finished: _Finished = SimpleQueue()
+        self._waited = 0.0  # when `while_waiting` was last called
+
+    def put(self, draws: Sequence[Draw], params: SamplingParams | None = None) -> None:
+        """See `core.loop.Rollouts`."""
+        params = params or self._params
+        groups = [_Group(draw, params.n) for draw in draws]
+        requests = [self._requests(draw, params) for draw in draws]
+        futures = iter(self._pool.submit([request for group in requests for request in group]))
+        self._groups += groups
+        for group, its_requests in zip(groups, requests, strict=True):
+            for request in its_requests:
+                next(futures).add_done_callback(partial(_hand_over, self._finished, group, request))
+
+    def _requests(self, draw: Draw, params: SamplingParams) -> list[Request]:
+        prompt = self._tokenizer.encode_prompt(draw.problem.messages)
+        return requests_of(draw.problem.uid, draw.number, prompt, params)
+
+    def take(self, n: int) -> list[JudgedGroup]:
+        """See `core.loop.Rollouts`. StopRequested where the user asked to stop; everything in flight is dropped."""
+        return list(self.stream(n))
+
+    def stream(self, n: int) -> Iterator[JudgedGroup]:
+        """As `take`; yields each group as soon as it and those put before it are judged."""
+        assert n <= len(self._groups), f"{n} groups are to be taken, {len(self._groups)} were put"
+        wanted = [self._groups[i] for i in range(n)]
+        left = n
+        try:
+            with self._timer("rollout", sum(group.size - len(group.trajectories) for group in wanted)):
+                while not all(group.sampled for group in wanted):
+                    self._receive()
+                    while left and self._groups[0].judged:
+                        left -= 1
+                        yield self._pop()
+            with self._timer("verify", left):
+                for _ in range(left):
+                    self._stop.check()
+                    yield self._pop()
+                    self._view.advance()
+        except BaseException:  # also where the caller stops iterating
+            self.cancel()
+            raise
+
+    def _receive(self) -> None:
+        """Wait a moment for a completion, and have it judged."""
+        self._stop.check()
+        if time.monotonic() - self._waited > _WAITING_S:
+            self._while_waiting()
+            self._waited = time.monotonic()
+        try:
+            group, request, future = self._finished.get(timeout=_LOOK_S)
+        except Empty:
+            return
+        trajectory = Trajectory.of(request, future.result())
+        group.trajectories[request.sample] = trajectory
+        group.verdicts[request.sample] = self._judge.submit(group.draw.problem, trajectory)
+        self._view.advance()
+        if group.sampled and self._on_group is not None and request.params.stream == "train":
+            self._on_group([group.trajectories[i] for i in range(group.size)])
+
+    def _pop(self) -> JudgedGroup:
+        """The first group, when it is judged."""
+        group = self._groups[0]
+        verdicts = await_verdicts([group.verdicts[i] for i in range(group.size)], self._judge)
+        self._groups.popleft()
+        trajectories = tuple(group.trajectories[i] for i in range(group.size))
+        return JudgedGroup(group.draw.problem, group.draw.number, trajectories, tuple(verdicts))
+
+    def in_flight(self) -> list[Draw]:
+        return [group.draw for group in self._groups]
+
+    def cancel(self) -> None:
+        """See `core.loop.Rollouts`. What the engines still finish is ignored."""
+        self._groups.clear()
+        self._finished = SimpleQueue()
+        self._pool.abort()
+
+    def flush_cache(self) -> None:
+        self._pool.flush_cache()
+
+    def offload(self) -> None:
+        if self._offloads:
+            self._pool.offload()
+
+    def counters(self) -> Counters:
+        """Tokens, forwards and preemptions of all engines, by the journal's names; engines that serve and were lost."""
+        stats = self._pool.stats()
+        return {
+            "prefill_tokens": stats.num_prefill_tokens,
+            "cached_tokens": stats.num_cached_tokens,
+            "shared_tokens": stats.num_shared_tokens,
+            "num_preemptions": stats.num_preemptions,
+            "num_forwards": stats.num_forwards,
+            "engines_busy_s": stats.busy_s,
+            "num_engines": len(self._pool.in_state("serving")),
+            "num_lost_engines": self._pool.num_lost,
+        }
 
 
 @dataclass(slots=True)
 class Batch:
-    """Groups with their verdicts, in order of drawing, and the groups that dynamic sampling dropped."""
+    """The groups of one step, in the order of their draws, and those that dynamic sampling dropped."""
 
-    groups: list[Group] = field(default_factory=list)
-    verdicts: list[list[Verdict]] = field(default_factory=list)
-    dropped: list[tuple[Group, list[Verdict], str]] = field(default_factory=list)
+    groups: list[JudgedGroup] = field(default_factory=list[JudgedGroup])
+    dropped: list[tuple[JudgedGroup, str]] = field(default_factory=list[tuple[JudgedGroup, str]])  # with the reason
     num_rounds: int = 0
 
-    def everything(self) -> Iterator[tuple[Group, list[Verdict]]]:
-        yield from zip(self.groups, self.verdicts, strict=True)
-        yield from ((group, verdicts) for group, verdicts, _ in self.dropped)
+    def everything(self) -> Iterator[JudgedGroup]:
+        yield from self.groups
+        yield from (group for group, _ in self.dropped)
 
-
-@dataclass(frozen=True, slots=True)
-class Sampler:
-    """Problems in, groups with verdicts out. `evaluate` and `curate` walk the same path as `rl`."""
-
-    engine: Generator
-    tokenizer: Tokenizer
-    judge: Judge
-    view: ProgressReporter
-    stop: Stop
-
-    def __call__(
-        self,
-        drawn: list[tuple[Problem, int]],
-        params: SamplingParams,
-        clock: StepTimer,
-        keep: Callable[[Group, list[Verdict]], None] | None = None,
-    ) -> list[tuple[Group, list[Verdict]]]:
-        """Sample `params.n` responses to each (problem, draw), and judge each as it finishes.
-
-        `keep` hears of each group as soon as all of it is judged.
-        """
-        by_uid = {(problem.uid, draw): i for i, (problem, draw) in enumerate(drawn)}
-        prompts = [Prompt(p.uid, draw, self.tokenizer.encode_prompt(p.messages)) for p, draw in drawn]
-        rollouts: list[dict[int, Rollout]] = [{} for _ in drawn]
-        futures: list[dict[int, Future[Verdict]]] = [{} for _ in drawn]
-        groups: dict[int, tuple[Group, list[Verdict]]] = {}
-
-        def finish(row: int) -> None:
-            problem, draw = drawn[row]
-            assert len(rollouts[row]) == params.n, f"{problem.uid}: the engine lost {params.n - len(rollouts[row])}"
-            complete = tuple(rollouts[row][i] for i in range(params.n))
-            verdicts = await_verdicts([futures[row][i] for i in range(params.n)], self.judge)
-            groups[row] = Group(problem, draw, complete), verdicts
-            if keep is not None:
-                keep(*groups[row])
-
-        sampled: deque[int] = deque()  # rows whose verdicts may still be awaited
-        with clock("rollout", len(drawn) * params.n):
-            stream = self.engine.generate(prompts, params)
-            for rollout in stream:
-                row = by_uid[rollout.uid, rollout.draw]
-                rollouts[row][rollout.sample_index] = rollout
-                futures[row][rollout.sample_index] = self.judge.submit(drawn[row][0], rollout)
-                if len(futures[row]) == params.n:
-                    sampled.append(row)
-                while keep is not None and sampled and all(f.done() for f in futures[sampled[0]].values()):
-                    finish(sampled.popleft())
-                self.view.advance()
-                self.stop.check()
-        with clock("verify", len(drawn)):
-            for row in range(len(drawn)):
-                if row not in groups:
-                    finish(row)
-                self.view.advance()
-                self.stop.check()
-        return [groups[row] for row in range(len(drawn))]
+    def verdicts(self) -> Iterator[Verdict]:
+        return (verdict for group in self.everything() for verdict in group.verdicts)
 
 
 def check_faults(verdicts: Iterable[Verdict], max_rate: float) -> float:
@@ -111,55 +207,3 @@ def check_faults(verdicts: Iterable[Verdict], max_rate: float) -> float:
             f"verify.max_fault_rate = {max_rate:.1%} allows. The first: {faults[0].why}"
         )
     return rate
-
-
-def is_useless(verdicts: list[Verdict]) -> str | None:
-    """Why dynamic sampling drops a group, or None."""
-    if not all_alike(verdicts) or all(v.label == "fault" for v in verdicts):
-        return None
-    right = any(v.label == "correct" for v in verdicts)
-    return "dynamic sampling: all right" if right else "dynamic sampling: none right"
-
-
-def exact(values: FloatArray) -> list[float]:
-    """float32 values as the shortest decimal numbers that give the same float32 back: a step can be replayed."""
-    return [float(str(x)) for x in values]
-
-
-@dataclass(frozen=True, slots=True)
-class RolloutLine:
-    """What the rollouts file says of a response; its tokens are added where they lie."""
-
-    said: dict[str, Any]
-    payload: PayloadRef
-
-    def complete(self, payload: Payload, tokenizer: Tokenizer) -> dict[str, Any]:
-        return self.said | {
-            "prompt": tokenizer.decode(payload.prompt_tokens, skip_special_tokens=False),
-            "text": tokenizer.decode(payload.tokens, skip_special_tokens=False),
-            "prompt_tokens": payload.prompt_tokens.tolist(),
-            "tokens": payload.tokens.tolist(),
-            "logprobs": exact(payload.logprobs),
-        }
-
-
-def rollout_lines(batch: Batch, scored: Scored, reward: float) -> Iterator[RolloutLine]:
-    """A line for each response, group by group. `group` is the place in the batch; dropped groups come last."""
-    advantages = {(sample.group, sample.index): sample.advantage for sample in scored.samples}
-    for position, (group, verdicts) in enumerate(batch.everything()):
-        for rollout, verdict in zip(group.rollouts, verdicts, strict=True):
-            said = {
-                "uid": rollout.uid,
-                "draw": rollout.draw,
-                "group": position,
-                "sample": rollout.sample_index,
-                "finish_reason": rollout.finish_reason,
-                "versions": rollout.versions,
-                "label": verdict.label,
-                "extracted": verdict.extracted,
-                "why": verdict.why,
-                "gold": group.problem.gold,
-                "reward": None if verdict.label == "fault" else reward_of(verdict, reward),
-                "advantage": advantages.get((position, rollout.sample_index)),
-            }
-            yield RolloutLine(said, rollout.payload)

@@ -4,7 +4,7 @@
     journal.jsonl          events; `step` events carry all metrics
     ledger.jsonl           what became of every prompt drawn
     data.jsonl             problems that were read and dropped, each with the reason; absent if there are none
-    rollouts/              one compressed JSONL a step
+    rollouts/              the records of each step, see `core.records`
     checkpoints/           trainer state by torch.distributed.checkpoint, and state.json with everything else
     model/                 the last saved version in Hugging Face format
     discarded/             what a resumed run took back
@@ -20,28 +20,42 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
 
-import zstandard
-
 from pekoe.config.recipes import TrainingConfig, dump_config, load_config
 from pekoe.core.errors import RunError, UserError
-from pekoe.core.io import fsync, read_compressed_lines
+from pekoe.core.io import fsync
 from pekoe.core.journal import Journal, JsonLines, Listener
-from pekoe.data.tokenizer import Tokenizer
-from pekoe.run.rollouts import RolloutLine
 from pekoe.train import Trainer, checkpoint
 
-Progress = dict[str, Any]  # what a loop needs to go on: plain JSON values
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """What a loop needs to go on from a step: plain JSON values."""
+
+    step: int
+    order: dict[str, Any]  # of the data, see `data.order`
+    evaluated: bool = True  # whether the evaluation that follows the step, if any, was made
+
+    @classmethod
+    def of(cls, state: Mapping[str, Any]) -> Progress:
+        """From a checkpoint's JSON; `measured` is an older name of `evaluated`."""
+        return cls(state["step"], state["order"], state.get("evaluated", state.get("measured", True)))
+
 
 # Keys that may differ between a run and its continuation: how long it goes on, how often it saves, on what machine. How
 # the work is split (threads, processes, micro-batches) moves the last bits of sums: bits are the same with the same.
 MAY_CHANGE = {
     "num_steps",
+    "run.dir",
     "run.threads",
+    "optim.lr",
+    "optim.grad_clip",
+    "train.max_not_finite",
     "train.token_budget",
     "train.activation_checkpointing",
     "train.compile",
@@ -149,19 +163,19 @@ class RunDir:
         offsets = {"journal": 0, "ledger": 0}
         if found:
             state = json.loads((found[-1] / "state.json").read_text(encoding="utf-8"))
-            progress, offsets = state["progress"], state["offsets"]
+            progress, offsets = Progress.of(state["progress"]), state["offsets"]
             self._store.load(found[-1] / "trainer", trainer)
-            self._saved = state["progress"]["step"]
+            self._saved = progress.step
         if self._leader:
             self._take_back(progress, offsets)
         return progress
 
     def _take_back(self, progress: Progress | None, offsets: Mapping[str, int]) -> None:
         """Set aside what came after a checkpoint."""
-        step = progress["step"] if progress else 0
+        step = progress.step if progress else 0
         taken = self.journal.cut(offsets["journal"], self.path / "discarded" / "journal.jsonl")
         taken += self.ledger.cut(offsets["ledger"], self.path / "discarded" / "ledger.jsonl")
-        for file in sorted((self.path / "rollouts").glob("step-*.jsonl.zst")):
+        for file in sorted((self.path / "rollouts").glob("step-*.zst")):
             if int(file.name[5:11]) > step:
                 taken += file.stat().st_size
                 _set_aside(file, self.path / "discarded")
@@ -171,20 +185,20 @@ class RunDir:
             self.journal.write("resumed", step=step, discarded_bytes=taken)
 
     def save(self, trainer: Trainer, progress: Progress, keep: int) -> None:
-        """Begin a checkpoint of `progress["step"]`, with the model directory; then remove checkpoints beyond `keep`.
+        """Begin a checkpoint of `progress.step`, with the model directory; then remove checkpoints beyond `keep`.
 
         Returns as soon as the trainer's state is copied: it is written while training goes on. One at a time: waits
         for the one before. What becomes of it, `settle` says.
         """
         self.settle()
-        if self._saved == progress["step"]:
+        if self._saved == progress.step:
             return
         start = time.perf_counter()
         offsets = {"journal": self.journal.sync(), "ledger": self.ledger.sync()}
         state = self._store.snapshot(trainer)
         future = self._writer.submit(self._write, trainer, state, progress, offsets, keep)
         stall = time.perf_counter() - start
-        self._writing = {"step": progress["step"], "stall_s": round(stall, 4)}, start, future
+        self._writing = {"step": progress.step, "stall_s": round(stall, 4)}, start, future
 
     def settle(self, wait: bool = True) -> None:
         """Journal the checkpoint that is being written, once it stands.
@@ -218,13 +232,13 @@ class RunDir:
 
     def _write(self, trainer: Trainer, state: Any, progress: Progress, offsets: Mapping[str, int], keep: int) -> int:
         """Write a checkpoint and return its size in bytes. In a thread of its own: touches nothing that changes."""
-        target = self.path / "checkpoints" / f"step-{progress['step']:06d}"
+        target = self.path / "checkpoints" / f"step-{progress.step:06d}"
         partial = target.with_name(f".partial-{target.name}")
         try:
             self._store.write(state, partial / "trainer", trainer.group)
             if not self._leader:
                 return 0
-            text = json.dumps({"progress": progress, "offsets": offsets}, indent=1)
+            text = json.dumps({"progress": asdict(progress), "offsets": offsets}, indent=1)
             (partial / "state.json").write_text(text, encoding="utf-8")
             size = _to_disk(partial)
             # The model first: where a checkpoint stands, its model does too. Killed in between, the step is done again.
@@ -240,32 +254,10 @@ class RunDir:
             shutil.rmtree(doomed)
         return size
 
-    def write_rollouts(self, step: int, lines: Iterable[RolloutLine], tokenizer: Tokenizer) -> None:
-        """Write a step's rollouts, compressed."""
-        write_lines(
-            self.path / "rollouts" / f"step-{step:06d}.jsonl.zst",
-            (line.complete(line.payload.resolve(), tokenizer) for line in lines),
-        )
-
-
-def write_lines(file: Path, lines: Iterable[Mapping[str, Any]]) -> None:
-    """Write compressed JSON lines."""
-    file.parent.mkdir(exist_ok=True)
-    text = "".join(json.dumps(line, separators=(",", ":")) + "\n" for line in lines)
-    file.write_bytes(zstandard.ZstdCompressor(level=3).compress(text.encode()))
-
 
 def checkpoints(run_dir: Path) -> list[Path]:
     """The checkpoints of a run, oldest first."""
     return sorted((run_dir / "checkpoints").glob("step-*"))
-
-
-def read_rollouts(run_dir: Path, step: int) -> list[dict[str, Any]]:
-    """The lines of a step, group by group; empty where there is no file. (On a cluster each node writes its own.)"""
-    lines: list[dict[str, Any]] = []
-    for file in sorted((run_dir / "rollouts").glob(f"step-{step:06d}.*")):
-        lines += read_compressed_lines(file)
-    return sorted(lines, key=lambda line: (line["group"], line["sample"]))
 
 
 def _set_aside(file: Path, folder: Path) -> None:

@@ -11,16 +11,22 @@ import fcntl
 import hashlib
 import json
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
 
 from pekoe.config.recipes import CurateConfig, EvalConfig
-from pekoe.core.errors import UserError
+from pekoe.core.errors import Interrupted, UserError
 from pekoe.core.journal import JsonLines, read_lines
-from pekoe.core.types import Group, Label, Problem, SamplingParams, Verdict
-from pekoe.run.interrupt import StepTimer
-from pekoe.run.rollouts import Sampler, check_faults
+from pekoe.core.progress import ProgressReporter
+from pekoe.core.types import Draw, JudgedGroup, Label, Problem, SamplingParams, Verdict
+from pekoe.data.tokenizer import Tokenizer
+from pekoe.model import Decoder
+from pekoe.run.build import attach_weights, open_pool
+from pekoe.run.interrupt import StepTimer, Stop, StopRequested
+from pekoe.run.judging import make_judge
+from pekoe.run.rollouts import Rollouts, check_faults
 
 SYNC_EVERY, CHUNK = 16, 1024  # problems
 NUM_EXAMPLES = 8
@@ -38,13 +44,13 @@ class ProblemResult:
     content: str = ""  # a digest of the problem: a uid may come to name another one
 
     @classmethod
-    def of(cls, group: Group, verdicts: Sequence[Verdict]) -> ProblemResult:
+    def of(cls, group: JudgedGroup) -> ProblemResult:
         return cls(
             uid=group.problem.uid,
-            labels=[verdict.label for verdict in verdicts],
-            answers=[verdict.extracted for verdict in verdicts],
-            tokens=[rollout.num_tokens for rollout in group.rollouts],
-            reasons=[rollout.finish_reason for rollout in group.rollouts],
+            labels=[verdict.label for verdict in group.verdicts],
+            answers=[verdict.extracted for verdict in group.verdicts],
+            tokens=[trajectory.num_tokens for trajectory in group.trajectories],
+            reasons=[trajectory.finish for trajectory in group.trajectories],
             content=digest(group.problem),
         )
 
@@ -93,7 +99,7 @@ class ResumableSamples:
     def __init__(self, path: Path | None, about: dict[str, Any]) -> None:
         self._about = json.loads(json.dumps(about))
         self.done: dict[str, ProblemResult] = {}
-        self.groups: list[tuple[Group, list[Verdict]]] = []  # the first that were sampled here, for examples
+        self.groups: list[JudgedGroup] = []  # the first that were sampled here, for examples
         self._lock: IO[bytes] | None = None
         try:
             self._lines = JsonLines(path)
@@ -137,34 +143,82 @@ class ResumableSamples:
         self.done = {row.uid: row for row in rows if "fault" not in row.labels}
 
     def sample(
-        self,
-        sampler: Sampler,
-        problems: Sequence[Problem],
-        params: SamplingParams,
-        clock: StepTimer,
-        max_fault_rate: float,
+        self, rollouts: Rollouts, problems: Sequence[Problem], params: SamplingParams, max_fault_rate: float
     ) -> list[ProblemResult]:
         """Sample and judge what is missing. Returns all of it, in the problems' order. RunError as `check_faults`."""
         contents = {uid: row.content for uid, row in self.done.items()}
-        missing = [(problem, 0) for problem in problems if contents.get(problem.uid) != digest(problem)]
-
-        def keep(group: Group, verdicts: list[Verdict]) -> None:
-            self.done[group.problem.uid] = judged = ProblemResult.of(group, verdicts)
-            self._lines.append(asdict(judged))
-            if len(self.done) % SYNC_EVERY == 0:
-                self._lines.sync()
-
+        missing = [Draw(problem, 0) for problem in problems if contents.get(problem.uid) != digest(problem)]
         try:
             for start in range(0, len(missing), CHUNK):  # tokens and log-probs of all of them may not fit in memory
-                groups = sampler(missing[start : start + CHUNK], params, clock, keep)
-                self.groups = self.groups or groups[:NUM_EXAMPLES]
+                chunk = missing[start : start + CHUNK]
+                rollouts.put(chunk, params)
+                for group in rollouts.stream(len(chunk)):
+                    self._keep(group)
         finally:
             self._lines.sync()
         rows = [self.done[problem.uid] for problem in problems]
         check_faults((Verdict(label, None, f"see {row.uid}") for row in rows for label in row.labels), max_fault_rate)
         return rows
 
+    def _keep(self, group: JudgedGroup) -> None:
+        self.done[group.problem.uid] = result = ProblemResult.of(group)
+        if len(self.groups) < NUM_EXAMPLES:
+            self.groups.append(group)
+        self._lines.append(asdict(result))
+        if len(self.done) % SYNC_EVERY == 0:
+            self._lines.sync()
+
     def close(self) -> None:
         self._lines.close()
         if self._lock is not None:
             self._lock.close()
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """The results of all problems, in order, and some groups as examples."""
+
+    rows: list[ProblemResult]
+    groups: list[JudgedGroup]
+
+
+def sample_problems(
+    config: EvalConfig | CurateConfig,
+    model: Decoder,
+    tokenizer: Tokenizer,
+    problems: Sequence[Problem],
+    params: SamplingParams,
+    longest: int,
+    file: Path | None,
+    about: dict[str, Any],
+    log_dir: Path,
+    view: ProgressReporter,
+) -> Sampled:
+    """Sample and judge problems with the engine that the config names.
+
+    Args:
+        longest: tokens of the longest prompt with its response.
+        file: keeps results, from which the same command goes on; None: nothing is kept.
+        about: what decides the responses, beside what every command shares.
+        log_dir: for servers.
+
+    Raises:
+        Interrupted: Ctrl-C; what is in `file` is kept.
+    """
+    stop = Stop()
+    with stop.listening(), ExitStack() as stack:
+        samples = ResumableSamples(file, decided_by(config) | about if file else about)
+        stack.callback(samples.close)
+        pool = open_pool(config, model, longest, [params], log_dir, view, stack)
+        attach_weights(config, pool, model, tokenizer, problems[0], params, log_dir)
+        judge = make_judge(config.verify, tokenizer, config.run.seed)
+        stack.callback(judge.close)
+        rollouts = Rollouts(pool, tokenizer, judge, params, StepTimer(view), view, stop)
+        try:
+            rows = samples.sample(rollouts, problems, params, config.verify.max_fault_rate)
+        except StopRequested:
+            kept = (
+                f"{len(samples.done)} of {len(problems)} problems are kept" if file else "nothing was kept (no `out`)"
+            )
+            raise Interrupted(f"stopped; {kept}. Run the same command again to go on") from None
+    return Sampled(rows, samples.groups)

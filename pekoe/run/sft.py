@@ -57,26 +57,26 @@ def _run(config: SFTConfig, view: ProgressReporter, leader: bool) -> None:
     order = DataOrder(uids, config.run.seed)  # refuses to go on with other demonstrations
     stop = Stop()
     with stop.listening(), RunDir(config, (view.event,), leader) as run:
-        progress: Progress = run.resume(trainer) or {"step": 0, "order": order.state()}
-        order.restore(progress["order"])
+        progress = run.resume(trainer) or Progress(0, order.state())
+        order.restore(progress.order)
         alone = trainer.group is None  # several would measure one another
         run.journal.write("machine", **describe(trainer.device if alone else None, dtype))
-        with phase(view, "steps", total, progress["step"]):
-            while progress["step"] < total and not trainer.any(stop.requested):
-                step = progress["step"] + 1
+        with phase(view, "steps", total, progress.step):
+            while progress.step < total and not trainer.any(stop.requested):
+                step = progress.step + 1
                 last_of_epoch = step % per_epoch == 0
                 size = len(samples) - (per_epoch - 1) * config.sft.batch_size if last_of_epoch else None
                 batch = [samples[i] for i, _ in order.draw(size or config.sft.batch_size)]
                 train_one(trainer, batch, step, run, view)
                 if measured and (step % config.sft.eval_every == 0 or step == total):
                     measure(trainer, measured, step, run)
-                progress = {"step": step, "order": order.state()}
+                progress = Progress(step, order.state())
                 run.settle(wait=False)
                 if step % config.train.save_every == 0:
                     run.save(trainer, progress, config.train.keep_checkpoints)
         run.save(trainer, progress, config.train.keep_checkpoints)
         run.settle()
-    if progress["step"] < total:
+    if progress.step < total:
         raise Interrupted(
             f"stopped after step {progress['step']} of {total}, which is saved; "
             "run the same command again to go on from there"

@@ -1,0 +1,100 @@
+"""What a step writes of its rollouts, off the critical path (`core.records` has the format)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from pekoe.algo.scoring import Scored, reward_of
+from pekoe.core.errors import RunError
+from pekoe.core.records import write_records
+from pekoe.core.types import Handle, Record
+from pekoe.data.tokenizer import Tokenizer
+from pekoe.run.rollouts import Batch
+
+_LIMIT_S = 3600.0  # of one step's records
+
+
+@dataclass(frozen=True, slots=True)
+class RecordLine:
+    """A trajectory's line, without its texts, and where its tokens are."""
+
+    fields: dict[str, Any]
+    handle: Handle
+
+
+class RecordWriter(Protocol):
+    """Writes the records of a step, one step at a time."""
+
+    def write(self, step: int, lines: Sequence[RecordLine]) -> None:
+        """Begin to write; waits for the step before."""
+        ...
+
+    def settle(self) -> None:
+        """Wait until everything is written. RunError where it could not be."""
+        ...
+
+
+class LocalRecords:
+    """Writes from a thread of this process."""
+
+    def __init__(self, run_dir: Path, tokenizer: Tokenizer) -> None:
+        self._run_dir, self._tokenizer = run_dir, tokenizer
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="records")
+        self._writing: Future[None] | None = None
+
+    def write(self, step: int, lines: Sequence[RecordLine]) -> None:
+        self.settle()
+        stem = self._run_dir / "rollouts" / f"step-{step:06d}"
+        self._writing = self._thread.submit(write_lines, stem, lines, self._tokenizer)
+
+    def settle(self) -> None:
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            try:
+                writing.result(_LIMIT_S)
+            except OSError as error:
+                raise RunError(f"the rollouts of a step could not be written: {error}") from None
+
+    def close(self) -> None:
+        """Waits for what was begun."""
+        self._thread.shutdown()
+
+
+def write_lines(stem: Path, lines: Sequence[RecordLine], tokenizer: Tokenizer) -> None:
+    """Add the texts, and write one pair of files."""
+    records = [line.handle.resolve() for line in lines]
+    fields = [line.fields | texts_of(record, tokenizer) for line, record in zip(lines, records, strict=True)]
+    write_records(stem, fields, records)
+
+
+def texts_of(record: Record, tokenizer: Tokenizer) -> dict[str, str]:
+    return {
+        "prompt": tokenizer.decode(record.tokens[~record.loss_mask], skip_special_tokens=False),
+        "text": tokenizer.decode(record.tokens[record.loss_mask], skip_special_tokens=False),
+    }
+
+
+def record_lines(batch: Batch, scored: Scored, reward: float) -> Iterator[RecordLine]:
+    """A line for each trajectory, group by group. `group` is the place in the batch; dropped groups come last."""
+    advantages = {(sample.group, sample.index): sample.advantage for sample in scored.samples}
+    for position, group in enumerate(batch.everything()):
+        for trajectory, verdict in zip(group.trajectories, group.verdicts, strict=True):
+            fields = {
+                "uid": trajectory.uid,
+                "draw": trajectory.draw,
+                "group": position,
+                "sample": trajectory.sample,
+                "finish_reason": trajectory.finish,
+                "versions": trajectory.versions,
+                "label": verdict.label,
+                "extracted": verdict.extracted,
+                "why": verdict.why,
+                "gold": group.problem.gold,
+                "reward": None if verdict.label == "fault" else reward_of(verdict, reward),
+                "advantage": advantages.get((position, trajectory.sample)),
+            }
+            yield RecordLine(fields, trajectory.handle)
