@@ -4,26 +4,30 @@ from typing import Any
 
 from pekoe.core.errors import Interrupted, RunError, UserError
 from pekoe.core.types import (
-    Group,
-    Payload,
+    Completion,
+    Draw,
+    JudgedGroup,
     Problem,
-    Prompt,
-    Rollout,
+    Record,
+    Request,
     Sample,
     SamplingParams,
+    Trajectory,
     Verdict,
 )
 
 __all__ = [
-    "Group",
+    "Completion",
+    "Draw",
     "Interrupted",
-    "Payload",
+    "JudgedGroup",
     "Problem",
-    "Prompt",
-    "Rollout",
+    "Record",
+    "Request",
     "RunError",
     "Sample",
     "SamplingParams",
+    "Trajectory",
     "UserError",
     "Verdict",
 ]

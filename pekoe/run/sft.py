@@ -78,7 +78,7 @@ def _run(config: SFTConfig, view: ProgressReporter, leader: bool) -> None:
         run.settle()
     if progress.step < total:
         raise Interrupted(
-            f"stopped after step {progress['step']} of {total}, which is saved; "
+            f"stopped after step {progress.step} of {total}, which is saved; "
             "run the same command again to go on from there"
         )
 

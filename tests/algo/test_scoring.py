@@ -3,24 +3,25 @@
 import numpy as np
 import pytest
 
-from pekoe.algo.scoring import all_alike, reward_of, score
+from pekoe.algo.scoring import reward_of, score, uninformative
 from pekoe.config.recipes import AlgoSection
-from pekoe.core.types import FinishReason, Group, Label, Payload, Problem, Rollout, Verdict
+from pekoe.core.types import FinishReason, JudgedGroup, Label, Problem, Record, Trajectory, Verdict
 
 
-def rollout(index: int, length: int, reason: FinishReason = "stop") -> Rollout:
-    payload = Payload(np.arange(3), np.arange(length), np.full(length, -0.5, np.float32))
-    return Rollout("p", 0, index, 3, length, reason, ((0, 0),), payload)
+def trajectory(index: int, length: int, finish: FinishReason = "stop") -> Trajectory:
+    record = Record.of(np.arange(3), np.arange(length), np.full(length, -0.5, np.float32))
+    return Trajectory("p", 0, index, 3, length, finish, ((0, 0),), record)
 
 
-def group(*lengths: int, reasons: tuple[FinishReason, ...] = ()) -> Group:
-    kinds = reasons or ("stop",) * len(lengths)
-    rollouts = tuple(rollout(i, n, kind) for i, (n, kind) in enumerate(zip(lengths, kinds, strict=True)))
-    return Group(Problem("p", ({"role": "user", "content": "?"},), "1"), 0, rollouts)
+def group(*parts: tuple[int, Label] | tuple[int, Label, FinishReason]) -> JudgedGroup:
+    """One trajectory for each (length, label, finish)."""
+    trajectories = tuple(trajectory(i, part[0], *part[2:]) for i, part in enumerate(parts))
+    problem = Problem("p", ({"role": "user", "content": "?"},), "1")
+    return JudgedGroup(problem, 0, trajectories, verdicts(*(part[1] for part in parts)))
 
 
-def verdicts(*labels: Label) -> list[Verdict]:
-    return [Verdict(label) for label in labels]
+def verdicts(*labels: Label) -> tuple[Verdict, ...]:
+    return tuple(Verdict(label) for label in labels)
 
 
 @pytest.mark.parametrize(("label", "expected"), [("correct", 5.0), ("wrong", -5.0), ("unparsed", -5.0)])
@@ -34,41 +35,36 @@ def test_a_fault_has_no_reward():
 
 
 def test_faults_leave_before_advantages():
-    """The fault's rollout would shift mean and variance if it counted as wrong: it must change nothing."""
-    with_fault = score([group(4, 6, 8)], [verdicts("correct", "wrong", "fault")], AlgoSection())
-    without = score([group(4, 6)], [verdicts("correct", "wrong")], AlgoSection())
+    """The fault's trajectory would shift mean and variance if it counted as wrong: it must change nothing."""
+    with_fault = score([group((4, "correct"), (6, "wrong"), (8, "fault"))], AlgoSection())
+    without = score([group((4, "correct"), (6, "wrong"))], AlgoSection())
     assert len(with_fault.samples) == 2
     for a, b in zip(with_fault.samples, without.samples, strict=True):
         assert a.advantage == b.advantage
 
 
 def test_a_group_left_with_fewer_than_two_is_dropped_with_a_reason():
-    scored = score(
-        [group(4, 6), group(4, 4)], [verdicts("correct", "fault"), verdicts("correct", "wrong")], AlgoSection()
-    )
+    scored = score([group((4, "correct"), (6, "fault")), group((4, "correct"), (4, "wrong"))], AlgoSection())
     assert list(scored.dropped) == [0]
     assert "1 of 2 rollouts faulted" in scored.dropped[0]
     assert {sample.group for sample in scored.samples} == {1}
 
 
-def test_aborted_rollouts_are_not_trained_on():
-    scored = score(
-        [group(4, 6, 5, reasons=("stop", "abort", "stop"))], [verdicts("correct", "wrong", "wrong")], AlgoSection()
-    )
+def test_aborted_trajectories_are_not_trained_on():
+    scored = score([group((4, "correct"), (6, "wrong", "abort"), (5, "wrong"))], AlgoSection())
     assert len(scored.samples) == 2
 
 
 def test_truncated_responses_count_like_any_other_unless_masked():
-    groups = [group(4, 9, reasons=("stop", "length"))]
-    labels = [verdicts("correct", "wrong")]
-    assert len(score(groups, labels, AlgoSection()).samples) == 2
-    masked = score(groups, labels, AlgoSection(mask_truncated=True))
+    groups = [group((4, "correct"), (9, "wrong", "length"))]
+    assert len(score(groups, AlgoSection()).samples) == 2
+    masked = score(groups, AlgoSection(mask_truncated=True))
     assert len(masked.samples) == 1
-    assert masked.samples[0].advantage == score(groups, labels, AlgoSection()).samples[0].advantage
+    assert masked.samples[0].advantage == score(groups, AlgoSection()).samples[0].advantage
 
 
 def test_a_sample_trains_on_the_response_alone():
-    reference = score([group(2, 4)], [verdicts("correct", "wrong")], AlgoSection()).samples[0]
+    reference = score([group((2, "correct"), (4, "wrong"))], AlgoSection()).samples[0]
     sample = reference.resolve()
     assert (len(reference), reference.num_targets) == (len(sample), sample.num_targets) == (5, 2)
     assert sample.tokens.tolist() == [0, 1, 2, 0, 1]
@@ -78,7 +74,24 @@ def test_a_sample_trains_on_the_response_alone():
     np.testing.assert_array_equal(sample.advantages[3:], np.float32(reference.advantage))
 
 
-def test_equal_rewards_teach_nothing():
-    assert score([group(2, 4)], [verdicts("wrong", "unparsed")], AlgoSection()).advantage_std == 0
-    assert all_alike(verdicts("wrong", "unparsed", "fault"))
-    assert not all_alike(verdicts("wrong", "correct"))
+@pytest.mark.parametrize("reward", [5.0, 0.1, 1 / 3])
+@pytest.mark.parametrize("advantage", ["global", "grpo", "dr_grpo", "rloo"])
+def test_equal_rewards_teach_nothing(reward: float, advantage: str):
+    """S14: their advantages may be rounding errors in place of 0."""
+    algo = AlgoSection.model_validate({"reward": reward, "advantage": advantage})
+    alike = [group(*[(7, "wrong")] * 3), group(*[(5, "unparsed")] * 3), group(*[(11, "wrong")] * 3)]
+    assert score(alike, algo).no_signal
+    assert not score([*alike, group((4, "wrong"), (6, "correct"))], algo).no_signal
+
+
+def test_groups_alike_in_themselves_teach_by_the_batch_alone():
+    groups = [group((2, "correct"), (4, "correct")), group((2, "wrong"), (4, "wrong"))]
+    assert not score(groups, AlgoSection(advantage="global")).no_signal
+    assert score(groups, AlgoSection(advantage="grpo")).no_signal == "all rewards of each group are equal"
+
+
+def test_groups_that_dynamic_sampling_drops():
+    assert uninformative(verdicts("wrong", "unparsed", "fault")) == "dynamic sampling: none right"
+    assert uninformative(verdicts("correct", "correct")) == "dynamic sampling: all right"
+    assert uninformative(verdicts("wrong", "correct")) is None
+    assert uninformative(verdicts("fault", "fault")) is None

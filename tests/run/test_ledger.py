@@ -1,7 +1,6 @@
 """I6 by property: the ledger accounts for every prompt drawn, once, with what became of it.
 
-The real loop, run directory, data order and scoring; engine, judge, trainer and sync are stand-ins that do as they are
-told. A kill is an exception that nothing catches, at any call of any of them, in the checkpoint's thread too.
+The real loop, run directory, data order and scoring; engine, judge, trainer and weights are stand-ins. A kill is an exception that nothing catches, at any call of any of them, in the checkpoint's thread too.
 """
 
 from __future__ import annotations
@@ -11,12 +10,11 @@ import os
 import random
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, cast
 
 import numpy as np
@@ -26,17 +24,20 @@ from hypothesis import strategies as st
 
 from pekoe.config import RLConfig, load_config
 from pekoe.core.journal import JsonLines, read_lines
+from pekoe.core.loop import StepStats, SyncReport
 from pekoe.core.progress import NoProgress
-from pekoe.core.types import AnySample, Payload, Problem, Prompt, Rollout, SamplingParams, Verdict
+from pekoe.core.spec import ModelSpec
+from pekoe.core.types import AnySample, Completion, Problem, Record, Request, Trajectory, Verdict
 from pekoe.data.order import DataOrder
-from pekoe.run import run_dir as state
-from pekoe.run.build import RLParts
-from pekoe.run.interrupt import Stop
+from pekoe.engine.base import EngineStats
+from pekoe.run import run_dir
+from pekoe.run.build import RLParts, sampling
+from pekoe.run.interrupt import StepTimer, Stop
+from pekoe.run.metrics import StepCounters
+from pekoe.run.records import LocalRecords
 from pekoe.run.rl import run_rl
-from pekoe.run.rollouts import Sampler
+from pekoe.run.rollouts import Rollouts
 from pekoe.run.run_dir import RunDir
-from pekoe.run.sync import SyncReport
-from pekoe.train import StepStats, checkpoint
 
 SAMPLES = 3  # responses to a prompt
 FATES = ("mixed", "right", "wrong", "one fault", "faults", "aborted", "cut", "skipped")
@@ -68,6 +69,9 @@ class Life:
         return self.fates[(int(uid) * 5 + draw * 3) % len(self.fates)]
 
 
+SPEC = ModelSpec("qwen3", 8, 8, 1, 1, 1, 8, 8, 64)
+
+
 class Words:
     """A tokenizer whose prompts are the problem's number."""
 
@@ -81,20 +85,33 @@ class Words:
 
 
 @dataclass
-class Engine:
-    life: Life
-    max_sequence_tokens: int = 64
+class Pool:
+    """Answers at once, in any order."""
 
-    def generate(self, prompts: Sequence[Prompt], params: SamplingParams) -> Iterator[Rollout]:
-        pairs = [(prompt, i) for prompt in prompts for i in range(params.n)]
-        random.Random(self.life.seed + self.life.calls).shuffle(pairs)  # responses end in any order
-        for prompt, i in pairs:
+    life: Life
+    num_lost: int = 0
+
+    def submit(self, requests: Sequence[Request]) -> list[Future[Completion]]:
+        futures: list[Future[Completion]] = [Future() for _ in requests]
+        pairs = list(zip(requests, futures, strict=True))
+        random.Random(self.life.seed + self.life.calls).shuffle(pairs)
+        for request, future in pairs:
             self.life.tick()
-            fate = self.life.fate(prompt.uid, prompt.draw)
-            reason = {"aborted": "abort", "cut": "length"}.get(fate, "stop")
-            tokens = np.array([prompt.draw, i])
-            payload = Payload(prompt.tokens, tokens, np.zeros(2, np.float32))
-            yield Rollout(prompt.uid, prompt.draw, i, 1, 2, cast(Any, reason), ((0, 0),), payload)
+            fate = self.life.fate(request.uid, request.draw)
+            finish = {"aborted": "abort", "cut": "length"}.get(fate, "stop")
+            record = Record.of(request.tokens, np.array([request.draw, request.sample]), np.zeros(2, np.float32))
+            future.set_result(Completion(2, cast(Any, finish), ((0, 0),), record))
+        return futures
+
+    def abort(self) -> None: ...
+
+    def flush_cache(self) -> None: ...
+
+    def stats(self) -> EngineStats:
+        return EngineStats()
+
+    def in_state(self, *states: str) -> list[Any]:
+        return []
 
 
 @dataclass
@@ -102,10 +119,10 @@ class Judge:
     life: Life
     limit_s: float = 1.0
 
-    def submit(self, problem: Problem, rollout: Rollout) -> Future[Verdict]:
+    def submit(self, problem: Problem, trajectory: Trajectory) -> Future[Verdict]:
         self.life.tick()
-        fate, first = self.life.fate(problem.uid, rollout.draw), rollout.sample_index == 0
-        right = fate == "right" or (fate not in ("wrong", "cut") and rollout.sample_index == 1)
+        fate, first = self.life.fate(problem.uid, trajectory.draw), trajectory.sample == 0
+        right = fate == "right" or (fate not in ("wrong", "cut") and trajectory.sample == 1)
         label = "fault" if fate == "faults" or (fate == "one fault" and first) else "correct" if right else "wrong"
         future: Future[Verdict] = Future()
         future.set_result(Verdict(cast(Any, label), None, "told"))
@@ -117,9 +134,7 @@ class Judge:
 class Trainer:
     """Remembers what it was trained on; a minibatch with a group whose fate is "skipped" makes no update."""
 
-    group = None
     num_not_finite = 0
-    model = None
 
     def __init__(self, life: Life, problems: Sequence[Problem]) -> None:
         self._life, self._problems = life, problems
@@ -138,29 +153,44 @@ class Trainer:
             0.0, 0.0, 0.0, 1, len(samples), 1, dict.fromkeys(names, 0.0), "told to skip" if skipped else None
         )
 
+    def skip(self, num_updates: int) -> None:
+        self.num_updates += num_updates
+
+    def snapshot(self) -> Saved:
+        self._life.tick()
+        return Saved(self._life, json.dumps([self.num_updates, self.log]))
+
+    def load(self, path: Path) -> None:
+        self.num_updates, log = json.loads((path / "log.json").read_text())
+        self.log = [tuple(each) for each in log]
+
 
 @dataclass
-class Sync:
+class Saved:
     life: Life
-    route: str = "alias"
+    text: str
 
-    def __call__(self, version: int) -> SyncReport:
+    def write(self, path: Path) -> None:
+        self.life.tick()
+        path.mkdir(parents=True)
+        (path / "log.json").write_text(self.text)
+        self.life.tick()
+
+    def export(self, path: Path) -> None:
+        self.life.tick()
+
+
+@dataclass
+class Weights:
+    life: Life
+
+    def publish(self, version: int) -> SyncReport:
         self.life.tick()
         return SyncReport(version, "alias", 0.0, 0, 0.0, "equal")
 
 
-def stand_in_for_tensors(monkeypatch: pytest.MonkeyPatch, life: Callable[[], Life]) -> None:
-    """Checkpoints of the trainer's stand-in; every write and rename may be the last."""
-
-    def write(log: Any, path: Path, group: Any) -> None:
-        life().tick()
-        path.mkdir(parents=True)
-        (path / "log.json").write_text(json.dumps(log.weights))
-        life().tick()
-
-    def load(path: Path, trainer: Any) -> None:
-        trainer.num_updates, log = json.loads((path / "log.json").read_text())
-        trainer.log = [tuple(each) for each in log]
+def ticks_around_files(monkeypatch: pytest.MonkeyPatch, life: Callable[[], Life]) -> None:
+    """Every write and rename may be the last."""
 
     def ticking(function: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **more: Any) -> Any:
@@ -171,14 +201,9 @@ def stand_in_for_tensors(monkeypatch: pytest.MonkeyPatch, life: Callable[[], Lif
 
         return call
 
-    copied = lambda trainer: SimpleNamespace(weights=[trainer.num_updates, list(trainer.log)])  # noqa: E731
-    monkeypatch.setattr(checkpoint, "snapshot", copied)
-    monkeypatch.setattr(checkpoint, "write", write)
-    monkeypatch.setattr(checkpoint, "load", load)
-    monkeypatch.setattr(checkpoint, "save_model", lambda *_, **__: life().tick())
-    monkeypatch.setattr(state, "fsync", lambda _: None)
+    monkeypatch.setattr(run_dir, "fsync", lambda _: None)
     monkeypatch.setattr(os, "fsync", lambda _: None)
-    for owner, name in ((JsonLines, "append"), (JsonLines, "cut"), (RunDir, "write_rollouts"), (os, "replace")):
+    for owner, name in ((JsonLines, "append"), (JsonLines, "cut"), (LocalRecords, "write"), (os, "replace")):
         monkeypatch.setattr(owner, name, ticking(getattr(owner, name)))
 
 
@@ -187,13 +212,32 @@ def live(config: RLConfig, life: Life) -> tuple[Trainer, DataOrder]:
     problems = [Problem(str(i), ({"role": "user", "content": str(i)},), "0") for i in range(7)]
     while True:
         trainer, words = Trainer(life, problems), cast(Any, Words())
-        stop, order = Stop(), DataOrder([p.uid for p in problems], 0)
-        sampler = Sampler(cast(Any, Engine(life)), words, Judge(life), NoProgress(), stop)
+        timer, order = StepTimer(), DataOrder([p.uid for p in problems], 0)
+        params = sampling(config.rollout, (1,), 0)
+        rollouts = Rollouts(cast(Any, Pool(life)), words, Judge(life), params, timer, NoProgress(), Stop())
         try:
             with ExitStack() as stack:
                 run = stack.enter_context(RunDir(config))
-                parts = [config, problems, [], order, words, trainer, sampler, Sync(life), run, NoProgress(), stop]
-                run_rl(RLParts(*cast(Any, parts)))
+                records = LocalRecords(run.path, words)
+                stack.callback(records.close)
+                run_rl(
+                    RLParts(
+                        config=config,
+                        problems=problems,
+                        held_out=[],
+                        order=order,
+                        stop_token_ids=(1,),
+                        trainer=cast(Any, trainer),
+                        rollouts=rollouts,
+                        weights=cast(Any, Weights(life)),
+                        records=records,
+                        run=run,
+                        view=NoProgress(),
+                        timer=timer,
+                        counters=StepCounters([rollouts.counters]),
+                        spec=SPEC,
+                    )
+                )
             return trainer, order
         except Killed:
             life.kills.pop(0)
@@ -236,8 +280,8 @@ def check(config: RLConfig, life: Life, trainer: Trainer, order: DataOrder) -> l
         if (line["uid"], line["draw"]) in seen:
             assert fate is None
             assert line.get("reason") in (None, "told to skip")
-        else:  # where all advantages of a step are 0, nothing of it is trained on
-            assert line["reason"] == (fate or "all advantages are 0")
+        else:  # where all rewards of each group of a step are equal, nothing of it is trained on
+            assert line["reason"] == (fate or "all rewards of each group are equal")
     return lines
 
 
@@ -256,7 +300,7 @@ RUNS = st.fixed_dictionaries(
 
 def prove(run: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     lives: list[Life] = []
-    stand_in_for_tensors(monkeypatch, lambda: lives[-1])
+    ticks_around_files(monkeypatch, lambda: lives[-1])
     ledgers: list[list[dict[str, Any]]] = []
     prompts = -(-run["prompts"] // run["minibatches"]) * run["minibatches"]
     for kills in ([], run["kills"]):

@@ -31,9 +31,9 @@ def test_what_is_wrong_is_said_with_what_to_do(wrong: dict[str, Any], said: str)
 
 def test_a_step_that_taught_nothing():
     metrics = {name: value for name, value in WELL.items() if name not in ("loss", "logprob_diff_max")}
-    (said,) = warnings_of(metrics | {"skipped": "all advantages are 0"}, load_config(RECIPE, kind=RLConfig))
+    (said,) = warnings_of(metrics | {"skipped": "all rewards are equal"}, load_config(RECIPE, kind=RLConfig))
     assert said.startswith(
-        "warning: step 11: nothing was learned (all advantages are 0; pass rate 50%): `pekoe curate`"
+        "warning: step 11: nothing was learned (all rewards are equal; pass rate 50%): `pekoe curate`"
     )
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,10 @@ import torch
 from pekoe.config import RLConfig
 from pekoe.core import Interrupted, RunError, UserError
 from pekoe.core.journal import read_lines
-from pekoe.core.types import Prompt, Rollout, SamplingParams
+from pekoe.core.records import read_records
+from pekoe.core.types import Draw, Problem, SamplingParams, Trajectory, Verdict
 from pekoe.model import load_model
 from pekoe.run.build import RLParts
-from pekoe.run.run_dir import read_rollouts
 
 Build = Callable[..., RLConfig]
 Train = Callable[..., None]
@@ -24,6 +25,11 @@ Train = Callable[..., None]
 
 def steps_of(config: RLConfig) -> list[dict[str, Any]]:
     return [e for e in read_lines(Path(config.run.dir) / "journal.jsonl") if e["event"] == "step"]
+
+
+def engine_of(parts: RLParts) -> Any:
+    rollouts: Any = parts.rollouts
+    return rollouts._pool.members[0].engine
 
 
 def weights_of(config: RLConfig) -> torch.Tensor:
@@ -43,7 +49,7 @@ def test_a_run_leaves_what_the_design_says(build: Build, train: Train):
         assert step["sync_canary_diff"] <= 1e-4
         assert {"rollout", "verify", "train", "sync"} <= set(step["seconds"])
     assert [p.name for p in sorted((run / "checkpoints").iterdir())] == ["step-000002", "step-000003"]
-    lines = read_rollouts(run, 2)
+    lines = read_records(run, 2)
     assert len(lines) == 16
     for line in lines:
         assert len(line["tokens"]) == len(line["logprobs"])
@@ -73,16 +79,16 @@ def test_ctrl_c_keeps_the_last_step_and_the_resumed_run_has_the_same_bits(
     seen = 0
 
     def interrupt_rollouts(parts: RLParts) -> None:
-        generate = parts.sampler.engine.generate
+        rollouts: Any = parts.rollouts
+        submit = rollouts._judge.submit
 
-        def counted(prompts: list[Prompt], params: SamplingParams) -> Iterator[Rollout]:
+        def counted(problem: Problem, trajectory: Trajectory) -> Future[Verdict]:
             nonlocal seen
-            for rollout in generate(prompts, params):
-                seen += params.stream == "train"
-                parts.stop.requested = parts.stop.requested or seen > stop_after
-                yield rollout
+            seen += 1
+            rollouts._stop.requested |= seen > stop_after
+            return submit(problem, trajectory)
 
-        parts.sampler.engine.generate = counted  # type: ignore[method-assign]
+        rollouts._judge.submit = counted
 
     with pytest.raises(Interrupted, match="run the same command again"):
         train(broken, interrupt_rollouts)
@@ -123,21 +129,21 @@ def test_a_crash_goes_back_to_the_checkpoint_and_sets_later_lines_aside(build: B
     assert torch.equal(weights_of(broken), weights_of(unbroken))
     discarded = Path(broken.run.dir) / "discarded"
     assert [e["step"] for e in read_lines(discarded / "journal.jsonl") if e["event"] == "step"] == [3]
-    assert (discarded / "step-000003.jsonl.zst").exists()
+    assert {"step-000003.jsonl.zst", "step-000003.npz.zst"} <= {path.name for path in discarded.iterdir()}
     assert [s["step"] for s in steps_of(broken)] == [1, 2, 3, 4]
 
 
 def test_another_recipe_in_the_same_directory_is_refused(build: Build, train: Train):
     train(build("num_steps=1"))
-    with pytest.raises(UserError, match=r"holds a run with optim.lr = 0.001, got 0.5"):
-        train(build("num_steps=1", "optim.lr=0.5"))
+    with pytest.raises(UserError, match=r"holds a run with algo.clip_high = 0.2, got 0.5"):
+        train(build("num_steps=1", "algo.clip_high=0.5"))
     train(build("num_steps=2"))  # longer is the same run
     assert [s["step"] for s in steps_of(build())] == [1, 2]
 
 
 def test_i4_a_stale_engine_stops_the_run(build: Build, train: Train):
     def make_stale(parts: RLParts) -> None:
-        engine: Any = parts.sampler.engine
+        engine = engine_of(parts)
         copy = load_model(parts.config.model.path)
         update = engine.update_weights
         engine.update_weights = lambda source, version: update(copy, version)  # keeps the first version's weights
@@ -148,8 +154,7 @@ def test_i4_a_stale_engine_stops_the_run(build: Build, train: Train):
 
 def test_i4_a_cache_that_outlives_its_weights_stops_the_run(build: Build, train: Train):
     def keep_caches(parts: RLParts) -> None:
-        engine: Any = parts.sampler.engine
-        engine._scheduler.tree.flush = lambda: None
+        engine_of(parts)._scheduler.cache.flush = lambda: None
 
     # prompts are 5 tokens, blocks of 2: the canary's first blocks are found in the stale cache
     with pytest.raises(RunError, match="weight sync"):
@@ -157,29 +162,26 @@ def test_i4_a_cache_that_outlives_its_weights_stops_the_run(build: Build, train:
 
 
 def test_faults_above_the_bound_stop_the_run(build: Build, train: Train, monkeypatch: pytest.MonkeyPatch):
-    from concurrent.futures import Future
-
-    from pekoe.core.types import Verdict
-
     def all_faults(parts: RLParts) -> None:
         def submit(*_: object) -> Future[Verdict]:
             future: Future[Verdict] = Future()
             future.set_result(Verdict("fault", None, "the judge is broken"))
             return future
 
-        monkeypatch.setattr(parts.sampler.judge, "submit", submit)
+        rollouts: Any = parts.rollouts
+        monkeypatch.setattr(rollouts._judge, "submit", submit)
 
     with pytest.raises(RunError, match=r"16 of 16 verdicts are FAULT .* the judge is broken"):
         train(build(), all_faults)
 
 
 def test_no_gain_no_step(build: Build, train: Train):
-    """All verdicts alike: advantages are 0, no optimizer step is made, and the journal says so."""
+    """All rewards equal: no optimizer step is made, and the journal says so."""
     config = build("verify.random=false", "num_steps=1")
     before = load_model(config.model.path)
     train(config)
     (step,) = steps_of(config)
-    assert step["skipped"] == "all advantages are 0"
+    assert step["skipped"] == "all rewards are equal"
     assert step["pass_rate"] == 0
     assert torch.equal(weights_of(config), torch.cat([p.detach().flatten() for p in before.parameters()]))
     assert {line["outcome"] for line in read_lines(Path(config.run.dir) / "ledger.jsonl")} == {"dropped"}
@@ -233,14 +235,14 @@ def test_stopped_during_an_evaluation_the_resumed_run_measures_and_has_the_same_
     broken = build(*words, f"run.dir={tmp_path / 'broken'}")
 
     def stop_in_evaluation(parts: RLParts) -> None:
-        generate = parts.sampler.engine.generate
+        rollouts: Any = parts.rollouts
+        put = rollouts.put
 
-        def watched(prompts: list[Prompt], params: SamplingParams) -> Iterator[Rollout]:
-            in_evaluation = params.stream == "eval" and len(prompts) > 1
-            parts.stop.requested = in_evaluation and parts.sampler.engine.version == after
-            yield from generate(prompts, params)
+        def watched(draws: Sequence[Draw], params: SamplingParams | None = None) -> None:
+            rollouts._stop.requested = params is not None and engine_of(parts).version == after
+            put(draws, params)
 
-        parts.sampler.engine.generate = watched  # type: ignore[method-assign]
+        rollouts.put = watched
 
     with pytest.raises(Interrupted, match=f"stopped after step {after} of 3"):
         train(broken, stop_in_evaluation)
@@ -291,3 +293,11 @@ def test_evaluation_before_and_in_the_middle(build: Build, train: Train, tiny_di
     before, measured = (event for event in events if event["event"] == "eval")
     assert [before["step"], measured["step"]] == [0, 2]
     assert measured["num_problems"] == 7
+
+
+def test_a_run_directory_may_be_moved(build: Build, train: Train, tmp_path: Path):
+    train(build("num_steps=1", f"run.dir={tmp_path / 'here'}"))
+    (tmp_path / "here").rename(tmp_path / "there")
+    moved = build("num_steps=2", f"run.dir={tmp_path / 'there'}")
+    train(moved)
+    assert [s["step"] for s in steps_of(moved)] == [1, 2]
