@@ -18,7 +18,8 @@ import numpy as np
 import torch
 
 from pekoe.core.spec import ModelSpec
-from pekoe.core.types import Prompt
+from pekoe.core.types import Request, SamplingParams
+from pekoe.engine.base import requests_of
 from pekoe.model import Decoder
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -70,11 +71,14 @@ def make_model() -> Callable[..., Decoder]:
 
 
 @pytest.fixture(scope="session")
-def make_prompt() -> Callable[..., Prompt]:
-    """Makes prompts of random tokens; the same arguments give the same prompt."""
+def make_requests() -> Callable[..., list[Request]]:
+    """make_requests(uid, length, params): the `params.n` requests of a prompt of random tokens; the same arguments give
+    the same prompt."""
 
-    def make(uid: str, length: int, vocab: int = 32, draw: int = 0) -> Prompt:
-        rng = np.random.default_rng([length, *uid.encode()])
-        return Prompt(uid, draw, rng.integers(0, vocab, length))
+    def make(
+        uid: str, length: int, params: SamplingParams | None = None, vocab: int = 32, draw: int = 0
+    ) -> list[Request]:
+        tokens = np.random.default_rng([length, *uid.encode()]).integers(0, vocab, length)
+        return requests_of(uid, draw, tokens, params or SamplingParams())
 
     return make

@@ -1,6 +1,7 @@
 """I6 by property: the ledger accounts for every prompt drawn, once, with what became of it.
 
-The real loop, run directory, data order and scoring; engine, judge, trainer and weights are stand-ins. A kill is an exception that nothing catches, at any call of any of them, in the checkpoint's thread too.
+The real loop, run directory, data order and scoring; engine, judge, trainer and weights are stand-ins. A kill is
+an exception that nothing catches, at any call of any of them, in the checkpoint's thread too.
 """
 
 from __future__ import annotations
