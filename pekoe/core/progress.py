@@ -9,7 +9,7 @@ from typing import Protocol, TypeVar
 from pekoe.core.journal import Event
 
 T = TypeVar("T")
-_TOLD = 200  # how often `each` tells, at the most
+_TOLD = 200  # how often `track` tells, at the most
 
 
 class ProgressReporter(Protocol):
@@ -50,7 +50,7 @@ def phase(view: ProgressReporter, name: str, total: int | None = None, done: int
         view.end()
 
 
-def each(view: ProgressReporter, name: str, items: Sequence[T]) -> Iterator[T]:
+def track(view: ProgressReporter, name: str, items: Sequence[T]) -> Iterator[T]:
     """The items, with a progress bar while they are gone through."""
     some = max(1, len(items) // _TOLD)
     with phase(view, name, len(items)):

@@ -18,7 +18,7 @@ import numpy as np
 
 from pekoe.config.data import ProblemSection, SourceSection
 from pekoe.core.errors import UserError
-from pekoe.core.progress import NoProgress, ProgressReporter, each
+from pekoe.core.progress import NoProgress, ProgressReporter, track
 from pekoe.core.types import Problem
 from pekoe.data.formats import parse_problem
 from pekoe.data.overlap import Contamination, gold_key, near_duplicates, prompt_key
@@ -198,7 +198,7 @@ def _short_enough(
     drop: _Drops = {}
     if tokenizer is None:
         return items
-    for index, item in enumerate(each(view, "prompts", items)):
+    for index, item in enumerate(track(view, "prompts", items)):
         size, limit = len(tokenizer.encode_prompt(item.problem.messages)), data.max_prompt_tokens
         if size > limit and not data.skip_malformed:
             raise UserError(
@@ -216,7 +216,7 @@ def _unknown_to_evaluation(
     if not data.decontaminate:
         return items
     known = Contamination({path: read_problems(path).problems for path in data.decontaminate}, data.ngram)
-    found = ((index, known.find(item.problem)) for index, item in enumerate(each(view, "overlap", items)))
+    found = ((index, known.find(item.problem)) for index, item in enumerate(track(view, "overlap", items)))
     return _without(items, {i: (CONTAMINATED, f"{hit[0]}: {hit[1]}") for i, hit in found if hit}, report)
 
 

@@ -13,7 +13,7 @@ from collections import Counter, defaultdict
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
-from pekoe.core.progress import NoProgress, ProgressReporter, each
+from pekoe.core.progress import NoProgress, ProgressReporter, track
 from pekoe.core.types import Problem
 from pekoe.data.tables import needs
 
@@ -75,12 +75,12 @@ def near_duplicates(
         raise needs("datasketch", "data.dedup = 'near'") from None
     alike: dict[Hashable, list[int]] = defaultdict(list)
     view = view or NoProgress()
-    for index, problem in enumerate(each(view, "near", problems)):
+    for index, problem in enumerate(track(view, "near", problems)):
         numbers = " ".join(sorted(token for token in tokens_of(problem) if token.isdigit()))
         alike[problem.kind, gold_key(problem.gold), numbers].append(index)
     found: dict[int, int] = {}
     empty = MinHash(num_perm=128, hashfunc=int)
-    for group in each(view, "near", list(alike.values())):
+    for group in track(view, "near", list(alike.values())):
         if len(group) == 1:  # most: nothing to sketch
             continue
         lsh: Any = MinHashLSH(num_perm=128, params=_bands(threshold))

@@ -53,6 +53,10 @@ class EngineLost(RunError):
     """The engine died, hangs, or gives answers that cannot be used. What it was asked may be asked of another one."""
 
 
+class NoPlace(RunError):
+    """An engine cannot start now: the machine that it was on is lost, and no other has room yet."""
+
+
 @dataclass(frozen=True, slots=True)
 class EngineStats:
     """Counters since the engine was made. Engines behind HTTP know some of them only."""
@@ -182,7 +186,16 @@ class Engine(Protocol):
 
         A convenience over `submit`: prompt i has the uid "prompt-i" and draw 0.
         """
-        groups = [requests_of(f"prompt-{i}", 0, tokens, params) for i, tokens in enumerate(prompts)]
-        futures = self.submit([request for group in groups for request in group])
-        completions = iter([future.result() for future in futures])
-        return [[next(completions) for _ in group] for group in groups]
+        return generate(self, prompts, params)
+
+
+class Submits(Protocol):
+    def submit(self, requests: Sequence[Request]) -> list[Future[Completion]]: ...
+
+
+def generate(engine: Submits, prompts: Sequence[Sequence[int]], params: SamplingParams) -> list[list[Completion]]:
+    """See `Engine.generate`."""
+    groups = [requests_of(f"prompt-{i}", 0, tokens, params) for i, tokens in enumerate(prompts)]
+    futures = engine.submit([request for group in groups for request in group])
+    completions = iter([future.result() for future in futures])
+    return [[next(completions) for _ in group] for group in groups]

@@ -14,7 +14,7 @@ from ray.util.placement_group import PlacementGroup
 
 from pekoe.config.recipes import RLConfig
 from pekoe.core.errors import RunError
-from pekoe.core.progress import ProgressReporter, each
+from pekoe.core.progress import ProgressReporter, track
 from pekoe.core.types import Problem, SamplingParams
 from pekoe.engine.fingerprints import Kind
 from pekoe.ray.engine_actor import EngineWorker, Report
@@ -120,7 +120,7 @@ class Engines:
 
     def wait_ready(self) -> None:
         """Until all have started; an engine that does not, stops the run before it begins."""
-        for engine in each(self._view, "engines", self.all):
+        for engine in track(self._view, "engines", self.all):
             left = self._section.start_limit_s - (time.monotonic() - engine.since)
             try:
                 engine.pid, engine.num_workers = ray.get(engine.starting, timeout=max(1.0, left))

@@ -15,7 +15,7 @@ from types import TracebackType
 from typing import Any
 
 from pekoe.core.errors import RunError, UserError
-from pekoe.core.progress import NoProgress, ProgressReporter, each
+from pekoe.core.progress import NoProgress, ProgressReporter, track
 from pekoe.core.types import Label, Verdict
 from pekoe.verify.dispatch import Dispatcher, Limits, Task
 from pekoe.verify.kinds import find_kind
@@ -113,7 +113,7 @@ class JudgePool:
     def judge_many(self, items: Iterable[tuple[str, Any, str]], view: ProgressReporter | None = None) -> list[Verdict]:
         """Judge (response, gold, kind) triples; the verdicts come back in the items' order. Raises as `submit` does."""
         futures = [self.submit(response, gold, kind) for response, gold, kind in items]
-        return [future.result() for future in each(view or NoProgress(), "verify", futures)]
+        return [future.result() for future in track(view or NoProgress(), "verify", futures)]
 
     def stats(self) -> JudgeStats:
         """Return the counts so far."""
