@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from pekoe.core.spec import ModelSpec
+from pekoe.engine.checksum import checksum
 from pekoe.model import Decoder
 
-PART_NUMBERS = 2**24  # fingerprinted at once: bounds the memory that it takes
 _PADDED_TO = 64  # SGLang, on a CPU
 _FUSED = {
     "q_proj": "qkv_proj",
@@ -40,14 +40,14 @@ class Prints(ABC):
 
 
 class PlainPrints(Prints):
-    """Each parameter's `fingerprint`, by its name in a checkpoint: the embedded engine's, and vLLM's."""
+    """Each parameter's `checksum`, by its name in a checkpoint: the embedded engine's, and vLLM's."""
 
     def __init__(self, dtype: torch.dtype, names_head: bool) -> None:
         self._dtype, self._names_head = dtype, names_head
         self._found: dict[str, str | int] = {}
 
     def see(self, name: str, tensor: Tensor) -> None:
-        self._found[name] = fingerprint(tensor.detach().to(self._dtype))
+        self._found[name] = checksum(tensor.detach().to(self._dtype))
         if self._names_head and name == "model.embed_tokens.weight":
             self._found["lm_head.weight"] = self._found[name]
 
@@ -94,18 +94,3 @@ def prints_of(model: Decoder, prints: Prints) -> Fingerprints:
 def differing(expected: Fingerprints, held: Fingerprints) -> list[str]:
     """Names of parameters that an engine should hold, and does not."""
     return sorted(name for name, value in expected.items() if held.get(name) != value)
-
-
-def fingerprint(tensor: Tensor) -> int:
-    """The sum of bits(x_i) * (2 i + 1) modulo 2^64: exact, whatever the order of summation. -0 counts as 0.
-
-    `pekoe_vllm_gloo.fingerprint` is the same function on the server's side.
-    """
-    integer = {4: torch.int32, 2: torch.int16}[tensor.element_size()]
-    total, place = 0, 0
-    for part in tensor.detach().flatten().split(PART_NUMBERS):
-        bits = (part + 0.0).view(integer).to(torch.int64)
-        places = torch.arange(place, place + len(bits), device=bits.device, dtype=torch.int64)
-        total += int((bits * (2 * places + 1)).sum())
-        place += len(bits)
-    return total % 2**64

@@ -5,7 +5,6 @@ token at response position i is a hash of (key, i). So a token depends on its lo
 shared the batch, nor on how often the sequence was preempted.
 """
 
-# pyright: reportUnknownParameterType=false, reportMissingParameterType=false, reportCallIssue=false
 from __future__ import annotations
 
 import hashlib
@@ -16,10 +15,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pekoe.core.types import BoolArray, FloatArray, IntArray, SamplingParams
-from pekoe.kernels.jit import even, kernel, run
-from pekoe.kernels.simd import add, exp, larger, largest_of, load, mul, splat, store, sum_of
+from pekoe.kernels.jit import even, run
+from pekoe.kernels.sampling import draw
 
-_SPAN = 64  # tokens whose probabilities are summed before any is looked at
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
@@ -96,50 +94,8 @@ def _sample_fused(
     size = logits.shape[1]
     flat = logits.detach().contiguous().numpy().reshape(-1)
     bounds = even(len(rows), 32_768 // size + 1)
-    run(_draw, bounds, flat, size, rows, uniform, 1.0 / params.temperature, tokens, logprobs)
+    run(draw, bounds, flat, size, rows, uniform, 1.0 / params.temperature, tokens, logprobs)
     return tokens, logprobs
-
-
-@kernel
-def _draw(first, last, logits, size, rows, uniform, scale, tokens, logprobs):
-    """By the inverse of the cumulative distribution over token ids, as `_inverse_cdf`; -1 where it is not finite."""
-    room = (size + _SPAN - 1) // _SPAN * _SPAN
-    weights, spans = np.empty(room, np.float32), np.empty(room // _SPAN, np.float32)
-    for i in range(first, last):
-        at = rows[i] * size
-        top = splat(np.float32(-np.inf))
-        for t in range(0, size - 7, 8):
-            top = larger(load(logits, at + t), top)
-        largest = largest_of(top)
-        for t in range(size - size % 8, size):
-            largest = max(largest, logits[at + t])
-        shift, factor = splat(-largest), splat(np.float32(scale))
-        weights[size:] = -np.inf
-        for t in range(0, size - 7, 8):
-            store(weights, t, mul(add(load(logits, at + t), shift), factor))
-        for t in range(size - size % 8, size):
-            weights[t] = (logits[at + t] - largest) * np.float32(scale)
-        total = 0.0
-        for span in range(room // _SPAN):
-            part = splat(np.float32(0))
-            for t in range(span * _SPAN, (span + 1) * _SPAN, 8):
-                x = exp(load(weights, t))
-                store(weights, t, x)
-                part = add(part, x)
-            spans[span] = sum_of(part)
-            total += spans[span]
-        goal, span, chosen = uniform[i] * total, 0, -1
-        while span < len(spans) - 1 and goal >= spans[span]:
-            goal -= spans[span]
-            span += 1
-        for t in range(span * _SPAN, min(size, (span + 1) * _SPAN)):
-            if weights[t] > np.float32(1e-37):  # the smallest that `exp` gives stands for 0
-                chosen = t
-                goal -= weights[t]
-                if goal < 0:
-                    break
-        tokens[i] = chosen if np.isfinite(total) else -1
-        logprobs[i] = (logits[at + chosen] - largest) * scale - np.log(total)
 
 
 def _truncated(probs: Tensor, params: SamplingParams) -> Tensor:

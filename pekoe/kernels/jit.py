@@ -80,6 +80,12 @@ def num_threads() -> int:
     return 1 if hasattr(_here, "worker") else torch.get_num_threads()
 
 
+def adopt_num_threads() -> None:
+    """To be called first in a thread that is to compute: its torch operations use as many threads as the process's."""
+    with _lock:  # while workers start, the process's setting is theirs
+        torch.get_num_threads()
+
+
 def even(num_items: int, at_least: int) -> list[int]:
     """Bounds that split items evenly among torch's threads, none with fewer than `at_least`."""
     num_shares = max(1, min(num_threads(), num_items // at_least))

@@ -21,7 +21,7 @@ from pekoe.model import PackedAttention
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
+class ForwardBatch:
     """Where the tokens of one forward belong. T rows: first one of each decoding sequence, then chunks of prompts
     that continue what the cache holds, then chunks that begin their prompt."""
 
@@ -29,7 +29,7 @@ class Step:
     tables: NDArray[np.int32]  # [R, W] blocks of a sequence; entries past its end are not used
     table_of: IntArray  # [T] row of `tables`
     num_decode: int
-    prompt_of: IntArray  # [num_decode] equal for the samples of one prompt
+    group_of: IntArray  # [num_decode] equal for the samples of one prompt
     continued: list[int]  # bounds of the continuing chunks; the first is num_decode
     fresh: list[int]  # bounds of the fresh chunks; the last is T
 
@@ -60,14 +60,14 @@ class KVCache:
         for memory in (self.keys, self.values):
             memory[:, target * size : (target + 1) * size] = memory[:, source * size : (source + 1) * size]
 
-    def attention(self, step: Step) -> StepAttention:
-        return StepAttention(self, step)
+    def attention(self, step: ForwardBatch) -> TorchAttention:
+        return TorchAttention(self, step)
 
 
-class StepAttention:
+class TorchAttention:
     """Attention of one forward: writes the new tokens' KV, then attends. Decoding rows are padded to the longest."""
 
-    def __init__(self, cache: KVCache, step: Step) -> None:
+    def __init__(self, cache: KVCache, step: ForwardBatch) -> None:
         size, positions, tables = cache.block_tokens, step.positions, step.tables
         device = cache.device
         self._cache, self._step = cache, step

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from pekoe.core.spec import ModelSpec
 from pekoe.core.types import IntArray
-from pekoe.engine.embedded.attention import KVCache, Step
+from pekoe.engine.embedded.attention import ForwardBatch, KVCache
 from pekoe.engine.embedded.attention_cpu import groups
 from pekoe.model import PackedAttention
 
@@ -61,12 +61,12 @@ class CUDACache(KVCache):
     def heads_per_kv(self) -> int:
         return self.spec.num_heads // self.spec.num_kv_heads
 
-    def plan(self, step: Step) -> Plan:
+    def plan(self, step: ForwardBatch) -> Plan:
         """Cut a step's attention into pieces."""
         spec = self.spec
         return make_plan(step, self.block_tokens, spec.num_kv_heads, max(1, self.tall // self.heads_per_kv))
 
-    def attention(self, step: Step) -> PagedAttention:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def attention(self, step: ForwardBatch) -> PagedAttention:  # pyright: ignore[reportIncompatibleMethodOverride]
         plan = self.plan(step)
         room = plan.room
         numbers = torch.from_numpy(pack(plan, room)).to(self.device)
@@ -114,7 +114,7 @@ class Room:
 class Plan:
     """A step in pieces. An item is (first row, rows, low, high, part), see `engine.paged`."""
 
-    step: Step
+    step: ForwardBatch
     alone: NDArray[np.int64]  # [., 5] items of one row
     shared: NDArray[np.int64]  # [., 5] items of several rows
     base: IntArray  # [paged + 1] the first part of each row
@@ -126,7 +126,7 @@ class Plan:
         return Room(rows, paged, num_tables, width, len(self.alone), len(self.shared), int(self.base[-1]))
 
 
-def make_plan(step: Step, size: int, kv_heads: int, tile_rows: int) -> Plan:
+def make_plan(step: ForwardBatch, size: int, kv_heads: int, tile_rows: int) -> Plan:
     """Cut a step into items, for blocks of `size` tokens and tiles of at most `tile_rows` rows."""
     seen = step.positions + 1
     num_decode, num_paged = step.num_decode, step.fresh[0]

@@ -1,42 +1,72 @@
-"""The embedded engine: in this process, on the trainer's own parameters, with continuous batching over paged KV."""
+"""The embedded engine: in this process, with continuous batching over paged KV.
+
+A driver thread runs one forward after another while requests are unfinished. Everything else that touches the
+scheduler, the weights or the memory takes its turn between two forwards, ahead of the next one; `submit` only leaves
+requests in an inbox, which the next turn empties. So what one `submit` to an idle engine samples does not depend on
+threads.
+"""
 
 from __future__ import annotations
 
+import threading
+import time
+from collections import abc, deque
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
+from concurrent.futures import Future
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
 
 from pekoe.config.engine import EngineSection
 from pekoe.core.errors import RunError, UserError
-from pekoe.core.types import FinishReason, IntArray, Prompt, Rollout, SamplingParams
-from pekoe.engine.base import EngineStats, WeightSource, validate
-from pekoe.engine.embedded.attention import KVCache, Step
-from pekoe.engine.embedded.attention_cpu import CPUCache
-from pekoe.engine.embedded.attention_cuda import CUDACache
-from pekoe.engine.embedded.graphs import DecodeGraphs
-from pekoe.engine.embedded.scheduler import Chunk, Scheduler, Work
-from pekoe.engine.embedded.slots import Sequence
+from pekoe.core.types import Completion, FinishReason, IntArray, Request, SamplingParams
+from pekoe.engine.base import (
+    Broadcast,
+    Checksums,
+    Engine,
+    EngineKind,
+    EngineLost,
+    EngineStats,
+    WeightSource,
+    validate,
+)
+from pekoe.engine.checksum import checksum
+from pekoe.engine.embedded.model_runner import ModelRunner
+from pekoe.engine.embedded.scheduler import Scheduler, Sequence, Work
 from pekoe.engine.sampling import sample, sequence_key, uniforms
-from pekoe.kernels.jit import each
-from pekoe.kernels.packed_linear import available, intact, pack
+from pekoe.kernels.jit import adopt_num_threads
+from pekoe.kernels.packed_linear import intact
 from pekoe.model import Decoder, load_model
 
-_SHARE_ROWS = 16  # rows worth a thread of their own
-_LITTLE = 8e7  # multiplications of a forward that are faster on one thread than waking another up
+Receive = Callable[[Decoder, Broadcast], None]
+"""Overwrites a model's parameters with those that rank 0 of the group sends."""
+_Ended = list[tuple[Sequence, FinishReason | RunError]]
+
+_UNUSABLE = {
+    "offloaded": "the engine's memory is offloaded: call onload() and update_weights() before going on",
+    "stale": "the engine has no weights to sample from: call update_weights() before going on",
+    "closed": "the engine is closed",
+}
 
 
-class EmbeddedEngine:
-    """A Generator (see `engine.base`) in process.
+class EmbeddedEngine(Engine):
+    """An engine in this process, see `engine.base.Engine`.
 
     Args:
-        model: the decoder to sample from. It is not copied: where it is the trainer's, a weight sync sends nothing.
-            (On CPUs large weights have packed copies, made anew by `update_weights`; see `model.packed`.)
+        model: the decoder to sample from. It is not copied: where it is the trainer's, a publish sends nothing.
         config: KV memory and batch limits.
         max_sequence_tokens: the longest prompt with response that will be asked for; by default the model's context.
         compute_dtype: dtype of the matrix products (autocast) and of KV.
+        owns_model: nobody else uses `model`: a broadcast may overwrite it, and `offload` frees its memory too.
+        max_requests: see `Engine.max_requests`.
+        receive: how to take a `Broadcast`.
     """
+
+    kind: EngineKind = "embedded"
 
     def __init__(
         self,
@@ -44,41 +74,48 @@ class EmbeddedEngine:
         config: EngineSection | None = None,
         max_sequence_tokens: int | None = None,
         compute_dtype: torch.dtype = torch.float32,
+        *,
+        owns_model: bool = False,
+        max_requests: int | None = None,
+        receive: Receive | None = None,
     ) -> None:
-        config = config or EngineSection()
-        spec = model.spec
-        self._version = 0
+        config, spec = config or EngineSection(), model.spec
         self._longest = min(max_sequence_tokens or spec.max_positions, spec.max_positions)
-        self._dtype, self._device = compute_dtype, next(model.parameters()).device
         weights = next(model.parameters()).dtype
         kv_dtype = compute_dtype if compute_dtype is not torch.float32 else weights
         size = config.block_tokens
-        self._kv = spec, kv_dtype, size
         if config.kv_tokens:
             num_blocks = max(1, config.kv_tokens // size)
         else:
             affordable = int(config.kv_gib * 2**30 / (spec.kv_values_per_token * kv_dtype.itemsize * size))
             num_blocks = max(1, min(config.max_running * -(-self._longest // size), affordable))
         self._capacity = num_blocks * size
-        self._scheduler = Scheduler(num_blocks, size, config.max_running, config.prefill_tokens, self._longest)
-        self._take_memory(model)
-        self._take(model)
+        self._make_scheduler = partial(
+            Scheduler, num_blocks, size, config.max_running, config.prefill_tokens, self._longest
+        )
+        self._scheduler = self._make_scheduler()
+        self._runner = ModelRunner(model, num_blocks, size, kv_dtype, compute_dtype)
+        self._owns_model, self._max_requests, self._receive = owns_model, max_requests, receive
+        self._version = 0
+        self._num_groups = 0
         self._stats = EngineStats()
-        self._generating = self._paused = self._closed = self._released = False
-        self._aborted: list[Sequence] = []
-        self._lost = 0  # responses that closing ended
+        # Guarded by the condition. Whoever has set `_in_turn` may use the scheduler and the runner.
+        self._condition = threading.Condition()
+        self._state: Literal["ready", "offloaded", "stale", "closed"] = "ready"
+        self._in_turn = False
+        self._num_waiting = 0  # for a turn, ahead of the driver
+        self._inbox: list[Work] = []
+        self._unfinished: set[Sequence] = set()
+        self._busy_since = 0.0
+        self._driver: threading.Thread | None = None
+        self._cancelled: deque[Future[Completion]] = deque()
 
-    def _take_memory(self, model: Decoder) -> None:
-        spec, dtype, size = self._kv
-        num_blocks = self._capacity // size
-        self._graphs: DecodeGraphs | None = None  # of decoding forwards, on a GPU
-        if CPUCache.takes(spec, size, dtype, self._device):
-            self._cache: CPUCache | KVCache = CPUCache(spec, num_blocks, size)
-        elif CUDACache.takes(spec, size, dtype, self._device):
-            cache = CUDACache(spec, num_blocks, size, dtype, self._device)
-            self._cache, self._graphs = cache, DecodeGraphs(model, cache, self._dtype)
-        else:
-            self._cache = KVCache(spec, num_blocks, size, dtype, self._device)
+    # What it is
+
+    @property
+    def model(self) -> Decoder:
+        """The model whose parameters it samples from."""
+        return self._runner.model
 
     @property
     def version(self) -> int:
@@ -86,8 +123,15 @@ class EmbeddedEngine:
 
     @property
     def max_sequence_tokens(self) -> int:
-        """The longest prompt with response that fits."""
         return min(self._longest, self._capacity)
+
+    @property
+    def max_requests(self) -> int | None:
+        return self._max_requests
+
+    @property
+    def num_workers(self) -> int:
+        return 1
 
     @property
     def num_kv_tokens(self) -> int:
@@ -97,247 +141,311 @@ class EmbeddedEngine:
     @property
     def kv_bytes(self) -> int:
         """Memory that the KV cache takes."""
-        return self._cache.num_bytes
+        return self._runner.cache.num_bytes if self._runner.cache is not None else 0
 
-    def generate(
-        self, prompts: list[Prompt], params: SamplingParams, lengths: Callable[[str, int], int] | None = None
-    ) -> Iterator[Rollout]:
-        """Sample; see `Generator.generate`. One call at a time: the iterator must end or be closed first.
+    def check(self, params: SamplingParams) -> None:
+        """It can do all sampling that `SamplingParams` can ask for."""
 
-        `stats().num_shared_tokens` counts what sharing saved. For benchmarks, `lengths(uid, sample index)` gives a
-        response's most tokens where that is below `params.max_new_tokens`.
+    def health(self) -> bool:
+        return self._state != "closed"
+
+    def stats(self) -> EngineStats:
+        with self._condition:
+            return self._stats.plus(busy_s=time.monotonic() - self._busy_since) if self._unfinished else self._stats
+
+    def check_integrity(self) -> None:
+        """Prove I7 now."""
+        with self._turn():
+            self._scheduler.check_integrity()
+
+    # Requests
+
+    def submit(self, requests: abc.Sequence[Request]) -> list[Future[Completion]]:
+        """See `Engine.submit`. Neighbours of one (uid, draw) with the same tokens have their context computed once.
+
+        A future that its caller cancels ends its request before the next forward.
         """
-        self._check_open()
         source = "engine.kv_tokens, engine.kv_gib" if self._capacity < self._longest else "the context"
-        validate(prompts, params, self.model.spec.vocab_size, self.max_sequence_tokens, source)
-        return self._run(prompts, params, lengths)
+        validate(requests, self.model.spec.vocab_size, self.max_sequence_tokens, source)
+        works: list[Work] = []
+        for request in requests:
+            key = sequence_key(request.params, request.uid, request.draw, request.sample)
+            if not works or not _same_context(works[-1].sequences[0].request, request):
+                self._num_groups += 1
+                works.append(Work(request.tokens, []))
+            works[-1].sequences.append(Sequence(request, key, self._num_groups))
+        sequences = [sequence for work in works for sequence in work.sequences]
+        for sequence in sequences:
+            sequence.future.add_done_callback(partial(_note_cancelled, self._cancelled))
+        if not sequences:
+            return []
+        with self._condition:
+            self._require_ready()
+            if self._driver is None:  # before anything is queued: a thread may not be had
+                self._driver = _start(self._drive)
+            if not self._unfinished:
+                self._busy_since = time.monotonic()
+            self._inbox += works
+            self._unfinished.update(sequences)
+        return [sequence.future for sequence in sequences]
 
-    def _run(
-        self, prompts: list[Prompt], params: SamplingParams, lengths: Callable[[str, int], int] | None
-    ) -> Iterator[Rollout]:
-        if self._generating:
-            raise RunError("the engine is generating already: exhaust or close the earlier iterator first")
-        self._check_open()
-        if self._released:
-            raise RunError("the engine's memory is released: call restore() and update_weights() before going on")
-        scheduler = self._scheduler
-        self._generating = True
+    def abort(self, uids: Iterable[str] | None = None) -> None:
+        chosen = None if uids is None else set(uids)
+        with self._turn() as ended:
+            removed = self._scheduler.remove(lambda s: chosen is None or s.request.uid in chosen)
+            ended += [(sequence, "abort") for sequence in removed]
+
+    def flush_cache(self) -> None:
+        with self._turn():
+            self._scheduler.cache.flush()
+
+    # Weights and memory
+
+    def update_weights(self, source: WeightSource, version: int) -> None:
+        """See `Engine.update_weights`. A model is sampled from without a copy; a directory is loaded while requests
+        run; a broadcast is received between two forwards, into the model that the engine owns."""
+        if isinstance(source, Broadcast):
+            self._take_broadcast(source, version)
+            return
+        owns = isinstance(source, Path) or (self._owns_model and source is self.model)
+        if isinstance(source, Path):
+            dtype = next(self.model.parameters()).dtype
+            source = load_model(source, dtype, str(self._runner.device)).requires_grad_(False)
+        if source.spec != self.model.spec:
+            raise UserError(f"weight update: expected a model of shape {self.model.spec}, got {source.spec}")
+        with self._turn():
+            self._require_ready("stale")
+            self._use(source, version)
+            self._owns_model, self._state = owns, "ready"
+
+    def _take_broadcast(self, source: Broadcast, version: int) -> None:
+        assert self._owns_model, "a broadcast would overwrite somebody else's model"
+        assert self._receive is not None, "the engine was made without `receive`"
+        with self._turn() as ended:
+            self._require_ready("stale")
+            try:
+                self._receive(self.model, source)
+            except BaseException as error:  # some parameters may be new, others old
+                self._state = "stale"
+                ended += self._fail_all(EngineLost(f"the engine has no weights: their broadcast broke off: {error}"))
+                if isinstance(error, Exception) and not isinstance(error, RunError):
+                    raise RunError(f"weight update: the broadcast broke off: {error}") from error
+                raise
+            self._use(self.model, version)
+            self._state = "ready"
+
+    def _use(self, model: Decoder, version: int) -> None:
+        """Within a turn: sample from this model, whose parameters may have changed."""
+        self._scheduler.preempt_all()
+        self._scheduler.cache.flush()
+        self._runner.use(model)
+        self._version = version
+
+    def checksums(self) -> Checksums:
+        """See `Engine.checksums`. RunError where packed copies, which it computes with, differ from the parameters."""
+        if not intact(self._runner.sampled):
+            raise RunError("the engine's packed copies of the weights differ from them")
+        return {name: checksum(parameter) for name, parameter in self.model.named_parameters()}
+
+    def holds(self, model: Decoder) -> bool:
+        """Whether every parameter sampled from equals that of `model`, bit by bit."""
+        with self._turn():
+            return self._runner.holds(model)
+
+    def offload(self) -> None:
+        """See `Engine.offload`; the weights' memory too, where the engine owns the model."""
+        with self._turn():
+            with self._condition:
+                if self._state == "offloaded":
+                    return
+                self._require_ready("stale")
+                if self._unfinished:
+                    raise RunError(f"{len(self._unfinished)} requests are unfinished: memory cannot be offloaded")
+                self._state = "offloaded"
+            self._scheduler.cache.flush()
+            self._runner.free_memory()
+            if self._owns_model:
+                _resize(self.model, whole=False)
+
+    def onload(self) -> None:
+        with self._turn():
+            if self._state != "offloaded":
+                self._require_ready("stale")
+                return
+            if self._owns_model:
+                _resize(self.model, whole=True)
+            self._runner.take_memory()
+            self._state = "stale"
+
+    def close(self) -> None:
+        with self._turn() as ended:
+            if self._state != "closed":
+                with self._condition:
+                    self._state = "closed"
+                ended += self._fail_all(RunError("the engine was closed while requests were unfinished"))
+                self._runner.free_memory()
+        driver = self._driver
+        if driver is not None and driver is not threading.current_thread():
+            driver.join()
+
+    def _require_ready(self, *also: str) -> None:
+        """RunError unless the engine is ready, or in one of these states."""
+        if self._state != "ready" and self._state not in also:
+            raise RunError(_UNUSABLE[self._state])
+
+    # Turns and forwards
+
+    @contextmanager
+    def _turn(self, driver: bool = False) -> Iterator[_Ended]:
+        """Exclude all others from the scheduler and the runner. What is put into the list ends when the turn does."""
+        with self._condition:
+            self._num_waiting += not driver
+            try:
+                self._condition.wait_for(lambda: not self._in_turn and not (driver and self._num_waiting))
+                self._in_turn = True
+            finally:
+                self._num_waiting -= not driver
+                self._condition.notify_all()
+            self._take_inbox()
+        ended: _Ended = []
         try:
-            for prompt in prompts:
-                sequences: list[Sequence] = []
-                for i in range(params.n):
-                    most = params.max_new_tokens
-                    if lengths is not None:
-                        most = max(1, min(most, lengths(prompt.uid, i)))
-                    sequences.append(Sequence(prompt, i, sequence_key(params, prompt.uid, prompt.draw, i), most))
-                scheduler.waiting.append(Work(prompt.tokens, sequences))
-            while scheduler.num_unfinished or self._aborted:
-                aborted, self._aborted = self._aborted, []
-                yield from (sequence.rollout("abort") for sequence in aborted)
-                if not scheduler.num_unfinished:
-                    continue
-                if self._paused:
-                    raise RunError("the engine is paused: call resume() before going on")
-                finished = self._step(params)
-                scheduler.finish(s for s, _ in finished)
-                for sequence, reason in finished:
-                    yield sequence.rollout(reason)
-            if self._lost:
-                raise RunError(f"the engine was closed while {self._lost} responses were unfinished")
-        finally:  # also where the caller closes the iterator, or an exception passes through
-            scheduler.abort(None)
-            self._aborted = []
-            self._generating = False
+            yield ended
+        finally:
+            with self._condition:
+                self._in_turn = False
+                self._finished(sequence for sequence, _ in ended)
+                self._condition.notify_all()
+            for sequence, how in ended:
+                _resolve(sequence, how)
+
+    def _take_inbox(self) -> None:
+        """Queue new work, and drop what was cancelled."""
+        for work in self._inbox:
+            self._scheduler.enqueue(work)
+        self._inbox.clear()
+        cancelled = {self._cancelled.popleft() for _ in range(len(self._cancelled))}
+        if cancelled:
+            dropped = self._scheduler.remove(lambda sequence: sequence.future in cancelled)
+            self._finished(dropped)
+            for sequence in dropped:
+                sequence.future.set_running_or_notify_cancel()
+
+    def _finished(self, sequences: Iterable[Sequence]) -> None:
+        before = len(self._unfinished)
+        self._unfinished.difference_update(sequences)
+        if before and not self._unfinished:
+            self._stats = self._stats.plus(busy_s=time.monotonic() - self._busy_since)
+
+    def _fail_all(self, error: RunError) -> _Ended:
+        """Within a turn: give up all requests. The scheduler is made anew, whatever state an error left it in."""
+        with self._condition:
+            failed, self._inbox = list(self._unfinished), []
+        self._scheduler = self._make_scheduler()
+        return [(sequence, error) for sequence in failed]
+
+    def _drive(self) -> None:
+        """Run forwards until nothing is unfinished."""
+        adopt_num_threads()
+        if self._runner.device.type == "cuda":
+            torch.cuda.set_device(self._runner.device)
+        while True:
+            with self._turn(driver=True) as ended:
+                if self._scheduler.has_work:
+                    try:
+                        ended += self._step()
+                    except Exception as error:
+                        failure = error if isinstance(error, RunError) else RunError(f"the engine failed: {error!r}")
+                        failure.__cause__ = None if failure is error else error
+                        ended += self._fail_all(failure)
+            with self._condition:
+                if not self._unfinished:
+                    self._driver = None
+                    return
 
     @torch.no_grad()
-    def _step(self, params: SamplingParams) -> list[tuple[Sequence, FinishReason]]:
+    def _step(self) -> list[tuple[Sequence, FinishReason]]:
         """One forward: a token more for every running sequence, and contexts of others. Returns who is finished."""
-        scheduler, slots = self._scheduler, self._scheduler.slots
-        try:
-            chunks = scheduler.plan()
-            chunks.sort(key=lambda chunk: chunk.start == 0)  # those that continue come first, see kv.Step
-            decoding = scheduler.order
-            shares, alone = self._shares(decoding, chunks)
-            logits = each(self._forward, shares) if alone else [self._forward(*shares[0])]
-        except BaseException:
-            scheduler.tree.flush()  # it knows blocks that were not computed
-            raise
-        for source, target in scheduler.advance(chunks, self._version):
-            self._cache.copy_block(source, target)
+        scheduler, table = self._scheduler, self._scheduler.table
+        chunks = scheduler.plan()
+        chunks.sort(key=lambda chunk: chunk.start == 0)  # those that continue come first, see ForwardBatch
+        shares = self._runner.forward(table, scheduler.order, chunks)
+        self._runner.copy_blocks(scheduler.advance(chunks, self._version))
         complete = [chunk for chunk in chunks if chunk.completes]
         continuing = [len(chunk.prefill.sequences) for chunk in complete]
         touched = scheduler.order  # those decoding, then those whose context is complete
         first = 0
-        for number, (some, _) in enumerate(shares, 1):
-            rows = np.arange(len(some))
+        for number, ((decoding, _), logits) in enumerate(shares, 1):
+            rows = np.arange(len(decoding))
             if number == len(shares):  # the last has the chunks
-                rows = np.append(rows, len(some) + np.repeat(np.arange(len(complete)), continuing))
+                rows = np.append(rows, len(decoding) + np.repeat(np.arange(len(complete)), continuing))
             if len(rows):
-                self._sample(touched[first : first + len(rows)], logits[number - 1], rows, params)
+                self._sample(touched[first : first + len(rows)], logits, rows)
             first += len(rows)
         assert first == len(touched)
-        self._stats = self._stats.plus(
+        stats = self._stats.plus(
             num_prefill_tokens=sum(chunk.stop - chunk.start for chunk in chunks),
             num_cached_tokens=sum(chunk.prefill.num_cached for chunk in complete),
             num_shared_tokens=sum(len(c.prefill.context) * (n - 1) for c, n in zip(complete, continuing, strict=True)),
             num_decode_tokens=len(touched),
             num_forwards=1,
+            num_preemptions=scheduler.num_preemptions,
         )
-        stopped = np.isin(slots.last[touched], params.stop_token_ids)
-        ended = stopped | (slots.sampled[touched] >= slots.most[touched])
-        return [(scheduler.running[i], "stop" if stopped[i] else "length") for i in np.flatnonzero(ended)]
-
-    def _shares(self, decoding: IntArray, chunks: list[Chunk]) -> tuple[list[tuple[IntArray, list[Chunk]]], bool]:
-        """Split a forward's rows among the CPU's threads; the chunks, which may read one another, stay together.
-
-        Threads that each take some rows through all layers do not wait for one another after every operation. Where
-        chunks are most of the work, torch spreads each operation over its threads instead.
-
-        Returns (decoding slots, chunks) of each share, and whether each is computed by one thread alone.
-        """
-        num_threads, num_chunk = torch.get_num_threads(), sum(chunk.stop - chunk.start for chunk in chunks)
-        num_rows = len(decoding) + num_chunk
-        if self._device.type != "cpu" or num_threads == 1:
-            return [(decoding, chunks)], False
-        spec, seen = self.model.spec, int(self._scheduler.slots.computed[decoding].sum())
-        seen += sum((chunk.stop - chunk.start) * chunk.stop for chunk in chunks)
-        attention = 2 * seen * spec.num_layers * spec.num_heads * spec.head_dim
-        if num_rows * spec.num_parameters + attention < _LITTLE:
-            return [(decoding, chunks)], True
-        size = -(-num_rows // num_threads)
-        if size < _SHARE_ROWS or num_chunk > size:
-            return [(decoding, chunks)], False
-        pieces: list[tuple[IntArray, list[Chunk]]] = [
-            (decoding[i : i + size], []) for i in range(0, len(decoding), size)
+        scheduler.num_preemptions = 0
+        with self._condition:
+            self._stats = stats
+        stopped = table.stopped(touched)
+        ended = stopped | (table.sampled[touched] >= table.most[touched])
+        finished: list[tuple[Sequence, FinishReason]] = [
+            (scheduler.running[i], "stop" if stopped[i] else "length") for i in np.flatnonzero(ended)
         ]
-        if chunks and len(pieces) < num_threads:
-            pieces.append((decoding[:0], []))
-        pieces[-1][1].extend(chunks)
-        return pieces, True
+        scheduler.finish([sequence for sequence, _ in finished])
+        return finished
 
-    @torch.no_grad()
-    def _forward(self, decoding: IntArray, chunks: list[Chunk]) -> torch.Tensor:
-        """Logits [R, V] after the decoding slots' last tokens, then after the chunks that complete their context."""
-        slots, num_decode = self._scheduler.slots, len(decoding)
-        tokens, positions = [slots.last[decoding]], [slots.computed[decoding]]
-        sizes = [chunk.stop - chunk.start for chunk in chunks]
-        width = max([int(slots.num_blocks[decoding].max(initial=1)), *(len(c.prefill.blocks) for c in chunks)])
-        tables = np.zeros((num_decode + len(chunks), width), np.int32)
-        shown = min(width, slots.tables.shape[1])
-        tables[:num_decode, :shown] = slots.tables[decoding, :shown]
-        for row, chunk in enumerate(chunks, num_decode):
-            tokens.append(chunk.prefill.context[chunk.start : chunk.stop])
-            positions.append(np.arange(chunk.start, chunk.stop))
-            tables[row, : len(chunk.prefill.blocks)] = chunk.prefill.blocks
-        bounds = (num_decode + np.cumsum([0, *sizes])).tolist()
-        num_continued = sum(chunk.start > 0 for chunk in chunks)
-        step = Step(
-            positions=np.concatenate(positions),
-            tables=tables,
-            table_of=np.concatenate([np.arange(num_decode), np.repeat(num_decode + np.arange(len(chunks)), sizes)]),
-            num_decode=num_decode,
-            prompt_of=slots.prompt[decoding],
-            continued=bounds[: num_continued + 1],
-            fresh=bounds[num_continued:],
-        )
-        if self._graphs is not None and not chunks:
-            with self._autocast():
-                return self._sampled.logits(self._graphs.hidden(np.concatenate(tokens), step))
-        on_device = (torch.from_numpy(a).to(self._device) for a in (np.concatenate(tokens), step.positions))
-        lasts = [end - 1 for chunk, end in zip(chunks, bounds[1:], strict=True) if chunk.completes]
-        with self._autocast():
-            hidden = self._sampled(*on_device, self._cache.attention(step))
-            if chunks:
-                wanted = np.concatenate([np.arange(num_decode), np.array(lasts, np.int64)])
-                hidden = hidden[torch.from_numpy(wanted).to(self._device)]
-            return self._sampled.logits(hidden)
-
-    def _autocast(self) -> torch.autocast:
-        return torch.autocast(self._device.type, self._dtype, enabled=self._dtype is not torch.float32)
-
-    def _sample(self, touched: IntArray, logits: torch.Tensor, rows: IntArray, params: SamplingParams) -> None:
-        """Sample a token for each of these slots from its row of logits."""
-        slots = self._scheduler.slots
-        places = slots.sampled[touched]
-        uniform = uniforms(slots.keys[touched], places)
-        ban = places < params.min_new_tokens if params.min_new_tokens else None
-        tokens, logprobs = sample(logits, uniform, params, rows, ban)
+    def _sample(self, touched: IntArray, logits: torch.Tensor, rows: IntArray) -> None:
+        """Sample a token for each of these rows of the table from its row of logits, rows of equal params at once."""
+        table = self._scheduler.table
+        places, which = table.sampled[touched], table.params_index[touched]
+        uniform = uniforms(table.keys[touched], places)
+        tokens, logprobs = np.empty(len(rows), np.int64), np.empty(len(rows), np.float32)
+        for index in np.unique(which):
+            params, at = table.params[index], np.flatnonzero(which == index)
+            ban = places[at] < params.min_new_tokens if params.min_new_tokens else None
+            tokens[at], logprobs[at] = sample(logits, uniform[at], params, rows[at], ban)
         if not np.isfinite(logprobs).all():
             raise RunError(f"the model's logits are not finite (version {self._version}): the weights are damaged")
-        slots.append(touched, tokens, logprobs)
+        table.append(touched, tokens, logprobs)
 
-    def abort(self, uids: Iterable[str] | None = None) -> None:
-        self._aborted += self._scheduler.abort(None if uids is None else set(uids))
 
-    def update_weights(self, source: WeightSource, version: int) -> None:
-        """Sample from `source` from now on, without a copy where it is a model. All cached KV is flushed; responses
-        in flight have theirs recomputed."""
-        self._check_open()
-        if not isinstance(source, Decoder):
-            source = load_model(source, next(self.model.parameters()).dtype, str(self._device))
-        if source.spec != self.model.spec:
-            raise UserError(f"weight update: expected a model of shape {self.model.spec}, got {source.spec}")
-        self._scheduler.preempt_all()
-        self._scheduler.tree.flush()
-        self._take(source)
-        if self._graphs is not None:
-            self._graphs.follow(source)
-        self._version = version
+def _same_context(a: Request, b: Request) -> bool:
+    """Whether two neighbours continue one context, of one group."""
+    same = (a.uid, a.draw, a.priority) == (b.uid, b.draw, b.priority)
+    return same and (a.tokens is b.tokens or np.array_equal(a.tokens, b.tokens))
 
-    def _take(self, model: Decoder) -> None:
-        self.model = self._sampled = model  # the packed copies of before are given up first
-        on_kernels = isinstance(self._cache, CPUCache) and self._dtype is torch.float32
-        self._sampled = pack(model) if on_kernels and available() else model
 
-    def holds(self, model: Decoder) -> bool:
-        """Whether every parameter sampled from equals that of `model`, bit by bit."""
-        ours, theirs = dict(self.model.named_parameters()), dict(model.named_parameters())
-        same = ours.keys() == theirs.keys() and all(
-            ours[name] is p or torch.equal(ours[name], p) for name, p in theirs.items()
-        )
-        return same and intact(self._sampled)
+def _note_cancelled(into: deque[Future[Completion]], future: Future[Completion]) -> None:
+    """A future's callback, which must not keep the engine alive."""
+    if future.cancelled():
+        into.append(future)
 
-    def pause(self) -> None:
-        self._paused = True
 
-    def resume(self) -> None:
-        self._paused = False
+def _resolve(sequence: Sequence, how: FinishReason | RunError) -> None:
+    if not sequence.future.set_running_or_notify_cancel():
+        return
+    if isinstance(how, RunError):
+        sequence.future.set_exception(how)
+    else:
+        sequence.future.set_result(sequence.completion(how))
 
-    def release(self) -> None:
-        """See `Generator.release`; the weights are whoever's the model is."""
-        self._check_open()
-        if self._generating:
-            raise RunError("the engine is generating: its memory cannot be released")
-        self._scheduler.tree.flush()
-        self._graphs, self._sampled = None, self.model
-        self._released = True
-        del self._cache
 
-    def restore(self) -> None:
-        self._check_open()
-        if self._released:
-            self._released = False
-            self._take_memory(self.model)
+def _start(target: Callable[[], None]) -> threading.Thread:
+    thread = threading.Thread(target=target, name="pekoe-engine", daemon=True)
+    thread.start()
+    return thread
 
-    def health(self) -> bool:
-        return not self._closed
 
-    def stats(self) -> EngineStats:
-        return replace(self._stats, num_preemptions=self._scheduler.num_preemptions)
-
-    def check_integrity(self) -> None:
-        """Prove I7 now."""
-        self._scheduler.check_integrity()
-
-    def close(self) -> None:
-        if not self._closed:
-            self._closed = True
-            self._lost = len(self._scheduler.abort(None))
-            self._graphs = None
-            self._sampled = self.model
-            if not self._released:
-                del self._cache
-
-    def _check_open(self) -> None:
-        if self._closed:
-            raise RunError("the engine is closed")
+def _resize(model: Decoder, whole: bool) -> None:
+    """The parameters stay, and get or lose their memory."""
+    for parameter in model.parameters():
+        parameter.untyped_storage().resize_(parameter.nbytes if whole else 0)
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()  # to the other processes of this GPU

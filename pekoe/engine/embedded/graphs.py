@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from pekoe.core.types import IntArray
-from pekoe.engine.embedded.attention import Step
+from pekoe.engine.embedded.attention import ForwardBatch
 from pekoe.engine.embedded.attention_cuda import CUDACache, PagedAttention, Room, pack, power
 from pekoe.model import Decoder
 
@@ -61,7 +61,7 @@ class DecodeGraphs:
             self._model, self._places = model, places
 
     @torch.no_grad()
-    def hidden(self, tokens: IntArray, step: Step) -> Tensor:
+    def hidden(self, tokens: IntArray, step: ForwardBatch) -> Tensor:
         """Hidden states [T, C] of one token [T] for each decoding row. The next call overwrites them."""
         assert len(tokens) == step.num_decode == len(step.positions), "chunks of prompts are no part of a graph"
         plan = self._cache.plan(step)

@@ -1,28 +1,130 @@
 """Who runs, who waits, and which KV blocks they have. No tensors: the engine does the arithmetic.
 
-Work waits in a queue. Each piece is a context (a prompt, or a preempted sequence's prompt and response so far) and
-the sequences that are to continue it: the n samples of a prompt are one piece, so its context is computed once. Full
-blocks of the context are shared by all of them; the last, partly filled block is copied for each but the first.
+Work waits in a queue, higher priorities first. Each piece is a context (a prompt, or a preempted sequence's prompt and
+response so far) and the sequences that continue it: the requests of one group are one piece, so their prompt is
+computed once. Full blocks of the context are shared by all of them; the last, partly filled block is copied for each
+but the first.
 
 A forward takes one token of every running sequence and, with what its token budget leaves, chunks of contexts. Work
 whose context is not complete yet is in `prefilling`.
 
-When KV blocks run out what was admitted last is preempted: it gives up its blocks and waits again, keeping what it
-has sampled; its KV is recomputed when it comes back.
+When KV blocks run out, what was admitted last is preempted: it gives up its blocks and waits again, first of its
+priority, keeping what it has sampled; its KV is recomputed when it comes back.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from pekoe.core.types import IntArray
-from pekoe.engine.embedded.blocks import BlockPool, OutOfBlocks
-from pekoe.engine.embedded.radix import PrefixTree
-from pekoe.engine.embedded.slots import Sequence, Slots
+from pekoe.core.types import BoolArray, Completion, FinishReason, FloatArray, IntArray, Record, Request, SamplingParams
+from pekoe.engine.embedded.cache_manager import KVCacheManager, OutOfBlocks
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """One response being sampled. While it runs its newest tokens are in the `RequestTable`, which returns them when
+    it leaves."""
+
+    request: Request
+    key: int  # decides its random numbers, see `engine.sampling`
+    group: int  # equal for sequences that were submitted as one piece of work
+    future: Future[Completion] = field(default_factory=Future)
+    tokens: IntArray = field(default_factory=lambda: np.empty(0, np.int64))
+    logprobs: FloatArray = field(default_factory=lambda: np.empty(0, np.float32))
+    versions: list[tuple[int, int]] = field(default_factory=list)
+    blocks: list[int] = field(default_factory=list)  # while it runs or its context is being computed
+    num_cached: int = 0  # tokens of its prompt found in the prefix tree
+    row: int = -1  # in the table, while it runs
+
+    def completion(self, finish: FinishReason) -> Completion:
+        record = Record.of(self.request.tokens, self.tokens, self.logprobs)
+        return Completion(len(self.tokens), finish, tuple(self.versions), record, self.num_cached)
+
+
+class RequestTable:
+    """The decoding state of running sequences as arrays, a row each, so that preparing a forward and storing its
+    tokens is vectorised."""
+
+    def __init__(self, num_rows: int, num_blocks: int) -> None:
+        self.tables = np.zeros((num_rows, num_blocks), np.int32)
+        self.computed = np.zeros(num_rows, np.int64)  # tokens whose KV is in the cache: all but the last sampled
+        self.num_blocks = np.zeros(num_rows, np.int64)
+        self.last = np.zeros(num_rows, np.int64)  # the last sampled token
+        self.keys = np.zeros(num_rows, np.uint64)
+        self.sampled = np.zeros(num_rows, np.int64)  # response tokens
+        self.most = np.zeros(num_rows, np.int64)  # response tokens at which it ends
+        self.group = np.zeros(num_rows, np.int64)
+        self.params: list[SamplingParams] = []  # those that differ in how a row is sampled
+        self.params_index = np.zeros(num_rows, np.int64)  # into `params`
+        self._tokens = np.zeros((num_rows, 64), np.int64)
+        self._logprobs = np.zeros((num_rows, 64), np.float32)
+        self._free = list(range(num_rows - 1, -1, -1))
+
+    def join(self, sequence: Sequence, version: int) -> None:
+        """Give a sequence a row. Its context is computed, its next token not yet sampled."""
+        if len(self._free) == len(self.last):
+            self.params.clear()
+        row = sequence.row = self._free.pop()
+        request, size = sequence.request, len(sequence.tokens)
+        if not sequence.versions or sequence.versions[-1][0] != version:
+            sequence.versions.append((version, size))
+        self.num_blocks[row] = 0
+        self.extend(sequence, sequence.blocks)
+        self.computed[row] = len(request.tokens) + size - 1
+        self.keys[row], self.sampled[row], self.group[row] = sequence.key, size, sequence.group
+        self.most[row] = request.params.max_new_tokens
+        self.params_index[row] = self._index_of(request.params)
+        self._grow(size)
+        self._tokens[row, :size], self._logprobs[row, :size] = sequence.tokens, sequence.logprobs
+
+    def extend(self, sequence: Sequence, blocks: list[int]) -> None:
+        """Enter blocks that a sequence was given."""
+        row = sequence.row
+        count = self.num_blocks[row]
+        self.tables[row, count : count + len(blocks)] = blocks
+        self.num_blocks[row] += len(blocks)
+
+    def append(self, rows: IntArray, tokens: IntArray, logprobs: FloatArray) -> None:
+        """Store one sampled token for each of these rows."""
+        places = self.sampled[rows]
+        self._grow(int(places.max()) + 1)
+        self._tokens[rows, places] = tokens
+        self._logprobs[rows, places] = logprobs
+        self.last[rows] = tokens
+        self.sampled[rows] += 1
+        self.computed[rows] += 1
+
+    def stopped(self, rows: IntArray) -> BoolArray:
+        """Whether each row's last token is a stop token of it."""
+        stopped = np.zeros(len(rows), np.bool_)
+        for index in np.unique(self.params_index[rows]):
+            stops = np.isin(self.last[rows], self.params[index].stop_token_ids)
+            stopped |= stops & (self.params_index[rows] == index)
+        return stopped
+
+    def leave(self, sequence: Sequence) -> None:
+        """Take a sequence's row away; it keeps what was sampled."""
+        row, size = sequence.row, int(self.sampled[sequence.row])
+        sequence.tokens, sequence.logprobs = self._tokens[row, :size].copy(), self._logprobs[row, :size].copy()
+        sequence.row = -1
+        self._free.append(row)
+
+    def _index_of(self, params: SamplingParams) -> int:
+        plain = replace(params, n=1, seed=0, stream="train", max_new_tokens=max(1, params.min_new_tokens))
+        if plain not in self.params:
+            self.params.append(plain)
+        return self.params.index(plain)
+
+    def _grow(self, size: int) -> None:
+        width = self._tokens.shape[1]
+        if size > width:
+            more = ((0, 0), (0, max(size, 2 * width) - width))
+            self._tokens, self._logprobs = np.pad(self._tokens, more), np.pad(self._logprobs, more)
 
 
 @dataclass(slots=True, eq=False)
@@ -31,6 +133,10 @@ class Work:
 
     context: IntArray
     sequences: list[Sequence]
+
+    @property
+    def priority(self) -> int:
+        return self.sequences[0].request.priority
 
 
 @dataclass(slots=True, eq=False)
@@ -63,22 +169,35 @@ class Scheduler:
     def __init__(
         self, num_blocks: int, block_tokens: int, max_running: int, prefill_tokens: int, max_sequence_tokens: int
     ) -> None:
-        self.pool = BlockPool(num_blocks)
-        self.tree = PrefixTree(self.pool, block_tokens)
+        self.cache = KVCacheManager(num_blocks, block_tokens)
         self.waiting: deque[Work] = deque()
         self.prefilling: list[Prefill] = []  # in order of admission
         self.running: list[Sequence] = []  # in order of admission
         self.num_preemptions = 0
         self._block_tokens, self._max_running, self._prefill_tokens = block_tokens, max_running, prefill_tokens
-        self.slots = Slots(max_running, self.num_blocks_of(max_sequence_tokens) + 1)
-        self.order = np.empty(0, np.int64)  # slots of `running`
+        self.table = RequestTable(max_running, self.num_blocks_of(max_sequence_tokens) + 1)
+        self.order = np.empty(0, np.int64)  # rows of `running`
 
     @property
-    def num_unfinished(self) -> int:
-        return len(self.running) + sum(len(w.sequences) for w in (*self.prefilling, *self.waiting))
+    def has_work(self) -> bool:
+        return bool(self.running or self.prefilling or self.waiting)
 
     def num_blocks_of(self, num_tokens: int) -> int:
         return -(-num_tokens // self._block_tokens)
+
+    def enqueue(self, work: Work) -> None:
+        """Let work wait behind all of its priority and above."""
+        place = len(self.waiting)
+        while place and self.waiting[place - 1].priority < work.priority:
+            place -= 1
+        self.waiting.insert(place, work)
+
+    def _enqueue_first(self, work: Work) -> None:
+        """Let preempted work wait before all of its priority and below."""
+        place = 0
+        while place < len(self.waiting) and self.waiting[place].priority > work.priority:
+            place += 1
+        self.waiting.insert(place, work)
 
     def plan(self) -> list[Chunk]:
         """Make room for the next token of every running sequence, and choose the chunks that are computed with them.
@@ -96,7 +215,7 @@ class Scheduler:
             stop = min(len(prefill.context), start + budget)
             chunks.append(Chunk(prefill, start, stop))
             # Whoever is planned after this, in the same forward too, reads these blocks after they are written.
-            self.tree.insert(prefill.context[:stop], prefill.blocks)
+            self.cache.insert_prefix(prefill.context[:stop], prefill.blocks)
             budget -= stop - start
         assert chunks or self.running or not self.waiting, "work waits that can never be admitted"
         return chunks
@@ -118,26 +237,29 @@ class Scheduler:
     def _start(self, work: Work, places: int, num_started: int) -> Prefill | None:
         """Take blocks for a piece of work and as many of its sequences as fit; None where not even one does."""
         context = work.context
-        cached = self.tree.match(context[:-1])  # the last token is computed always: its logits are wanted
+        cached = self.cache.match_prefix(context[:-1])  # the last token is computed always: its logits are wanted
         rest = self.num_blocks_of(len(context)) - len(cached)
         partial = len(context) % self._block_tokens != 0
         # One block a started sequence stays in reserve, so that admission does not cause preemption at once.
-        spare = self.pool.num_available - rest - num_started
+        spare = self.cache.num_available - rest - num_started
         count = min(len(work.sequences), places)
         count = min(count, 1 + max(0, spare) // (1 + partial)) if spare >= 0 else 0
         if count == 0:
-            self.pool.release(cached)
+            self.cache.release(cached)
             return None
-        fresh = self.pool.take(rest + partial * (count - 1))  # as many as `spare` says there are
+        fresh = self.cache.allocate(rest + partial * (count - 1))  # as many as `spare` says there are
         blocks, extra = cached + fresh[:rest], fresh[rest:]
         started, work.sequences = work.sequences[:count], work.sequences[count:]
         full = blocks[:-1] if partial else blocks
-        self.pool.retain(blocks)  # the first sequence's; those above are the prefill's own
+        self.cache.retain(blocks)  # the first sequence's; those above are the prefill's own
         started[0].blocks = list(blocks)
         for position, sequence in enumerate(started[1:]):
-            self.pool.retain(full)
+            self.cache.retain(full)
             sequence.blocks = [*full, extra[position]] if partial else list(full)
         num_cached = len(cached) * self._block_tokens
+        for sequence in started:
+            if not sequence.versions:  # its first start: the context is its prompt
+                sequence.num_cached = num_cached
         return Prefill(context, started, blocks, num_cached, num_cached)
 
     def advance(self, chunks: list[Chunk], version: int) -> list[tuple[int, int]]:
@@ -153,27 +275,27 @@ class Scheduler:
                 last = prefill.blocks[-1]
                 copies += [(last, s.blocks[-1]) for s in prefill.sequences if s.blocks[-1] != last]
                 for sequence in prefill.sequences:
-                    self.slots.join(sequence, version)
+                    self.table.join(sequence, version)
                 self.running += prefill.sequences
                 self.prefilling.remove(prefill)
-                self.pool.release(prefill.blocks)
+                self.cache.release(prefill.blocks)
         self._reorder()
         return copies
 
     def _reserve(self) -> None:
         """Give every running sequence room for the KV of its next token, preempting the latest where it must."""
-        slots = self.slots
-        short = slots.computed[self.order] >= slots.num_blocks[self.order] * self._block_tokens
+        table = self.table
+        short = table.computed[self.order] >= table.num_blocks[self.order] * self._block_tokens
         for sequence in [self.running[i] for i in np.flatnonzero(short)]:
-            while sequence.slot >= 0:  # it may itself be the latest
+            while sequence.row >= 0:  # it may itself be the latest
                 try:
-                    block = self.pool.take(1)
+                    block = self.cache.allocate(1)
                 except OutOfBlocks:
                     assert len(self.running) > 1 or self.prefilling, "one sequence must always fit: checked at the call"
                     self._preempt_latest()
                 else:
                     sequence.blocks += block
-                    slots.extend(sequence, block)
+                    table.extend(sequence, block)
                     break
         self._reorder()
 
@@ -181,15 +303,15 @@ class Scheduler:
         """Take away the blocks of what was admitted last; it waits first in line and keeps what it has sampled."""
         if self.prefilling:
             prefill = self.prefilling.pop()
-            self.pool.release(prefill.blocks)
+            self.cache.release(prefill.blocks)
             for sequence in prefill.sequences:
                 self._release(sequence)
-            self.waiting.appendleft(Work(prefill.context, prefill.sequences))
+            self._enqueue_first(Work(prefill.context, prefill.sequences))
             self.num_preemptions += len(prefill.sequences)
             return
         sequence = self.running.pop()
         self._release(sequence)
-        self.waiting.appendleft(Work(np.concatenate([sequence.prompt.tokens, sequence.tokens]), [sequence]))
+        self._enqueue_first(Work(np.concatenate([sequence.request.tokens, sequence.tokens]), [sequence]))
         self.num_preemptions += 1
 
     def preempt_all(self) -> None:
@@ -199,35 +321,29 @@ class Scheduler:
 
     def finish(self, sequences: Iterable[Sequence]) -> None:
         """Give up finished sequences' blocks."""
-        gone = set(sequences)
+        gone = dict.fromkeys(sequences)
         if gone:
             self.running = [s for s in self.running if s not in gone]
             for sequence in gone:
                 self._release(sequence)
             self._reorder()
 
-    def abort(self, uids: set[str] | None) -> list[Sequence]:
-        """Remove unfinished sequences of these problems (None: all), and return them."""
-
-        def hit(sequence: Sequence) -> bool:
-            return uids is None or sequence.prompt.uid in uids
-
-        gone = [s for s in self.running if hit(s)]
-        self.finish(gone)
-        for prefill in self.prefilling:
-            out = [s for s in prefill.sequences if hit(s)]
-            for sequence in out:
+    def remove(self, chosen: Callable[[Sequence], bool]) -> list[Sequence]:
+        """Remove the unfinished sequences that are chosen, and return them."""
+        removed = [s for s in self.running if chosen(s)]
+        self.finish(removed)
+        for piece in (*self.prefilling, *self.waiting):
+            gone = [s for s in piece.sequences if chosen(s)]
+            for sequence in gone:
                 self._release(sequence)
-            prefill.sequences = [s for s in prefill.sequences if not hit(s)]
+            piece.sequences = [s for s in piece.sequences if s not in gone]
+            removed += gone
+        for prefill in self.prefilling:
             if not prefill.sequences:
-                self.pool.release(prefill.blocks)
-            gone += out
+                self.cache.release(prefill.blocks)
         self.prefilling = [p for p in self.prefilling if p.sequences]
-        for work in self.waiting:
-            gone += [s for s in work.sequences if hit(s)]
-            work.sequences = [s for s in work.sequences if not hit(s)]
         self.waiting = deque(work for work in self.waiting if work.sequences)
-        return gone
+        return removed
 
     def check_integrity(self) -> None:
         """Prove I7: every block is free, cached or in use, as the sequences and the tree say."""
@@ -238,13 +354,13 @@ class Scheduler:
         for blocks in holders:
             for block in blocks:
                 users[block] = users.get(block, 0) + 1
-        self.pool.check_integrity(users, self.tree.blocks())
+        self.cache.check_integrity(users)
 
     def _release(self, sequence: Sequence) -> None:
-        if sequence.slot >= 0:
-            self.slots.leave(sequence)
-        self.pool.release(sequence.blocks)
+        if sequence.row >= 0:
+            self.table.leave(sequence)
+        self.cache.release(sequence.blocks)
         sequence.blocks = []
 
     def _reorder(self) -> None:
-        self.order = np.array([s.slot for s in self.running], np.int64)
+        self.order = np.array([s.row for s in self.running], np.int64)
