@@ -388,6 +388,13 @@ class EnginePool:
         lines = "\n".join(f"{member.name} is {member.state}: {member.why}" for member in self.members)
         return f"expected an engine that serves, got none of {len(self.members)}:\n{lines}"
 
+    def check_alive(self) -> None:
+        """RunError where no member serves, and none can come back."""
+        with self._changed:
+            dead = self._obituary()
+        if dead:
+            raise RunError(dead)
+
     # As an engine
 
     def flush_cache(self) -> None:

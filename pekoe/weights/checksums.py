@@ -1,0 +1,92 @@
+"""Checksums of parameters, as engines report them, computed from the trainer's weights."""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pekoe.core.spec import ModelSpec
+from pekoe.engine.base import Checksums, EngineKind
+from pekoe.engine.checksum import checksum
+from pekoe.model import Decoder
+
+_PADDED_TO = 64  # by SGLang, on a CPU
+_FUSED = {
+    "q_proj": "qkv_proj",
+    "k_proj": "qkv_proj",
+    "v_proj": "qkv_proj",
+    "gate_proj": "gate_up_proj",
+    "up_proj": "gate_up_proj",
+}
+
+
+class ChecksumBuilder(ABC):
+    """Computes what an engine should report of weights that are added one after the other, in the model's order."""
+
+    @abstractmethod
+    def add(self, name: str, tensor: Tensor) -> None:
+        """`tensor` is whole, on any device, in any dtype."""
+
+    @abstractmethod
+    def checksums(self) -> Checksums: ...
+
+
+class PlainChecksums(ChecksumBuilder):
+    """Each parameter's `checksum`, by its name in a checkpoint: the embedded engine's, and vLLM's."""
+
+    def __init__(self, dtype: torch.dtype, names_head: bool = False) -> None:
+        self._dtype, self._names_head = dtype, names_head
+        self._sums: dict[str, str | int] = {}
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        self._sums[name] = checksum(tensor.detach().to(self._dtype))
+        if self._names_head and name == "model.embed_tokens.weight":
+            self._sums["lm_head.weight"] = self._sums[name]
+
+    def checksums(self) -> Checksums:
+        return self._sums
+
+
+class SGLangChecksums(ChecksumBuilder):
+    """The first 8 bytes of SHA-256; SGLang holds q, k, v and gate, up as one parameter each."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self._dtype = dtype
+        self._hashers: dict[str, Any] = {}
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        parts = [_FUSED.get(part, part) for part in name.split(".")]  # q before k before v, as they are joined
+        # A copy: numpy would pin the memory that FSDP gives back between two forwards.
+        values = tensor.detach().to("cpu", self._dtype, copy=True).contiguous().view(-1).view(torch.uint8)
+        self._hashers.setdefault(".".join(parts), hashlib.sha256()).update(values.numpy())
+
+    def checksums(self) -> Checksums:
+        return {name: hasher.hexdigest()[:16] for name, hasher in self._hashers.items()}
+
+
+def checksum_builder_for(kind: EngineKind, spec: ModelSpec, dtype: torch.dtype, device: str) -> ChecksumBuilder | None:
+    """For engines of this kind that hold weights in `dtype` on `device`.
+
+    None where theirs are not comparable: SGLang on a GPU (another hash), and where it pads (a vocabulary or
+    intermediate size that is no multiple of 64).
+    """
+    if kind != "sglang":
+        return PlainChecksums(dtype, kind == "vllm" and spec.tied_embeddings)
+    padded = spec.vocab_size % _PADDED_TO or spec.intermediate_size % _PADDED_TO
+    return None if device != "cpu" or padded else SGLangChecksums(dtype)
+
+
+def checksums_of(model: Decoder, builder: ChecksumBuilder) -> Checksums:
+    """All of a model that is whole in this process."""
+    for name, parameter in model.named_parameters():
+        builder.add(name, parameter)
+    return builder.checksums()
+
+
+def differing(expected: Checksums, held: Checksums) -> list[str]:
+    """Names of parameters that an engine should hold, and does not."""
+    return sorted(name for name, value in expected.items() if held.get(name) != value)

@@ -1,0 +1,91 @@
+"""torch.distributed groups for weights: rank 0 sends, engines receive. Beside, not in place of, a default group."""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from datetime import timedelta
+from typing import Any
+
+import psutil
+import torch.distributed as dist
+from torch.distributed import distributed_c10d as c10d
+
+from pekoe.core.errors import RunError
+from pekoe.engine.base import BroadcastGroup
+
+_LOOK_S = 0.002  # between looks at a transfer that does not block
+
+
+def open_group(group: BroadcastGroup, rank: int = 0) -> Any:
+    """Join `group` as `rank`; blocks until all have joined.
+
+    torch makes further default-less groups only by this private function; servers do the same (OpenRLHF's recipe).
+    """
+    limit = timedelta(seconds=group.limit_s)
+    size, place = group.world_size, (group.host, group.port)
+    if rank == 0:
+        with socket.create_server(place) as listener:  # left to itself the store listens on every address
+            fd = listener.detach()
+        store: Any = dist.TCPStore(*place, size, True, limit, wait_for_workers=False, master_listen_fd=fd)
+    else:
+        store = dist.TCPStore(*place, size, False, limit)
+    store = c10d.PrefixStore(group.name, store)
+    make: Any = c10d._new_process_group_helper  # pyright: ignore[reportPrivateUsage]
+    handle, _ = make(size, rank, [], group.backend, store, group_name=group.name, timeout=limit)
+    c10d._world.pg_group_ranks[handle] = {i: i for i in range(size)}  # pyright: ignore[reportPrivateUsage]
+    return handle
+
+
+def close_group(handle: Any | None) -> None:
+    if handle is not None:
+        dist.destroy_process_group(handle)
+
+
+def wait_for(works: list[Any], handle: Any, limit_s: float) -> None:
+    """Wait for broadcasts. RuntimeError where a member is gone or the limit has passed.
+
+    gloo's `wait` says so by itself. NCCL's does not block the host, and its watchdog would end this process when a
+    member dies: so completion is polled, and the communicator is aborted in time.
+    """
+    if not works or dist.get_backend(handle) != "nccl":
+        for work in works:
+            work.wait()
+        return
+    poll(works, limit_s, lambda: handle.abort())
+
+
+def poll(works: list[Any], limit_s: float, abort: Any) -> None:
+    """See `wait_for`: look at `works` until all are completed; after `limit_s`, `abort()` and RunError."""
+    end = time.monotonic() + limit_s
+    while not all(work.is_completed() for work in works):
+        if time.monotonic() > end:
+            abort()
+            raise RunError(f"weights: expected a broadcast to end within {limit_s:g} s: an engine is gone")
+        time.sleep(_LOOK_S)
+
+
+def new_group(host: str, port: int, world_size: int, backend: Any, limit_s: float) -> BroadcastGroup:
+    """A name that was never used: that of a broken group may still be taken."""
+    return BroadcastGroup(f"pekoe-{os.urandom(6).hex()}", host, port, world_size, backend, limit_s)
+
+
+def free_port(host: str) -> int:
+    with socket.create_server((host, 0)) as probe:
+        return probe.getsockname()[1]
+
+
+def own_address(server_host: str) -> str:
+    """The address under which `server_host` reaches this machine."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((server_host, 9))  # nothing is sent: it asks the routing table
+        return probe.getsockname()[0]
+
+
+def use_interface(address: str) -> None:
+    """Let torch.distributed use the network interface that has this IPv4 address: left to itself it asks for the host's
+    name, which may resolve to another."""
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(one.family == socket.AF_INET and one.address == address for one in addresses):
+            os.environ |= {"GLOO_SOCKET_IFNAME": name, "NCCL_SOCKET_IFNAME": name}

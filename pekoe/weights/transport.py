@@ -1,0 +1,227 @@
+"""Weights on their way: in buckets by broadcast, or as a directory. The trainer's side in one process."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from pekoe.core.errors import RunError
+from pekoe.core.types import FloatArray, Sample
+from pekoe.engine.base import Broadcast, BroadcastGroup, Checksums, EngineKind
+from pekoe.engine.buckets import buckets
+from pekoe.model import Decoder, save_model
+from pekoe.weights.checksums import ChecksumBuilder, checksum_builder_for, checksums_of
+from pekoe.weights.groups import close_group, free_port, open_group, wait_for
+
+SHARED_MEMORY = Path("/dev/shm")
+_PREFIX = "pekoe-weights-"
+_LARGE_BYTES = 1 << 20
+
+Named = list[tuple[str, Tensor]]
+
+
+def send(
+    handle: Any | None,
+    parts: Iterator[Named],
+    limit_s: float,
+    add: Callable[[str, Tensor], None] | None = None,
+    one_by_one: bool = False,
+) -> int:
+    """Gather the buckets, at every rank, and broadcast them from the one that has `handle`.
+
+    While one is on its way the next is gathered. A rank that cannot send goes on to gather: the others wait for it.
+
+    Args:
+        limit_s: of each bucket's transfer.
+        add: is given each whole parameter, at the rank that has `handle`.
+        one_by_one: each tensor by itself, as servers take them; else as `Receiver` does.
+
+    Returns:
+        Bytes sent.
+
+    Raises:
+        RunError: where an engine broke off, after everything was gathered.
+    """
+    sent, error = 0, ""
+    on_its_way: list[tuple[Any, Tensor]] = []
+
+    def arrived() -> None:
+        works = [work for work, _ in on_its_way]
+        on_its_way.clear()
+        wait_for(works, handle, limit_s)
+
+    for part in parts:
+        whole = [tensor.full_tensor() if isinstance(tensor, DTensor) else tensor for _, tensor in part]
+        if handle is None or error:
+            continue
+        large, small = (whole, []) if one_by_one else _by_size(whole)
+        pieces = [*large, torch.cat([tensor.reshape(-1) for tensor in small])] if small else large
+        try:
+            arrived()
+            on_its_way += [(dist.broadcast(piece, src=0, group=handle, async_op=True), piece) for piece in pieces]
+        except RuntimeError as broken:
+            error = str(broken)
+        sent += sum(piece.nbytes for piece in pieces)
+        if add is not None:
+            for (name, _), tensor in zip(part, whole, strict=True):
+                add(name, tensor)
+    try:
+        arrived()
+    except RuntimeError as broken:
+        error = error or str(broken)
+    if error:
+        raise RunError(f"weights: an engine broke off: {error}")
+    return sent
+
+
+class Receiver:
+    """The receiving end in an engine's process: given to `EmbeddedEngine` as its `receive`."""
+
+    def __init__(self) -> None:
+        self._group: BroadcastGroup | None = None
+        self._handle: Any = None
+
+    def __call__(self, model: Decoder, broadcast: Broadcast) -> None:
+        """Take what `send` sends into `model`'s parameters, after joining the group where it is a new one."""
+        if broadcast.group != self._group:
+            close_group(self._handle)
+            self._group, self._handle = None, None
+            self._handle = open_group(broadcast.group, broadcast.group.first_rank)
+            self._group = broadcast.group
+        receive(self._handle, buckets(model, broadcast.bucket_bytes), broadcast.group.limit_s)
+
+
+def receive(handle: Any, parts: Iterator[Named], limit_s: float) -> None:
+    """Take what `send` sends, of the same buckets: large tensors come into their place, the others into a buffer from
+    which they are copied while the next bucket comes."""
+    coming: list[tuple[list[Any], Tensor, list[Tensor]]] = []
+
+    def load() -> None:
+        while coming:
+            works, flat, small = coming.pop()
+            wait_for(works, handle, limit_s)
+            for tensor, piece in zip(small, flat.split([tensor.numel() for tensor in small]), strict=True):
+                tensor.copy_(piece.view_as(tensor))
+
+    for part in parts:
+        large, small = _by_size([tensor for _, tensor in part])
+        flat = part[0][1].new_empty(sum(tensor.numel() for tensor in small))
+        pieces = [*large, flat] if small else large
+        works = [dist.broadcast(piece, src=0, group=handle, async_op=True) for piece in pieces]
+        load()
+        coming.append((works, flat, small))
+    load()
+
+
+def _by_size(tensors: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """Those that are sent as they are, and those that are cheaper to send together."""
+    large = [t for t in tensors if t.nbytes >= _LARGE_BYTES and t.is_contiguous()]
+    return large, [t for t in tensors if t.nbytes < _LARGE_BYTES or not t.is_contiguous()]
+
+
+@contextmanager
+def directory(parent: Path) -> Generator[Path]:
+    """A new directory below `parent` for weights, for as long as the context lasts."""
+    parent.mkdir(parents=True, exist_ok=True)
+    if parent == SHARED_MEMORY:
+        _remove_orphans()
+    place = Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-", dir=parent))
+    try:
+        with (place / "lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # says that we live, in any container that shares this memory
+            yield place / "model"
+    finally:
+        shutil.rmtree(place, ignore_errors=True)
+
+
+def _remove_orphans() -> None:
+    """What processes of this host left in shared memory when they were killed."""
+    for path in SHARED_MEMORY.glob(f"{_PREFIX}*"):
+        with contextlib.suppress(OSError), (path / "lock").open() as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(path, ignore_errors=True)
+
+
+class LocalSender:
+    """The trainer's side where trainer and channel are in one process (implements `channel.Sender`).
+
+    Args:
+        model: the weights; in process, an embedded engine samples from this very object.
+        compute_dtype: of servers' weights.
+        logprobs: the trainer's, of the canary.
+        host: where engines reach this process.
+    """
+
+    def __init__(
+        self,
+        model: Decoder,
+        compute_dtype: torch.dtype,
+        logprobs: Callable[[Sequence[Sample]], Sequence[FloatArray]],
+        host: str = "127.0.0.1",
+    ) -> None:
+        self.model, self.compute_dtype = model, compute_dtype
+        self._logprobs, self._host = logprobs, host
+        self._handles: dict[EngineKind, tuple[Any, float]] = {}
+        self._builders: dict[EngineKind, ChecksumBuilder | None] = {}
+
+    def address(self) -> tuple[str, int]:
+        return self._host, free_port(self._host)
+
+    def open(self, kind: EngineKind, group: BroadcastGroup) -> None:
+        handle, _ = self._handles.pop(kind, (None, 0.0))
+        close_group(handle)
+        self._handles[kind] = open_group(group), group.limit_s
+
+    def broadcast(self, kind: EngineKind, bucket_bytes: int, checksum: bool) -> int:
+        handle, limit_s = self._handles[kind]
+        self._builders = {kind: self._builder(kind)} if checksum else {}
+        builder = self._builders.get(kind)
+        dtype = None if kind == "embedded" else self.compute_dtype
+        parts = buckets(self.model, bucket_bytes, dtype)
+        return send(handle, parts, limit_s, builder.add if builder else None, one_by_one=kind != "embedded")
+
+    def write(self, place: Path, kinds: Sequence[EngineKind], checksum: bool) -> int:
+        """Weights in the engines' dtype as a Hugging Face directory; returns its bytes."""
+        try:
+            save_model(self.model, place, dtype=self.compute_dtype)
+        except (OSError, SafetensorError) as error:  # a full disk, mostly
+            raise RunError(f"weight update: cannot write {place}: {error}") from error
+        self._builders = {}
+        for kind in kinds if checksum else ():
+            builder = self._builders[kind] = self._builder(kind)
+            if builder is not None:
+                checksums_of(self.model, builder)
+        return sum(file.stat().st_size for file in place.glob("*.safetensors"))
+
+    def checksums(self, kind: EngineKind) -> Checksums | None:
+        if kind not in self._builders:  # nothing was sent: the weights as they are
+            builder = self._builder(kind)
+            return None if builder is None else checksums_of(self.model, builder)
+        builder = self._builders[kind]
+        return None if builder is None else builder.checksums()
+
+    def logprobs(self, samples: Sequence[Sample]) -> Sequence[FloatArray]:
+        return self._logprobs(samples)
+
+    def _builder(self, kind: EngineKind) -> ChecksumBuilder | None:
+        device = next(self.model.parameters()).device.type
+        dtype = torch.float32 if kind == "embedded" else self.compute_dtype
+        return checksum_builder_for(kind, self.model.spec, dtype, device)
+
+    def close(self) -> None:
+        for handle, _ in self._handles.values():
+            close_group(handle)
+        self._handles = {}
