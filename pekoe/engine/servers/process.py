@@ -1,4 +1,4 @@
-"""A server that is launched here: a process group of its own, a log, an end that leaves nothing behind."""
+"""A server's process: a process group of its own, a log file, and the removal of everything that it started."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from pathlib import Path
 
 from pekoe.core.errors import RunError, UserError
 
-_KEEPER = Path(__file__).with_name("process_guard.py")
+_GUARD = Path(__file__).with_name("process_guard.py")
 _TAIL_BYTES = 16_384
 _OTHER_FILES = 256  # open at the same time as connections to servers
 
 
 class ServerProcess:
-    """A command running in its own session, killed with us (see `keeper`), writing to a log file.
+    """A command running in its own session, killed with us (see `process_guard`), writing to a log file.
 
     Args:
         name: what messages call it.
@@ -38,12 +38,12 @@ class ServerProcess:
         self.name, self.log = name, log
         self._started = time.time() - 1  # file times come from a coarser clock
         self._exit_code: int | None = None
-        self._made: set[Path] = set()
+        self._shared_memory: set[Path] = set()  # files that it made
         self._stopping = threading.Lock()
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("ab") as file:
             self._popen = subprocess.Popen(
-                [sys.executable, "-I", "-S", str(_KEEPER), str(os.getpid()), *argv],
+                [sys.executable, "-I", "-S", str(_GUARD), str(os.getpid()), *argv],
                 stdin=subprocess.DEVNULL,
                 stdout=file,
                 stderr=subprocess.STDOUT,
@@ -54,7 +54,7 @@ class ServerProcess:
 
     @property
     def exit_code(self) -> int | None:
-        """How it ended (128 + n: by signal n); None while it runs."""
+        """Its exit status (128 + n: by signal n); None while it runs."""
         if self._exit_code is None:
             # Not reaped: until `stop` has killed the group, no other process may get its number.
             try:
@@ -74,13 +74,13 @@ class ServerProcess:
         return "\n".join(lines[-num_lines:]) or "(nothing)"
 
     def describe(self) -> str:
-        """What became of it, with the end of its log."""
+        """Its state, with the end of its log."""
         code = self.exit_code
         state = "runs" if code is None else f"exited with status {code}"
         return f"{self.name} {state}; the end of its log, {self.log}:\n{self.tail()}"
 
     def stop(self, grace_s: float = 10.0) -> None:
-        """SIGTERM, after `grace_s` SIGKILL, to the whole group; returns when it is gone. Safe to call twice, and from
+        """SIGTERM, after `grace_s` SIGKILL, to the whole group; returns when it has ended. Safe to call twice, and from
         two threads."""
         with self._stopping:
             if self._popen.returncode is None:
@@ -99,7 +99,7 @@ class ServerProcess:
         code = self.exit_code  # before it is reaped
         self._popen.wait()
         self._exit_code = code if code is not None else 128 + signal.SIGKILL
-        for path in self._made:
+        for path in self._shared_memory:
             path.unlink(missing_ok=True)
 
     def _signal(self, number: int) -> None:
@@ -130,10 +130,11 @@ class ServerProcess:
             for entry in os.scandir("/dev/shm"):
                 status = entry.stat(follow_symlinks=False)
                 if status.st_ino in inodes and status.st_ctime >= self._started and entry.is_file():
-                    self._made.add(Path(entry.path))
+                    self._shared_memory.add(Path(entry.path))
 
 
 def check_python(server: str, python: str | None) -> None:
+    """UserError where there is no such program."""
     if python is None or shutil.which(python) is None:
         raise UserError(
             f"engine.server.python: expected the Python of an environment with {server} in it, got {python!r}; "
@@ -141,8 +142,9 @@ def check_python(server: str, python: str | None) -> None:
         )
 
 
-def check_open_files(num_servers: int, max_requests: int) -> None:
-    """Every response in flight is a connection: allow this process as many open files as it may have."""
+def allow_open_files(num_servers: int, max_requests: int) -> None:
+    """Raise this process's limit of open files: every request at a server is a connection. UserError where the system
+    does not allow that many."""
     wanted = num_servers * max_requests + _OTHER_FILES
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     most = float("inf") if hard == resource.RLIM_INFINITY else hard
@@ -158,7 +160,7 @@ def check_open_files(num_servers: int, max_requests: int) -> None:
 async def wait_ready(
     name: str, process: ServerProcess | None, check: Callable[[], Awaitable[bool]], limit_s: float
 ) -> None:
-    """Return when `check` says so. RunError when the process ends first, or after `limit_s`."""
+    """Return when `check` does with True. RunError when the process ends first, or after `limit_s`."""
     deadline = time.monotonic() + limit_s
     while True:
         if process is not None and process.exit_code is not None:

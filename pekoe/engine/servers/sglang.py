@@ -1,15 +1,15 @@
 """SGLang servers (written against 0.5.23): https://docs.sglang.ai.
 
-What SGLang does of its own accord, and what this does about it:
+What SGLang does otherwise than Pekoe needs, and what this client does about it:
 
 1. With n > 1 it gives all samples one seed. So: a request a sample, after one that only computes the prompt.
 2. Seeds decide only where it runs with `--enable-deterministic-inference` (GPU; slower). It is left to
-   `engine.server.args`; `seeded` tells.
+   `engine.server.args`; `SGLangEngine.seeded` says whether it is so.
 3. Its log-probs are at the sampling temperature, before top-p and top-k; at 1 for greedy. As ours. But with both, it
    takes top-p of the whole distribution, where others take it of what top-k left. So: one or the other.
 4. `ignore_eos` also ignores `stop_token_ids`. So it is set only where there are none; else the model's own ends of
    sequence stop too, which `Tokenizer.stop_token_ids` holds all of.
-5. Its context must be longer than the longest sequence by some tokens, or responses are cut without a word.
+5. Its context must be longer than the longest sequence by some tokens, or responses are cut silently.
 6. KV survives `in_place` pauses and updates without a flush. So: `retract`, and always a flush.
 """
 
@@ -20,52 +20,52 @@ import contextlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
-
-import torch
+from typing import Any, ClassVar, Literal
 
 from pekoe.core.errors import RunError, UserError
-from pekoe.core.types import FinishReason, Prompt, SamplingParams
-from pekoe.engine.fingerprints import Fingerprints, Prints, prints_for
+from pekoe.core.types import FinishReason, Request, SamplingParams
+from pekoe.engine.base import BroadcastGroup, Checksums, EngineKind
+from pekoe.engine.buckets import Tensors
 from pekoe.engine.sampling import sequence_key
-from pekoe.engine.servers.client import Answer, Backend, Server, field
-from pekoe.engine.servers.remote import RemoteEngine
-from pekoe.engine.transfer import Group, Tensors
+from pekoe.engine.servers.client import ABORTED, Answer, ServerClient
+from pekoe.engine.servers.engine import ServerEngine
 
 _CONTEXT_MARGIN = 8  # a prompt must be shorter than the context by 6, a response's end by 1
 _FLUSH_ATTEMPTS, _FLUSH_AGAIN_S = 25, 0.2
 
 
-class SGLang(Backend):
+class SGLangClient(ServerClient):
     """SGLang's native API: token ids in, token ids out."""
 
     name = "SGLang"
-    seeded = True  # whether seeds decide, at every server so far
+    kind: ClassVar[EngineKind] = "sglang"
+    seeded = False  # whether seeds decide
 
     def command(self, port: int) -> tuple[list[str], dict[str, str]]:
-        setup = self.setup
-        assert setup.config.python is not None
-        context = setup.max_sequence_tokens + _CONTEXT_MARGIN
-        argv = [setup.config.python, "-m", "sglang.launch_server", "--model-path", str(setup.model)]
-        argv += ["--host", "127.0.0.1", "--port", str(port), "--device", setup.device, "--dtype", setup.dtype]
-        argv += ["--context-length", str(context), "--max-running-requests", str(setup.max_running)]
+        options = self.options
+        assert options.config.python is not None
+        context = options.max_sequence_tokens + _CONTEXT_MARGIN
+        argv = [options.config.python, "-m", "sglang.launch_server", "--model-path", str(options.model)]
+        argv += ["--host", "127.0.0.1", "--port", str(port), "--device", options.device, "--dtype", options.dtype]
+        argv += ["--context-length", str(context), "--max-running-requests", str(options.max_running)]
         # No text is sent or wanted; the warm-up would send some.
         argv += ["--skip-tokenizer-init", "--skip-server-warmup", "--weight-version", "0"]
-        if setup.kv_tokens is not None:
-            argv += ["--max-total-tokens", str(max(setup.kv_tokens, context))]
-        if setup.releases and setup.device == "cuda":
+        if options.kv_tokens is not None:
+            argv += ["--max-total-tokens", str(max(options.kv_tokens, context))]
+        if options.offloads and options.device == "cuda":
             argv += ["--enable-memory-saver"]
         env = {"HF_HUB_OFFLINE": "1"}
-        if setup.device == "cpu":
+        if options.device == "cpu":
             argv += ["--sleep-on-idle"]
             env["SGLANG_USE_CPU_ENGINE"] = "1"
-        if context > setup.spec.max_positions:  # by the margin alone: no position is ever used beyond the model's
+        if context > options.spec.max_positions:  # by the margin alone: no position is ever used beyond the model's
             env["SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN"] = "1"
-        return [*argv, *setup.config.args], env
+        return [*argv, *options.config.args], env
 
     # Sampling
 
-    def check_params(self, params: SamplingParams) -> None:
+    @staticmethod
+    def check_params(params: SamplingParams) -> None:
         if params.min_new_tokens:
             raise UserError(
                 f"sampling min_new_tokens: expected 0 with SGLang (it needs the tokenizer for it, and its log-probs "
@@ -78,73 +78,72 @@ class SGLang(Backend):
                 f"top_p = 1 or top_k = 0"
             )
 
-    async def prefill(self, server: Server, prompt: Prompt) -> int:
-        body = {"input_ids": prompt.tokens.tolist(), "sampling_params": {"max_new_tokens": 0, "temperature": 0}}
-        content = await self.post(server, "/generate", body, self.setup.config.request_limit_s)
-        return len(prompt.tokens) - int(field(server, field(server, content, "meta_info", dict), "cached_tokens", int))
+    async def prefill(self, request: Request) -> int:
+        body = {"input_ids": request.tokens.tolist(), "sampling_params": {"max_new_tokens": 0, "temperature": 0}}
+        content = await self.post("/generate", body, self.options.config.request_limit_s)
+        return len(request.tokens) - int(self.field(self.field(content, "meta_info", dict), "cached_tokens", int))
 
-    async def sample(self, server: Server, prompt: Prompt, index: int, params: SamplingParams, rid: str) -> Answer:
+    async def sample(self, request: Request, rid: str) -> Answer:
+        params = request.params
         sampling: dict[str, Any] = {
             "temperature": params.temperature,
             "top_p": params.top_p,
             "top_k": params.top_k or -1,
             "max_new_tokens": params.max_new_tokens,
             "ignore_eos": not params.stop_token_ids,
-            "sampling_seed": sequence_key(params, prompt.uid, prompt.draw, index) & 0x7FFFFFFF,
+            "sampling_seed": sequence_key(params, request.uid, request.draw, request.sample) & 0x7FFFFFFF,
             # A model's generation_config.json may set these; log-probs would not be the policy's.
             "min_p": 0.0,
             "repetition_penalty": 1.0,
         }
         if params.stop_token_ids:
             sampling["stop_token_ids"] = list(params.stop_token_ids)
-        body = {"input_ids": prompt.tokens.tolist(), "rid": rid, "sampling_params": sampling, "return_logprob": True}
-        content = await self.post(server, "/generate", body, self.setup.config.request_limit_s)
+        body = {"input_ids": request.tokens.tolist(), "rid": rid, "sampling_params": sampling, "return_logprob": True}
+        content = await self.post("/generate", body, self.options.config.request_limit_s)
         try:
             return parse_answer(content)
         except (KeyError, TypeError, ValueError, IndexError) as error:
             shown = json.dumps(content)[:500]
-            raise RunError(
-                f"{server.url}/generate: not understood ({type(error).__name__}: {error}): {shown}"
-            ) from None
+            raise RunError(f"{self.url}/generate: not understood ({type(error).__name__}: {error}): {shown}") from None
 
-    async def abort(self, server: Server, rids: Sequence[str]) -> None:
-        await asyncio.gather(*(self.post(server, "/abort_request", {"rid": rid}) for rid in rids))
+    async def abort(self, rids: Sequence[str]) -> None:
+        await asyncio.gather(*(self.post("/abort_request", {"rid": rid}) for rid in rids))
 
     # Weights
 
-    async def pause(self, server: Server, mode: Literal["abort", "keep"]) -> None:
-        await self.post(server, "/pause_generation", {"mode": "abort" if mode == "abort" else "retract"})
+    async def pause(self, mode: Literal["abort", "keep"]) -> None:
+        await self.post("/pause_generation", {"mode": "abort" if mode == "abort" else "retract"})
 
-    async def resume(self, server: Server) -> None:
-        await self.post(server, "/continue_generation", {})
+    async def resume(self) -> None:
+        await self.post("/continue_generation", {})
 
-    async def flush(self, server: Server) -> None:
+    async def flush(self) -> None:
         for attempt in range(_FLUSH_ATTEMPTS):
             try:
-                await self.post(server, "/flush_cache")
+                await self.post("/flush_cache")
                 return
             except RunError:  # what was aborted or retracted just now is not out of its batch yet
                 if attempt == _FLUSH_ATTEMPTS - 1:
                     raise
             await asyncio.sleep(_FLUSH_AGAIN_S)
 
-    async def version_of(self, server: Server) -> str:
-        return str(field(server, await self.get(server, "/model_info"), "weight_version", str))
+    async def version(self) -> str:
+        return str(self.field(await self.get("/model_info"), "weight_version", str))
 
-    async def set_version(self, server: Server, version: int) -> None:
-        info = await self.get(server, "/server_info")
-        self.seeded &= bool(field(server, info, "enable_deterministic_inference", bool))
+    async def set_version(self, version: int) -> None:
+        info = await self.get("/server_info")
+        self.seeded = bool(self.field(info, "enable_deterministic_inference", bool))
         body = {"new_version": str(version), "abort_all_requests": False}
-        _succeeded(server, await self.post(server, "/update_weight_version", body))
+        self._succeeded(await self.post("/update_weight_version", body))
 
-    async def load_from_disk(self, server: Server, directory: Path, version: int) -> None:
+    async def load(self, directory: Path, version: int) -> None:
         body = {"model_path": str(directory), "weight_version": str(version), "flush_cache": True}
-        _succeeded(server, await self.post(server, "/update_weights_from_disk", body))
+        self._succeeded(await self.post("/update_weights_from_disk", body))
 
-    async def num_workers(self, server: Server) -> int:
-        return int(field(server, await self.get(server, "/server_info"), "tp_size", int))
+    async def num_workers(self) -> int:
+        return int(self.field(await self.get("/server_info"), "tp_size", int))
 
-    async def join_group(self, server: Server, group: Group) -> None:
+    async def join_group(self, group: BroadcastGroup) -> None:
         body = {
             "master_address": group.host,
             "master_port": group.port,
@@ -153,57 +152,57 @@ class SGLang(Backend):
             "group_name": group.name,
             "backend": group.backend,
         }
-        _succeeded(server, await self.post(server, "/init_weights_update_group", body))
+        self._succeeded(await self.post("/init_weights_update_group", body))
 
-    async def begin_update(self, server: Server) -> None:
+    async def begin_update(self) -> None:
         with contextlib.suppress(RunError):  # no session is open, unless an update broke off
-            await self.post(server, "/end_weight_update", {})
-        _succeeded(server, await self.post(server, "/begin_weight_update", {}))
+            await self.post("/end_weight_update", {})
+        self._succeeded(await self.post("/begin_weight_update", {}))
 
-    async def receive(self, server: Server, group: Group, tensors: Tensors) -> None:
+    async def receive(self, group: BroadcastGroup, tensors: Tensors) -> None:
         body = {
             "names": [name for name, _ in tensors],
             "dtypes": [str(tensor.dtype).removeprefix("torch.") for _, tensor in tensors],
             "shapes": [list(tensor.shape) for _, tensor in tensors],
             "group_name": group.name,
         }
-        _succeeded(server, await self.post(server, "/update_weights_from_distributed", body))
+        self._succeeded(await self.post("/update_weights_from_distributed", body))
 
-    async def finish_update(self, server: Server, version: int) -> None:
-        _succeeded(server, await self.post(server, "/end_weight_update", {}))
+    async def finish_update(self, version: int) -> None:
+        self._succeeded(await self.post("/end_weight_update", {}))
         body = {"new_version": str(version), "abort_all_requests": False}  # by default it aborts
-        _succeeded(server, await self.post(server, "/update_weight_version", body))
+        self._succeeded(await self.post("/update_weight_version", body))
 
-    async def part(self, server: Server, group: Group | None) -> None:
-        await self.resume(server)
-        if group is not None:
-            await self.post(server, "/destroy_weights_update_group", {"group_name": group.name})
+    async def leave_group(self, group: BroadcastGroup) -> None:
+        await self.post("/destroy_weights_update_group", {"group_name": group.name})
 
-    def prints(self) -> Prints | None:
-        return prints_for("sglang", self.setup.spec, getattr(torch, self.setup.dtype), self.setup.device)
-
-    async def fingerprints(self, server: Server) -> Fingerprints | None:
+    async def checksums(self) -> Checksums | None:
         """By SGLang's names; on CPU, the first 8 bytes of SHA-256 of the values. None of split weights."""
-        content = await self.post(server, "/weights_checker", {"action": "checksum"})
-        ranks = field(server, content, "ranks", list)
-        return dict(field(server, ranks[0], "checksums", dict)) if len(ranks) == 1 else None
+        content = await self.post("/weights_checker", {"action": "checksum"})
+        ranks = self.field(content, "ranks", list)
+        return dict(self.field(ranks[0], "checksums", dict)) if len(ranks) == 1 else None
 
-    async def release(self, server: Server) -> None:
-        await self.post(server, "/release_memory_occupation", {})
+    async def offload(self) -> None:
+        await self.post("/release_memory_occupation", {})
 
-    async def restore(self, server: Server) -> None:
-        await self.post(server, "/resume_memory_occupation", {})
+    async def onload(self) -> None:
+        await self.post("/resume_memory_occupation", {})
+
+    def _succeeded(self, content: Any) -> None:
+        if not isinstance(content, dict) or content.get("success") is not True:
+            raise RunError(f"{self.url}: expected success, got {json.dumps(content)[:500]}")
 
 
-class SGLangEngine(RemoteEngine):
-    """A Generator on SGLang servers; see `RemoteEngine`."""
+class SGLangEngine(ServerEngine):
+    """An Engine on an SGLang server; see `ServerEngine`."""
 
-    backend_class = SGLang
+    client_class = SGLangClient
+    kind: EngineKind = "sglang"
 
     @property
     def seeded(self) -> bool:
         """Whether the same seed gives the same tokens: only with `--enable-deterministic-inference`."""
-        return isinstance(self._backend, SGLang) and self._backend.seeded
+        return isinstance(self._client, SGLangClient) and self._client.seeded
 
 
 def parse_answer(content: Any) -> Answer:
@@ -219,7 +218,7 @@ def parse_answer(content: Any) -> Answer:
         raise ValueError(f"a stop at {finish['matched']!r}, not at a token")
     tokens = [int(token) for token in content["output_ids"]]
     if reason == "abort" and not tokens:  # aborted in the queue: such an answer lacks most fields
-        return Answer([], [], "abort", [])
+        return ABORTED
     entries = meta["output_token_logprobs"]
     if [entry[1] for entry in entries] != tokens:
         raise ValueError("its log-probs are not those of its tokens")
@@ -230,8 +229,3 @@ def parse_answer(content: Any) -> Answer:
     versions = [(int(span["version"]), int(span["start"])) for span in spans if span["start"] < span["end"]]
     cached = int(meta.get("cached_tokens", 0) if reason == "abort" else meta["cached_tokens"])
     return Answer(tokens, [float(entry[0]) for entry in entries], reason, versions, cached)
-
-
-def _succeeded(server: Server, content: Any) -> None:
-    if not isinstance(content, dict) or content.get("success") is not True:
-        raise RunError(f"{server.url}: expected success, got {json.dumps(content)[:500]}")

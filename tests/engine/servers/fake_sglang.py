@@ -1,4 +1,4 @@
-"""A server that speaks as much of SGLang's API as `RemoteEngine` uses, with faults on demand. Standard library alone.
+"""A server that speaks as much of SGLang's API as `SGLangEngine` uses, with faults on demand. Standard library alone.
 
 Its tokens are a function of the prompt, its log-probs of the version: -1 - version / 16. Imported by tests, and run
 as a program in place of `python -m sglang.launch_server`.
@@ -33,6 +33,7 @@ class Handler(BaseHTTPRequestHandler):
     def handle_one(self, body):
         server = self.server
         server.requests.append((self.path, body))
+        time.sleep(server.slow.get(self.path, 0))
         fault = server.next_fault(self.path)
         if fault == "reset" or server.dead:
             self.reset()
@@ -77,6 +78,7 @@ class FakeSGLang(ThreadingHTTPServer):
         self.dead = self.paused = self.lies_about_version = False
         self.requests: list[tuple[str, object]] = []
         self.faults: dict[str, list[object]] = {}
+        self.slow: dict[str, float] = {}  # path -> seconds before it is answered
         self.released = threading.Event()
         self.running: dict[str, bool] = {}  # rid -> aborted
         self.most_running = 0
@@ -167,7 +169,17 @@ class FakeSGLang(ThreadingHTTPServer):
         return 200, {"status": "ok"}
 
     def on_flush_cache(self, _):
-        return 200, None
+        return (400 if self.running and not self.paused else 200), None
+
+    def on_weights_checker(self, _):
+        return 200, {"ranks": [{"checksums": {"model.norm.weight": self.version}}]}
+
+    def succeed(self, _):
+        return 200, {"success": True}
+
+    on_release_memory_occupation = on_resume_memory_occupation = succeed
+    on_init_weights_update_group = on_destroy_weights_update_group = succeed
+    on_begin_weight_update = on_update_weights_from_distributed = on_end_weight_update = succeed
 
     def on_update_weight_version(self, body):
         self.version = body["new_version"]

@@ -132,8 +132,8 @@ time.sleep(60)
     assert all(gone(pid, 15) for pid in pids)
 
 
-def test_nothing_of_a_server_outlives_its_keeper(tmp_path: Path):
-    """Ray kills the children of a process that it ends, the keeper among them, and not theirs."""
+def test_nothing_of_a_server_outlives_its_guard(tmp_path: Path):
+    """Ray kills the children of a process that it ends, the guard among them, and not theirs."""
     told = tmp_path / "pids"
     process = ServerProcess("s", [sys.executable, "-c", STUBBORN, str(told)], os.environ, tmp_path / "log")
     pids = [int(pid) for pid in wait_for(told).split()]

@@ -1,6 +1,7 @@
 """SGLang's API as we speak it, held against requests and answers recorded from a real server."""
 
 import asyncio
+import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -13,29 +14,26 @@ import torch
 
 from pekoe.config.engine import ServerSection
 from pekoe.core.errors import RunError
-from pekoe.core.types import Prompt, SamplingParams
-from pekoe.engine.fingerprints import SGLangPrints, prints_of
-from pekoe.engine.servers.client import Server, Setup
-from pekoe.engine.servers.sglang import SGLang, parse_answer
-from pekoe.engine.transfer import Group
+from pekoe.core.types import Request, SamplingParams
+from pekoe.engine.base import BroadcastGroup
+from pekoe.engine.servers.client import ServerOptions
+from pekoe.engine.servers.sglang import SGLangClient, parse_answer
 from pekoe.model import Decoder
 
-SERVER = Server("http://127.0.0.1:1")
-PROMPT = Prompt("p", 0, np.arange(32))
+URL = "http://127.0.0.1:1"
+CONTRACTS = json.loads(Path(__file__).with_name("contracts").joinpath("sglang.json").read_text())
+"""Requests that SGLang 0.5.23 took on a CPU, with its answers, by name."""
 
 
-@pytest.fixture
-def recorded(shared_dir: Path) -> Callable[[str], dict[str, Any]]:
-    def read(name: str) -> dict[str, Any]:
-        path = shared_dir / "contracts" / f"sglang_{name}.json"
-        if not path.is_file():
-            pytest.skip(f"no recorded contract {path}")
-        return json.loads(path.read_text())
-
-    return read
+def recorded(name: str) -> dict[str, Any]:
+    return copy.deepcopy(CONTRACTS[name])
 
 
-def setup_of(make_model: Callable[..., Decoder], **changes: Any) -> Setup:
+def request(params: SamplingParams | None = None, sample: int = 0) -> Request:
+    return Request("p", 0, sample, np.arange(32), params or SamplingParams())
+
+
+def options_of(make_model: Callable[..., Decoder], **changes: Any) -> ServerOptions:
     given: dict[str, Any] = {
         "model": Path("/models/m"),
         "config": ServerSection(python="/opt/sglang/bin/python", args=("--tp-size", "2")),
@@ -46,17 +44,17 @@ def setup_of(make_model: Callable[..., Decoder], **changes: Any) -> Setup:
         "dtype": "float32",
         "device": "cpu",
     }
-    return Setup(**(given | changes))
+    return ServerOptions(**(given | changes))
 
 
 class Recording:
-    """A backend whose requests are answered from `answers` (by path; others: success), and kept."""
+    """A client whose requests are answered from `answers` (by path; others: success), and kept."""
 
-    def __init__(self, setup: Setup, answers: dict[str, tuple[int, Any]]) -> None:
-        self.backend, self.requests = SGLang(setup), []
-        self.answers = answers
+    def __init__(self, options: ServerOptions, answers: dict[str, tuple[int, Any]]) -> None:
+        self.options, self.answers = options, answers
+        self.requests: list[dict[str, Any]] = []
 
-    def run(self, call: Callable[[SGLang], Any]) -> Any:
+    def run(self, call: Callable[[SGLangClient], Any]) -> Any:
         def handle(request: httpx.Request) -> httpx.Response:
             body = json.loads(request.content) if request.content else None
             self.requests.append({"method": request.method, "path": request.url.path, "json": body})
@@ -64,34 +62,36 @@ class Recording:
             return httpx.Response(status, content=b"" if content in (None, "") else json.dumps(content).encode())
 
         async def main() -> Any:
-            async with httpx.AsyncClient(transport=httpx.MockTransport(handle)) as client:
-                self.backend.client = client
-                return await call(self.backend)
+            client = SGLangClient(self.options, URL, httpx.MockTransport(handle))
+            try:
+                return await call(client)
+            finally:
+                await client.close()
 
         return asyncio.run(main())
 
 
 @pytest.fixture
 def record(make_model: Callable[..., Decoder]) -> Callable[..., Recording]:
-    return lambda **answers: Recording(setup_of(make_model), {"/" + k: v for k, v in answers.items()})
+    return lambda **answers: Recording(options_of(make_model), {"/" + k: v for k, v in answers.items()})
 
 
-def test_every_request_is_one_that_a_real_server_took(record: Callable[..., Recording], recorded):
-    group = Group("weight_update_group", "127.0.0.1", 49409, 2, "gloo", 10.0)
+def test_every_request_is_one_that_a_real_server_took(record: Callable[..., Recording]):
+    group = BroadcastGroup("weight_update_group", "127.0.0.1", 49409, 2, "gloo", 10.0)
     tensors = [("model.norm.weight", torch.zeros(128)), ("lm_head.weight", torch.zeros(4, 2, dtype=torch.bfloat16))]
-    calls: list[tuple[Callable[[SGLang], Any], str]] = [
-        (lambda b: b.abort(SERVER, ["req-77"]), "abort_request_rid"),
-        (lambda b: b.pause(SERVER, "abort"), "pause_generation_abort"),
-        (lambda b: b.pause(SERVER, "keep"), "pause_generation_retract"),
-        (lambda b: b.resume(SERVER), "continue_generation"),
-        (lambda b: b.flush(SERVER), "flush_cache"),
-        (lambda b: b.join_group(SERVER, group), "init_weights_update_group_gloo"),
-        (lambda b: b.load_from_disk(SERVER, Path("/w"), 3), "update_weights_from_disk_paused_retract"),
-        (lambda b: b.set_version(SERVER, 3), "update_weight_version"),
-        (lambda b: b.begin_update(SERVER), "begin_weight_update"),
-        (lambda b: b.receive(SERVER, group, tensors), "update_weights_from_distributed"),
-        (lambda b: b.finish_update(SERVER, 3), "end_weight_update"),
-        (lambda b: b.sample(SERVER, PROMPT, 0, SamplingParams(stop_token_ids=(7,)), "r"), "generate_n16"),
+    calls: list[tuple[Callable[[SGLangClient], Any], str]] = [
+        (lambda b: b.abort(["req-77"]), "abort_request_rid"),
+        (lambda b: b.pause("abort"), "pause_generation_abort"),
+        (lambda b: b.pause("keep"), "pause_generation_retract"),
+        (lambda b: b.resume(), "continue_generation"),
+        (lambda b: b.flush(), "flush_cache"),
+        (lambda b: b.join_group(group), "init_weights_update_group_gloo"),
+        (lambda b: b.load(Path("/w"), 3), "update_weights_from_disk_paused_retract"),
+        (lambda b: b.set_version(3), "update_weight_version"),
+        (lambda b: b.begin_update(), "begin_weight_update"),
+        (lambda b: b.receive(group, tensors), "update_weights_from_distributed"),
+        (lambda b: b.finish_update(3), "end_weight_update"),
+        (lambda b: b.sample(request(SamplingParams(stop_token_ids=(7,))), "r"), "generate_n16"),
     ]
     info = {"enable_deterministic_inference": False}
     for call, name in calls:
@@ -127,7 +127,7 @@ def test_what_a_sample_asks_for(record: Callable[..., Recording]):
     recording = record(generate=(200, good()))
 
     def ask(params: SamplingParams, index: int = 0) -> dict[str, Any]:
-        recording.run(lambda b: b.sample(SERVER, PROMPT, index, params, "r1"))
+        recording.run(lambda b: b.sample(request(params, index), "r1"))
         body = recording.requests[-1]["json"]
         assert body["input_ids"] == list(range(32))
         assert (body["rid"], body["return_logprob"]) == ("r1", True)
@@ -153,12 +153,12 @@ def test_what_a_sample_asks_for(record: Callable[..., Recording]):
         ("generate_after_disk_update", "length", None),
     ],
 )
-def test_recorded_answers_are_understood(recorded, name: str, reason: str, versions: Any):
+def test_recorded_answers_are_understood(name: str, reason: str, versions: Any):
     content = recorded(name)["response"]
     for span in content["meta_info"]["weight_versions"]:
         span["version"] = "4"  # the recording's tags were words
     answer = parse_answer(content)
-    assert answer.reason == reason
+    assert answer.finish == reason
     assert answer.tokens == content["output_ids"]
     assert len(answer.logprobs) == len(answer.tokens)
     assert answer.versions == [(4, 0)]
@@ -184,7 +184,7 @@ def test_versions_of_tokens():
 def test_an_abort_in_the_queue_has_no_tokens():
     finish = {"type": "abort", "message": "Abort in waiting queue"}
     answer = parse_answer({"output_ids": [], "meta_info": {"finish_reason": finish}})
-    assert (answer.tokens, answer.reason) == ([], "abort")
+    assert (answer.tokens, answer.finish) == ([], "abort")
 
 
 @pytest.mark.parametrize(
@@ -212,58 +212,54 @@ def test_an_unexpected_answer_is_an_error(record: Callable[..., Recording], chan
     parse_answer(content)
     change(content)
     with pytest.raises(RunError, match="not understood"):
-        record(generate=(200, content)).run(lambda b: b.sample(SERVER, PROMPT, 0, SamplingParams(), "r"))
+        record(generate=(200, content)).run(lambda b: b.sample(request(), "r"))
 
 
 @pytest.mark.parametrize(
     "name", ["generate_error_badparam", "generate_error_toolong", "generate_error_unknown_sampling"]
 )
-def test_a_refusal_is_an_error_with_the_servers_words(record: Callable[..., Recording], recorded, name: str):
+def test_a_refusal_is_an_error_with_the_servers_words(record: Callable[..., Recording], name: str):
     real = recorded(name)
     words = real["response"]["error"]
     words = words if isinstance(words, str) else words["message"]
     with pytest.raises(RunError) as caught:
-        record(generate=(real["status"], real["response"])).run(
-            lambda b: b.sample(SERVER, PROMPT, 0, SamplingParams(), "r")
-        )
+        record(generate=(real["status"], real["response"])).run(lambda b: b.sample(request(), "r"))
     assert words in str(caught.value)
 
 
-def test_a_failed_update_is_an_error(record: Callable[..., Recording], recorded):
+def test_a_failed_update_is_an_error(record: Callable[..., Recording]):
     real = recorded("update_weights_from_disk_missing")
     recording = record(update_weights_from_disk=(real["status"], real["response"]))
     with pytest.raises(RunError, match="Failed to get weights iterator"):
-        recording.run(lambda b: b.load_from_disk(SERVER, Path("/w"), 3))
+        recording.run(lambda b: b.load(Path("/w"), 3))
     with pytest.raises(RunError, match="expected success"):
-        record(update_weights_from_disk=(200, {"message": "?"})).run(lambda b: b.load_from_disk(SERVER, Path("/w"), 3))
+        record(update_weights_from_disk=(200, {"message": "?"})).run(lambda b: b.load(Path("/w"), 3))
 
 
-def test_the_version_is_the_servers_own_tag(record: Callable[..., Recording], recorded):
+def test_the_version_is_the_servers_own_tag(record: Callable[..., Recording]):
     real = recorded("model_info_after_disk")
-    assert record(model_info=(200, real["response"])).run(lambda b: b.version_of(SERVER)) == "B1"
+    assert record(model_info=(200, real["response"])).run(lambda b: b.version()) == "B1"
     with pytest.raises(RunError, match="weight_version"):
-        record(model_info=(200, {})).run(lambda b: b.version_of(SERVER))
+        record(model_info=(200, {})).run(lambda b: b.version())
 
 
-def test_an_update_that_broke_off_does_not_stand_in_the_way(record: Callable[..., Recording], recorded):
+def test_an_update_that_broke_off_does_not_stand_in_the_way(record: Callable[..., Recording]):
     closed = recorded("end_weight_update_twice")  # no session is open: nothing to end
     recording = record(end_weight_update=(closed["status"], closed["response"]))
-    recording.run(lambda b: b.begin_update(SERVER))
+    recording.run(lambda b: b.begin_update())
     assert [r["path"] for r in recording.requests] == ["/end_weight_update", "/begin_weight_update"]
 
 
-def test_a_flush_is_asked_for_until_it_happens(
-    record: Callable[..., Recording], recorded, monkeypatch: pytest.MonkeyPatch
-):
+def test_a_flush_is_asked_for_until_it_happens(record: Callable[..., Recording], monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("pekoe.engine.servers.sglang._FLUSH_AGAIN_S", 0.0)
     recording = record(flush_cache=(400, recorded("flush_cache_while_running")["response"]))
     with pytest.raises(RunError, match="Flush cache failed"):
-        recording.run(lambda b: b.flush(SERVER))
+        recording.run(lambda b: b.flush())
     assert len(recording.requests) == 25
 
 
 def test_the_command_line(make_model: Callable[..., Decoder]):
-    argv, env = SGLang(setup_of(make_model)).command(1234)
+    argv, env = SGLangClient(options_of(make_model), URL).command(1234)
     text = " ".join(argv)
     assert text.startswith("/opt/sglang/bin/python -m sglang.launch_server --model-path /models/m --host 127.0.0.1")
     assert "--port 1234 --device cpu --dtype float32 --context-length 108 --max-running-requests 32" in text
@@ -271,20 +267,8 @@ def test_the_command_line(make_model: Callable[..., Decoder]):
     assert text.endswith("--tp-size 2")
     assert env["SGLANG_USE_CPU_ENGINE"] == "1"
     assert "SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN" not in env
-    setup = setup_of(make_model, device="cuda", kv_tokens=None, max_sequence_tokens=128)
-    argv, env = SGLang(setup).command(1)
+    options = options_of(make_model, device="cuda", kv_tokens=None, max_sequence_tokens=128)
+    argv, env = SGLangClient(options, URL).command(1)
     assert "--max-total-tokens" not in argv
     assert "SGLANG_USE_CPU_ENGINE" not in env
     assert env["SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN"] == "1"  # 136 tokens in a model of 128 positions
-
-
-def test_hashes_have_the_servers_names(make_model: Callable[..., Decoder], recorded):
-    real = recorded("weights_checker")["response"]["ranks"][0]["checksums"]
-    names = {name for name in real if ".layers.0." in name or ".layers." not in name}
-    model = make_model()
-    ours = prints_of(model, SGLangPrints(torch.float32))
-    assert {name for name in ours if ".layers.0." in name or ".layers." not in name} == names
-    with torch.no_grad():
-        model.get_parameter("model.layers.1.self_attn.k_proj.weight")[0, 0] += 1e-6
-    changed = prints_of(model, SGLangPrints(torch.float32))
-    assert {name for name in ours if ours[name] != changed[name]} == {"model.layers.1.self_attn.qkv_proj.weight"}

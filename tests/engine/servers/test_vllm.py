@@ -1,6 +1,7 @@
-"""What `VLLMBackend` sends and how it reads the answers, against recorded ones; no server."""
+"""What `VLLMClient` sends and how it reads the answers, against recorded ones; no server."""
 
 import asyncio
+import copy
 import importlib.util
 import itertools
 import json
@@ -12,30 +13,33 @@ from typing import Any
 from unittest.mock import MagicMock
 
 import httpx
+import numpy as np
 import pytest
 import torch
 
 from pekoe.config.engine import ServerSection
 from pekoe.core.errors import RunError, UserError
 from pekoe.core.spec import ModelSpec
-from pekoe.core.types import Prompt, SamplingParams
-from pekoe.engine import fingerprints
-from pekoe.engine.fingerprints import fingerprint
+from pekoe.core.types import Request, SamplingParams
+from pekoe.engine.base import BroadcastGroup
 from pekoe.engine.servers import vllm
-from pekoe.engine.servers.client import Answer, Server, Setup, TransportError
-from pekoe.engine.servers.vllm import VLLMBackend, check_args
-from pekoe.engine.transfer import Group
+from pekoe.engine.servers.client import Answer, ServerOptions, TransportError
+from pekoe.engine.servers.vllm import VLLMClient, check_args
 
-SERVER = Server("http://127.0.0.1:1")
+CONTRACTS = json.loads(Path(__file__).with_name("contracts").joinpath("vllm.json").read_text())
+"""Requests that vLLM 0.32 took on a CPU, with its answers, by name."""
 Route = Callable[[httpx.Request], httpx.Response]
 
 
-def make_backend(answer: Route, **server: Any) -> VLLMBackend:
+def contract(name: str) -> dict[str, Any]:
+    return copy.deepcopy(CONTRACTS[name])
+
+
+def make_client(answer: Route, **server: Any) -> VLLMClient:
     spec = ModelSpec("qwen2", 512, 128, 4, 4, 2, 32, 384, 4096)
     config = ServerSection(python="/opt/vllm/bin/python", **server)
-    backend = VLLMBackend(Setup(Path("/models/m"), config, spec, 1000, 1000, 512, "float32", "cpu"))
-    backend.client = httpx.AsyncClient(transport=httpx.MockTransport(answer))
-    return backend
+    options = ServerOptions(Path("/models/m"), config, spec, 1000, 1000, 512, "float32", "cpu")
+    return VLLMClient(options, "http://127.0.0.1:1", httpx.MockTransport(answer))
 
 
 def path_of(request: httpx.Request) -> str:
@@ -61,37 +65,25 @@ def server_info(**changes: Any) -> dict[str, Any]:
     return {"vllm_config": {"model_config": model | changes}}
 
 
-@pytest.fixture
-def contract(shared_dir: Path) -> Callable[[str], dict[str, Any]]:
-    def read(name: str) -> dict[str, Any]:
-        path = shared_dir / "contracts" / f"vllm_{name}.json"
-        if not path.is_file():
-            pytest.skip(f"no recorded answer {path}")
-        return json.loads(path.read_text())
-
-    return read
-
-
-def sample(backend: VLLMBackend, params: SamplingParams, tokens: list[int], index: int = 0) -> Answer:
-    prompt = Prompt("p", 0, torch.tensor(tokens).numpy())
-    return asyncio.run(backend.sample(SERVER, prompt, index, params, "r1"))
+def sample(client: VLLMClient, params: SamplingParams, tokens: list[int], index: int = 0) -> Answer:
+    return asyncio.run(client.sample(Request("p", 0, index, np.array(tokens), params), "r1"))
 
 
 # Sampling
 
 
-def test_a_sample_is_asked_for_and_read_as_recorded(contract):
+def test_a_sample_is_asked_for_and_read_as_recorded():
     recorded = contract("generate_greedy")
     choice = recorded["response"]["choices"][0]
     choice["weight_versions"] = [{"version": "3", "start": 0, "end": 2}, {"version": "4", "start": 2, "end": 6}]
     server = Recorded(recorded)
     request = recorded["request"]["json"]
     answer = sample(
-        make_backend(server), SamplingParams(temperature=0, max_new_tokens=6, stop_token_ids=(9,)), request["token_ids"]
+        make_client(server), SamplingParams(temperature=0, max_new_tokens=6, stop_token_ids=(9,)), request["token_ids"]
     )
     assert answer.tokens == choice["token_ids"]
     assert answer.logprobs == [entry["logprob"] for entry in choice["logprobs"]["content"]]
-    assert answer.reason == "length"
+    assert answer.finish == "length"
     assert answer.versions == [(3, 0), (4, 2)]
     ((path, asked),) = server.asked
     assert path == recorded["request"]["path"]
@@ -104,7 +96,7 @@ def test_a_sample_is_asked_for_and_read_as_recorded(contract):
     assert "n" not in sampling  # one request a sample, each with its own seed
 
 
-def test_every_parameter_sent_is_one_that_vllm_knows(contract):
+def test_every_parameter_sent_is_one_that_vllm_knows():
     """It ignores what it does not know, as recorded; so ours are listed here against its SamplingParams."""
     assert contract("generate_error_bad")["status"] == 200
     known = {
@@ -113,15 +105,15 @@ def test_every_parameter_sent_is_one_that_vllm_knows(contract):
     }
     server = Recorded(contract("generate_after_reload") | {"status": 500})
     with pytest.raises(RunError):
-        sample(make_backend(server), SamplingParams(), [1])
+        sample(make_client(server), SamplingParams(), [1])
     assert set(server.asked[0][1]["sampling_params"]) == known
 
 
-def test_seeds_are_of_63_bits_and_differ_by_sample(contract):
+def test_seeds_are_of_63_bits_and_differ_by_sample():
     server = Recorded(contract("generate_greedy") | {"status": 400})
     for index in (0, 1, 0):
         with pytest.raises(RunError):
-            sample(make_backend(server), SamplingParams(n=2), [1], index)
+            sample(make_client(server), SamplingParams(n=2), [1], index)
     seeds = [asked["sampling_params"]["seed"] for _, asked in server.asked]
     assert seeds[0] == seeds[2] != seeds[1]
     assert all(0 <= seed < 2**63 for seed in seeds)
@@ -136,19 +128,19 @@ def test_seeds_are_of_63_bits_and_differ_by_sample(contract):
         {"weight_versions": [{"version": "default", "start": 0, "end": 6}]},
     ],
 )
-def test_an_answer_that_is_not_understood_is_an_error(contract, change: dict[str, Any]):
+def test_an_answer_that_is_not_understood_is_an_error(change: dict[str, Any]):
     recorded = contract("generate_greedy")
     recorded["response"]["choices"][0] |= {"weight_versions": [{"version": "3", "start": 0, "end": 6}]} | change
     with pytest.raises(RunError, match="http://127"):
-        sample(make_backend(Recorded(recorded)), SamplingParams(), [1])
+        sample(make_client(Recorded(recorded)), SamplingParams(), [1])
 
 
 def test_a_dead_engine_behind_a_live_server_is_no_answer():
     message = "EngineCore encountered an issue. See stack trace (above) for the root cause."
     error = {"error": {"message": message, "type": "InternalServerError", "param": None, "code": 500}}
-    backend = make_backend(lambda _: httpx.Response(500, json=error))
+    client = make_client(lambda _: httpx.Response(500, json=error))
     with pytest.raises(TransportError, match="EngineCore"):
-        sample(backend, SamplingParams(), [1])
+        sample(client, SamplingParams(), [1])
 
 
 @pytest.mark.parametrize(
@@ -162,29 +154,29 @@ def test_a_dead_engine_behind_a_live_server_is_no_answer():
 )
 def test_what_would_give_wrong_logprobs_is_refused(params: SamplingParams, name: str):
     with pytest.raises(UserError, match=name):
-        make_backend(lambda _: httpx.Response(500)).check_params(params)
+        make_client(lambda _: httpx.Response(500)).check_params(params)
 
 
 def test_evaluation_may_truncate_and_ban():
     params = SamplingParams(top_p=0.9, top_k=5, min_new_tokens=2, stop_token_ids=(1,), stream="eval")
-    backend = make_backend(lambda _: httpx.Response(500))
-    backend.check_params(params)
-    backend.check_params(SamplingParams(min_new_tokens=2))  # nothing to ban
+    client = make_client(lambda _: httpx.Response(500))
+    client.check_params(params)
+    client.check_params(SamplingParams(min_new_tokens=2))  # nothing to ban
 
 
-def test_abort_names_requests_as_vllm_does(contract):
+def test_abort_names_requests_as_vllm_does():
     recorded = contract("abort_requests")
     server = Recorded(recorded)
-    backend = make_backend(server)
+    client = make_client(server)
     rid = recorded["request"]["json"]["request_ids"][0].removeprefix("generate-tokens-")
-    asyncio.run(backend.abort(SERVER, [rid]))
+    asyncio.run(client.abort([rid]))
     assert server.asked == [(recorded["request"]["path"], recorded["request"]["json"])]
 
 
 def test_abort_of_none_does_not_abort_all():
     server = Recorded({"request": {"path": "/abort_requests"}, "status": 200, "response": {"aborted": 3}})
-    backend = make_backend(server)
-    asyncio.run(backend.abort(SERVER, []))
+    client = make_client(server)
+    asyncio.run(client.abort([]))
     assert server.asked == []
 
 
@@ -192,8 +184,8 @@ def test_abort_of_none_does_not_abort_all():
 
 
 def test_the_command_line():
-    backend = make_backend(lambda _: httpx.Response(500), args=("--disable-sliding-window",))
-    argv, env = backend.command(1234)
+    client = make_client(lambda _: httpx.Response(500), args=("--disable-sliding-window",))
+    argv, env = client.command(1234)
     assert argv[:3] == ["/opt/vllm/bin/python", "-m", "vllm.entrypoints.openai.api_server"]
     assert argv[-1] == "--disable-sliding-window"
     options = dict(itertools.pairwise(argv))
@@ -239,65 +231,65 @@ def test_the_releases_flags_pass():
     ],
 )
 def test_an_attached_server_that_would_be_misread_is_refused(change: dict[str, Any], message: str):
-    backend = make_backend(lambda _: httpx.Response(200, json=server_info(**change)))
+    client = make_client(lambda _: httpx.Response(200, json=server_info(**change)))
     with pytest.raises(UserError, match=message):
-        asyncio.run(backend.check(SERVER))
+        asyncio.run(client.check_attached())
 
 
 @pytest.mark.parametrize(
     "answer", [httpx.Response(404, json={"detail": "Not Found"}), httpx.Response(200, html="<p>something else</p>")]
 )
 def test_an_attached_server_without_development_mode_is_refused(answer: httpx.Response):
-    backend = make_backend(lambda _: answer)
-    assert asyncio.run(backend.reachable(SERVER))  # whoever it is
+    client = make_client(lambda _: answer)
+    assert asyncio.run(client.reachable())  # whoever it is
     with pytest.raises(UserError, match="VLLM_SERVER_DEV_MODE=1"):
-        asyncio.run(backend.check(SERVER))
+        asyncio.run(client.check_attached())
 
 
 # Weights
 
 
-def test_pause_resume_and_versions_as_recorded(contract):
+def test_pause_resume_and_versions_as_recorded():
     contracts = [contract(f"untied_{name}") for name in ("pause_keep", "pause_abort", "resume")]
     info = {"request": {"path": "/server_info?config_format=json"}, "status": 200, "response": server_info()}
     server = Recorded(*contracts, contract("weight_info_after"), contract("update_weight_version"), info)
-    backend = make_backend(server)
+    client = make_client(server)
 
     async def go() -> str:
-        await backend.pause(SERVER, "keep")
-        await backend.pause(SERVER, "abort")
-        await backend.resume(SERVER)
-        await backend.set_version(SERVER, 7)
-        return await backend.version_of(SERVER)
+        await client.pause("keep")
+        await client.pause("abort")
+        await client.resume()
+        await client.set_version(7)
+        return await client.version()
 
     assert asyncio.run(go()) == "C1"
     assert [path for path, _ in server.asked[:3]] == [c["request"]["path"] for c in contracts]
     assert server.asked[3] == ("/update_weight_version", {"new_version": "7"})
 
 
-def test_a_flush_that_did_not_happen_is_an_error(contract):
+def test_a_flush_that_did_not_happen_is_an_error():
     path = "/reset_prefix_cache?reset_running_requests=true"  # without it, refused while responses are in flight
     recorded = contract("reset_prefix_cache")
     recorded["request"]["path"] = path
-    asyncio.run(make_backend(Recorded(recorded)).flush(SERVER))
+    asyncio.run(make_client(Recorded(recorded)).flush())
     recorded["response"] = {"success": False}
     with pytest.raises(RunError, match="flushed"):
-        asyncio.run(make_backend(Recorded(recorded)).flush(SERVER))
+        asyncio.run(make_client(Recorded(recorded)).flush())
 
 
-def test_an_update_through_a_group_as_recorded(contract):
+def test_an_update_through_a_group_as_recorded():
     names = ("init_weight_transfer_engine", "start_weight_update", "update_weights", "finish_weight_update")
     contracts = [contract(f"untied_{name}") for name in names]
     server = Recorded(*contracts)
-    backend = make_backend(server)
-    group = Group("g", "127.0.0.1", 37651, 2, "gloo", 10.0)
+    client = make_client(server)
+    group = BroadcastGroup("g", "127.0.0.1", 37651, 2, "gloo", 10.0)
     tensors = [("a", torch.zeros(2, 3)), ("b", torch.zeros(4, dtype=torch.bfloat16))]
 
     async def go() -> None:
-        await backend.join_group(SERVER, group)
-        await backend.begin_update(SERVER)
-        await backend.receive(SERVER, group, tensors)
-        await backend.finish_update(SERVER, 5)
+        await client.join_group(group)
+        await client.begin_update()
+        await client.receive(group, tensors)
+        await client.finish_update(5)
 
     asyncio.run(go())
     assert [path for path, _ in server.asked] == [c["request"]["path"] for c in contracts]
@@ -317,37 +309,21 @@ def test_an_update_that_broke_off_does_not_stand_in_the_way():
         asked.append(path_of(request))
         return httpx.Response(500, json={"error": {"message": refusal}}) if len(asked) == 1 else httpx.Response(200)
 
-    asyncio.run(make_backend(answer).begin_update(SERVER))
+    asyncio.run(make_client(answer).begin_update())
     assert asked == ["/start_weight_update", "/finish_weight_update", "/start_weight_update"]
 
 
 def test_a_server_without_the_extension_is_told_apart():
     error = {"error": {"message": "Worker failed with error ''CPUWorker' object has no attribute 'pekoe_load''"}}
-    backend = make_backend(lambda _: httpx.Response(500, json=error))
+    client = make_client(lambda _: httpx.Response(500, json=error))
     with pytest.raises(RunError, match="start it with PYTHONPATH"):
-        asyncio.run(backend.load_from_disk(SERVER, Path("/models/m"), 1))
+        asyncio.run(client.load(Path("/models/m"), 1))
 
 
-# Fingerprints
+# Checksums
 
 
-def test_a_fingerprint_depends_on_every_bit_and_place():
-    generator = torch.Generator().manual_seed(0)
-    for dtype in (torch.float32, torch.bfloat16):
-        tensor = torch.randn(7, 5, generator=generator).to(dtype)
-        value = fingerprint(tensor)
-        assert fingerprint(tensor.clone()) == value
-        assert fingerprint(tensor.T.contiguous()) != value
-        swapped = tensor.clone()
-        swapped[0, 0], swapped[3, 2] = tensor[3, 2], tensor[0, 0]
-        assert fingerprint(swapped) != value
-        nudged = tensor.clone()
-        nudged[6, 4] = torch.nextafter(nudged[6, 4], torch.tensor(9.0, dtype=dtype))
-        assert fingerprint(nudged) != value
-    assert fingerprint(torch.tensor([0.0, 1.0])) == fingerprint(torch.tensor([-0.0, 1.0]))
-
-
-def test_both_sides_compute_the_same_fingerprint(monkeypatch: pytest.MonkeyPatch):
+def test_the_workers_checksum_is_the_documented_sum(monkeypatch: pytest.MonkeyPatch):
     """The worker's file, loaded with stand-ins for vLLM's modules."""
     names = ["config", "distributed.weight_transfer.base", "distributed.weight_transfer.factory"]
     names += [f"model_executor.{name}" for name in ("layers.linear", "layers.vocab_parallel_embedding")]
@@ -363,7 +339,8 @@ def test_both_sides_compute_the_same_fingerprint(monkeypatch: pytest.MonkeyPatch
     worker = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, "pekoe_vllm_gloo", worker)
     spec.loader.exec_module(worker)
-    monkeypatch.setattr(fingerprints, "PART_NUMBERS", 100)  # the parts make no difference
-    for dtype in (torch.float32, torch.bfloat16):
+    monkeypatch.setattr(worker, "PART_NUMBERS", 100)  # the parts make no difference
+    for dtype, bits in ((torch.float32, torch.int32), (torch.bfloat16, torch.int16)):
         tensor = torch.randn(33, 17).to(dtype)
-        assert worker.fingerprint(tensor) == fingerprint(tensor)
+        values = tensor.flatten().view(bits).tolist()
+        assert worker.checksum(tensor) == sum(value * (2 * i + 1) for i, value in enumerate(values)) % 2**64

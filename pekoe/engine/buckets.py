@@ -1,0 +1,36 @@
+"""A model's parameters in buckets, as they are broadcast: sender and receivers cut the same ones."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from pekoe.model import Decoder
+
+BUCKET_BYTES = 512 * 2**20
+
+Tensors = Sequence[tuple[str, Tensor]]
+"""Named as in a Hugging Face checkpoint, in the order in which they are broadcast."""
+
+
+def buckets(
+    model: Decoder, max_bytes: int = BUCKET_BYTES, dtype: torch.dtype | None = None
+) -> Iterator[list[tuple[str, Tensor]]]:
+    """Its parameters by name, in order, in lists of about `max_bytes`: what a receiver holds beside its weights.
+
+    Each is converted to `dtype` when its list is made (None: as it is; its bytes are those of the whole where it is
+    sharded). Tied embeddings have one name, and come once. A model on the meta device gives names, shapes and dtypes.
+    """
+    bucket: list[tuple[str, Tensor]] = []
+    size = 0
+    for name, parameter in model.named_parameters():
+        tensor = parameter.detach() if dtype is None else parameter.detach().to(dtype).contiguous()
+        more = tensor.numel() * tensor.element_size()
+        if bucket and size + more > max_bytes:
+            yield bucket
+            bucket, size = [], 0
+        bucket.append((name, tensor))
+        size += more
+    yield bucket

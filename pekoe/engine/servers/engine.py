@@ -1,0 +1,510 @@
+"""One inference server as one engine: SGLang or vLLM, launched here or attached to.
+
+An event loop in a thread of the engine's own speaks to the server, through a `client.ServerClient`; the public
+methods are called from any other thread. An engine judges its server by each answer: whoever has several engines
+(`engine.pool`) decides what to do about one that is lost.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import math
+import os
+import tempfile
+import threading
+import time
+import uuid
+from collections import Counter
+from collections.abc import Coroutine, Iterable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, NoReturn, TypeVar
+from urllib.parse import urlsplit
+
+import numpy as np
+import torch
+
+from pekoe.config.engine import EngineSection
+from pekoe.core.errors import RunError, UserError
+from pekoe.core.spec import ModelSpec
+from pekoe.core.types import Completion, Record, Request, SamplingParams
+from pekoe.engine.async_thread import AsyncThread, in_thread
+from pekoe.engine.base import (
+    Broadcast,
+    BroadcastGroup,
+    Checksums,
+    Engine,
+    EngineKind,
+    EngineLost,
+    EngineStats,
+    WeightSource,
+    validate,
+)
+from pekoe.engine.buckets import buckets
+from pekoe.engine.servers.client import ABORTED, Answer, ServerClient, ServerOptions, SilenceError, TransportError
+from pekoe.engine.servers.process import ServerProcess, allow_open_files, check_python, free_ports, wait_ready
+from pekoe.model import Decoder, save_model
+
+_BACKOFF_S = 0.2  # before the first retry; each further one waits twice as long
+_ABORT_AGAIN_S = 0.2
+_LEAVE_LIMIT_S = 5.0  # for what is asked of an attached server at the end
+
+T = TypeVar("T")
+
+
+@dataclass(eq=False, slots=True)
+class _Group:
+    """The requests of one (uid, draw) in one call: they share one prefill."""
+
+    size: int
+    prefill: asyncio.Task[None] | None = None
+
+
+@dataclass(eq=False, slots=True)
+class _Flight:
+    """A request that is not answered yet."""
+
+    request: Request
+    group: _Group
+    future: Future[Completion]
+    rid: str = ""  # the server's id of it; empty while it waits here
+    version: int = 0  # of the weights when it was sent
+    aborted: bool = False
+    error: Exception | None = None  # why its task was cancelled, unless it is aborted
+
+
+class ServerEngine(Engine):
+    """An Engine (see `engine.base`) on one server. Kinds differ in `client_class`.
+
+    Args:
+        model: the Hugging Face directory that a launched server starts from, as version 0. An attached server is
+            taken to hold the same.
+        config: `config.server` has the limits.
+        spec: the model's shape.
+        max_sequence_tokens: the longest prompt with response that will be asked for.
+        log_dir: the server's log, and weights of `update_weights` from a model in this process.
+        dtype: "float32" or "bfloat16", of the server's weights.
+        device: "cpu" or "cuda", where a launched server runs.
+        threads: CPU threads of a launched server.
+        number: of this server among the run's: in its name, its log's name, and which of `config.server.gpus` it gets.
+        url: a server that runs already; None: launch one.
+        offloads: whether `offload` will be called.
+
+    Blocks until the server is ready. UserError for settings that cannot work, RunError where the server does not start.
+    """
+
+    client_class: ClassVar[type[ServerClient]]
+    kind: EngineKind
+
+    def __init__(
+        self,
+        model: Path,
+        config: EngineSection,
+        spec: ModelSpec,
+        max_sequence_tokens: int,
+        log_dir: Path,
+        dtype: str = "float32",
+        device: str = "cpu",
+        threads: int | None = None,
+        number: int = 0,
+        url: str | None = None,
+        offloads: bool = False,
+    ) -> None:
+        server = self._config = config.server
+        self._spec, self._limit = spec, min(max_sequence_tokens, spec.max_positions)
+        self._log_dir, self._dtype = log_dir, dtype
+        kv_tokens = config.server_kv(self._limit, spec.kv_values_per_token, dtype, device)
+        self._limit = min(self._limit, kv_tokens or self._limit)
+        limits = self._limit, kv_tokens, config.max_running
+        options = ServerOptions(model, server, spec, *limits, dtype=dtype, device=device, offloads=offloads)
+        kind = self.client_class.name
+        self.name = f"{kind} server {number}" if url is None else f"{kind} at {url.rstrip('/')}"
+        if url is None:
+            check_python(kind, server.python)
+        elif server.sync == "shm" and urlsplit(url).hostname not in ("127.0.0.1", "localhost", "::1"):
+            raise UserError(
+                f"engine.server.sync: expected servers on this host (a loopback address) for 'shm', got {url}; "
+                "nearest: 'disk', 'broadcast'"
+            )
+        allow_open_files(len(server.urls) or server.count, server.max_requests)
+        (port,) = free_ports(1)
+        self._client = self.client_class(options, url.rstrip("/") if url else f"http://127.0.0.1:{port}")
+        command = self._client.command(port) if url is None else None
+        self._process: ServerProcess | None = None
+        self._version, self._stats, self._num_workers = 0, EngineStats(), 0
+        self._busy_since: float | None = None
+        self._flights: dict[asyncio.Task[Completion], _Flight] = {}
+        self._helpers: set[asyncio.Task[Any]] = set()  # a task that nobody refers to may be collected
+        self._places = asyncio.Semaphore(server.max_requests)
+        self._changing = asyncio.Lock()  # one update or flush at a time
+        self._may_send = asyncio.Event()
+        self._may_send.set()
+        self._unusable = ""  # why nothing may be sampled: an update that failed
+        self._group: BroadcastGroup | None = None
+        self._rid, self._rids = f"pekoe-{uuid.uuid4().hex[:12]}", itertools.count()
+        self._closed, self._closing = False, threading.Lock()
+        self._thread = AsyncThread(f"pekoe {self.name}")
+        try:
+            if command is not None:
+                gpus = {"CUDA_VISIBLE_DEVICES": server.gpus[number]} if server.gpus else {}
+                omp = {"OMP_NUM_THREADS": str(threads)} if threads else {}
+                log = log_dir / f"{self.name.lower().replace(' ', '-')}.log"
+                env = os.environ | omp | command[1] | server.env | gpus
+                self._process = ServerProcess(self.name, command[0], env, log)
+            self._thread.run(self._start())
+        except BaseException:
+            self.close()
+            raise
+
+    async def _start(self) -> None:
+        client, limit = self._client, self._config.start_limit_s
+        try:
+            if self._process is None:
+                await wait_ready(self.name, None, client.reachable, limit)
+                await client.check_attached()
+                await client.resume()  # whoever used it before may have left it paused
+            await wait_ready(self.name, self._process, client.ready, limit)
+            await client.set_version(0)
+        except TransportError as error:
+            raise RunError(f"{self.name}: {error}") from None
+
+    @property
+    def url(self) -> str:
+        return self._client.url
+
+    @property
+    def process(self) -> ServerProcess | None:
+        """The launched server's; None: attached."""
+        return self._process
+
+    @property
+    def version(self) -> int:
+        return self._version
+
+    @property
+    def max_sequence_tokens(self) -> int:
+        return self._limit
+
+    @property
+    def max_requests(self) -> int:
+        return self._config.max_requests
+
+    @property
+    def num_workers(self) -> int:
+        if not self._num_workers:
+            self._num_workers = self._run(self._client.num_workers())
+        return self._num_workers
+
+    # Sampling
+
+    def check(self, params: SamplingParams) -> None:
+        self._client.check_params(params)
+
+    def submit(self, requests: Sequence[Request]) -> list[Future[Completion]]:
+        """See `Engine.submit`. At most `max_requests` are at the server at once; the others wait here, but for those
+        of a priority above 0. What is submitted during an update is sampled after it."""
+        self._check_open()
+        validate(requests, self._spec.vocab_size, self._limit, "the server's context")
+        for params in {request.params for request in requests}:
+            self.check(params)
+        sizes = Counter((request.uid, request.draw) for request in requests)
+        groups = {key: _Group(size) for key, size in sizes.items()}
+        flights = [_Flight(request, groups[request.uid, request.draw], Future()) for request in requests]
+        for flight in flights:
+            flight.future.set_running_or_notify_cancel()  # only `abort` ends it early
+        self._thread.soon(self._send, flights)
+        return [flight.future for flight in flights]
+
+    def _send(self, flights: list[_Flight]) -> None:
+        if flights and self._busy_since is None:
+            self._busy_since = time.monotonic()
+        for flight in flights:
+            task = asyncio.get_running_loop().create_task(self._complete(flight))
+            self._flights[task] = flight
+            task.add_done_callback(self._landed)
+
+    def _landed(self, task: asyncio.Task[Completion]) -> None:
+        """Settle a request's future. A callback runs for every outcome, cancellation before the task's first line
+        included, which a `finally` in the task would miss."""
+        flight = self._flights.pop(task)
+        if not self._flights and self._busy_since is not None:
+            self._stats = self._stats.plus(busy_s=time.monotonic() - self._busy_since)
+            self._busy_since = None
+        if not task.cancelled() and (error := task.exception()) is not None:
+            flight.future.set_exception(error)
+        elif not task.cancelled():
+            flight.future.set_result(task.result())
+        elif flight.aborted:
+            flight.future.set_result(self._checked(flight, ABORTED))
+        else:
+            flight.future.set_exception(flight.error or RunError("the engine is closed"))
+
+    async def _complete(self, flight: _Flight) -> Completion:
+        async with contextlib.nullcontext() if flight.request.priority > 0 else self._places:
+            await self._may_send.wait()
+            if flight.group.size > 1:
+                if flight.group.prefill is None:
+                    flight.group.prefill = self._spawn(self._prefill(flight.request))
+                await asyncio.wait([flight.group.prefill])
+                await self._may_send.wait()
+            answer = await self._answer(flight)
+        completion, cached = self._checked(flight, answer), answer.num_cached_tokens
+        computed = max(0, len(flight.request.tokens) - cached) if answer.tokens else 0
+        self._stats = self._stats.plus(
+            num_prefill_tokens=computed, num_cached_tokens=cached, num_decode_tokens=len(answer.tokens)
+        )
+        return completion
+
+    async def _prefill(self, request: Request) -> None:
+        with contextlib.suppress(TransportError, RunError):  # the samples themselves will fail
+            computed = await self._client.prefill(request)
+            self._stats = self._stats.plus(num_prefill_tokens=computed)
+
+    async def _answer(self, flight: _Flight) -> Answer:
+        """Ask the server, again where no answer comes. EngineLost where it is dead, or has other weights than ours."""
+        why = ""
+        for attempt in range(self._config.retries + 1):
+            if flight.aborted:
+                return ABORTED
+            if self._unusable:
+                raise EngineLost(f"{self.name}: {self._unusable}")
+            # A new id each time: the old one may live on. All of one length: SGLang takes an id for a prefix of ids.
+            flight.rid = f"{self._rid}-{next(self._rids):012d}"
+            flight.version = self._version
+            try:
+                return await self._client.sample(flight.request, flight.rid)
+            except TransportError as error:
+                why = f"{error} ({attempt + 1} attempts)"
+            except SilenceError as error:
+                paused = not self._may_send.is_set()  # a paused server may fail its health check
+                if paused or await self._client.ready() or not self._may_send.is_set():
+                    raise
+                why = f"{error}, and its health check fails"
+                break
+            if self._process is not None and self._process.exit_code is not None:
+                break
+            await asyncio.sleep(_BACKOFF_S * 2**attempt)
+        raise self._lost(why)
+
+    def _lost(self, why: str) -> EngineLost:
+        ended = self._process is not None and self._process.exit_code is not None
+        return EngineLost(f"{self.name}: {why}" + (f"\n{self._process.describe()}" if self._process and ended else ""))
+
+    def _checked(self, flight: _Flight, answer: Answer) -> Completion:
+        """A checked answer as a completion. RunError for what no server that works answers; EngineLost for tokens of
+        other versions than the server had meanwhile (somebody restarted it, or a router sends to several)."""
+        size, params, versions = len(answer.tokens), flight.request.params, answer.versions if answer.tokens else []
+        if answer.tokens and not versions:  # the server does not say: it is ours if nothing changed meanwhile
+            if flight.version != self._version:
+                raise RunError(f"{self.url}: gives no versions, and its weights changed during a response")
+            versions = [(self._version, 0)]
+        starts = [start for _, start in versions]
+        vocab = self._spec.vocab_size
+        checks = [
+            (len(answer.logprobs) == size, f"{size} log-probs, got {len(answer.logprobs)}"),
+            (all(math.isfinite(x) and x <= 1e-3 for x in answer.logprobs), "log-probs that are finite and <= 0"),
+            (all(0 <= token < vocab for token in answer.tokens), f"token ids in [0, {vocab})"),
+            (size <= params.max_new_tokens, f"at most {params.max_new_tokens} tokens, got {size}"),
+            (size > 0 or answer.finish == "abort", "at least one token"),
+            (
+                answer.finish != "stop" or (size > 0 and answer.tokens[-1] in params.stop_token_ids),
+                f"a stop at one of {params.stop_token_ids}, got {answer.tokens[-1:]}",
+            ),
+            (answer.finish != "length" or size == params.max_new_tokens, f"{params.max_new_tokens} tokens, got {size}"),
+            (
+                not size or (starts[0] == 0 and starts == sorted(set(starts)) and starts[-1] < size),
+                f"versions that cover {size} tokens, got {versions}",
+            ),
+        ]
+        for holds, expected in checks:
+            if not holds:
+                where = f"prompt {flight.request.uid}, sample {flight.request.sample}"
+                raise RunError(f"{self.url}: {where}: expected {expected}")
+        first, last, got = flight.version, self._version, [version for version, _ in versions]
+        if not all(first <= version <= last for version in got):
+            raise EngineLost(f"{self.name}: expected tokens of versions {first} to {last}, got {got}")
+        arrays = np.array(answer.tokens, np.int64), np.array(answer.logprobs, np.float32)
+        record = Record.of(flight.request.tokens, *arrays)
+        return Completion(size, answer.finish, tuple(versions), record, answer.num_cached_tokens)
+
+    def abort(self, uids: Iterable[str] | None = None) -> None:
+        """See `Engine.abort`. Does not wait."""
+        wanted = None if uids is None else set(uids)
+        if not self._closed:
+            self._thread.soon(self._begin_abort, wanted)
+
+    def _begin_abort(self, uids: set[str] | None) -> None:
+        for task, flight in self._flights.items():
+            if uids is None or flight.request.uid in uids:
+                flight.aborted = True
+                if not flight.rid:
+                    task.cancel()
+        self._spawn(self._abort_until_ended())
+
+    async def _abort_until_ended(self) -> None:
+        """A request may reach the server after its abort did: ask until all have ended."""
+        while rids := [flight.rid for flight in self._flights.values() if flight.aborted and flight.rid]:
+            with contextlib.suppress(TransportError, RunError):  # a request's own answer tells what is wrong
+                await self._client.abort(rids)
+            await asyncio.sleep(_ABORT_AGAIN_S)
+
+    # Weights
+
+    def update_weights(self, source: WeightSource, version: int) -> None:
+        """See `Engine.update_weights`. Where it fails, unfinished requests and later ones end with EngineLost, until
+        an update succeeds."""
+        self._check_open()
+        if isinstance(source, Decoder):
+            if source.spec != self._spec:
+                raise UserError(f"weight update: expected a model of shape {self._spec}, got {source.spec}")
+            self._log_dir.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(prefix="weights-", dir=self._log_dir) as place:
+                save_model(source, Path(place), dtype=getattr(torch, self._dtype))
+                self._run(self._update(Path(place).resolve(), version))
+        elif isinstance(source, Path) and not (source / "config.json").is_file():
+            raise UserError(f"weight update: expected a Hugging Face model directory, got {source}")
+        else:
+            self._run(self._update(source.resolve() if isinstance(source, Path) else source, version))
+
+    async def _update(self, source: Path | Broadcast, version: int) -> None:
+        client, limit = self._client, self._config.update_limit_s
+        async with self._changing:
+            try:
+                async with asyncio.timeout(limit):
+                    if isinstance(source, Broadcast):
+                        await self._join(source.group)
+                    self._may_send.clear()
+                    await client.pause(self._config.during_update)
+                    if isinstance(source, Path):
+                        await client.load(source, version)
+                    else:
+                        await self._receive(source, version)
+                    await client.flush()
+                    tag = await client.version()
+                    if tag != str(version):
+                        raise RunError(f"{self.url}: expected weights tagged {version}, got {tag!r}")
+                    self._version, self._unusable = version, ""  # before any further token is sampled
+                    await client.resume()
+            except BaseException as error:
+                self._fail_update(version, error)
+            finally:
+                self._may_send.set()
+
+    def _fail_update(self, version: int, error: BaseException) -> NoReturn:
+        timeout = isinstance(error, TimeoutError)
+        why = f"expected an answer within {self._config.update_limit_s:g} s" if timeout else str(error)
+        self._unusable = f"its update to version {version} failed: {why}"
+        lost = self._lost(self._unusable)
+        for task, flight in self._flights.items():
+            flight.error = lost
+            task.cancel()
+        if isinstance(error, TimeoutError | TransportError | SilenceError):
+            raise lost from None
+        if isinstance(error, RunError):
+            raise RunError(f"{self.name}: {self._unusable}") from None
+        raise error
+
+    async def _join(self, group: BroadcastGroup) -> None:
+        if self._group == group:
+            return
+        await self._leave()
+        await self._client.join_group(group)
+        self._group = group
+
+    async def _leave(self) -> None:
+        if self._group is not None:
+            group, self._group = self._group, None
+            with contextlib.suppress(RunError, TransportError):  # one that broke off may be gone
+                await self._client.leave_group(group)
+
+    async def _receive(self, source: Broadcast, version: int) -> None:
+        with torch.device("meta"):
+            shapes = Decoder(self._spec)
+        await self._client.begin_update()
+        for tensors in buckets(shapes, source.bucket_bytes, getattr(torch, self._dtype)):
+            await self._client.receive(source.group, tensors)
+        await self._client.finish_update(version)
+
+    def flush_cache(self) -> None:
+        self._run(self._flush())
+
+    async def _flush(self) -> None:
+        async with self._changing:
+            self._may_send.clear()
+            try:
+                busy = any(flight.rid for flight in self._flights.values())
+                if busy:  # servers flush only what is not in use: their KV is recomputed
+                    await self._client.pause("keep")
+                await self._client.flush()
+                if busy:
+                    await self._client.resume()
+            finally:
+                self._may_send.set()
+
+    def checksums(self) -> Checksums | None:
+        return self._run(self._client.checksums())
+
+    def offload(self) -> None:
+        self._run(self._client.offload())
+
+    def onload(self) -> None:
+        self._run(self._client.onload())
+
+    # The rest
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise RunError("the engine is closed")
+
+    def _run(self, work: Coroutine[Any, Any, T]) -> T:
+        try:
+            return self._thread.run(work)
+        except (TransportError, SilenceError) as error:
+            raise self._lost(str(error)) from None
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        task = asyncio.get_running_loop().create_task(work)
+        self._helpers.add(task)
+        task.add_done_callback(self._helpers.discard)
+        return task
+
+    def health(self) -> bool:
+        """Whether the server answers: its health check, or, during an update, anything."""
+        if self._closed or (self._process is not None and self._process.exit_code is not None):
+            return False
+        with contextlib.suppress(RunError):  # closed meanwhile
+            return self._thread.run(self._client.ready() if self._may_send.is_set() else self._client.reachable())
+        return False
+
+    def stats(self) -> EngineStats:
+        """Counters as far as servers tell: forwards and preemptions stay 0."""
+        stats, since = self._stats, self._busy_since
+        return stats if since is None else stats.plus(busy_s=time.monotonic() - since)
+
+    def close(self) -> None:
+        with self._closing:  # a second call waits for the first
+            if not self._closed:
+                self._closed = True
+                try:
+                    self._thread.run(self._shut())
+                finally:
+                    self._thread.stop()
+
+    async def _shut(self) -> None:
+        rids = [flight.rid for flight in self._flights.values() if flight.rid]
+        tasks = [*self._flights, *self._helpers]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        if self._process is not None:
+            await in_thread(self._process.stop)
+        else:  # it goes on without us: idle, not paused, and in no group
+            with contextlib.suppress(TransportError, RunError, TimeoutError):
+                async with asyncio.timeout(_LEAVE_LIMIT_S):
+                    await self._client.abort(rids)
+                    await self._client.resume()
+                    await self._leave()
+        await self._client.close()
