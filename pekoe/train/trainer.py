@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,36 +13,23 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint as recompute
 
 from pekoe.algo.allocation import allocate, assign
 from pekoe.algo.loss import Sums, chosen_logprobs
 from pekoe.algo.packing import MicroBatch, pack
 from pekoe.config.recipes import OptimSection
+from pekoe.core.loop import Counters, StepStats
 from pekoe.core.spec import ModelSpec
 from pekoe.core.types import AnySample, FloatArray
 from pekoe.model import Decoder
+from pekoe.train import checkpoint
 from pekoe.train.context_parallel import Part
 from pekoe.train.memory import PeakMemory
 from pekoe.train.optim import learning_rate, make_optimizer
 from pekoe.train.parallel import Layout, compute_of
 
 Objective = Callable[[Tensor, Tensor, MicroBatch], tuple[Tensor, Sums]]
-
-
-@dataclass(frozen=True, slots=True)
-class StepStats:
-    """One optimizer step. `means` are per trained token; `skipped` says why no update was made."""
-
-    loss: float
-    grad_norm: float
-    lr: float
-    num_tokens: int  # all tokens computed, prompts too
-    num_targets: int  # tokens trained on: the denominator
-    num_microbatches: int
-    means: dict[str, float]
-    skipped: str | None = None
-    peak_bytes: int | None = None  # the most memory meanwhile, of the process that had most (see `PeakMemory`)
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +93,7 @@ class Trainer:
                 layer.with_gradient = torch.compile(layer.with_gradient, dynamic=True)
             if activation_checkpointing:
                 # Nothing in a layer is drawn at random, so there is no state to bring back.
-                again = partial(checkpoint, layer.with_gradient, use_reentrant=False, preserve_rng_state=False)
+                again = partial(recompute, layer.with_gradient, use_reentrant=False, preserve_rng_state=False)
                 layer.with_gradient = again
         if layout is not None:
             layout.apply(model)
@@ -114,6 +102,13 @@ class Trainer:
         self.num_not_finite = 0  # optimizer steps in a row, the last ones, whose loss or gradient was not finite
         self._optim, self._total = optim, total_updates
         self._token_budget, self.temperature, self.compute_dtype = token_budget, temperature, compute_dtype
+
+    def skip(self, num_updates: int) -> None:
+        """Advance the schedule without an update."""
+        self.num_updates += num_updates
+
+    def counters(self) -> Counters:
+        return {}
 
     def any(self, flag: bool) -> bool:
         """Whether `flag` is set at any of the processes that train."""
@@ -242,6 +237,16 @@ class Trainer:
             attention = torch.compiler.disable(part.attention) if self._compile else part.attention
             hidden = model(part.tokens, part.positions, attention)
             return chosen_logprobs(hidden[part.rows], model.head_weight, part.targets, self.temperature)
+
+    def snapshot(self) -> checkpoint.Snapshot:
+        """A copy of everything that decides the trainer's future. All processes call it together."""
+        return checkpoint.snapshot(self.model, self.state_dict(), self.group)
+
+    def load(self, path: Path) -> None:
+        """Go back to the state that `Snapshot.write` wrote, on however many processes. All of them call it together."""
+        state = self.state_dict()
+        checkpoint.read(path, state, self.group)
+        self.load_state_dict(state)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that decides the trainer's future, in the layout-free form of torch.distributed.checkpoint."""
