@@ -148,7 +148,7 @@ def test_i4_a_stale_engine_stops_the_run(build: Build, train: Train):
         update = engine.update_weights
         engine.update_weights = lambda source, version: update(copy, version)  # keeps the first version's weights
 
-    with pytest.raises(RunError, match="weight sync: expected the engine at version 1"):
+    with pytest.raises(RunError, match="weight sync: expected the embedded engine at version 1"):
         train(build("optim.lr=0.3"), make_stale)
 
 
