@@ -27,7 +27,7 @@ from pekoe.run.build import RLParts, open_task, open_tokenizer
 from pekoe.run.interrupt import Stop
 from pekoe.run.rl import run_rl
 from pekoe.run.rollouts import RolloutLine
-from pekoe.run.run_dir import RunDir
+from pekoe.run.run_dir import RunDir, with_date
 from pekoe.run.sync import CANARY_TOKENS
 
 
@@ -80,6 +80,7 @@ def run_cluster(config: RLConfig, view: ProgressReporter, stop: Stop) -> None:
 
 def build_cluster(config: RLConfig, view: ProgressReporter, stop: Stop, stack: ExitStack) -> RLParts:
     """Everything for `run_rl`. What must be closed is pushed on `stack`."""
+    config = with_date(config)
     assert config.cluster is not None
     section, rollout = config.cluster, config.rollout
     spec, _ = read_spec(Path(config.model.path))

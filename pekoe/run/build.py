@@ -36,7 +36,7 @@ from pekoe.run.hardware import describe
 from pekoe.run.interrupt import Stop
 from pekoe.run.judging import make_judge
 from pekoe.run.rollouts import Sampler
-from pekoe.run.run_dir import RunDir
+from pekoe.run.run_dir import RunDir, with_date
 from pekoe.run.sync import WeightSync
 from pekoe.train import Layout, Trainer
 from pekoe.train.memory import limit_malloc_cache
@@ -307,6 +307,7 @@ def open_task(config: RLConfig, spec: ModelSpec, tokenizer: Tokenizer, view: Pro
 def build_rl(config: RLConfig, view: ProgressReporter, stop: Stop, stack: ExitStack) -> RLParts:
     """Everything for `pekoe rl`. What must be closed is pushed on `stack`."""
     require_single_process("rl")
+    config = with_date(config)
     prepare(config.run, config.train)
     model, tokenizer, dtype = open_model(config.model)
     machine = describe(next(model.parameters()).device, dtype)  # before an engine takes what memory there is

@@ -22,12 +22,13 @@ import shutil
 import time
 from collections.abc import Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from datetime import date
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 import zstandard
 
-from pekoe.config.recipes import TrainingConfig, dump_config, load_config
+from pekoe.config.recipes import TrainingConfig, dump_config, load_config, read_toml
 from pekoe.core.errors import RunError, UserError
 from pekoe.core.io import fsync, read_compressed_lines
 from pekoe.core.journal import Journal, JsonLines, Listener
@@ -35,6 +36,7 @@ from pekoe.data.tokenizer import Tokenizer
 from pekoe.run.rollouts import RolloutLine
 from pekoe.train import Trainer, checkpoint
 
+C = TypeVar("C", bound=TrainingConfig)
 Progress = dict[str, Any]  # what a loop needs to go on: plain JSON values
 
 # Keys that may differ between a run and its continuation: how long it goes on, how often it saves, on what machine. How
@@ -125,8 +127,9 @@ class RunDir:
             ) from None
         file = self.path / "config.toml"
         if file.exists():
-            before = _flat(load_config(file, kind=type(self._config)).model_dump())
             now = _flat(self._config.model_dump())
+            before = _flat(load_config(file, kind=type(self._config)).model_dump())
+            before["model.template.date"] = before["model.template.date"] or now["model.template.date"]  # see with_date
             fixed = (k for k in now if k not in MAY_CHANGE and not k.startswith(MAY_CHANGE_BELOW))
             differ = [k for k in fixed if now[k] != before.get(k)]
             if differ and any((self.path / "checkpoints").glob("step-*")):
@@ -246,6 +249,20 @@ class RunDir:
             self.path / "rollouts" / f"step-{step:06d}.jsonl.zst",
             (line.complete(line.payload.resolve(), tokenizer) for line in lines),
         )
+
+
+def with_date(config: C) -> C:
+    """`config` with the date that its chat template prints: its own, else the run directory's, else today's.
+
+    A template that prints the date would otherwise give other prompts on the day after, and a resumed run other bits.
+    A run directory that was written without a date takes today's.
+    """
+    template, file = config.model.template, Path(config.run.dir) / "config.toml"
+    if template.date is not None:
+        return config
+    kept = read_toml(file).get("model", {}).get("template", {}).get("date") if file.is_file() else None
+    template = template.model_copy(update={"date": kept or date.today().isoformat()})
+    return config.model_copy(update={"model": config.model.model_copy(update={"template": template})})
 
 
 def write_lines(file: Path, lines: Iterable[Mapping[str, Any]]) -> None:
