@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from pekoe.config.data import ProblemSection
 from pekoe.config.recipes import (
     CurateConfig,
     EvalConfig,
@@ -27,7 +28,6 @@ from pekoe.core.spec import ModelSpec
 from pekoe.core.types import Problem, Prompt, SamplingParams
 from pekoe.data.mix import DataReport, gather_problems
 from pekoe.data.order import DataOrder
-from pekoe.data.problems import read_problems
 from pekoe.data.tokenizer import Tokenizer
 from pekoe.engine import EmbeddedEngine, Generator, RemoteEngine, SGLangEngine, VLLMEngine
 from pekoe.model import Decoder, load_model
@@ -94,25 +94,12 @@ def open_model(model: ModelSection) -> tuple[Decoder, Tokenizer, torch.dtype]:
 def open_problems(
     path: str, tokenizer: Tokenizer, max_prompt_tokens: int, skip: bool, view: ProgressReporter
 ) -> list[Problem]:
-    """Read problems whose prompts fit. One that does not is an error, or skipped and reported."""
-    file = read_problems(Path(path), skip_malformed=skip)
-    kept, too_long = [], []
-    for problem in file.problems:
-        size = len(tokenizer.encode_prompt(problem.messages))
-        if size <= max_prompt_tokens:
-            kept.append(problem)
-        elif skip:
-            too_long.append(problem.uid)
-        else:
-            raise UserError(
-                f"{path}: problem {problem.uid!r}: expected a prompt of at most {max_prompt_tokens} tokens "
-                f"(max_prompt_tokens), got {size}; raise the limit, or set data.skip_malformed = true"
-            )
-    if file.skipped or too_long:
-        view.say(f"{path}: skipped {len(file.skipped)} malformed lines and {len(too_long)} prompts too long")
-    if not kept:
-        raise UserError(f"{path}: expected problems, got none that can be used")
-    return kept
+    """Read an evaluation set. A prompt that is too long is an error, or skipped and reported."""
+    data = ProblemSection(train=path, max_prompt_tokens=max_prompt_tokens, skip_malformed=skip)
+    problems, report = gather_problems(data, 0, tokenizer, view)
+    if losses := report.losses(path):
+        view.say(f"{path}: skipped {losses}")
+    return problems
 
 
 def check_context(spec: ModelSpec, max_prompt_tokens: int, max_new_tokens: int) -> None:

@@ -15,7 +15,7 @@ from pekoe.core.progress import NoProgress, ProgressReporter, phase
 from pekoe.core.roofline import training_bytes, training_flops
 from pekoe.core.types import Sample
 from pekoe.data.order import DataOrder
-from pekoe.data.sft_data import Demonstration, read_demonstrations
+from pekoe.data.problems import Demonstration, read_demonstrations
 from pekoe.data.tokenizer import Tokenizer
 from pekoe.run.build import open_model, prepare
 from pekoe.run.distributed import joined, make_layout
