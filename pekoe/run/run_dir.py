@@ -28,6 +28,7 @@ from typing import IO, Any, TypeVar
 
 import zstandard
 
+from pekoe.config.base import flatten
 from pekoe.config.recipes import TrainingConfig, dump_config, load_config, read_toml
 from pekoe.core.errors import RunError, UserError
 from pekoe.core.io import fsync, read_compressed_lines
@@ -127,8 +128,8 @@ class RunDir:
             ) from None
         file = self.path / "config.toml"
         if file.exists():
-            now = _flat(self._config.model_dump())
-            before = _flat(load_config(file, kind=type(self._config)).model_dump())
+            now = flatten(self._config.model_dump())
+            before = flatten(load_config(file, kind=type(self._config)).model_dump())
             before["model.template.date"] = before["model.template.date"] or now["model.template.date"]  # see with_date
             fixed = (k for k in now if k not in MAY_CHANGE and not k.startswith(MAY_CHANGE_BELOW))
             differ = [k for k in fixed if now[k] != before.get(k)]
@@ -292,13 +293,6 @@ def _set_aside(file: Path, folder: Path) -> None:
     while (target := folder / (f"{file.name}.{number}" if number else file.name)).exists():
         number += 1
     os.replace(file, target)
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
-    return flat
 
 
 def _to_disk(folder: Path) -> int:

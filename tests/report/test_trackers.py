@@ -13,7 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from pekoe.config.recipes import Logging
 from pekoe.core.errors import UserError
 from pekoe.core.progress import NoProgress
-from pekoe.report.trackers import numbers_of, tracking
+from pekoe.report.trackers import metrics_of, tracking
 from tests.report.conftest import step_event
 
 
@@ -36,12 +36,12 @@ def scalars(folder: Path, name: str) -> list[tuple[int, float]]:
 
 
 def test_numbers_have_the_journals_names():
-    numbers = numbers_of(step_event(1))
+    numbers = metrics_of(step_event(1))
     assert numbers["reward"] == -4.0
     assert numbers["seconds/rollout"] == 6.0
     assert not {"event", "time", "step", "seconds"} & set(numbers)
     event = {"event": "eval", "time": 1.0, "step": 3, "pass_at_1": 0.5, "ci95": [0.4, 0.6], "examples": ["x"]}
-    assert numbers_of(event) == {"eval/pass_at_1": 0.5, "eval/ci95/low": 0.4, "eval/ci95/high": 0.6}
+    assert metrics_of(event) == {"eval/pass_at_1": 0.5, "eval/ci95/low": 0.4, "eval/ci95/high": 0.6}
 
 
 def test_tensorboard_shows_each_step_once_also_of_a_run_that_went_on(tmp_path: Path):
