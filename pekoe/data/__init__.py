@@ -1,4 +1,4 @@
-"""Problems and worked solutions read from files, the order they are drawn in, tokens. No torch."""
+"""Problems and worked solutions read from files, the order in which they are drawn, and tokens. No torch."""
 
 from pekoe.data.mix import DataReport, gather_problems
 from pekoe.data.order import DataOrder

@@ -59,7 +59,7 @@ class ChatTemplate:
                 strftime_now=today.strftime,
                 **self._special_tokens,
             )
-        except Exception as error:  # a template is a downloaded program: whatever it raises is its own failure
+        except Exception as error:  # a template is a downloaded program: any exception is a failure of the template
             roles = [message["role"] for message in messages]
             raise UserError(f"{self._origin}: the chat template refused messages of roles {roles}: {error}") from None
 

@@ -87,7 +87,7 @@ def near_duplicates(
         kept: dict[int, frozenset[int]] = {}
         for index in group:
             shingles = _shingles(tokens_of(problems[index]))
-            sketch = empty.copy()  # a new one would draw its permutations anew
+            sketch = empty.copy()  # a new MinHash would compute its permutations again
             sketch.update_batch(shingles)
             close = (other for other in sorted(lsh.query(sketch)) if _jaccard(kept[other], shingles) >= threshold)
             first = next(close, None)

@@ -47,7 +47,7 @@ def read_dataset(source: str) -> Iterator[dict[str, Any]]:
         raise needs("datasets", source) from None
     try:
         table: Any = load_dataset(f"{owner}/{name}", config or None, split=split or "train")
-    except Exception as error:  # the library lets through whatever its transports and builders raise
+    except Exception as error:  # the library passes on any exception of its transports and builders
         kind = RunError if isinstance(error, ConnectionError | TimeoutError) else UserError
         raise kind(f"{source}: cannot be loaded: {type(error).__name__}: {_first_line(error)}") from None
     yield from table

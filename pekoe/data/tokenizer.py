@@ -146,10 +146,10 @@ class Tokenizer:
         if role == RAW:
             return np.array(self._encode_plain(messages[0]["content"]), dtype=np.int64)
         *before, last = messages
-        asked = [*before, {**last, "content": last["content"] + self._directive}]
+        turns = [*before, {**last, "content": last["content"] + self._directive}]
         if role == PLAIN and not self.has_chat_template:
-            return np.array(self._encode_plain(asked[0]["content"] + self._opening), dtype=np.int64)
-        text = self.apply_chat_template(asked)
+            return np.array(self._encode_plain(turns[0]["content"] + self._opening), dtype=np.int64)
+        text = self.apply_chat_template(turns)
         opening = "" if text.endswith(self._opening) else self._opening  # some models' own templates end with it
         return np.array(self.encode(text + opening), dtype=np.int64)
 

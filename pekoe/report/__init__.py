@@ -1,4 +1,4 @@
-"""Floor 3: what people look at. Reads run directories and hears journal events; knows `core` alone, never torch."""
+"""Progress on a terminal, trackers, and the HTML report of run directories. Imports core and config alone, no torch."""
 
 from pekoe.report.terminal import LiveProgress, PlainProgress, make_progress
 

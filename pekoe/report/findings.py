@@ -180,8 +180,8 @@ def _learning(steps: Sequence[Event]) -> list[str]:
     if median(step["truncation_rate"] for step in last) > 0.2:
         share = median(step["truncation_rate"] for step in last)
         sentences.append(
-            f"{share:.0%} of the last responses were cut at max_new_tokens, and are judged by what they had said until "
-            f"then: raise rollout.max_new_tokens, or look at whether they repeat themselves."
+            f"{share:.0%} of the last responses were cut at max_new_tokens, and are judged by what they contain up to "
+            f"there: raise rollout.max_new_tokens, or look at whether they repeat themselves."
         )
     if all(step.get("skipped") for step in last):
         sentences.append(

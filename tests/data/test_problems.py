@@ -302,9 +302,9 @@ def test_malformed_rows_are_refused_with_their_place_or_skipped(file: File, case
         read_problems(path)
     assert str(caught.value).startswith(f"{path}:3: ")
     assert message in str(caught.value)
-    found = read_problems(path, skip_malformed=True)
-    assert [problem.uid for problem in found.problems] == ["a", "last"]
-    ((line, reason),) = found.skipped
+    read = read_problems(path, skip_malformed=True)
+    assert [problem.uid for problem in read.problems] == ["a", "last"]
+    ((line, reason),) = read.skipped
     assert line == 3
     assert message in reason
 

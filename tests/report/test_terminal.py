@@ -67,7 +67,7 @@ def test_a_pipe_gets_plain_lines():
     assert "\x1b" not in printed(c)
 
 
-def test_a_pipe_hears_of_phases_that_take_long(monkeypatch: pytest.MonkeyPatch):
+def test_a_pipe_gets_lines_on_long_phases(monkeypatch: pytest.MonkeyPatch):
     now = [0.0]
     monkeypatch.setattr("pekoe.report.terminal.time.monotonic", lambda: now[0])
     c = console(80, terminal=False)

@@ -17,7 +17,7 @@ from pekoe.report.trackers import metrics_of, tracking
 from tests.report.conftest import step_event
 
 
-class Ears(NoProgress):
+class Recorder(NoProgress):
     def __init__(self) -> None:
         self.said: list[str] = []
         self.events: list[str] = []
@@ -76,7 +76,7 @@ class FakeWandb(ModuleType):
 
 
 def test_a_tracker_that_fails_is_left_and_the_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    wandb, ears = FakeWandb(), Ears()
+    wandb, ears = FakeWandb(), Recorder()
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     section = Logging(wandb="project", tensorboard=True)
     with tracking(section, tmp_path / "run", {"seed": 1}, ears) as view:
@@ -102,7 +102,7 @@ def test_a_run_that_goes_on_is_the_same_run_there(tmp_path: Path, monkeypatch: p
     assert ids[0] == ids[1]
 
 
-def test_a_package_that_is_absent_is_said_before_anything_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_an_absent_package_is_an_error_before_the_run_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "trackio", None)
     message = r"expected the package trackio, which is not installed: pip install 'pekoe\[trackio\]'"
     with pytest.raises(UserError, match=message), tracking(Logging(trackio="p"), tmp_path, {}, NoProgress()):
