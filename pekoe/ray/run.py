@@ -22,7 +22,7 @@ from pekoe.ray.sampler import ClusterSampler
 from pekoe.ray.store import Key, StoreRef
 from pekoe.ray.sync import ClusterSync
 from pekoe.ray.trainer_actor import Traffic
-from pekoe.ray.trainer_proxy import ClusterStore, ClusterTrainer
+from pekoe.ray.trainer_proxy import ClusterTrainer
 from pekoe.run.build import RLParts, open_task, open_tokenizer
 from pekoe.run.interrupt import Stop
 from pekoe.run.rl import run_rl
@@ -34,10 +34,8 @@ from pekoe.run.sync import CANARY_TOKENS
 class ClusterRunDir(RunDir):
     """A run directory whose rollouts are written by the depots that have them."""
 
-    def __init__(
-        self, config: RLConfig, view: ProgressReporter, depots: StoreRegistry, store: ClusterStore, limit_s: float
-    ) -> None:
-        super().__init__(config, (view.event,), store=store)
+    def __init__(self, config: RLConfig, view: ProgressReporter, depots: StoreRegistry, limit_s: float) -> None:
+        super().__init__(config, (view.event,))
         self._model, self._depots, self._limit_s = config.model, depots, limit_s
 
     def write_rollouts(self, step: int, lines: Iterable[RolloutLine], tokenizer: Tokenizer) -> None:
@@ -87,7 +85,7 @@ def build_cluster(config: RLConfig, view: ProgressReporter, stop: Stop, stack: E
     tokenizer = open_tokenizer(config.model, spec)
     task = open_task(config, spec, tokenizer, view)
     depots, limit_s = StoreRegistry(), section.step_limit_s
-    run = stack.enter_context(ClusterRunDir(config, view, depots, ClusterStore(limit_s), limit_s))
+    run = stack.enter_context(ClusterRunDir(config, view, depots, limit_s))
     if task.report.dropped:
         task.report.write(run.path / "data.jsonl")
     connect(section, view, stack)

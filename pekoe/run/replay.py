@@ -18,7 +18,7 @@ from pekoe.run.build import make_trainer, open_model, prepare
 from pekoe.run.interrupt import StepTimer
 from pekoe.run.rl import learn
 from pekoe.run.run_dir import checkpoints, read_rollouts
-from pekoe.train import StepStats, checkpoint
+from pekoe.train import StepStats
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,13 +73,13 @@ def replay(run_dir: Path, step: int, view: ProgressReporter) -> Replayed:
     earlier = [path for path in checkpoints(run_dir) if int(path.name[5:]) < step]
     start = 0
     if earlier:
-        checkpoint.load(earlier[-1] / "trainer", trainer)
+        trainer.load(earlier[-1] / "trainer")
         start = json.loads((earlier[-1] / "state.json").read_text(encoding="utf-8"))["progress"]["step"]
     stats: list[StepStats] = []
     for number in range(start + 1, step + 1):
         view.say(f"step {number} of {step}")
         if "loss" not in events[number]:
-            trainer.num_updates += config.algo.minibatches
+            trainer.skip(config.algo.minibatches)
             continue
         lines = read_rollouts(run_dir, number)
         if not lines:

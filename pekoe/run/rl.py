@@ -94,7 +94,7 @@ def train(parts: RLParts, scored: Scored, step: int, clock: StepTimer) -> tuple[
     Returns the steps, and why groups (by position in the batch) were not trained on after all.
     """
     if not scored.samples or scored.advantage_std == 0:
-        parts.trainer.num_updates += parts.config.algo.minibatches  # the schedule goes on
+        parts.trainer.skip(parts.config.algo.minibatches)  # the schedule goes on
         return [], {sample.group: "all advantages are 0" for sample in scored.samples}
     return learn(parts.config, parts.trainer, scored.samples, step, clock, parts.view)
 

@@ -35,7 +35,8 @@ from pekoe.core.io import fsync, read_compressed_lines
 from pekoe.core.journal import Journal, JsonLines, Listener
 from pekoe.data.tokenizer import Tokenizer
 from pekoe.run.rollouts import RolloutLine
-from pekoe.train import Trainer, checkpoint
+from pekoe.train import Trainer
+from pekoe.train.checkpoint import Snapshot
 
 C = TypeVar("C", bound=TrainingConfig)
 Progress = dict[str, Any]  # what a loop needs to go on: plain JSON values
@@ -63,8 +64,6 @@ class RunDir:
         config: of the run; its `run.dir`.
         listeners: hear each event of the journal.
         leader: whether this process writes. Where several train, the others read, and write their part of checkpoints.
-        store: how a trainer's state is copied, written and loaded: `train.checkpoint`, or what stands for it where
-            trainers are elsewhere.
     """
 
     def __init__(
@@ -72,9 +71,7 @@ class RunDir:
         config: TrainingConfig,
         listeners: tuple[Listener, ...] = (),
         leader: bool = True,
-        store: Any = checkpoint,
     ) -> None:
-        self._store = store
         self.path = Path(config.run.dir)
         self._config, self._leader = config, leader
         self._lock: IO[str] | None = None
@@ -154,7 +151,7 @@ class RunDir:
         if found:
             state = json.loads((found[-1] / "state.json").read_text(encoding="utf-8"))
             progress, offsets = state["progress"], state["offsets"]
-            self._store.load(found[-1] / "trainer", trainer)
+            trainer.load(found[-1] / "trainer")
             self._saved = state["progress"]["step"]
         if self._leader:
             self._take_back(progress, offsets)
@@ -185,8 +182,8 @@ class RunDir:
             return
         start = time.perf_counter()
         offsets = {"journal": self.journal.sync(), "ledger": self.ledger.sync()}
-        state = self._store.snapshot(trainer)
-        future = self._writer.submit(self._write, trainer, state, progress, offsets, keep)
+        state = trainer.snapshot()
+        future = self._writer.submit(self._write, state, progress, offsets, keep)
         stall = time.perf_counter() - start
         self._writing = {"step": progress["step"], "stall_s": round(stall, 4)}, start, future
 
@@ -220,19 +217,19 @@ class RunDir:
             wait([self._writing[2]], WRITE_LIMIT_S)
         self._writing = None
 
-    def _write(self, trainer: Trainer, state: Any, progress: Progress, offsets: Mapping[str, int], keep: int) -> int:
+    def _write(self, state: Snapshot, progress: Progress, offsets: Mapping[str, int], keep: int) -> int:
         """Write a checkpoint and return its size in bytes. In a thread of its own: touches nothing that changes."""
         target = self.path / "checkpoints" / f"step-{progress['step']:06d}"
         partial = target.with_name(f".partial-{target.name}")
         try:
-            self._store.write(state, partial / "trainer", trainer.group)
+            state.write(partial / "trainer")
             if not self._leader:
                 return 0
             text = json.dumps({"progress": progress, "offsets": offsets}, indent=1)
             (partial / "state.json").write_text(text, encoding="utf-8")
             size = _to_disk(partial)
             # The model first: where a checkpoint stands, its model does too. Killed in between, the step is done again.
-            self._store.export(state, self.path / "model", trainer)
+            state.export(self.path / "model")
             os.replace(partial, target)
             fsync(target.parent)
         except OSError:

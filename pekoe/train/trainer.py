@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint as recompute
 
 from pekoe.algo.allocation import allocate, assign
 from pekoe.algo.loss import Sums, chosen_logprobs
@@ -21,6 +23,7 @@ from pekoe.config.recipes import OptimSection
 from pekoe.core.spec import ModelSpec
 from pekoe.core.types import AnySample, FloatArray
 from pekoe.model import Decoder
+from pekoe.train import checkpoint
 from pekoe.train.context_parallel import Part
 from pekoe.train.memory import PeakMemory
 from pekoe.train.optim import learning_rate, make_optimizer
@@ -105,7 +108,7 @@ class Trainer:
                 layer.with_gradient = torch.compile(layer.with_gradient, dynamic=True)
             if activation_checkpointing:
                 # Nothing in a layer is drawn at random, so there is no state to bring back.
-                again = partial(checkpoint, layer.with_gradient, use_reentrant=False, preserve_rng_state=False)
+                again = partial(recompute, layer.with_gradient, use_reentrant=False, preserve_rng_state=False)
                 layer.with_gradient = again
         if layout is not None:
             layout.apply(model)
@@ -114,6 +117,15 @@ class Trainer:
         self.num_not_finite = 0  # optimizer steps in a row, the last ones, whose loss or gradient was not finite
         self._optim, self._total = optim, total_updates
         self._token_budget, self.temperature, self.compute_dtype = token_budget, temperature, compute_dtype
+        self._busy_s, self._num_tokens = 0.0, 0
+
+    def skip(self, num_updates: int) -> None:
+        """Advance the schedule without an update."""
+        self.num_updates += num_updates
+
+    def counters(self) -> dict[str, float]:
+        """Seconds at work in `step` and `logprobs`, and tokens that all ranks computed in them, since it was made."""
+        return {"busy_s": self._busy_s, "num_tokens": self._num_tokens}
 
     def any(self, flag: bool) -> bool:
         """Whether `flag` is set at any of the processes that train."""
@@ -153,6 +165,7 @@ class Trainer:
         max_mean_ratio: float | None = None,
     ) -> StepStats:
         """As `step`, of a minibatch of which this process is given its own share alone."""
+        start = time.perf_counter()
         peak = PeakMemory(self.device)
         divisor = float(denominator or share.num_targets)
         self.optimizer.zero_grad(set_to_none=True)
@@ -183,6 +196,7 @@ class Trainer:
         self.num_updates += 1
         self.num_not_finite = self.num_not_finite + 1 if skipped and skipped.startswith("not finite") else 0
         self.optimizer.zero_grad(set_to_none=True)
+        self._count(share, start)
         most = peak.bytes
         if self._layout is not None and most is not None:
             most = int(self._layout.sum(torch.tensor(most, dtype=torch.float64, device=self.device), largest=True))
@@ -206,14 +220,19 @@ class Trainer:
     def logprobs_on(self, share: Share, reference: bool = False) -> list[list[FloatArray]]:
         """As `logprobs`, of this process's share: for each micro-batch, those of its samples."""
         assert self.reference is not None or not reference, "no reference model was loaded"
-        found: list[list[FloatArray]] = []
+        start, found = time.perf_counter(), list[list[FloatArray]]()
         for members in share.bins:
             batch = pack([sample.resolve() for sample in members]).to(self.device)
             flat = np.zeros(len(batch.tokens), np.float32)
             logprobs = self._logprobs(batch, self.reference if reference else None)[0]
             flat[batch.targets.cpu().numpy()] = logprobs.float().cpu().numpy()
             found.append(np.split(flat, np.cumsum([len(sample) for sample in members])[:-1]))
+        self._count(share, start)
         return found
+
+    def _count(self, share: Share, start: float) -> None:
+        self._busy_s += time.perf_counter() - start
+        self._num_tokens += share.num_tokens
 
     def _share(self, samples: Sequence[AnySample]) -> Share:
         layout = self._layout
@@ -242,6 +261,16 @@ class Trainer:
             attention = torch.compiler.disable(part.attention) if self._compile else part.attention
             hidden = model(part.tokens, part.positions, attention)
             return chosen_logprobs(hidden[part.rows], model.head_weight, part.targets, self.temperature)
+
+    def snapshot(self) -> checkpoint.Snapshot:
+        """A copy of everything that decides the trainer's future. All processes call it together."""
+        return checkpoint.snapshot(self.model, self.state_dict(), self.group)
+
+    def load(self, path: Path) -> None:
+        """Go back to the state that `Snapshot.write` wrote, on however many processes. All of them call it together."""
+        state = self.state_dict()
+        checkpoint.read(path, state, self.group)
+        self.load_state_dict(state)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that decides the trainer's future, in the layout-free form of torch.distributed.checkpoint."""

@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 import torch
 
+import pekoe
 from pekoe.config import RLConfig
 from pekoe.core import RunError
 from pekoe.core.journal import read_lines
 from pekoe.model import load_model
-from pekoe.run import run_dir as state
 from pekoe.run.build import RLParts
 from pekoe.run.run_dir import checkpoints
 from pekoe.train import checkpoint
@@ -64,7 +64,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(
     path = Path(config.run.dir) / "checkpoints" / "step-000001"
 
     def compare(parts: RLParts) -> None:
-        checkpoint.load(path / "trainer", parts.trainer)
+        parts.trainer.load(path / "trainer")
         expected = load_model(Path(short.run.dir) / "model")
         for ours, theirs in zip(parts.trainer.model.parameters(), expected.parameters(), strict=True):
             assert torch.equal(ours, theirs)
@@ -76,7 +76,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(
 
 
 @pytest.mark.parametrize(
-    "name", ["checkpoint.write", "_to_disk", "checkpoint.save_model"]
+    "name", ["train.checkpoint.write", "run.run_dir._to_disk", "train.checkpoint.save_model"]
 )  # tensors, state.json, the model
 def test_a_full_disk_stops_the_run_and_the_older_checkpoint_stands(
     build: Build, train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
@@ -84,7 +84,7 @@ def test_a_full_disk_stops_the_run_and_the_older_checkpoint_stands(
     unbroken = build("num_steps=4", f"run.dir={tmp_path / 'unbroken'}", "train.save_every=1")
     train(unbroken)
     config = build("num_steps=4", "train.save_every=1")
-    write, calls = attrgetter(name)(state), []
+    write, calls = attrgetter(name)(pekoe), []
 
     def full(*args: Any, **more: Any) -> Any:
         calls.append(args)
@@ -92,7 +92,7 @@ def test_a_full_disk_stops_the_run_and_the_older_checkpoint_stands(
             raise OSError(errno.ENOSPC, "No space left on device", "step-000002")
         return write(*args, **more)
 
-    monkeypatch.setattr(f"pekoe.run.run_dir.{name}", full)
+    monkeypatch.setattr(f"pekoe.{name}", full)
     with pytest.raises(RunError, match=r"checkpoint of step 2: .*No space left.*that of step 1 stands"):
         train(config)
     assert [p.name for p in (Path(config.run.dir) / "checkpoints").iterdir()] == ["step-000001"]

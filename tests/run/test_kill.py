@@ -87,8 +87,8 @@ POINTS: dict[str, Point] = {
     "the last save": Point("os:replace", 3, "after", _STEP),
 }
 AGAIN: dict[str, Point] = {  # and once more, by the run that goes on
-    "before loading": Point("pekoe.train.checkpoint:load"),
-    "after loading": Point("pekoe.train.checkpoint:load", 1, "after"),
+    "before loading": Point("pekoe.train.checkpoint:read"),
+    "after loading": Point("pekoe.train.checkpoint:read", 1, "after"),
     "between journal and ledger": Point("pekoe.core.journal:JsonLines.cut", 1, "after"),
     "before rollouts are set aside": Point("pekoe.run.run_dir:_set_aside"),
     "rollouts are set aside": Point("pekoe.run.run_dir:_set_aside", 1, "after"),

@@ -17,7 +17,7 @@ from pekoe.config.recipes import AlgoSection, OptimSection
 from pekoe.core.spec import ModelSpec
 from pekoe.core.types import Sample
 from pekoe.model import Decoder
-from pekoe.train import Layout, Trainer, checkpoint
+from pekoe.train import Layout, Trainer
 
 OPTIM = OptimSection(lr=1e-2, warmup_fraction=0.0, grad_clip=0.05)  # below the norm: clipping is in it
 SHAPES = {
@@ -103,9 +103,9 @@ def resume_main(rank: int, world: int, folder: str, layout: dict[str, int], shap
     try:
         trainer = make_trainer(shape, layout)
         if load:
-            checkpoint.load(Path(folder, load), trainer)
+            trainer.load(Path(folder, load))
         said = train(trainer)
-        checkpoint.write(checkpoint.snapshot(trainer), Path(folder, save), trainer.group)
+        trainer.snapshot().write(Path(folder, save))
         if rank == 0:
             torch.save(said, f"{folder}/{save}.pt")
         dist.barrier()
