@@ -33,8 +33,7 @@ import tomli_w
 
 from pekoe.core.errors import UserError
 from pekoe.core.types import Problem
-from pekoe.data.problems import read_problems, write_problems
-from pekoe.data.sft_data import Demonstration, write_demonstrations
+from pekoe.data.problems import Demonstration, read_problems, write_demonstrations, write_problems
 from pekoe.data.tokenizer import Tokenizer
 from pekoe.demo.char_tokenizer import make_char_tokenizer
 from pekoe.demo.problems import ARITHMETIC_ALPHABET, make_arithmetic

@@ -76,7 +76,7 @@ def life(recipe: dict[str, Any], kind: str, phase: str) -> None:
     from pekoe.ray import run_cluster
     from pekoe.ray.engines import Engines
     from pekoe.ray.sync import ClusterSync
-    from pekoe.ray.trainer_proxy import ClusterStore, ClusterTrainer
+    from pekoe.ray.trainer_proxy import ClusterSnapshot, ClusterTrainer
     from pekoe.run.interrupt import Stop
 
     class Said(NoProgress):
@@ -144,7 +144,7 @@ def life(recipe: dict[str, Any], kind: str, phase: str) -> None:
     Engines.poll = polled  # type: ignore[method-assign]
     at(ClusterTrainer, "step", 4, 0.02, "train")
     at(ClusterSync, "_send", 3, 0.01, "sync")
-    at(ClusterStore, "write", 2, 0.01, "save")
+    at(ClusterSnapshot, "write", 2, 0.01, "save")
     run_cluster(load_config(recipe), Said(), Stop())
 
 

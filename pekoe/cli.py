@@ -35,7 +35,7 @@ from pekoe.config.recipes import (
 from pekoe.core.errors import Interrupted, RunError, UserError
 from pekoe.core.progress import NoProgress, ProgressReporter
 from pekoe.core.types import Verdict
-from pekoe.report import LiveView, PlainView, make_view
+from pekoe.report import LiveProgress, PlainProgress, make_progress
 from pekoe.report.trackers import tracking
 
 app = typer.Typer(
@@ -70,8 +70,8 @@ def viewing(config: TrainingConfig | None = None, results: bool = False) -> Iter
     if not _leads():
         yield NoProgress()
         return
-    view: LiveView | PlainView = make_view(Console(stderr=results))
-    with view if isinstance(view, LiveView) else contextlib.nullcontext():
+    view: LiveProgress | PlainProgress = make_progress(Console(stderr=results))
+    with view if isinstance(view, LiveProgress) else contextlib.nullcontext():
         if config is None:
             yield view
             return

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from datetime import date
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from pekoe.config.base import ConfigSection
 
@@ -70,6 +71,14 @@ class ProblemSection(ConfigSection):
         return self
 
 
+def _iso_date(value: Any) -> str | None:
+    """TOML writes a date with quotes or without."""
+    try:
+        return None if value is None else date.fromisoformat(str(value)).isoformat()
+    except ValueError:
+        raise ValueError(f"model.template.date: expected a date such as 2026-01-31, got {value!r}") from None
+
+
 class TemplateSection(ConfigSection):
     """How conversations become prompts, wherever the model is used. Raw prompts (AReaL's) are left as they are."""
 
@@ -80,3 +89,6 @@ class TemplateSection(ConfigSection):
     \\boxed{}." """
     think: bool = False
     """Prompts end with <think> and a newline, which the response then begins after."""
+    date: Annotated[str | None, BeforeValidator(_iso_date)] = None
+    """The date that the template prints, where it prints one (Llama 3's does). Absent: that of the day on which the run
+    began, kept in its config.toml."""

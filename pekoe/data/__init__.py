@@ -1,9 +1,16 @@
-"""Problems and worked solutions read from files, the order they are drawn in, tokens. No torch."""
+"""Problems and worked solutions read from files, the order in which they are drawn, and tokens. No torch."""
 
 from pekoe.data.mix import DataReport, gather_problems
 from pekoe.data.order import DataOrder
-from pekoe.data.problems import ProblemFile, read_problems, write_problems
-from pekoe.data.sft_data import Demonstration, DemonstrationFile, read_demonstrations, write_demonstrations
+from pekoe.data.problems import (
+    Demonstration,
+    DemonstrationFile,
+    ProblemFile,
+    read_demonstrations,
+    read_problems,
+    write_demonstrations,
+    write_problems,
+)
 from pekoe.data.tokenizer import Tokenizer
 
 __all__ = [

@@ -1,4 +1,4 @@
-"""The layouts in which the field publishes its problems, each told by its keys and turned into a `Problem`."""
+"""The layouts of public problem sets. A row's keys tell its layout; each is read into a `Problem`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pekoe.data import rows
 from pekoe.data.rows import Malformed, Messages, text_of
 
 NATIVE_KEYS = {"uid", "prompt", "messages", "answer", "answers", "kind", "pass_rate"}
-# What DAPO's prompts wrap around a problem: it asks for `Answer: x`, while every judge here reads the box.
+# DAPO's prompts begin and end so, and ask for `Answer: x`; every judge here reads the box.
 _DAPO = (
     "Solve the following math problem step by step. The last line of your response should be of the form "
     "Answer: $Answer (without quotes) where $Answer is the answer to the problem.",
@@ -26,7 +26,7 @@ _THOUSANDS = re.compile(r"-?\d{1,3}(,\d{3})+(\.\d+)?")
 
 
 def parse_problem(value: Any) -> Problem:
-    """One row of any layout we know. Raises Malformed, with the nearest key for a misspelt one."""
+    """Read one row of any layout in `_LAYOUTS`. Raises Malformed, with the nearest key for a misspelt one."""
     if isinstance(value, list):
         return _open_reasoner_zero(value)
     row = rows.expect(value, dict, "row")
@@ -73,7 +73,7 @@ def _input_output(text: str) -> dict[str, list[str]]:
     inputs, outputs = (rows.expect(tests.get(key), list, f"'input_output' {key}") for key in ("inputs", "outputs"))
     if len(inputs) != len(outputs):
         raise Malformed(f"'input_output': expected as many outputs as inputs, got {len(outputs)} and {len(inputs)}")
-    return {"inputs": [str(one) for one in inputs], "outputs": [str(one) for one in outputs]}
+    return {"inputs": [str(value) for value in inputs], "outputs": [str(value) for value in outputs]}
 
 
 def _gsm8k(row: dict[str, Any]) -> Problem:
@@ -89,7 +89,7 @@ def _gsm8k(row: dict[str, Any]) -> Problem:
 
 def _math(row: dict[str, Any]) -> Problem:
     """MATH: `problem`, and `answer` or a worked `solution` whose last box is the answer."""
-    gold = _golds(row["answer"], alone=True) if "answer" in row else last_boxed(text_of(row, "solution"))
+    gold = _golds(row["answer"], alone=True) if "answer" in row else reference_box(text_of(row, "solution"))
     if gold is None:
         raise Malformed("'solution': expected a \\boxed{} answer, got none")
     return _problem(rows.question(text_of(row, "problem")), gold, row.get("unique_id"))
@@ -98,7 +98,7 @@ def _math(row: dict[str, Any]) -> Problem:
 def _dapo(row: dict[str, Any]) -> Problem:
     """DAPO and verl: `prompt` (messages, or text), `reward_model.ground_truth`, `extra_info.index`.
 
-    DAPO's instruction to write `Answer: x` is taken off: the judges read boxes.
+    DAPO's instruction to write `Answer: x` is removed, because the judges read boxes.
     """
     truth = rows.expect(row["reward_model"], dict, "'reward_model'").get("ground_truth")
     index = rows.expect(row.get("extra_info") or {}, dict, "'extra_info'").get("index")
@@ -130,7 +130,7 @@ def _light_r1(row: dict[str, Any]) -> Problem:
     """Light-R1: `conversations`, a user's turn and an assistant's, whose last box is the answer."""
     turns = [rows.expect(turn, dict, "turn") for turn in rows.expect(row["conversations"], list, "'conversations'")]
     human = next((turn for turn in turns if turn.get("from") in ("human", "user")), {})
-    gold = last_boxed(text_of(turns[-1], "value"))
+    gold = reference_box(text_of(turns[-1], "value"))
     if gold is None or turns[-1].get("from") not in ("assistant", "gpt"):
         raise Malformed("'conversations': expected an assistant's turn with a \\boxed{} answer at the end, got none")
     return _problem(rows.question(text_of(human, "value")), gold)
@@ -233,7 +233,7 @@ def _problem(messages: Messages, gold: Any, uid: Any = None, kind: str = "math")
 
 
 def _golds(values: Any, alone: bool = False) -> str | list[str]:
-    """One answer, or a list of which any may match. `alone`: it need not be in an array. Boxes are taken off."""
+    """One answer, or a list of which any may match. `alone`: it need not be in an array. Boxes are removed."""
     if alone and not isinstance(values, list):
         values = [values]
     golds = [_unboxed(rows.answer_text(value)) for value in rows.expect(values, list, "answers")]
@@ -241,14 +241,15 @@ def _golds(values: Any, alone: bool = False) -> str | list[str]:
 
 
 def _unboxed(text: str) -> str:
-    inner = last_boxed(text)
+    inner = reference_box(text)
     return inner if inner and text == f"\\boxed{{{inner}}}" else text
 
 
-def last_boxed(text: str) -> str | None:
-    r"""What the last `\boxed{...}` (or `\fbox{...}`) holds, braces nested; None where there is none or it never closes.
+def reference_box(text: str) -> str | None:
+    r"""The content of the last `\boxed{...}` or `\fbox{...}` of a reference solution, braces nested.
 
-    MATH also writes `\boxed 5`: there the answer ends at the next space or `$`.
+    None without a box, and where the last one never closes: unlike a response (`verify.extract`), a solution that ends
+    in a broken box has no answer. MATH also writes `\boxed 5`: there the answer ends at the next space or `$`.
     """
     boxes = list(re.finditer(r"\\(?:boxed|fbox)(?:\s*(?=\{)|\s+)", text))
     if not boxes:

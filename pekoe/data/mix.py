@@ -1,8 +1,8 @@
-"""From the `[data]` section of a recipe to the problems of a run: read, thinned out, mixed, and accounted for.
+"""Reads, filters and mixes the problems that a recipe's `[data]` section names, and reports every row that is dropped.
 
-The order of things: rows are read (malformed ones named), repeats and conflicts of the same prompt leave, then prompts
-too long, then what evaluation sets know, then near repeats, and what is left is drawn by limit and weight. Everything
-depends on the sources' content, the config and the seed alone.
+In this order: malformed rows are dropped (or refused), then problems outside the pass rate, duplicates and conflicts,
+prompts that are too long, problems of evaluation sets, and near duplicates. An epoch draws what remains by limit and
+weight. The result depends on the sources' content, the config and the seed alone.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from pekoe.data.problems import read_problems
 from pekoe.data.rows import Malformed, parse_rows, write_rows
 from pekoe.data.tokenizer import Tokenizer
 
-# Why a problem was dropped, as reports say it.
+# Reasons for dropping a problem, as reports print them.
 MALFORMED, TOO_LONG = "malformed", "too long"
 DUPLICATE, CONFLICT, NEAR = "duplicate", "conflicting answers", "near duplicate"
 CONTAMINATED, NOT_DRAWN, PASS_RATE = "contaminated", "not drawn", "pass rate"
@@ -34,7 +34,7 @@ CONTAMINATED, NOT_DRAWN, PASS_RATE = "contaminated", "not drawn", "pass rate"
 
 @dataclass(frozen=True, slots=True)
 class Dropped:
-    """A problem that was read and not kept. `row` counts from 1 in its source; `detail` names what it collided with."""
+    """A problem that was read and not kept. `row` counts from 1 in its source; `detail` names the conflicting item."""
 
     source: str
     row: int
@@ -45,16 +45,16 @@ class Dropped:
 
 @dataclass(slots=True)
 class DataReport:
-    """What became of every row."""
+    """Counts of rows read, kept and drawn, and every problem dropped."""
 
     num_read: Counter[str] = field(default_factory=Counter[str])  # by source
-    num_kept: Counter[str] = field(default_factory=Counter[str])  # different problems, by source
-    num_drawn: Counter[str] = field(default_factory=Counter[str])  # with repeats: what an epoch draws
+    num_kept: Counter[str] = field(default_factory=Counter[str])  # distinct problems, by source
+    num_drawn: Counter[str] = field(default_factory=Counter[str])  # draws of an epoch, by source; repeats count
     dropped: list[Dropped] = field(default_factory=list[Dropped])
     notes: list[str] = field(default_factory=list[str])
 
     def summary(self) -> list[str]:
-        """One line a source that lost a problem or is drawn more than once, and the notes."""
+        """A line for each source that lost a problem or is drawn more than once, then the notes."""
         lines: list[str] = []
         for source, read in self.num_read.items():
             kept, drawn, skipped = self.num_kept[source], self.num_drawn[source], self.losses(source)
@@ -74,7 +74,7 @@ class DataReport:
         write_rows(path, (asdict(drop) for drop in self.dropped))
 
 
-_Drops = dict[int, tuple[str, str]]  # index of an item -> why it goes, and the detail
+_Drops = dict[int, tuple[str, str]]  # index of an item -> the reason to drop it, and the detail
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,10 +91,10 @@ class _Item:
 def gather_problems(
     data: ProblemSection, seed: int, tokenizer: Tokenizer | None, view: ProgressReporter | None = None
 ) -> tuple[list[Problem], DataReport]:
-    """Read the sources of `data` and return the problems that an epoch draws, with what became of the others.
+    """Read the sources of `data`. Returns the problems that an epoch draws, and a report on the others.
 
     A problem of `data.sources` is named `source/uid`; one of `data.train` keeps its uid. A second copy (weight above
-    1) is named `uid#2`. `tokenizer` measures prompts; None: none is too long. `view` is shown what takes long.
+    1) is named `uid#2`. `tokenizer` measures prompts; with None, no prompt is too long. `view` shows progress.
 
     Raises UserError for a source that cannot be used, and, unless `data.skip_malformed`, for the first malformed row
     or prompt longer than `data.max_prompt_tokens`.
@@ -102,10 +102,10 @@ def gather_problems(
     report, view = DataReport(), view or NoProgress()
     sources = data.sources or (SourceSection(path=data.train or "", name=data.train or ""),)
     items = [item for source in sources for item in _read(source, data, report)]
-    items = _of_pass_rate(items, data, report)
-    items = _one_of_each_prompt(items, data, report)
-    items = _short_enough(items, data, tokenizer, report, view)
-    items = _unknown_to_evaluation(items, data, report, view)
+    items = _within_pass_rate(items, data, report)
+    items = _deduplicated(items, data, report)
+    items = _short_prompts(items, data, tokenizer, report, view)
+    items = _decontaminated(items, data, report, view)
     if data.dedup == "near":
         near = near_duplicates([item.problem for item in items], data.dedup_threshold, view)
         items = _without(items, {i: (NEAR, f"nearly {items[first]}") for i, first in near.items()}, report)
@@ -114,7 +114,7 @@ def gather_problems(
         if not left[source.name]:
             lost = report.losses(source.name)
             raise UserError(f"{source.path}: expected problems, got none that can be used" + f" ({lost})" * bool(lost))
-    problems = [problem for source in sources for problem in _drawn(source, items, seed, report)]
+    problems = [problem for source in sources for problem in _draw(source, items, seed, report)]
     twice = [uid for uid, number in Counter(problem.uid for problem in problems).items() if number > 1]
     if twice:
         raise UserError(f"data.sources: expected different uids, got {twice[0]!r} twice; give the sources other names")
@@ -126,8 +126,8 @@ def _read(source: SourceSection, data: ProblemSection, report: DataReport) -> li
     rows: dict[str, tuple[int, bytes]] = {}
 
     def parse(value: Any, row: int) -> _Item | None:
-        wanted = (str(value.get(column)) in values for column, values in source.where.items())
-        if source.where and not (isinstance(value, dict) and all(wanted)):
+        matches = (str(value.get(column)) in values for column, values in source.where.items())
+        if source.where and not (isinstance(value, dict) and all(matches)):
             return None
         problem = parse_problem(value)
         key = prompt_key(problem)
@@ -141,32 +141,31 @@ def _read(source: SourceSection, data: ProblemSection, report: DataReport) -> li
         uid = f"{source.name}/{problem.uid}" if data.sources else problem.uid
         return _Item(replace(problem, uid=uid), source.name, row, key)
 
-    items, skipped = parse_rows(source.path, parse, data.skip_malformed)
+    parsed, skipped = parse_rows(source.path, parse, data.skip_malformed)
     report.dropped.extend(Dropped(source.name, row, None, MALFORMED, why) for row, why in skipped)
-    found = [item for item in items if item is not None]
-    report.num_read[source.name] = len(found) + sum(drop.source == source.name for drop in report.dropped)
-    return found
+    items = [item for item in parsed if item is not None]
+    report.num_read[source.name] = len(items) + sum(drop.source == source.name for drop in report.dropped)
+    return items
 
 
-def _of_pass_rate(items: list[_Item], data: ProblemSection, report: DataReport) -> list[_Item]:
-    """Those within `data.pass_rate`. UserError for a problem that has none."""
+def _within_pass_rate(items: list[_Item], data: ProblemSection, report: DataReport) -> list[_Item]:
+    """Items whose rate lies within `data.pass_rate`. UserError for a problem without a rate."""
+    drop: _Drops = {}
     if data.pass_rate is None:
         return items
-    low, high = data.pass_rate
-    drops: dict[int, tuple[str, str]] = {}
     for index, item in enumerate(items):
         rate = item.problem.pass_rate
         if rate is None:
             raise UserError(
                 f"data.pass_rate: expected problems that `pekoe curate` measured, got {item} without a rate"
             )
-        if not low <= rate <= high:
-            drops[index] = (PASS_RATE, f"{rate:.3g}")
-    return _without(items, drops, report)
+        if not data.pass_rate[0] <= rate <= data.pass_rate[1]:
+            drop[index] = (PASS_RATE, f"{rate:.3g}")
+    return _without(items, drop, report)
 
 
-def _one_of_each_prompt(items: list[_Item], data: ProblemSection, report: DataReport) -> list[_Item]:
-    """Of items with the same prompt keep the first; where their answers differ, as `data.conflicts` says."""
+def _deduplicated(items: list[_Item], data: ProblemSection, report: DataReport) -> list[_Item]:
+    """Keep the first of the items with one prompt; where their answers differ, `data.conflicts` decides."""
     groups: dict[bytes, list[int]] = defaultdict(list)
     for index, item in enumerate(items):
         groups[item.key].append(index)
@@ -192,7 +191,7 @@ def _one_of_each_prompt(items: list[_Item], data: ProblemSection, report: DataRe
     return items
 
 
-def _short_enough(
+def _short_prompts(
     items: list[_Item], data: ProblemSection, tokenizer: Tokenizer | None, report: DataReport, view: ProgressReporter
 ) -> list[_Item]:
     drop: _Drops = {}
@@ -210,26 +209,26 @@ def _short_enough(
     return _without(items, drop, report)
 
 
-def _unknown_to_evaluation(
+def _decontaminated(
     items: list[_Item], data: ProblemSection, report: DataReport, view: ProgressReporter
 ) -> list[_Item]:
     if not data.decontaminate:
         return items
     known = Contamination({path: read_problems(path).problems for path in data.decontaminate}, data.ngram)
-    found = ((index, known.find(item.problem)) for index, item in enumerate(track(view, "overlap", items)))
-    return _without(items, {i: (CONTAMINATED, f"{hit[0]}: {hit[1]}") for i, hit in found if hit}, report)
+    overlaps = ((index, known.find(item.problem)) for index, item in enumerate(track(view, "overlap", items)))
+    return _without(items, {i: (CONTAMINATED, f"{hit[0]}: {hit[1]}") for i, hit in overlaps if hit}, report)
 
 
 def _without(items: list[_Item], drop: Mapping[int, tuple[str, str]], report: DataReport) -> list[_Item]:
-    """The items whose index is not in `drop`; the others are reported."""
+    """The items whose index is not in `drop`. The others go into the report."""
     for index, (reason, detail) in sorted(drop.items()):
         item = items[index]
         report.dropped.append(Dropped(item.source, item.row, item.problem.uid, reason, detail))
     return [item for index, item in enumerate(items) if index not in drop]
 
 
-def _drawn(source: SourceSection, items: list[_Item], seed: int, report: DataReport) -> list[Problem]:
-    """What an epoch draws of a source: its problems by limit and weight, in their order, further copies behind."""
+def _draw(source: SourceSection, items: list[_Item], seed: int, report: DataReport) -> list[Problem]:
+    """The problems that an epoch draws from one source by limit and weight: in file order, further copies last."""
     own = [item for item in items if item.source == source.name]
     bits = np.random.Philox(np.random.SeedSequence([seed, zlib.crc32(source.name.encode())]))
     chosen = np.argsort(bits.random_raw(len(own)), kind="stable")[: source.limit].tolist()

@@ -1,4 +1,4 @@
-"""The order in which problems are drawn: shuffled anew each epoch, without end, and resumable from five numbers."""
+"""The order in which problems are drawn: shuffled again each epoch, endless, and resumable from five numbers."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class DataOrder:
         self._permutation = self._permute(0)
 
     def draw(self, k: int) -> list[tuple[int, int]]:
-        """The next `k` pairs (index into uids, epoch). May straddle epochs; no pair ever comes twice."""
+        """The next `k` pairs (index into uids, epoch). They may straddle epochs; no pair comes twice."""
         drawn: list[tuple[int, int]] = []
         while len(drawn) < k:
             if self._position == self._num:
@@ -41,7 +41,7 @@ class DataOrder:
         return drawn
 
     def state(self) -> dict[str, int]:
-        """Where the order stands, for a checkpoint."""
+        """The position in the order, for a checkpoint."""
         return {
             "seed": self._seed,
             "num_problems": self._num,
@@ -51,7 +51,7 @@ class DataOrder:
         }
 
     def restore(self, state: Mapping[str, int]) -> None:
-        """Go on from `state`. Raises UserError where it belongs to another seed or other problems."""
+        """Continue from `state`. Raises UserError where it belongs to another seed or other problems."""
         own = self.state()
         for key, what in (("seed", "the seed"), ("num_problems", "problems"), ("uids_digest", "the problems' uids")):
             if state[key] != own[key]:

@@ -1,4 +1,4 @@
-"""Which problems are the same, nearly the same, or known from an evaluation set. All of it looks at prompts as text.
+"""Finds equal problems, near duplicates, and problems of evaluation sets, by the text of their prompts.
 
 Two problems that differ in one number are two problems: near duplicates must agree in their numbers and answers.
 """
@@ -17,7 +17,7 @@ from pekoe.core.progress import NoProgress, ProgressReporter, track
 from pekoe.core.types import Problem
 from pekoe.data.tables import needs
 
-# What a prompt says about the form of an answer, not about the problem: it would hide duplicates and feign overlap.
+# Text about the form of the answer, not about the problem: it would hide duplicates and pretend overlap.
 _FRAME = re.compile(
     r"<[|｜][^<>\s|｜]{3,40}[|｜]>(?:(?<=start\|>)(?:system|user|assistant)\b)?|</?think>"
     r"|please reason step by step,? and (?:put|enclose) your final answer (?:with)?in \\boxed\{\}\.?",
@@ -26,13 +26,13 @@ _FRAME = re.compile(
 _TOKEN = re.compile(r"[\u3040-\u9fff]|\d+|[^\W\d_]+|[-+*/=<>^%!]")  # an ideograph, a number, a word, an operator
 _SPELLINGS = (("\\dfrac", "\\frac"), ("\\tfrac", "\\frac"), ("\\left", ""), ("\\right", ""), ("$", ""))
 _SHINGLE = 3
-_STOCK = 2  # what stands in more evaluation problems than this is a stock phrase, and betrays none of them
+_STOCK = 2  # a run in more evaluation problems than this is a stock phrase, and no sign of contamination
 
 Tokens = list[str]
 
 
 def text_of(problem: Problem) -> str:
-    """What the problem asks, without chat markers and the instruction to box the answer."""
+    """The question, without chat markers and the instruction to box the answer."""
     return _FRAME.sub(" ", "\n".join(message["content"] for message in problem.messages))
 
 
@@ -42,13 +42,13 @@ def tokens_of(problem: Problem) -> Tokens:
 
 
 def prompt_key(problem: Problem) -> bytes:
-    """Equal for prompts that differ in spaces and frame alone."""
+    """A key that is equal for prompts which differ only in spaces, chat markers and the instruction to box."""
     text = f"{problem.kind}\n{''.join(text_of(problem).split())}"
     return hashlib.blake2b(text.encode(), digest_size=16).digest()
 
 
 def gold_key(gold: Any) -> str:
-    """Equal for reference answers that are surely the same; whether two more are equal is for a judge to say."""
+    """A key that is equal for reference answers which are surely the same. A judge may find more of them equal."""
     if isinstance(gold, list) and all(isinstance(value, str) for value in gold):
         return "|".join(sorted(map(gold_key, gold)))
     if not isinstance(gold, str):
@@ -65,7 +65,7 @@ def near_duplicates(
 
     Same kind, gold and numbers, and Jaccard similarity of the sets of three-token runs at least `threshold`.
     Candidates come from MinHash with locality-sensitive hashing (Broder 1997; datasketch), and are then compared
-    exactly: none is dropped wrongly, and of pairs at the threshold a few may be missed.
+    exactly: no problem is dropped wrongly, and a few pairs at the threshold may be missed.
 
     Raises UserError where datasketch is absent.
     """
@@ -78,16 +78,16 @@ def near_duplicates(
     for index, problem in enumerate(track(view, "near", problems)):
         numbers = " ".join(sorted(token for token in tokens_of(problem) if token.isdigit()))
         alike[problem.kind, gold_key(problem.gold), numbers].append(index)
-    found: dict[int, int] = {}
+    duplicates: dict[int, int] = {}
     empty = MinHash(num_perm=128, hashfunc=int)
     for group in track(view, "near", list(alike.values())):
-        if len(group) == 1:  # most: nothing to sketch
+        if len(group) == 1:  # the common case: nothing to compare
             continue
         lsh: Any = MinHashLSH(num_perm=128, params=_bands(threshold))
         kept: dict[int, frozenset[int]] = {}
         for index in group:
             shingles = _shingles(tokens_of(problems[index]))
-            sketch = empty.copy()  # a new one would draw its permutations anew
+            sketch = empty.copy()  # a new MinHash would compute its permutations again
             sketch.update_batch(shingles)
             close = (other for other in sorted(lsh.query(sketch)) if _jaccard(kept[other], shingles) >= threshold)
             first = next(close, None)
@@ -95,8 +95,8 @@ def near_duplicates(
                 kept[index] = shingles
                 lsh.insert(index, sketch)
             else:
-                found[index] = first
-    return found
+                duplicates[index] = first
+    return duplicates
 
 
 def _bands(threshold: float) -> tuple[int, int]:
@@ -115,11 +115,11 @@ def _jaccard(a: frozenset[int], b: frozenset[int]) -> float:
 
 
 class Contamination:
-    """Finds problems that share a run of n tokens with an evaluation problem (Brown et al. 2020, appendix C: n = 13).
+    """Finds problems that share n tokens in a row with an evaluation problem (Brown et al. 2020, appendix C: n = 13).
 
     A run of half that length that occurs in more than two different evaluation problems is a stock phrase ("where m
     and n are relatively prime", the opening of a family of puzzles); a run of n that is made mostly of them does not
-    count. An evaluation problem is also found by its whole text, which is the only way for one shorter than n.
+    count. An evaluation problem is also found by its whole text: the only way for one shorter than n.
     """
 
     def __init__(self, sets: Mapping[str, Sequence[Problem]], n: int) -> None:
@@ -127,7 +127,7 @@ class Contamination:
         self._n = n
         self._whole: dict[str, str] = {}
         for name, problems in sets.items():
-            for problem in problems:  # the same problem again, in this or another set, is known by its first label
+            for problem in problems:  # a problem that occurs twice keeps its first label
                 self._whole.setdefault(" ".join(tokens_of(problem)), f"{name}: {problem.uid}")
         half = (n + 1) // 2
         pieces = Counter(piece for text in self._whole for piece in set(_runs(text.split(), half)))

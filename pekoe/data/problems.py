@@ -1,4 +1,4 @@
-"""Problem files in and out. A uid names one problem of a file: the ledger and the data order rely on it."""
+"""Files of problems and of demonstrations (worked solutions), read and written."""
 
 from __future__ import annotations
 
@@ -8,25 +8,41 @@ from pathlib import Path
 from typing import Any
 
 from pekoe.core.types import Problem
+from pekoe.data import rows
 from pekoe.data.formats import parse_problem
-from pekoe.data.rows import PLAIN, Malformed, Skipped, parse_rows, write_rows
+from pekoe.data.rows import PLAIN, Malformed, Messages, Skipped, text_of
 
 
 @dataclass(frozen=True, slots=True)
 class ProblemFile:
-    """The problems of a file, in its order, and the rows left out with their reasons."""
+    """The problems of a file, in its order, and the rows that were skipped, with their reasons."""
 
     problems: tuple[Problem, ...]
+    skipped: tuple[Skipped, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Demonstration:
+    """A prompt (as in `Problem.messages`) and the response to learn, without its stop token."""
+
+    messages: Messages
+    response: str
+
+
+@dataclass(frozen=True, slots=True)
+class DemonstrationFile:
+    """The demonstrations of a file, in its order, and the rows that were skipped, with their reasons."""
+
+    demonstrations: tuple[Demonstration, ...]
     skipped: tuple[Skipped, ...] = ()
 
 
 def read_problems(path: str | Path, skip_malformed: bool = False) -> ProblemFile:
     """Read problems from a `.jsonl`, `.json` or `.parquet` file or a Hugging Face data set (see `parse_rows`).
 
-    Layouts are told by their keys, row by row. Native is `{"uid", "prompt" | "messages", "answer" | "answers",
-    "kind"}`; AReaL's, GSM8K's, SVAMP's, MATH's (DeepScaleR's, NuminaMath's), DAPO's, Open-Reasoner-Zero's, Light-R1's,
-    Logic-RL's, ZebraLogic's, GPQA's, BIG-Bench-Hard's and TinyZero's are read as they are. A row without a uid is
-    named by a hash of its content.
+    Each row's keys tell its layout. Native is `{"uid", "prompt" | "messages", "answer" | "answers", "kind"}`; the
+    layouts of public sets are listed in `formats`. A row without a uid is named by a hash of its content; the ledger
+    and the data order rely on a uid naming one problem of a file.
 
     `Problem.messages` is a conversation for the chat template, or one message of role `"prompt"` (native bare text: a
     user turn where the model has a template, used as it is elsewhere) or `"raw"` (AReaL: never templated).
@@ -43,17 +59,49 @@ def read_problems(path: str | Path, skip_malformed: bool = False) -> ProblemFile
             raise Malformed(f"uid {problem.uid!r}: expected a name of its own, got that of row {first}")
         return problem
 
-    return ProblemFile(*parse_rows(path, parse, skip_malformed))
+    return ProblemFile(*rows.parse_rows(path, parse, skip_malformed))
 
 
 def write_problems(path: str | Path, problems: Iterable[Problem]) -> None:
-    """Write problems in the native layout; `read_problems` gives the same ones back. Whole or not at all."""
-    write_rows(path, (_native_row(problem) for problem in problems))
+    """Write problems in the native layout, whole or not at all. `read_problems` gives the same ones back."""
+    rows.write_rows(path, map(_problem_row, problems))
 
 
-def _native_row(problem: Problem) -> dict[str, Any]:
-    first = problem.messages[0]
-    prompt = {"prompt": first["content"]} if first["role"] == PLAIN else {"messages": list(problem.messages)}
-    many = problem.kind == "math" and isinstance(problem.gold, list)
+def read_demonstrations(path: str | Path, skip_malformed: bool = False) -> DemonstrationFile:
+    """Read JSONL of `{"prompt" | "messages", "response"}`, or of `{"messages"}` that end with an assistant's turn.
+
+    Raises UserError as `read_problems` does.
+    """
+    return DemonstrationFile(*rows.parse_rows(path, _parse_demonstration, skip_malformed))
+
+
+def write_demonstrations(path: str | Path, demonstrations: Iterable[Demonstration]) -> None:
+    """Write JSONL that `read_demonstrations` reads, whole or not at all."""
+    rows.write_rows(path, ({**_prompt_columns(d.messages), "response": d.response} for d in demonstrations))
+
+
+def _parse_demonstration(value: Any, _line: int) -> Demonstration:
+    row = rows.expect(value, dict, "row")
+    rows.closed(row, {"uid", "prompt", "messages", "response"})
+    if "response" in row:
+        messages = rows.prompt_of(row)
+        if messages[-1]["role"] == "assistant":
+            raise Malformed("'messages': expected the user's turn before 'response', got the assistant's")
+        return Demonstration(messages, text_of(row, "response"))
+    if "messages" not in row:
+        raise Malformed("expected 'response' beside 'prompt', got none")
+    *messages, last = rows.messages_of(row["messages"])
+    if last["role"] != "assistant" or not messages:
+        raise Malformed(f"'messages': expected a prompt and an assistant's turn at the end, got {last['role']!r}")
+    return Demonstration(tuple(messages), text_of(last, "content"))
+
+
+def _problem_row(problem: Problem) -> dict[str, Any]:
+    key = "answers" if problem.kind == "math" and isinstance(problem.gold, list) else "answer"
     rate = {} if problem.pass_rate is None else {"pass_rate": problem.pass_rate}
-    return {"uid": problem.uid, **prompt, "answers" if many else "answer": problem.gold, "kind": problem.kind} | rate
+    return {"uid": problem.uid, **_prompt_columns(problem.messages), key: problem.gold, "kind": problem.kind} | rate
+
+
+def _prompt_columns(messages: Messages) -> dict[str, Any]:
+    first = messages[0]
+    return {"prompt": first["content"]} if first["role"] == PLAIN else {"messages": list(messages)}

@@ -1,4 +1,4 @@
-"""Rows of JSON in files that a user brought. Every refusal says where, what was expected and what was found."""
+"""Rows of JSON in users' files. Every error names the place, what was expected and what was found."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pekoe.data.tables import HUB, read_dataset, read_parquet
 
 T = TypeVar("T")
 Messages = tuple[dict[str, str], ...]
-Skipped = tuple[int, str]  # the row's line from 1 (in a `.json` array: its item), and why it was left out
+Skipped = tuple[int, str]  # the row's line from 1 (in a `.json` array: its item), and the reason
 
 # Two roles beside those of chat templates, each only in a conversation of one message.
 PLAIN = "prompt"  # a question as bare text: a user turn where the model has a chat template, used as it is elsewhere
@@ -65,7 +65,7 @@ def parse_rows(
 
 
 def _open(source: str | Path) -> tuple[str, Iterable[Any]]:
-    """What stands between a source's name and the number of a row (":": rows are lines of JSON), and the rows."""
+    """The text between a source's name and a row's number in messages (":": rows are lines of JSON), and the rows."""
     if str(source).startswith(HUB):
         return ", row ", read_dataset(str(source))
     path = Path(source)
@@ -80,7 +80,7 @@ def _open(source: str | Path) -> tuple[str, Iterable[Any]]:
 
 
 def write_rows(path: str | Path, rows: Iterable[dict[str, Any]]) -> None:
-    """Write JSONL whole or not at all: to a temporary name beside `path`, then renamed."""
+    """Write JSONL, whole or not at all: under a temporary name beside `path`, which is then renamed."""
     path = Path(path)
     partial = path.with_name(f".{path.name}.partial")
     try:
@@ -137,12 +137,12 @@ def _loads(text: str) -> Any:
 
 
 def kind_of(value: Any) -> str:
-    """A JSON value's kind in the user's words."""
+    """A JSON value's type in the words of error messages."""
     return "an empty array" if value == [] else _KINDS.get(type(value), f"the number {value}")
 
 
 def expect(value: Any, kind: type[T], what: str) -> T:
-    """`value`, which has to be of `kind`, and if text or an array then not empty."""
+    """`value`, which must be of `kind`, and not empty if it is text or an array."""
     if not isinstance(value, kind):
         raise Malformed(f"{what}: expected {_KINDS[kind]}, got {kind_of(value)}")
     if (isinstance(value, str) and not value.strip()) or value == []:
@@ -151,19 +151,19 @@ def expect(value: Any, kind: type[T], what: str) -> T:
 
 
 def text_of(row: dict[str, Any], key: str) -> str:
-    """`row[key]`, which has to be a string with something in it."""
+    """`row[key]`, which must be a string that is not blank."""
     return expect(row.get(key), str, repr(key))
 
 
 def closed(row: dict[str, Any], valid: set[str]) -> None:
-    """Refuse keys that nobody reads: a misspelt key would otherwise be dropped in silence."""
+    """Refuse unknown keys: a misspelt key would otherwise be dropped silently."""
     for key in row:
         if key not in valid:
             raise Malformed(f"unknown key {key!r}.{nearest(key, valid)}")
 
 
 def one_of(row: dict[str, Any], first: str, second: str) -> str:
-    """Which of two keys the row has. It has to have exactly one."""
+    """The one of two keys that the row has. It must have exactly one."""
     if (first in row) == (second in row):
         raise Malformed(f"expected one of {first!r} and {second!r}, got {'both' if first in row else 'neither'}")
     return first if first in row else second
@@ -177,7 +177,7 @@ def answer_text(value: Any) -> str:
 
 
 def prompt_of(row: dict[str, Any]) -> Messages:
-    """The messages of a row with exactly one of `prompt` (text, or messages) and `messages`."""
+    """The messages of a row, which must have exactly one of `prompt` (text, or messages) and `messages`."""
     value = row[one_of(row, "prompt", "messages")]
     return ({"role": PLAIN, "content": text_of(row, "prompt")},) if isinstance(value, str) else messages_of(value)
 

@@ -1,4 +1,4 @@
-"""Rows of Parquet files and of Hugging Face datasets. Their libraries are optional, and imported when asked for."""
+"""Rows of Parquet files and of Hugging Face datasets. Their libraries are optional, and imported on first use."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Any
 
 from pekoe.core.errors import RunError, UserError
 
-HUB = "hf:"  # a source that begins so is a data set's name: hf:OWNER/NAME[/CONFIG][:SPLIT], split "train" if absent
+HUB = "hf:"  # prefix of a data set's name: hf:OWNER/NAME[/CONFIG][:SPLIT], split "train" if absent
 
 
 def needs(library: str, what: str) -> UserError:
-    """What to say when an optional library is absent."""
+    """The error for an optional library that is absent."""
     return UserError(f"{what}: expected the library {library!r}, which is not installed: pip install 'pekoe[data]'")
 
 
@@ -47,7 +47,7 @@ def read_dataset(source: str) -> Iterator[dict[str, Any]]:
         raise needs("datasets", source) from None
     try:
         table: Any = load_dataset(f"{owner}/{name}", config or None, split=split or "train")
-    except Exception as error:  # the library lets through whatever its transports and builders raise
+    except Exception as error:  # the library passes on any exception of its transports and builders
         kind = RunError if isinstance(error, ConnectionError | TimeoutError) else UserError
         raise kind(f"{source}: cannot be loaded: {type(error).__name__}: {_first_line(error)}") from None
     yield from table

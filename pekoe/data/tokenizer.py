@@ -6,6 +6,7 @@ import copy
 import json
 import re
 from collections.abc import Mapping, Sequence
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,8 @@ from pekoe.config.data import TemplateSection
 from pekoe.core.errors import UserError
 from pekoe.core.io import TOKENIZER_FILES
 from pekoe.core.types import IntArray
-from pekoe.data.chat import ChatTemplate
+from pekoe.data.chat import FAMILIES, OPENING, ChatTemplate
 from pekoe.data.rows import PLAIN, RAW, missing
-from pekoe.data.templates import FAMILIES, OPENING
 
 
 class Tokenizer:
@@ -43,6 +43,7 @@ class Tokenizer:
         }
         self._template = self._load_template()
         self._directive = self._opening = ""
+        self._today = date.today()
         self._stop_token_ids = self._find_stop_tokens(_parse_json(model_config, f"{origin}/config.json"))
 
     @classmethod
@@ -65,6 +66,8 @@ class Tokenizer:
         """This tokenizer, with prompts as `section` says. Raises UserError where it lacks the template's tokens."""
         other = copy.copy(self)
         other._directive, other._opening = section.directive, OPENING if section.think else ""
+        if section.date is not None:
+            other._today = date.fromisoformat(section.date)
         if section.name != "model":
             family = FAMILIES[section.name]
             absent = [text for text in (*family.markers, family.end) if self._tokenizer.token_to_id(text) is None]
@@ -103,9 +106,9 @@ class Tokenizer:
         return self._stop_token_ids[0] if own is None else own
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of `text`; special tokens written in it are recognised, none are added.
+        """Token ids of `text`. Special tokens written in it are recognised; none is added.
 
-        Raises UserError for a character that the vocabulary cannot write: it would otherwise be dropped or blurred.
+        Raises UserError for a character that the vocabulary cannot write: it would otherwise be dropped or changed.
         """
         try:
             return self._tokenizer.encode(text, add_special_tokens=False).ids
@@ -129,23 +132,24 @@ class Tokenizer:
                 "directory, or give each problem a plain 'prompt' string, which is used as it is."
             )
         turns = [{**message, "role": "user"} if message["role"] == PLAIN else message for message in messages]
-        return self._template.render(turns, add_generation_prompt)
+        return self._template.render(turns, add_generation_prompt, self._today)
 
     def encode_prompt(self, messages: Sequence[Mapping[str, str]]) -> IntArray:
         """The tokens [P] to sample a response from, for `Problem.messages`.
 
         A chat goes through the template. One message of role "raw", or of role "prompt" on a model without a
-        template, is used as it is, after whatever the tokenizer puts before plain text (a BOS token, mostly). What
-        `with_template` asked for stands behind the last question, and at the end; a raw prompt has neither.
+        template, is used as it is, after the tokens that the tokenizer puts before plain text (mostly a BOS token).
+        The directive of `with_template` follows the last question, and its opening ends the prompt; a raw prompt has
+        neither.
         """
         role = messages[0]["role"]
         if role == RAW:
             return np.array(self._encode_plain(messages[0]["content"]), dtype=np.int64)
         *before, last = messages
-        asked = [*before, {**last, "content": last["content"] + self._directive}]
+        turns = [*before, {**last, "content": last["content"] + self._directive}]
         if role == PLAIN and not self.has_chat_template:
-            return np.array(self._encode_plain(asked[0]["content"] + self._opening), dtype=np.int64)
-        text = self.apply_chat_template(asked)
+            return np.array(self._encode_plain(turns[0]["content"] + self._opening), dtype=np.int64)
+        text = self.apply_chat_template(turns)
         opening = "" if text.endswith(self._opening) else self._opening  # some models' own templates end with it
         return np.array(self.encode(text + opening), dtype=np.int64)
 
@@ -171,13 +175,11 @@ class Tokenizer:
         return None if source is None else ChatTemplate(source, self._special, self._origin)
 
     def _find_stop_tokens(self, model_config: dict[str, Any]) -> tuple[int, ...]:
-        found: set[int] = set()
+        stops: set[int | None] = {self._tokenizer.token_to_id(self._special.get("eos_token", ""))}
         for config in (self._json("generation_config.json"), model_config):
             eos = config.get("eos_token_id")
-            found |= {eos} if isinstance(eos, int) else set(eos or ())
-        eos_token = self._special.get("eos_token")
-        own = None if eos_token is None else self._tokenizer.token_to_id(eos_token)
-        return tuple(sorted(found | ({own} if own is not None else set())))
+            stops |= {eos} if isinstance(eos, int) else set(eos or ())
+        return tuple(sorted(token for token in stops if token is not None))
 
     def _json(self, name: str) -> dict[str, Any]:
         return _parse_json(self.files.get(name, b"{}"), f"{self._origin}/{name}")

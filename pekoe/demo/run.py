@@ -29,8 +29,7 @@ from pekoe.core.journal import read_lines
 from pekoe.core.progress import ProgressReporter
 from pekoe.core.spec import ModelSpec
 from pekoe.core.types import Problem
-from pekoe.data.problems import write_problems
-from pekoe.data.sft_data import Demonstration, write_demonstrations
+from pekoe.data.problems import Demonstration, write_demonstrations, write_problems
 from pekoe.data.tokenizer import Tokenizer
 from pekoe.demo.char_tokenizer import make_char_tokenizer
 from pekoe.demo.problems import ARITHMETIC_ALPHABET, make_arithmetic

@@ -22,22 +22,20 @@ from pekoe.ray.sampler import ClusterSampler
 from pekoe.ray.store import Key, StoreRef
 from pekoe.ray.sync import ClusterSync
 from pekoe.ray.trainer_actor import Traffic
-from pekoe.ray.trainer_proxy import ClusterStore, ClusterTrainer
+from pekoe.ray.trainer_proxy import ClusterTrainer
 from pekoe.run.build import RLParts, open_task, open_tokenizer
 from pekoe.run.interrupt import Stop
 from pekoe.run.rl import run_rl
 from pekoe.run.rollouts import RolloutLine
-from pekoe.run.run_dir import RunDir
+from pekoe.run.run_dir import RunDir, with_date
 from pekoe.run.sync import CANARY_TOKENS
 
 
 class ClusterRunDir(RunDir):
     """A run directory whose rollouts are written by the depots that have them."""
 
-    def __init__(
-        self, config: RLConfig, view: ProgressReporter, depots: StoreRegistry, store: ClusterStore, limit_s: float
-    ) -> None:
-        super().__init__(config, (view.event,), store=store)
+    def __init__(self, config: RLConfig, view: ProgressReporter, depots: StoreRegistry, limit_s: float) -> None:
+        super().__init__(config, (view.event,))
         self._model, self._depots, self._limit_s = config.model, depots, limit_s
 
     def write_rollouts(self, step: int, lines: Iterable[RolloutLine], tokenizer: Tokenizer) -> None:
@@ -80,13 +78,14 @@ def run_cluster(config: RLConfig, view: ProgressReporter, stop: Stop) -> None:
 
 def build_cluster(config: RLConfig, view: ProgressReporter, stop: Stop, stack: ExitStack) -> RLParts:
     """Everything for `run_rl`. What must be closed is pushed on `stack`."""
+    config = with_date(config)
     assert config.cluster is not None
     section, rollout = config.cluster, config.rollout
     spec, _ = read_spec(Path(config.model.path))
     tokenizer = open_tokenizer(config.model, spec)
     task = open_task(config, spec, tokenizer, view)
     depots, limit_s = StoreRegistry(), section.step_limit_s
-    run = stack.enter_context(ClusterRunDir(config, view, depots, ClusterStore(limit_s), limit_s))
+    run = stack.enter_context(ClusterRunDir(config, view, depots, limit_s))
     if task.report.dropped:
         task.report.write(run.path / "data.jsonl")
     connect(section, view, stack)

@@ -23,7 +23,8 @@ from pekoe.ray.weights import send, use_interface
 from pekoe.run.build import make_trainer, open_model
 from pekoe.run.distributed import joined, make_layout
 from pekoe.run.hardware import describe
-from pekoe.train import StepStats, checkpoint
+from pekoe.train import StepStats
+from pekoe.train.checkpoint import whole_weights
 from pekoe.train.trainer import Objective, Share
 
 
@@ -132,9 +133,8 @@ class TrainerWorker:
         size = sum(_bytes_of(value) for value in found.values())
         return replace(share, bins=bins), Traffic(time.perf_counter() - start, size)
 
-    def count(self, num_updates: int) -> None:
-        """Optimizer steps so far: a batch that teaches nothing counts, too."""
-        self._trainer.num_updates = num_updates
+    def skip(self, num_updates: int) -> None:
+        self._trainer.skip(num_updates)
 
     def counts(self) -> tuple[int, int]:
         return self._trainer.num_updates, self._trainer.num_not_finite
@@ -157,7 +157,7 @@ class TrainerWorker:
     def save(self, path: str, kinds: Sequence[Kind]) -> None:
         """Write the weights as a Hugging Face directory. All ranks call it; the first one writes, and looks at them
         as these kinds of engines would."""
-        whole = checkpoint.whole_weights(self._trainer)
+        whole = whole_weights(self._trainer.model)
         self._show(kinds)
         if self._rank == 0:
             for name, tensor in whole.items():
@@ -204,18 +204,18 @@ class TrainerWorker:
     # Checkpoints
 
     def snapshot(self) -> None:
-        self._snapshot = checkpoint.snapshot(self._trainer)
+        self._snapshot = self._trainer.snapshot()
 
     def write(self, path: str) -> None:
         """Runs beside training."""
-        checkpoint.write(self._snapshot, Path(path), self._trainer.group)
+        self._snapshot.write(Path(path))
 
     def export(self, path: str) -> None:
         """The first rank alone."""
-        checkpoint.export(self._snapshot, Path(path), self._trainer)
+        self._snapshot.export(Path(path))
 
     def load(self, path: str) -> None:
-        checkpoint.load(Path(path), self._trainer)
+        self._trainer.load(Path(path))
 
 
 def _payload(sample: AnySample) -> StoreRef:

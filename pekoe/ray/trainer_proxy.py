@@ -104,14 +104,10 @@ class ClusterTrainer:
     def num_updates(self) -> int:
         return self._counts[0]
 
-    @num_updates.setter
-    def num_updates(self, value: int) -> None:
-        self.call("count", self._cluster.step_limit_s, "the ranks to count", value)
-        self._counts = value, self._counts[1]
-
-    def learn_counts(self) -> None:
-        """After a checkpoint was loaded."""
-        self._counts = self.call("counts", self._cluster.step_limit_s, "the ranks to count")[0]
+    def skip(self, num_updates: int) -> None:
+        """See `Trainer.skip`."""
+        self.call("skip", self._cluster.step_limit_s, "the ranks to count", num_updates)
+        self._counts = self._counts[0] + num_updates, self._counts[1]
 
     @property
     def num_not_finite(self) -> int:
@@ -144,6 +140,16 @@ class ClusterTrainer:
                 known, rest = {}, list(samples)
             known = known | self._found(*self._ask_logprobs(rest, reference))
         return [known[key_of(sample)] for sample in samples]
+
+    def snapshot(self) -> ClusterSnapshot:
+        """See `Trainer.snapshot`."""
+        self.call("snapshot", self._cluster.step_limit_s, "the ranks to copy their state")
+        return ClusterSnapshot(self.ranks, self._cluster.step_limit_s)
+
+    def load(self, path: Path) -> None:
+        """See `Trainer.load`."""
+        self.call("load", self._cluster.step_limit_s, "a checkpoint to be loaded", str(path))
+        self._counts = self.call("counts", self._cluster.step_limit_s, "the ranks to count")[0]
 
     def can_share(self, samples: Sequence[AnySample]) -> bool:
         """Whether every rank would have something to do, within the token budget."""
@@ -194,25 +200,19 @@ class ClusterTrainer:
         return answers[:: self._section.tp * self._section.cp]
 
 
-class ClusterStore:
-    """`train.checkpoint` of a cluster: the ranks copy, write and load, each its part."""
+class ClusterSnapshot:
+    """What `TrainerWorker.snapshot` copied at each rank."""
 
-    def __init__(self, limit_s: float) -> None:
-        self._limit_s = limit_s
+    def __init__(self, ranks: list[Any], limit_s: float) -> None:
+        self._ranks, self._limit_s = ranks, limit_s
 
-    def snapshot(self, trainer: ClusterTrainer) -> ClusterTrainer:
-        trainer.call("snapshot", self._limit_s, "the ranks to copy their state")
-        return trainer
+    def write(self, path: Path) -> None:
+        """See `train.checkpoint.Snapshot.write`: each rank writes its part."""
+        get([_beside(rank, "write").remote(str(path)) for rank in self._ranks], self._limit_s, "a checkpoint")
 
-    def write(self, state: ClusterTrainer, path: Path, group: None = None) -> None:
-        get([_beside(rank, "write").remote(str(path)) for rank in state.ranks], self._limit_s, "a checkpoint")
-
-    def export(self, state: ClusterTrainer, path: Path, trainer: ClusterTrainer) -> None:
-        get(_beside(trainer.ranks[0], "export").remote(str(path)), self._limit_s, "the model to be written")
-
-    def load(self, path: Path, trainer: ClusterTrainer) -> None:
-        trainer.call("load", self._limit_s, "a checkpoint to be loaded", str(path))
-        trainer.learn_counts()
+    def export(self, path: Path) -> None:
+        """See `train.checkpoint.Snapshot.export`."""
+        get(_beside(self._ranks[0], "export").remote(str(path)), self._limit_s, "the model to be written")
 
 
 def _beside(rank: Any, method: str) -> Any:

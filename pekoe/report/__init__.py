@@ -1,5 +1,5 @@
-"""Floor 3: what people look at. Reads run directories and hears journal events; knows `core` alone, never torch."""
+"""Progress on a terminal, trackers, and the HTML report of run directories. Imports core and config alone, no torch."""
 
-from pekoe.report.terminal import LiveView, PlainView, make_view
+from pekoe.report.terminal import LiveProgress, PlainProgress, make_progress
 
-__all__ = ["LiveView", "PlainView", "make_view"]
+__all__ = ["LiveProgress", "PlainProgress", "make_progress"]

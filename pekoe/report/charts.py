@@ -1,4 +1,4 @@
-"""The report's charts, as JSON for Plotly: curves of each metric, and when each phase of each step took place."""
+"""The report's charts as JSON for Plotly: a curve for each metric, and a timeline of the phases of each step."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from typing import Any
 
 import plotly.graph_objects as go
 
+from pekoe.core.journal import Event
 from pekoe.report.findings import utilisation
 from pekoe.report.history import History
 
-# (metric, title, how its axis is written)
+# (metric, title, number format of its axis)
 CURVES = (
     ("reward", "reward", ".2f"),
     ("loss", "loss", ".3g"),
@@ -35,7 +36,7 @@ PHASES = {"rollout": COLOURS[0], "verify": COLOURS[3], "recompute": COLOURS[4], 
 
 
 def charts(histories: Sequence[History]) -> list[dict[str, Any]]:
-    """Plotly figures of one run, or of several over one another."""
+    """Plotly figures; the curves of several runs share one figure."""
     figures = [_evals(histories)] if any(history.of("eval") for history in histories) else []
     for name, title, form in CURVES:
         if any(name in step for history in histories for step in history.steps):
@@ -47,7 +48,7 @@ def charts(histories: Sequence[History]) -> list[dict[str, Any]]:
 
 
 def timeline(history: History) -> dict[str, Any] | None:
-    """The phases of each step, on the clock of the run."""
+    """The phases of each step, over seconds since the first one began."""
     steps = history.steps
     if not steps:
         return None
@@ -56,22 +57,22 @@ def timeline(history: History) -> dict[str, Any] | None:
     for step in steps:
         at = step["time"] - history.seconds_of(step) - begin
         for phase, seconds in step["seconds"].items():
-            bases, lengths, told = bars.setdefault(phase, ([], [], []))
-            bases.append(round(at, 3))
+            starts, lengths, texts = bars.setdefault(phase, ([], [], []))
+            starts.append(round(at, 3))
             lengths.append(seconds)
-            told.append(f"step {step['step']}: {phase} {seconds:.3g} s")
+            texts.append(f"step {step['step']}: {phase} {seconds:.3g} s")
             at += seconds
     figure = go.Figure()
-    for phase, (bases, lengths, told) in bars.items():
+    for phase, (starts, lengths, texts) in bars.items():
         figure.add_bar(
             name=phase,
-            y=[phase] * len(bases),
+            y=[phase] * len(starts),
             x=lengths,
-            base=bases,
+            base=starts,
             orientation="h",
             marker_color=PHASES.get(phase, COLOURS[5]),
             marker_line_width=0,
-            hovertext=told,
+            hovertext=texts,
             hoverinfo="text",
         )
     figure.update_layout(barmode="overlay", showlegend=False, title="phases of each step", xaxis_title="seconds")
@@ -82,15 +83,9 @@ def _curve(histories: Sequence[History], name: str, title: str, form: str) -> go
     figure = go.Figure()
     for number, history in enumerate(histories):
         steps = [step for step in history.steps if step.get(name) is not None]
-        figure.add_scatter(
-            name=history.name,
-            x=[step["step"] for step in steps],
-            y=[step[name] for step in steps],
-            mode="lines" if len(steps) > 1 else "markers",
-            line={"color": COLOURS[number % len(COLOURS)], "width": 2},
-            hovertemplate=f"step %{{x}}: %{{y:{form}}}",
-        )
-    figure.update_layout(title=title, yaxis_tickformat=form, showlegend=len(histories) > 1)
+        values = [step[name] for step in steps]
+        _add_line(figure, history, number, steps, values, hovertemplate=f"step %{{x}}: %{{y:{form}}}")
+    _title(figure, histories, title, form)
     if name == "logprob_diff_max":
         figure.update_yaxes(type="log")
     elif "%" in form:
@@ -99,23 +94,16 @@ def _curve(histories: Sequence[History], name: str, title: str, form: str) -> go
 
 
 def _utilisation(histories: Sequence[History], phase: str) -> go.Figure | None:
-    """Of each step, the share of `phase` that its operations or bytes would take at the machine's ceilings."""
+    """For each step, the share of `phase` that its operations or bytes would take at the machine's ceilings."""
     figure = go.Figure()
     for number, history in enumerate(histories):
-        if found := utilisation(history, phase):
-            figure.add_scatter(
-                name=history.name,
-                x=[step["step"] for step, _, _, _ in found],
-                y=[share for _, _, share, _ in found],
-                text=[by for _, _, _, by in found],
-                mode="lines" if len(found) > 1 else "markers",
-                line={"color": COLOURS[number % len(COLOURS)], "width": 2},
-                hovertemplate="step %{x}: %{y:.0%} of %{text}'s ceiling",
-            )
+        if used := utilisation(history, phase):
+            steps, shares = [step for step, _, _, _ in used], [share for _, _, share, _ in used]
+            hover = "step %{x}: %{y:.0%} of %{text}'s ceiling"
+            _add_line(figure, history, number, steps, shares, text=[by for _, _, _, by in used], hovertemplate=hover)
     if not figure.data:
         return None
-    figure.update_layout(title=f"utilisation in {phase}: share of the machine's ceiling", yaxis_tickformat=".0%")
-    figure.update_layout(showlegend=len(histories) > 1)
+    _title(figure, histories, f"utilisation in {phase}: share of the machine's ceiling", ".0%")
     return figure.update_yaxes(rangemode="tozero")
 
 
@@ -124,27 +112,31 @@ def _evals(histories: Sequence[History]) -> go.Figure:
     for number, history in enumerate(histories):
         evals = history.of("eval")
         means = [event["pass_at_1"] for event in evals]
-        figure.add_scatter(
-            name=history.name,
-            x=[event["step"] for event in evals],
-            y=means,
-            error_y={
-                "type": "data",
-                "symmetric": False,
-                "array": [e["ci95"][1] - mean for e, mean in zip(evals, means, strict=True)],
-                "arrayminus": [mean - e["ci95"][0] for e, mean in zip(evals, means, strict=True)],
-            },
-            mode="lines+markers",
-            line={"color": COLOURS[number % len(COLOURS)], "width": 2},
-            hovertemplate="step %{x}: %{y:.1%}",
-        )
-    figure.update_layout(title="pass@1 on held-out problems, 95 % intervals", yaxis_tickformat=".0%")
-    figure.update_layout(showlegend=len(histories) > 1)
+        above = [event["ci95"][1] - mean for event, mean in zip(evals, means, strict=True)]
+        below = [mean - event["ci95"][0] for event, mean in zip(evals, means, strict=True)]
+        bars = {"type": "data", "symmetric": False, "array": above, "arrayminus": below}
+        hover = "step %{x}: %{y:.1%}"
+        _add_line(figure, history, number, evals, means, mode="lines+markers", error_y=bars, hovertemplate=hover)
+    _title(figure, histories, "pass@1 on held-out problems, 95 % intervals", ".0%")
     return figure
 
 
+def _add_line(
+    figure: go.Figure, history: History, number: int, events: Sequence[Event], values: Sequence[float], **more: Any
+) -> None:
+    """Add the curve of one run, the `number`th of the figure: `values` over the steps of `events`."""
+    mode = {"mode": "lines" if len(events) > 1 else "markers"}
+    line = {"color": COLOURS[number % len(COLOURS)], "width": 2}
+    steps = [event["step"] for event in events]
+    figure.add_scatter(name=history.name, x=steps, y=values, line=line, **(mode | more))
+
+
+def _title(figure: go.Figure, histories: Sequence[History], title: str, form: str) -> None:
+    figure.update_layout(title=title, yaxis_tickformat=form, showlegend=len(histories) > 1)
+
+
 def _json(figure: go.Figure) -> dict[str, Any]:
-    """Without Plotly's own look: the page has one for light and dark."""
-    found = json.loads(figure.to_json() or "{}")
-    found["layout"].pop("template", None)
-    return found
+    """The figure without Plotly's own template: the page has a light and a dark one."""
+    tree = json.loads(figure.to_json() or "{}")
+    tree["layout"].pop("template", None)
+    return tree

@@ -1,4 +1,4 @@
-"""Sentences about where a run's time went and what is wrong with it, each from what the run measured."""
+"""Sentences about where a run's time went and what is wrong with it, each computed from the run's measurements."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from pekoe.core.roofline import Ceilings
 from pekoe.report.history import History
 
 _WORK = {"rollout": "Sampling", "train": "Training"}  # the phases whose operations are counted
-_FEW = 0.25  # of a step's responses: when no more than these are unfinished, its tail has begun
+_FEW = 0.25  # share of a step's responses: the tail begins when no more than these are unfinished
 
 
 def findings(history: History) -> list[str]:
-    """What there is to say, the most important first. Empty for a run without steps."""
+    """The findings, the most important first. Empty for a run without steps."""
     steps = history.steps
     if not steps:
         return []
@@ -34,7 +34,7 @@ def findings(history: History) -> list[str]:
 
 
 def phase_shares(steps: Sequence[Event]) -> dict[str, float]:
-    """Of all the time of the steps, the largest first."""
+    """Share of each phase in the time of all steps, the largest first."""
     sums: dict[str, float] = {}
     for step in steps:
         for name, seconds in step["seconds"].items():
@@ -45,13 +45,13 @@ def phase_shares(steps: Sequence[Event]) -> dict[str, float]:
 
 def _phases(steps: Sequence[Event]) -> list[str]:
     shares = phase_shares(steps)
-    told = ", ".join(f"{name} {share:.0%}" for name, share in shares.items() if share >= 0.005)
+    listed = ", ".join(f"{name} {share:.0%}" for name, share in shares.items() if share >= 0.005)
     first = next(iter(shares))
     seconds = median(History.seconds_of(step) for step in steps)
     rate = {"rollout": "rollout_tokens_per_s", "train": "train_tokens_per_s"}.get(first)
     speeds = [step[rate] for step in steps if rate in step] if rate else []
     speed = f", at {median(speeds):,.0f} tokens a second" if speeds else ""
-    most = f"A step takes {seconds:.3g} s (median of {len(steps)}): {told}. Most of it is {first}{speed}"
+    most = f"A step takes {seconds:.3g} s (median of {len(steps)}): {listed}. Most of it is {first}{speed}"
     gain = 1 / (1 - shares[first] / 2)
     if len(shares) == 1:
         return [f"{most}."]
@@ -59,37 +59,42 @@ def _phases(steps: Sequence[Event]) -> list[str]:
 
 
 def utilisation(history: History, phase: str) -> list[tuple[Event, Ceilings, float, str]]:
-    """Of each step whose work in `phase` is counted: the ceilings of the machine that ran it, the share of the phase
-    that its arithmetic or its bytes would take at them, the larger, and which of the two that is."""
-    found: list[tuple[Event, Ceilings, float, str]] = []
-    measured: Ceilings | None = None
+    """How near each step came to its machine's ceilings in `phase`, for the steps whose work is counted.
+
+    Gives the step, the ceilings of the machine that ran it, the share of the phase that its arithmetic or its bytes
+    would take at them (whichever is larger), and which of the two that is.
+    """
+    used: list[tuple[Event, Ceilings, float, str]] = []
+    ceilings: Ceilings | None = None
     for event in history.events:
         if event["event"] == "machine":  # a run may go on elsewhere
-            measured = Ceilings(event["flop_s"], event["byte_s"]) if "flop_s" in event else None
-        elif event["event"] == "step" and measured and f"{phase}_bytes" in event and event["seconds"].get(phase):
+            ceilings = Ceilings(event["flop_s"], event["byte_s"]) if "flop_s" in event else None
+        elif event["event"] == "step" and ceilings and f"{phase}_bytes" in event and event["seconds"].get(phase):
             work = event[f"{phase}_flops"], event[f"{phase}_bytes"]
-            found.append((event, measured, *measured.reached(*work, event["seconds"][phase])))
-    return found
+            used.append((event, ceilings, *ceilings.reached(*work, event["seconds"][phase])))
+    return used
 
 
 def _bounds(history: History) -> list[str]:
-    """What bounds the phases whose operations are counted: of a roofline."""
-    found: list[str] = []
+    """The roofline bound of each phase whose operations are counted."""
+    sentences: list[str] = []
     for phase in (name for name in phase_shares(history.steps) if name in _WORK):
         used = utilisation(history, phase)
         if not used:
             continue
-        measured, share = used[-1][1], median(share for _, _, share, _ in used)
+        ceilings, share = used[-1][1], median(share for _, _, share, _ in used)
         by = Counter(by for _, _, _, by in used).most_common(1)[0][0]
         flop_s = median(step[f"{phase}_flops"] / step["seconds"][phase] for step, _, _, _ in used)
-        of = (
-            f"a matrix product's {measured.flop_s / 1e9:,.0f} GFLOP/s"
+        ceiling = (
+            f"a matrix product's {ceilings.flop_s / 1e9:,.0f} GFLOP/s"
             if by == "arithmetic"
-            else f"memory's {measured.byte_s / 1e9:,.0f} GB/s"
+            else f"memory's {ceilings.byte_s / 1e9:,.0f} GB/s"
         )
-        said = f"{_WORK[phase]} computes {flop_s / 1e9:,.1f} GFLOP/s; at {of}, measured here, it would take {share:.0%}"
-        found.append(f"{said} of its time: {_remedy(phase, by, share, history)}.")
-    return found
+        sentences.append(
+            f"{_WORK[phase]} computes {flop_s / 1e9:,.1f} GFLOP/s; at {ceiling}, measured here, it would take "
+            f"{share:.0%} of its time: {_remedy(phase, by, share, history)}."
+        )
+    return sentences
 
 
 def _remedy(phase: str, by: str, share: float, history: History) -> str:
@@ -97,8 +102,8 @@ def _remedy(phase: str, by: str, share: float, history: History) -> str:
         return (
             f"{by} bounds it; {'a faster device' if by == 'arithmetic' else 'larger batches'} would help, little else"
         )
-    talk = "communication, " if "cluster" in history.config else ""
-    small = f"the rest goes to {talk}Python and small operations between the products"
+    communication = "communication, " if "cluster" in history.config else ""
+    small = f"the rest goes to {communication}Python and small operations between the products"
     if phase == "rollout":
         at_once = history.config.get("engine", {}).get("max_running", 0)
         few = median(step["num_rollouts"] for step in history.steps) <= at_once
@@ -119,7 +124,7 @@ def _prefill(steps: Sequence[Event]) -> list[str]:
 
 
 def _tail(history: History) -> list[str]:
-    """From lengths: all responses of a step begin together where there is room, and each gets a token at a time."""
+    """Estimated from lengths: as if the responses of a step began together, and each got one token at a time."""
     shares: list[float] = []
     for step in {line["step"] for line in history.responses}:
         lengths = sorted(line["length"] for line in history.responses if line["step"] == step)
@@ -128,12 +133,14 @@ def _tail(history: History) -> list[str]:
     if not shares:
         return []
     share = median(shares)
-    said = (
+    sentence = (
         f"The long tail: for {share:.0%} of the longest response, only the last quarter of a step's are being sampled"
     )
     if share > 0.4:
-        return [f"{said}. A lower rollout.max_new_tokens, or engines that sample more prompts at once, would cut it."]
-    return [f"{said}, which is little."]
+        return [
+            f"{sentence}. A lower rollout.max_new_tokens, or engines that sample more prompts at once, would cut it."
+        ]
+    return [f"{sentence}, which is little."]
 
 
 def _micro_batches(history: History) -> list[str]:
@@ -161,32 +168,32 @@ def _cluster(steps: Sequence[Event]) -> list[str]:
         return []
     idle = {role: median(step[f"idle_{role}"] for step in steps) for role in ("engines", "ranks")}
     lost = steps[-1].get("num_lost_engines", 0)
-    said = f"Of a step, an engine is idle for {idle['engines']:.0%} and a rank for {idle['ranks']:.0%} (medians)"
-    return [f"{said}; {lost} engines were lost and started again."]
+    sentence = f"Of a step, an engine is idle for {idle['engines']:.0%} and a rank for {idle['ranks']:.0%} (medians)"
+    return [f"{sentence}; {lost} engines were lost and started again."]
 
 
 def _learning(steps: Sequence[Event]) -> list[str]:
-    found: list[str] = []
+    sentences: list[str] = []
     if not steps:
         return []
     last = steps[-max(1, len(steps) // 5) :]
     if median(step["truncation_rate"] for step in last) > 0.2:
         share = median(step["truncation_rate"] for step in last)
-        found.append(
-            f"{share:.0%} of the last responses were cut at max_new_tokens, and are judged by what they had said until "
-            f"then: raise rollout.max_new_tokens, or look at whether they repeat themselves."
+        sentences.append(
+            f"{share:.0%} of the last responses were cut at max_new_tokens, and are judged by what they contain up to "
+            f"there: raise rollout.max_new_tokens, or look at whether they repeat themselves."
         )
     if all(step.get("skipped") for step in last):
-        found.append(
+        sentences.append(
             f"Nothing was learned in the last {len(last)} steps: {last[-1]['skipped']}. `pekoe curate` keeps problems "
             f"that this model sometimes gets right."
         )
     if median(step["pass_rate"] for step in last) > 0.95:
-        found.append("Nearly all of the last responses are right: these problems have little left to teach.")
+        sentences.append("Nearly all of the last responses are right: these problems have little left to teach.")
     faults = sum(step["fault_rate"] * step["num_rollouts"] for step in steps)
     if faults:
-        found.append(f"{faults:.0f} verdicts are FAULT, a failure of the judge or the reference: see them below.")
-    return found
+        sentences.append(f"{faults:.0f} verdicts are FAULT, a failure of the judge or the reference: see them below.")
+    return sentences
 
 
 def _numerics(steps: Sequence[Event]) -> list[str]:

@@ -1,4 +1,4 @@
-"""A run directory as the report reads it: what was measured, what became of the prompts, and some of the responses."""
+"""Reads a run directory for the report: measurements, the outcomes of prompts, and a selection of responses."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from pekoe.core.io import read_compressed_lines
 from pekoe.core.journal import Event, read_lines
 
 Decode = Callable[[Sequence[int]], str]
-_MOST_TOKENS = 1500  # of a response that are shown: its beginning and its end, half each
-_FULL_TEXT = 6000  # characters of a response without tokens
+_MOST_TOKENS = 1500  # shown of a response: half from its beginning, half from its end
+_FULL_TEXT = 6000  # characters shown of a response without tokens
 
 
 @dataclass(slots=True)
 class History:
-    """What the report knows of a run."""
+    """The contents of a run directory that the report shows."""
 
     path: Path
     config: dict[str, Any]  # config.toml
     events: list[Event]  # of the journal
-    ledger: dict[str, int]  # what became of prompts -> how many
+    ledger: dict[str, int]  # outcome of a prompt -> number of prompts
     responses: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])  # see `sample_responses`
-    pieces: dict[int, str] | None = None  # the text of each token that occurs in them; None: not known
-    left_out: str = ""  # what of the responses is not here
+    pieces: dict[int, str] | None = None  # token id -> its text, for the tokens of `responses`; None: no tokenizer
+    left_out: str = ""  # a sentence on the responses that are not shown
 
     def of(self, kind: str) -> list[Event]:
         return [event for event in self.events if event["event"] == kind]
@@ -48,15 +48,15 @@ class History:
 
 
 def read_history(path: Path, decode: Decode | None = None, max_bytes: int = 2_500_000) -> History:
-    """Read a run directory; UserError where it is none.
+    """Read a run directory. Raises UserError for a path that is none.
 
     Args:
-        decode: gives tokens their text; without it, responses have text alone.
-        max_bytes: about as much of the responses is kept.
+        decode: text of token ids; without it, responses have no tokens, only their text.
+        max_bytes: approximate size of the responses to keep.
     """
     journal = path / "journal.jsonl"
     if not journal.is_file():
-        raise UserError(f"{path}: expected a run directory with journal.jsonl in it, got {_what_is_there(path)}")
+        raise UserError(f"{path}: expected a run directory with journal.jsonl in it, got {_description_of(path)}")
     config: dict[str, Any] = {}
     if (path / "config.toml").is_file():
         config = tomllib.loads((path / "config.toml").read_text(encoding="utf-8"))
@@ -69,7 +69,7 @@ def read_history(path: Path, decode: Decode | None = None, max_bytes: int = 2_50
     return history
 
 
-def _what_is_there(path: Path) -> str:
+def _description_of(path: Path) -> str:
     if not path.exists():
         return "nothing there"
     runs = sorted(file.parent.name for file in path.glob("*/journal.jsonl")) if path.is_dir() else []
@@ -77,7 +77,7 @@ def _what_is_there(path: Path) -> str:
 
 
 def sample_responses(history: History, decode: Decode | None, max_bytes: int) -> None:
-    """Keep whole groups: of the first and the last step, then of steps between, as evenly as they fit."""
+    """Select whole groups that fit in `max_bytes`: of the first and the last step, then of steps evenly between."""
     steps = sorted({int(file.name[5:11]) for file in (history.path / "rollouts").glob("step-*.jsonl.zst")})
     used: set[int] = set()
     size, kept, seen = 0, 0, 0
@@ -85,7 +85,7 @@ def sample_responses(history: History, decode: Decode | None, max_bytes: int) ->
     for place, step in enumerate(order):
         groups = _groups(history.path, step)
         seen += len(groups)
-        room = (max_bytes - size) / max(1, len(order) - place)  # each step that is still to come may have as much
+        room = (max_bytes - size) / max(1, len(order) - place)  # an equal share for each step still to come
         spent = 0.0
         for group in groups:
             lines = [_shown(line, step, decode is not None) for line in group]
@@ -111,7 +111,7 @@ def sample_responses(history: History, decode: Decode | None, max_bytes: int) ->
 
 
 def _evenly(steps: list[int]) -> Iterator[int]:
-    """The first, the last, the middle, the middles between: any beginning of this covers all."""
+    """The first, the last, the middle, then the middles between: any prefix covers the run evenly."""
     if not steps:
         return
     seen: set[int] = set()
@@ -136,19 +136,19 @@ def _groups(path: Path, step: int) -> list[list[dict[str, Any]]]:
 
 
 def _shown(line: dict[str, Any], step: int, by_token: bool) -> dict[str, Any]:
-    """What the browser shows of a response."""
+    """The fields of a response that the page shows."""
     names = ("uid", "draw", "group", "sample", "label", "extracted", "why", "gold", "reward", "finish_reason", "prompt")
-    found = {name: line[name] for name in names}
+    fields = {name: line[name] for name in names}
     tokens, logprobs = line["tokens"], [round(x, 3) for x in line["logprobs"]]
     advantage = line["advantage"]
-    found |= {"step": step, "length": len(tokens), "advantage": None if advantage is None else round(advantage, 4)}
+    fields |= {"step": step, "length": len(tokens), "advantage": None if advantage is None else round(advantage, 4)}
     if len(tokens) > _MOST_TOKENS:
         half = _MOST_TOKENS // 2
-        found["cut"] = len(tokens) - 2 * half
+        fields["cut"] = len(tokens) - 2 * half
         tokens, logprobs = tokens[:half] + tokens[-half:], logprobs[:half] + logprobs[-half:]
     if by_token:
-        return found | {"tokens": tokens, "logprobs": logprobs}
+        return fields | {"tokens": tokens, "logprobs": logprobs}
     text = line["text"]
-    return found | {
+    return fields | {
         "text": text if len(text) <= _FULL_TEXT else f"{text[: _FULL_TEXT // 2]} … {text[-_FULL_TEXT // 2 :]}"
     }

@@ -1,4 +1,4 @@
-"""The report of a run that goes on, on this machine alone: made anew whenever somebody asks and there is more."""
+"""Serves the report of a run in progress to this machine only; the page is rendered again when the run has grown."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ class LiveReport:
     """Serves `page()` at http://127.0.0.1:port/.
 
     Args:
-        page: makes the page.
-        watched: files whose growth means that there is more.
-        port: 0: any that is free.
+        page: renders the page.
+        watched: files whose growth means that the page is out of date.
+        port: 0 for any free port.
     """
 
     def __init__(self, page: Callable[[], str], watched: list[Path], port: int = 0) -> None:
@@ -26,7 +26,7 @@ class LiveReport:
 
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
-                # A page elsewhere that points its own name at 127.0.0.1 must not read the run.
+                # DNS rebinding: a foreign page whose name resolves to 127.0.0.1 must not read the run.
                 if self.headers.get("Host", "").rpartition(":")[0] not in ("127.0.0.1", "localhost"):
                     self.send_error(403)
                 elif self.path == "/state":
@@ -56,7 +56,7 @@ class LiveReport:
         self.url = f"http://127.0.0.1:{self._server.server_address[1]}/"
 
     def serve(self) -> None:
-        """Until `close`, or Ctrl-C."""
+        """Serve until `close` or Ctrl-C."""
         self._server.serve_forever(0.2)
 
     def close(self) -> None:

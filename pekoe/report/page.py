@@ -1,4 +1,4 @@
-"""The report: one HTML file that needs no network. What models wrote reaches the page as data, never as markup."""
+"""Renders the report: one HTML file that needs no network. Text of models is in the page as data, never as markup."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import jinja2
 from plotly.offline import get_plotlyjs
 
 from pekoe import __version__
+from pekoe.config.base import flatten
 from pekoe.core.journal import Event
 from pekoe.report.charts import charts, timeline
 from pekoe.report.findings import findings, phase_shares
@@ -21,10 +22,10 @@ ASSETS = Path(__file__).with_name("assets")
 
 
 def render(histories: Sequence[History], live: bool = False) -> str:
-    """The page of one run; of several, their curves over one another, and the responses of the first.
+    """The page of one run; with several, their curves share charts, and the responses are those of the first.
 
     Args:
-        live: the page asks its server whether there is news.
+        live: the page asks its server whether the run has grown.
     """
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(ASSETS), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
@@ -53,7 +54,7 @@ def render(histories: Sequence[History], live: bool = False) -> str:
 
 
 def _run(history: History) -> dict[str, Any]:
-    """What the page says of a run beside its charts."""
+    """The data of a run that the page shows beside the charts."""
     steps, config = history.steps, history.config
     return {
         "name": history.name,
@@ -63,29 +64,29 @@ def _run(history: History) -> dict[str, Any]:
         "phases": [(name, f"{share:.0%}", share) for name, share in phase_shares(steps).items()] if steps else [],
         "ledger": history.ledger,
         "resumed": [event["step"] for event in history.of("resumed")],
-        "config": _flat(config),
-        "machine": _flat(history.of("machine")[-1]) if history.of("machine") else [],
+        "config": flatten(config).items(),
+        "machine": flatten(history.of("machine")[-1]).items() if history.of("machine") else [],
     }
 
 
 def _figures(history: History) -> list[tuple[str, str]]:
-    """(what, value) of the headline."""
+    """(label, value) pairs at the top of the page."""
     steps, config, evals = history.steps, history.config, history.of("eval")
-    found = [("model", str(config.get("model", {}).get("path", "not known")))]
+    figures = [("model", str(config.get("model", {}).get("path", "not known")))]
     data = config.get("data", {})
     sources = data.get("train") or ", ".join(source.get("path", "") for source in data.get("sources", []))
-    asked = f" of {config['num_steps']}" if "num_steps" in config else ""
-    found += [("data", str(sources or "not known")), ("steps", f"{len(steps)}{asked}")]
+    planned = f" of {config['num_steps']}" if "num_steps" in config else ""
+    figures += [("data", str(sources or "not known")), ("steps", f"{len(steps)}{planned}")]
     if evals:
-        found.append(("pass@1 before", _pass(evals[0])))
+        figures.append(("pass@1 before", _pass(evals[0])))
     if len(evals) > 1:
-        found.append(("pass@1 after", _pass(evals[-1])))
+        figures.append(("pass@1 after", _pass(evals[-1])))
     if steps and "pass_rate" in steps[0]:
-        found.append(("pass rate of rollouts", f"{steps[0]['pass_rate']:.1%} → {steps[-1]['pass_rate']:.1%}"))
-        found.append(("responses", f"{sum(step['num_rollouts'] for step in steps):,}"))
+        figures.append(("pass rate of rollouts", f"{steps[0]['pass_rate']:.1%} → {steps[-1]['pass_rate']:.1%}"))
+        figures.append(("responses", f"{sum(step['num_rollouts'] for step in steps):,}"))
     if steps:
-        found.append(("time in steps", _duration(sum(map(history.seconds_of, steps)))))
-    return found
+        figures.append(("time in steps", _duration(sum(map(history.seconds_of, steps)))))
+    return figures
 
 
 def _pass(event: Event) -> str:
@@ -99,14 +100,7 @@ def _duration(seconds: float) -> str:
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds} s" if minutes else f"{seconds} s"
 
 
-def _flat(tree: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
-    found: list[tuple[str, str]] = []
-    for key, value in tree.items():
-        found += _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else [(prefix + key, str(value))]
-    return found
-
-
 def _as_script(data: dict[str, Any]) -> str:
-    """JSON that cannot end the element that holds it."""
+    """JSON that cannot close the script element around it."""
     text = json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
     return text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")

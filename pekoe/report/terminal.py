@@ -1,11 +1,11 @@
-"""The live view: a table of the last steps and the bar of the phase in hand; plain lines where there is no terminal."""
+"""Progress on a terminal: a table of the last steps above progress bars; plain lines where there is no terminal."""
 
 from __future__ import annotations
 
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
@@ -20,7 +20,7 @@ from pekoe.core.progress import NoProgress
 
 _KEPT_ROWS = 12
 _SECONDS, _LEAST_SECONDS = "seconds", 12
-_WHOLE_RUN_S = 7 * 86400.0  # the time left is told from the pace of all that was done, not of the last seconds
+_WHOLE_RUN_S = 7 * 86400.0  # the time left is estimated from the whole run's pace, not from the last seconds'
 
 
 def _count(value: float) -> str:
@@ -52,8 +52,7 @@ COLUMNS: tuple[Column, ...] = (
 
 
 def cells(event: Event) -> dict[str, str]:
-    """What the table shows of a `step` event: column header -> text; columns that the step has no value for are
-    absent."""
+    """The table's row for a `step` event: column header -> text. Columns without a value are absent."""
     row: dict[str, str] = {}
     for header, key, form in COLUMNS:
         value = key(event) if callable(key) else event.get(key)
@@ -63,7 +62,7 @@ def cells(event: Event) -> dict[str, str]:
 
 
 def line_of(event: Event) -> str | None:
-    """One line for an event that is no step, None where there is nothing to say."""
+    """One line for an event other than a step; None for an event that is not shown."""
     match event["event"]:
         case "eval":
             low, high = event["ci95"]
@@ -88,24 +87,20 @@ def line_of(event: Event) -> str | None:
 class _Phase:
     name: str
     total: int | None
-    before: int  # of the total, done when it began
-    start: float
-    told: float  # when a line was last said of it
-    done: int = 0  # since it began
-
-    @classmethod
-    def now(cls, name: str, total: int | None, before: int) -> _Phase:
-        return cls(name, total, before, time.monotonic(), time.monotonic())
+    before: int  # items of the total that were done when it began
+    start: float = field(default_factory=lambda: time.monotonic())
+    last_line: float = field(default_factory=lambda: time.monotonic())  # when a line about it was printed
+    done: int = 0  # items since it began
 
     def rate(self) -> str:
-        """Such as `34/s`; where an item takes longer, the seconds of one."""
+        """Items a second, such as `34/s`; seconds an item, where one takes longer than a second."""
         pace = self.done / max(1e-9, time.monotonic() - self.start)
         return (
             f"{pace:,.0f}/s" if pace >= 10 else f"{pace:.1f}/s" if pace >= 1 or not pace else f"{1 / pace:.1f} s each"
         )
 
     def line(self) -> str:
-        """How far it is, at what rate, and the time left at that rate."""
+        """Items done, the rate, and the time left at that rate."""
         if self.total is None:
             return f"{self.name}: {self.done:,}, {self.rate()}"
         line = f"{self.name}: {self.before + self.done:,} of {self.total:,}, {self.rate()}"
@@ -115,11 +110,9 @@ class _Phase:
         return line
 
 
-class PlainView(NoProgress):
-    """One line an event, for logs and pipes; where steps are short, at most one step line in `min_interval_s`.
-
-    Phases that take longer than `progress_s` get a line as often as that.
-    """
+class PlainProgress(NoProgress):
+    """One line an event, for logs and pipes. Steps print at most one line in `min_interval_s`, and phases one every
+    `progress_s`."""
 
     def __init__(self, console: Console, min_interval_s: float = 2.0, progress_s: float = 30.0) -> None:
         self._console, self._interval, self._last = console, min_interval_s, -1e9
@@ -127,14 +120,14 @@ class PlainView(NoProgress):
         self._phases: list[_Phase] = []
 
     def begin(self, phase: str, total: int | None, done: int = 0) -> None:
-        self._phases.append(_Phase.now(phase, total, done))
+        self._phases.append(_Phase(phase, total, done))
 
     def advance(self, done: int = 1) -> None:
         if self._phases:
             phase, now = self._phases[-1], time.monotonic()
             phase.done += done
-            if now - phase.told >= self._progress_s:
-                phase.told = now
+            if now - phase.last_line >= self._progress_s:
+                phase.last_line = now
                 self.say(phase.line())
 
     def end(self) -> None:
@@ -155,7 +148,7 @@ class PlainView(NoProgress):
 
 
 class _TimeColumn(TimeRemainingColumn):
-    """The time left; how long it has taken so far, where nobody knows how much there is to do."""
+    """The time left; the time elapsed for a phase without a total."""
 
     def render(self, task: Task) -> Text:
         if task.total is None:
@@ -163,9 +156,8 @@ class _TimeColumn(TimeRemainingColumn):
         return super().render(task)
 
 
-class LiveView:
-    """A table of the last steps above the progress bars of the run and of the phase in hand. Use as a context
-    manager."""
+class LiveProgress:
+    """A table of the last steps above the progress bars of the open phases. Use as a context manager."""
 
     def __init__(self, console: Console) -> None:
         self._rows: deque[dict[str, str]] = deque(maxlen=_KEPT_ROWS)
@@ -181,7 +173,7 @@ class LiveView:
         self._tasks: list[tuple[TaskID, _Phase]] = []  # phases may nest
         self._live = Live(get_renderable=self._draw, console=console, refresh_per_second=4, transient=True)
 
-    def __enter__(self) -> LiveView:
+    def __enter__(self) -> LiveProgress:
         self._live.start()
         return self
 
@@ -192,7 +184,7 @@ class LiveView:
 
     def begin(self, phase: str, total: int | None, done: int = 0) -> None:
         task = self._progress.add_task(phase, total=total, completed=done, rate="")
-        self._tasks.append((task, _Phase.now(phase, total, done)))
+        self._tasks.append((task, _Phase(phase, total, done)))
 
     def advance(self, done: int = 1) -> None:
         if self._tasks:
@@ -217,7 +209,7 @@ class LiveView:
         return Group(self._table(), self._progress) if self._rows else Group(self._progress)
 
     def _table(self) -> Table:
-        """The last rows, in as many columns as the terminal has room for: none is cut but the last, the seconds."""
+        """The last rows, in as many columns as fit. Only the last column, the seconds, may be cut."""
         table = Table(box=None, pad_edge=False, padding=(0, 1))
         room = self._live.console.width
         shown: list[str] = []
@@ -237,7 +229,7 @@ class LiveView:
         return table
 
 
-def make_view(console: Console | None = None) -> LiveView | PlainView:
-    """The live view on a terminal; plain lines elsewhere, also where a terminal cannot be drawn on (TERM=dumb)."""
+def make_progress(console: Console | None = None) -> LiveProgress | PlainProgress:
+    """The live display on a terminal; plain lines elsewhere, and on a terminal that cannot be redrawn (TERM=dumb)."""
     console = console or Console()
-    return LiveView(console) if console.is_terminal and not console.is_dumb_terminal else PlainView(console)
+    return LiveProgress(console) if console.is_terminal and not console.is_dumb_terminal else PlainProgress(console)

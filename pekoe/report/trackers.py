@@ -1,6 +1,6 @@
-"""The journal's metrics, by the same names, to TensorBoard, Weights & Biases and Trackio, as the recipe's `track` asks.
+"""Sends the journal's metrics, by the same names, to the trackers that the recipe's `track` section names.
 
-The journal is the record; a tracker is a copy for looking at. One that fails is told of and left, and the run goes on.
+The journal is the record. A failing tracker is reported once and disabled; the run continues.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from pekoe.core.errors import UserError
 from pekoe.core.journal import Event
 from pekoe.core.progress import ProgressReporter
 
-Numbers = dict[str, float]
+Metrics = dict[str, float]
 
 
 class Tracker(Protocol):
-    """Takes the numbers of an event; any exception is its end, not the run's."""
+    """Receives the metrics of an event. Any exception disables the tracker, not the run."""
 
-    def take(self, step: int, numbers: Numbers) -> None: ...
+    def log(self, step: int, metrics: Metrics) -> None: ...
 
     def resume(self, step: int) -> None:
-        """What was taken of later steps is void."""
+        """Metrics of later steps are void: the run continues after `step`."""
         ...
 
     def close(self) -> None: ...
@@ -40,12 +40,12 @@ class TensorBoard:
         self._make: Callable[..., Any] = _package("tensorboardX", "pip install tensorboardX").SummaryWriter
         self._folder, self._purge = folder, None
 
-    def take(self, step: int, numbers: Numbers) -> None:
+    def log(self, step: int, metrics: Metrics) -> None:
         if self._writer is None:
-            # A name of its own also where a run goes on within the second in which it began.
+            # The suffix keeps the file names apart of a run that resumes within the second in which it began.
             suffix = f".{self._purge or 0}"
             self._writer = self._make(str(self._folder), purge_step=self._purge, flush_secs=10, filename_suffix=suffix)
-        for name, value in numbers.items():
+        for name, value in metrics.items():
             self._writer.add_scalar(name, value, step)
 
     def resume(self, step: int) -> None:
@@ -59,15 +59,15 @@ class TensorBoard:
 
 
 class Hosted:
-    """Weights & Biases, or Trackio, whose Python is the same. A run that goes on is the same run there; neither takes
-    a step back, so that steps done again after a kill keep the values that came first."""
+    """Weights & Biases, or Trackio, whose Python API is the same. A resumed run is the same run there. Neither can take
+    a step back: steps that are repeated after a kill keep their first values."""
 
     def __init__(self, package: str, project: str, run: Path, config: Mapping[str, Any], **more: Any) -> None:
         self._package = _package(package, f"pip install 'pekoe[{package}]'")
         self._run = self._package.init(project=project, name=run.name, config=dict(config), resume="allow", **more)
 
-    def take(self, step: int, numbers: Numbers) -> None:
-        self._package.log(numbers, step=step)
+    def log(self, step: int, metrics: Metrics) -> None:
+        self._package.log(metrics, step=step)
 
     def resume(self, step: int) -> None: ...
 
@@ -82,10 +82,10 @@ def _package(name: str, install: str) -> Any:
         raise UserError(f"track: expected the package {name}, which is not installed: {install}") from None
 
 
-def numbers_of(event: Event) -> Numbers:
-    """The event's metrics by their journal names; those of other events than steps begin with the event's name."""
+def metrics_of(event: Event) -> Metrics:
+    """The event's metrics by their journal names; those of events other than steps begin with the event's name."""
     prefix = "" if event["event"] == "step" else f"{event['event']}/"
-    found: Numbers = {}
+    metrics: Metrics = {}
     for name, value in event.items():
         if name in ("event", "time", "step"):
             continue
@@ -94,12 +94,14 @@ def numbers_of(event: Event) -> Numbers:
             parts = [(f"{name}/{inner}", number) for inner, number in value.items()]
         elif name == "ci95":
             parts = [("ci95/low", value[0]), ("ci95/high", value[1])]
-        found |= {prefix + key: float(x) for key, x in parts if isinstance(x, (int, float)) and not isinstance(x, bool)}
-    return found
+        metrics |= {
+            prefix + key: float(x) for key, x in parts if isinstance(x, (int, float)) and not isinstance(x, bool)
+        }
+    return metrics
 
 
-class TrackedView:
-    """A view whose events go to trackers, too."""
+class TrackedProgress:
+    """A progress reporter whose events also go to trackers."""
 
     def __init__(self, view: ProgressReporter, trackers: list[Tracker]) -> None:
         self._view, self._trackers = view, trackers
@@ -110,8 +112,8 @@ class TrackedView:
         if event["event"] == "resumed":
             self._each(lambda tracker: tracker.resume(event["step"]))
         elif event["event"] in ("step", "eval", "eval_loss"):
-            numbers = numbers_of(event)
-            self._each(lambda tracker: tracker.take(event["step"], numbers))
+            metrics = metrics_of(event)
+            self._each(lambda tracker: tracker.log(event["step"], metrics))
 
     def close(self) -> None:
         self._each(lambda tracker: tracker.close())
@@ -120,7 +122,7 @@ class TrackedView:
         for tracker in list(self._trackers):
             try:
                 call(tracker)
-            except Exception as error:  # of whatever kind: a copy is not worth a run
+            except Exception as error:  # of any type: a copy of the journal must not end a run
                 self._trackers.remove(tracker)
                 name = type(tracker).__name__
                 self._view.say(
@@ -133,20 +135,20 @@ class TrackedView:
 def tracking(
     section: Logging, run: Path, config: Mapping[str, Any], view: ProgressReporter
 ) -> Iterator[ProgressReporter]:
-    """`view`, with the trackers that the recipe asks for; UserError where one cannot be had."""
+    """`view` with the trackers that the recipe names. Raises UserError where a tracker's package is missing."""
     trackers: list[Tracker] = []
     if section.tensorboard:
         trackers.append(TensorBoard(run / "tensorboard"))
     if section.wandb is not None:
-        same = hashlib.sha256(str(run.resolve()).encode()).hexdigest()[:16]  # wherever it goes on from
+        run_id = hashlib.sha256(str(run.resolve()).encode()).hexdigest()[:16]  # the same after a resume
         run.mkdir(parents=True, exist_ok=True)
-        trackers.append(Hosted("wandb", section.wandb, run, config, id=same, dir=str(run)))
+        trackers.append(Hosted("wandb", section.wandb, run, config, id=run_id, dir=str(run)))
     if section.trackio is not None:
         trackers.append(Hosted("trackio", section.trackio, run, config))
     if not trackers:
         yield view
         return
-    tracked = TrackedView(view, trackers)
+    tracked = TrackedProgress(view, trackers)
     try:
         yield tracked
     finally:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from pekoe.config.data import ProblemSection
 from pekoe.config.recipes import (
     CurateConfig,
     EvalConfig,
@@ -29,7 +30,6 @@ from pekoe.core.spec import ModelSpec
 from pekoe.core.types import IntArray, Problem, SamplingParams
 from pekoe.data.mix import DataReport, gather_problems
 from pekoe.data.order import DataOrder
-from pekoe.data.problems import read_problems
 from pekoe.data.tokenizer import Tokenizer
 from pekoe.engine.base import EngineKind
 from pekoe.engine.embedded import EmbeddedEngine
@@ -43,7 +43,7 @@ from pekoe.run.judging import make_judge
 from pekoe.run.metrics import StepCounters
 from pekoe.run.records import LocalRecords, RecordWriter
 from pekoe.run.rollouts import Rollouts
-from pekoe.run.run_dir import RunDir
+from pekoe.run.run_dir import RunDir, with_date
 from pekoe.train import Layout, Trainer
 from pekoe.train.memory import limit_malloc_cache
 from pekoe.weights import LocalSender, WeightChannel, forward_logprobs
@@ -105,25 +105,12 @@ def open_model(model: ModelSection) -> tuple[Decoder, Tokenizer, torch.dtype]:
 def open_problems(
     path: str, tokenizer: Tokenizer, max_prompt_tokens: int, skip: bool, view: ProgressReporter
 ) -> list[Problem]:
-    """Read problems whose prompts fit. One that does not is an error, or skipped and reported."""
-    file = read_problems(Path(path), skip_malformed=skip)
-    kept, too_long = [], []
-    for problem in file.problems:
-        size = len(tokenizer.encode_prompt(problem.messages))
-        if size <= max_prompt_tokens:
-            kept.append(problem)
-        elif skip:
-            too_long.append(problem.uid)
-        else:
-            raise UserError(
-                f"{path}: problem {problem.uid!r}: expected a prompt of at most {max_prompt_tokens} tokens "
-                f"(max_prompt_tokens), got {size}; raise the limit, or set data.skip_malformed = true"
-            )
-    if file.skipped or too_long:
-        view.say(f"{path}: skipped {len(file.skipped)} malformed lines and {len(too_long)} prompts too long")
-    if not kept:
-        raise UserError(f"{path}: expected problems, got none that can be used")
-    return kept
+    """Read an evaluation set. A prompt that is too long is an error, or skipped and reported."""
+    data = ProblemSection(train=path, max_prompt_tokens=max_prompt_tokens, skip_malformed=skip)
+    problems, report = gather_problems(data, 0, tokenizer, view)
+    if losses := report.losses(path):
+        view.say(f"{path}: skipped {losses}")
+    return problems
 
 
 def check_context(spec: ModelSpec, max_prompt_tokens: int, max_new_tokens: int) -> None:
@@ -356,6 +343,7 @@ def open_task(config: RLConfig, spec: ModelSpec, tokenizer: Tokenizer, view: Pro
 def build_rl(config: RLConfig, view: ProgressReporter, stop: Stop, stack: ExitStack) -> RLParts:
     """Everything for `pekoe rl` in one process. What must be closed is pushed on `stack`."""
     require_single_process("rl")
+    config = with_date(config)
     prepare(config.run, config.train)
     model, tokenizer, dtype = open_model(config.model)
     machine = describe(next(model.parameters()).device, dtype)  # before an engine takes what memory there is

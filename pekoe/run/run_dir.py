@@ -23,10 +23,12 @@ import time
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass
+from datetime import date
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
-from pekoe.config.recipes import TrainingConfig, dump_config, load_config
+from pekoe.config.base import flatten
+from pekoe.config.recipes import TrainingConfig, dump_config, load_config, read_toml
 from pekoe.core.errors import RunError, UserError
 from pekoe.core.io import fsync
 from pekoe.core.journal import Journal, JsonLines, Listener
@@ -46,6 +48,8 @@ class Progress:
         """From a checkpoint's JSON; `measured` is an older name of `evaluated`."""
         return cls(state["step"], state["order"], state.get("evaluated", state.get("measured", True)))
 
+
+C = TypeVar("C", bound=TrainingConfig)
 
 # Keys that may differ between a run and its continuation: how long it goes on, how often it saves, on what machine. How
 # the work is split (threads, processes, micro-batches) moves the last bits of sums: bits are the same with the same.
@@ -135,8 +139,9 @@ class RunDir:
             ) from None
         file = self.path / "config.toml"
         if file.exists():
-            before = _flat(load_config(file, kind=type(self._config)).model_dump())
-            now = _flat(self._config.model_dump())
+            now = flatten(self._config.model_dump())
+            before = flatten(load_config(file, kind=type(self._config)).model_dump())
+            before["model.template.date"] = before["model.template.date"] or now["model.template.date"]  # see with_date
             fixed = (k for k in now if k not in MAY_CHANGE and not k.startswith(MAY_CHANGE_BELOW))
             differ = [k for k in fixed if now[k] != before.get(k)]
             if differ and any((self.path / "checkpoints").glob("step-*")):
@@ -251,6 +256,20 @@ class RunDir:
         return size
 
 
+def with_date(config: C) -> C:
+    """`config` with the date that its chat template prints: its own, else the run directory's, else today's.
+
+    A template that prints the date would otherwise give other prompts on the day after, and a resumed run other bits.
+    A run directory that was written without a date takes today's.
+    """
+    template, file = config.model.template, Path(config.run.dir) / "config.toml"
+    if template.date is not None:
+        return config
+    kept = read_toml(file).get("model", {}).get("template", {}).get("date") if file.is_file() else None
+    template = template.model_copy(update={"date": kept or date.today().isoformat()})
+    return config.model_copy(update={"model": config.model.model_copy(update={"template": template})})
+
+
 def checkpoints(run_dir: Path) -> list[Path]:
     """The checkpoints of a run, oldest first."""
     return sorted((run_dir / "checkpoints").glob("step-*"))
@@ -263,13 +282,6 @@ def _set_aside(file: Path, folder: Path) -> None:
     while (target := folder / (f"{file.name}.{number}" if number else file.name)).exists():
         number += 1
     os.replace(file, target)
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
-    return flat
 
 
 def _to_disk(folder: Path) -> int:

@@ -85,7 +85,7 @@ def decided_by(config: CurateConfig | EvalConfig) -> dict[str, Any]:
         "model.weights": weights.hexdigest()[:16],
         "model.dtype": config.model.dtype,
         "engine.backend": config.engine.backend,
-        "model.template": config.model.template.model_dump(),
+        "model.template": config.model.template.model_dump(exclude_none=True),
         "verify.random": config.verify.random,
         "verify.unboxed": config.verify.unboxed,
         "run.seed": config.run.seed,

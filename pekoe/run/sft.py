@@ -15,13 +15,13 @@ from pekoe.core.progress import NoProgress, ProgressReporter, phase
 from pekoe.core.roofline import training_bytes, training_flops
 from pekoe.core.types import Sample
 from pekoe.data.order import DataOrder
-from pekoe.data.sft_data import Demonstration, read_demonstrations
+from pekoe.data.problems import Demonstration, read_demonstrations
 from pekoe.data.tokenizer import Tokenizer
 from pekoe.run.build import open_model, prepare
 from pekoe.run.distributed import joined, make_layout
 from pekoe.run.hardware import describe
 from pekoe.run.interrupt import StepTimer, Stop
-from pekoe.run.run_dir import Progress, RunDir
+from pekoe.run.run_dir import Progress, RunDir, with_date
 from pekoe.train import Trainer
 
 
@@ -35,6 +35,7 @@ def run_sft(config: SFTConfig, view: ProgressReporter) -> None:
 
 
 def _run(config: SFTConfig, view: ProgressReporter, leader: bool) -> None:
+    config = with_date(config)
     prepare(config.run, config.train)
     model, tokenizer, dtype = open_model(config.model)
     context = model.spec.max_positions

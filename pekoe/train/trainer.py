@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -19,7 +20,7 @@ from pekoe.algo.allocation import allocate, assign
 from pekoe.algo.loss import Sums, chosen_logprobs
 from pekoe.algo.packing import MicroBatch, pack
 from pekoe.config.recipes import OptimSection
-from pekoe.core.loop import Counters, StepStats
+from pekoe.core.loop import StepStats
 from pekoe.core.spec import ModelSpec
 from pekoe.core.types import AnySample, FloatArray
 from pekoe.model import Decoder
@@ -102,13 +103,15 @@ class Trainer:
         self.num_not_finite = 0  # optimizer steps in a row, the last ones, whose loss or gradient was not finite
         self._optim, self._total = optim, total_updates
         self._token_budget, self.temperature, self.compute_dtype = token_budget, temperature, compute_dtype
+        self._busy_s, self._num_tokens = 0.0, 0
 
     def skip(self, num_updates: int) -> None:
         """Advance the schedule without an update."""
         self.num_updates += num_updates
 
-    def counters(self) -> Counters:
-        return {}
+    def counters(self) -> dict[str, float]:
+        """Seconds at work in `step` and `logprobs`, and tokens that all ranks computed in them, since it was made."""
+        return {"busy_s": self._busy_s, "num_tokens": self._num_tokens}
 
     def any(self, flag: bool) -> bool:
         """Whether `flag` is set at any of the processes that train."""
@@ -148,6 +151,7 @@ class Trainer:
         max_mean_ratio: float | None = None,
     ) -> StepStats:
         """As `step`, of a minibatch of which this process is given its own share alone."""
+        start = time.perf_counter()
         peak = PeakMemory(self.device)
         divisor = float(denominator or share.num_targets)
         self.optimizer.zero_grad(set_to_none=True)
@@ -178,6 +182,7 @@ class Trainer:
         self.num_updates += 1
         self.num_not_finite = self.num_not_finite + 1 if skipped and skipped.startswith("not finite") else 0
         self.optimizer.zero_grad(set_to_none=True)
+        self._count(share, start)
         most = peak.bytes
         if self._layout is not None and most is not None:
             most = int(self._layout.sum(torch.tensor(most, dtype=torch.float64, device=self.device), largest=True))
@@ -201,14 +206,19 @@ class Trainer:
     def logprobs_on(self, share: Share, reference: bool = False) -> list[list[FloatArray]]:
         """As `logprobs`, of this process's share: for each micro-batch, those of its samples."""
         assert self.reference is not None or not reference, "no reference model was loaded"
-        found: list[list[FloatArray]] = []
+        start, found = time.perf_counter(), list[list[FloatArray]]()
         for members in share.bins:
             batch = pack([sample.resolve() for sample in members]).to(self.device)
             flat = np.zeros(len(batch.tokens), np.float32)
             logprobs = self._logprobs(batch, self.reference if reference else None)[0]
             flat[batch.targets.cpu().numpy()] = logprobs.float().cpu().numpy()
             found.append(np.split(flat, np.cumsum([len(sample) for sample in members])[:-1]))
+        self._count(share, start)
         return found
+
+    def _count(self, share: Share, start: float) -> None:
+        self._busy_s += time.perf_counter() - start
+        self._num_tokens += share.num_tokens
 
     def _share(self, samples: Sequence[AnySample]) -> Share:
         layout = self._layout

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from pekoe.core.errors import UserError
 from pekoe.core.types import Problem
 from pekoe.data import read_problems, write_problems
-from pekoe.data.formats import last_boxed
+from pekoe.data.formats import reference_box
 
 NATIVE = {"uid": "a", "prompt": "1+1=", "answer": "2", "kind": "math"}
 File = Callable[..., Path]
@@ -302,9 +302,9 @@ def test_malformed_rows_are_refused_with_their_place_or_skipped(file: File, case
         read_problems(path)
     assert str(caught.value).startswith(f"{path}:3: ")
     assert message in str(caught.value)
-    found = read_problems(path, skip_malformed=True)
-    assert [problem.uid for problem in found.problems] == ["a", "last"]
-    ((line, reason),) = found.skipped
+    read = read_problems(path, skip_malformed=True)
+    assert [problem.uid for problem in read.problems] == ["a", "last"]
+    ((line, reason),) = read.skipped
     assert line == 3
     assert message in reason
 
@@ -382,8 +382,8 @@ def test_writing_fails_whole(tmp_path: Path):
         ("none", None),
     ],
 )
-def test_last_boxed(text: str, inside: str | None):
-    assert last_boxed(text) == inside
+def test_reference_box(text: str, inside: str | None):
+    assert reference_box(text) == inside
 
 
 @pytest.mark.parametrize(

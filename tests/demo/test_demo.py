@@ -8,8 +8,7 @@ import pytest
 from pekoe.config import RLConfig, SFTConfig, load_config
 from pekoe.core import UserError
 from pekoe.core.progress import NoProgress
-from pekoe.data.problems import read_problems
-from pekoe.data.sft_data import read_demonstrations
+from pekoe.data.problems import read_demonstrations, read_problems
 from pekoe.demo.run import NUM_WORKED, make_data, rl_recipe, run_demo, sft_recipe
 
 

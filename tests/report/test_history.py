@@ -58,7 +58,7 @@ def test_of_a_long_response_the_beginning_and_the_end_are_shown(tmp_path: Path):
     assert len(line["logprobs"]) == len(line["tokens"]) == 1500
 
 
-def test_what_is_no_run_directory_is_said_with_the_runs_near_it(run_dir: Path):
+def test_a_path_that_is_no_run_directory_is_refused_with_the_runs_below_it(run_dir: Path):
     with pytest.raises(UserError, match=r"got the runs run below it"):
         read_history(run_dir.parent)
     with pytest.raises(UserError, match=r"got nothing there"):

@@ -89,12 +89,12 @@ def test_the_sentences_say_where_time_goes_and_what_would_help(run_dir: Path):
         ({"idle_engines": 0.6, "idle_ranks": 0.4, "num_lost_engines": 2}, "idle for 60% and a rank for 40%"),
     ],
 )
-def test_what_is_wrong_is_said(tmp_path: Path, change: dict[str, Any], said: str):
+def test_problems_of_a_run_are_reported(tmp_path: Path, change: dict[str, Any], said: str):
     run = write_run(tmp_path / "run", [step_event(1, **change), step_event(2, **change)], {})
     assert any(said in sentence for sentence in findings(read_history(run)))
 
 
-def test_the_long_tail_is_told_from_lengths(tmp_path: Path):
+def test_the_long_tail_is_estimated_from_lengths(tmp_path: Path):
     lines = [response(0, i, tokens=[2] * (100 if i == 7 else 20), logprobs=[-1.0]) for i in range(8)]
     run = write_run(tmp_path / "run", [step_event(1)], {"000001": lines})
     assert any("for 80% of the longest response" in sentence for sentence in findings(read_history(run)))
@@ -133,7 +133,7 @@ def test_a_run_that_goes_on_elsewhere_is_measured_there(tmp_path: Path):
     assert [share for _, _, share, _ in used] == pytest.approx([0.2, 0.1])
 
 
-def test_without_a_measured_machine_nothing_is_said_of_bounds(tmp_path: Path):
+def test_without_a_measured_machine_no_bound_is_reported(tmp_path: Path):
     cluster = {key: value for key, value in MACHINE.items() if key not in ("flop_s", "byte_s")}
     run = write_run(tmp_path / "run", [cluster, step_event(1, train_flops=6e8, train_bytes=1e7)], {})
     history = read_history(run)

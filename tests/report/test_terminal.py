@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console, ConsoleDimensions
 
 from pekoe.core.progress import ProgressReporter, phase
-from pekoe.report import LiveView, PlainView, make_view
+from pekoe.report import LiveProgress, PlainProgress, make_progress
 from pekoe.report.terminal import cells
 
 STEP: dict[str, Any] = {
@@ -49,8 +49,8 @@ def test_cells_leave_out_what_was_not_measured():
 
 def test_a_pipe_gets_plain_lines():
     c = console(80, terminal=False)
-    view = make_view(c)
-    assert isinstance(view, PlainView)
+    view = make_progress(c)
+    assert isinstance(view, PlainProgress)
     with phase(view, "rollout", 4):
         view.advance()
     view.event(STEP)
@@ -67,11 +67,11 @@ def test_a_pipe_gets_plain_lines():
     assert "\x1b" not in printed(c)
 
 
-def test_a_pipe_hears_of_phases_that_take_long(monkeypatch: pytest.MonkeyPatch):
+def test_a_pipe_gets_lines_on_long_phases(monkeypatch: pytest.MonkeyPatch):
     now = [0.0]
     monkeypatch.setattr("pekoe.report.terminal.time.monotonic", lambda: now[0])
     c = console(80, terminal=False)
-    view = make_view(c)
+    view = make_progress(c)
     with phase(view, "steps", 100, done=40):
         for _ in range(2):
             with phase(view, "rollout", 300):
@@ -93,7 +93,7 @@ def test_a_pipe_hears_of_phases_that_take_long(monkeypatch: pytest.MonkeyPatch):
 def test_a_terminal_shows_the_time_left_of_the_whole_run():
     now = [0.0]
     c = Console(file=io.StringIO(), width=100, force_terminal=True, get_time=lambda: now[0], _environ={"TERM": "xterm"})
-    view = LiveView(c)
+    view = LiveProgress(c)
     with view, phase(view, "steps", 100, done=40):
         for _ in range(3):
             now[0] += 1000  # a step takes longer than bars look back by default
@@ -109,8 +109,8 @@ def test_a_terminal_shows_the_time_left_of_the_whole_run():
 def test_a_terminal_gets_a_table_however_narrow():
     for width in (200, 60, 20):
         c = console(width, terminal=True)
-        view = make_view(c)
-        assert isinstance(view, LiveView)
+        view = make_progress(c)
+        assert isinstance(view, LiveProgress)
         with view:
             follow(view)
         text = printed(c)
@@ -122,14 +122,14 @@ def test_a_terminal_gets_a_table_however_narrow():
 
 def test_a_terminal_that_cannot_be_drawn_on_gets_plain_lines():
     c = Console(file=io.StringIO(), force_terminal=True, _environ={"TERM": "dumb"})
-    assert isinstance(make_view(c), PlainView)
+    assert isinstance(make_progress(c), PlainProgress)
 
 
 @pytest.mark.parametrize("environment", [{"NO_COLOR": "1"}, {}])
 def test_no_colour_where_none_is_wanted(environment: dict[str, str]):
     c = Console(file=io.StringIO(), width=100, force_terminal=True, _environ={"TERM": "xterm-256color", **environment})
-    view = make_view(c)
-    assert isinstance(view, LiveView)
+    view = make_progress(c)
+    assert isinstance(view, LiveProgress)
     with view, phase(view, "rollout", 4):
         view.advance(3)
         view.say("drawn again below this")
@@ -140,7 +140,7 @@ def test_no_colour_where_none_is_wanted(environment: dict[str, str]):
 def test_a_terminal_that_is_resized_while_a_phase_goes_on():
     environment = {"TERM": "xterm", "COLUMNS": "160"}
     c = Console(file=io.StringIO(), force_terminal=True, color_system=None, _environ=environment)
-    view = LiveView(c)
+    view = LiveProgress(c)
     with view:
         for width in (160, 40, 9, 120):
             c.size = ConsoleDimensions(width, 24)

@@ -13,11 +13,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from pekoe.config.recipes import Logging
 from pekoe.core.errors import UserError
 from pekoe.core.progress import NoProgress
-from pekoe.report.trackers import numbers_of, tracking
+from pekoe.report.trackers import metrics_of, tracking
 from tests.report.conftest import step_event
 
 
-class Ears(NoProgress):
+class Recorder(NoProgress):
     def __init__(self) -> None:
         self.said: list[str] = []
         self.events: list[str] = []
@@ -36,12 +36,12 @@ def scalars(folder: Path, name: str) -> list[tuple[int, float]]:
 
 
 def test_numbers_have_the_journals_names():
-    numbers = numbers_of(step_event(1))
+    numbers = metrics_of(step_event(1))
     assert numbers["reward"] == -4.0
     assert numbers["seconds/rollout"] == 6.0
     assert not {"event", "time", "step", "seconds"} & set(numbers)
     event = {"event": "eval", "time": 1.0, "step": 3, "pass_at_1": 0.5, "ci95": [0.4, 0.6], "examples": ["x"]}
-    assert numbers_of(event) == {"eval/pass_at_1": 0.5, "eval/ci95/low": 0.4, "eval/ci95/high": 0.6}
+    assert metrics_of(event) == {"eval/pass_at_1": 0.5, "eval/ci95/low": 0.4, "eval/ci95/high": 0.6}
 
 
 def test_tensorboard_shows_each_step_once_also_of_a_run_that_went_on(tmp_path: Path):
@@ -76,7 +76,7 @@ class FakeWandb(ModuleType):
 
 
 def test_a_tracker_that_fails_is_left_and_the_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    wandb, ears = FakeWandb(), Ears()
+    wandb, ears = FakeWandb(), Recorder()
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     section = Logging(wandb="project", tensorboard=True)
     with tracking(section, tmp_path / "run", {"seed": 1}, ears) as view:
@@ -102,7 +102,7 @@ def test_a_run_that_goes_on_is_the_same_run_there(tmp_path: Path, monkeypatch: p
     assert ids[0] == ids[1]
 
 
-def test_a_package_that_is_absent_is_said_before_anything_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_an_absent_package_is_an_error_before_the_run_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "trackio", None)
     message = r"expected the package trackio, which is not installed: pip install 'pekoe\[trackio\]'"
     with pytest.raises(UserError, match=message), tracking(Logging(trackio="p"), tmp_path, {}, NoProgress()):

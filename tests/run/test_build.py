@@ -9,6 +9,8 @@ from typing import Any
 
 from pekoe.core.journal import read_lines
 from pekoe.core.progress import NoProgress
+from pekoe.data import Tokenizer
+from pekoe.run.build import open_problems
 
 
 class Heard(NoProgress):
@@ -42,3 +44,14 @@ def test_a_mix_is_drawn_by_weight_and_goes_on_after_a_stop(tiny_dir: Path, tmp_p
     assert {uid for uid, epoch in drawn if epoch == 0} == {uid for uid, epoch in drawn if epoch == 1}
     dropped = [json.loads(line) for line in (tmp_path / "run" / "data.jsonl").read_text().splitlines()]
     assert Counter(line["reason"] for line in dropped) == {"not drawn": 4, "malformed": 1, "duplicate": 1}
+
+
+def test_an_evaluation_set_is_read_in_order_and_its_losses_are_reported(tiny_dir: Path, tmp_path: Path):
+    path = tmp_path / "eval.jsonl"
+    prompts = ["1+1=", "1+1=", "1+1+1+1+1=", "2+2="]  # an evaluation set keeps its repeats
+    rows = [{"uid": str(i), "prompt": prompt, "answer": "2"} for i, prompt in enumerate(prompts)]
+    path.write_text("\n".join(json.dumps(row) for row in [*rows, {"promt": 1}]))
+    view, tokenizer = Heard(), Tokenizer.load(tiny_dir / "model")
+    problems = open_problems(str(path), tokenizer, 8, True, view)
+    assert [problem.uid for problem in problems] == ["0", "1", "3"]
+    assert view.said == [f"{path}: skipped 1 malformed, 1 too long"]

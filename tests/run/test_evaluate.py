@@ -13,7 +13,7 @@ import pytest
 from pekoe.config import EvalConfig, load_config
 from pekoe.core import UserError
 from pekoe.core.progress import NoProgress
-from pekoe.core.types import Label
+from pekoe.core.types import Completion, Label, Record, Request, Trajectory
 from pekoe.run.eval_metrics import majority_at_k, paired, pass_at_1, pass_at_k, powers_up_to
 from pekoe.run.evaluate import compare, run_eval
 from pekoe.run.sample_store import ProblemResult
@@ -152,22 +152,20 @@ def test_a_judged_evaluation_sees_right_answers(
 ):
     """The whole path from tokens to verdict, with an engine that is made to answer right every second time."""
     from pekoe.data.tokenizer import Tokenizer
-    from pekoe.engine import EmbeddedEngine
 
     tokenizer = Tokenizer.load(tiny_dir / "model")
-    generate = EmbeddedEngine.generate
     boxes = ["boxed"]
 
-    def answer(self: EmbeddedEngine, prompts: Any, params: Any):
-        from dataclasses import replace
+    def right_every_second_time(request: Request, completion: Completion) -> Trajectory:
+        a, b = request.uid.split("+")
+        value = int(a) + int(b) + request.sample % 2
+        tokens = tokenizer.encode_response(f"\\boxed{{{value}}}" if boxes else f"={value}")
+        record = Record.of(request.tokens, tokens, np.zeros(len(tokens), np.float32))
+        return Trajectory(
+            request.uid, request.draw, request.sample, len(request.tokens), len(tokens), "stop", (), record
+        )
 
-        for rollout in generate(self, prompts, params):
-            a, b = rollout.uid.split("+")
-            value = int(a) + int(b) + rollout.sample_index % 2
-            tokens = tokenizer.encode_response(f"\\boxed{{{value}}}" if boxes else f"={value}")
-            yield replace(rollout, payload=replace(rollout.payload.resolve(), tokens=tokens))
-
-    monkeypatch.setattr(EmbeddedEngine, "generate", answer)
+    monkeypatch.setattr(Trajectory, "of", right_every_second_time)
     tree = tree_of(tiny_dir, samples=4)
     result = run_eval(load_config(tree, kind=EvalConfig), NoProgress())
     boxes.clear()

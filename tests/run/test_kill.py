@@ -17,7 +17,7 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from pekoe.config import RLConfig, SFTConfig, load_config
 from pekoe.core.journal import read_lines
-from pekoe.data.sft_data import Demonstration, write_demonstrations
+from pekoe.data.problems import Demonstration, write_demonstrations
 from pekoe.run.run_dir import checkpoints
 from tests.run import killed
 from tests.run.killed import Point

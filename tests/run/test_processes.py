@@ -17,7 +17,7 @@ from pekoe.config.recipes import ParallelSection
 from pekoe.core import UserError
 from pekoe.core.journal import read_lines
 from pekoe.core.progress import NoProgress
-from pekoe.data.sft_data import Demonstration, write_demonstrations
+from pekoe.data.problems import Demonstration, write_demonstrations
 from pekoe.model import load_model
 from pekoe.run.distributed import make_layout, require_single_process
 from pekoe.run.sft import run_sft

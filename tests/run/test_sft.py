@@ -11,7 +11,7 @@ from pekoe.config import SFTConfig, load_config
 from pekoe.core import Interrupted, UserError
 from pekoe.core.journal import read_lines
 from pekoe.core.progress import NoProgress
-from pekoe.data.sft_data import Demonstration, write_demonstrations
+from pekoe.data.problems import Demonstration, write_demonstrations
 from pekoe.data.tokenizer import Tokenizer
 from pekoe.model import PackedAttention, load_model
 from pekoe.run.sft import run_sft, to_sample

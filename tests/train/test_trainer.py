@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -188,7 +189,8 @@ def test_state_goes_round(make_model: MakeModel):
     b = Trainer(make_model(seed=2), OPTIM, 1000, 10)
     b.load_state_dict(a.state_dict())
     assert b.num_updates == 1
-    assert a.step(samples, PPO) == b.step(samples, PPO)
+    ours, theirs = (replace(trainer.step(samples, PPO), peak_bytes=None) for trainer in (a, b))
+    assert ours == theirs
 
 
 def saved_bytes(trainer: Trainer, samples: list[Sample]) -> int:

@@ -58,13 +58,13 @@ function fill(name, values) {
 const distinct = (key) => [...new Set(data.responses.map((line) => line[key]))].filter((value) => value !== null);
 
 function passes(line) {
-  const wanted = Object.fromEntries(new FormData(filters));
-  const words = wanted.text.toLowerCase();
-  return (!wanted.step || line.step === Number(wanted.step))
-    && (!wanted.label || line.label === wanted.label)
-    && (!wanted.reward || line.reward === Number(wanted.reward))
-    && (!wanted.shortest || line.length >= Number(wanted.shortest))
-    && (!wanted.longest || line.length <= Number(wanted.longest))
+  const filter = Object.fromEntries(new FormData(filters));
+  const words = filter.text.toLowerCase();
+  return (!filter.step || line.step === Number(filter.step))
+    && (!filter.label || line.label === filter.label)
+    && (!filter.reward || line.reward === Number(filter.reward))
+    && (!filter.shortest || line.length >= Number(filter.shortest))
+    && (!filter.longest || line.length <= Number(filter.longest))
     && (!words || textOf.get(line).toLowerCase().includes(words) || line.prompt.toLowerCase().includes(words)
       || line.uid.toLowerCase().includes(words));
 }
@@ -78,9 +78,9 @@ function element(kind, words, name) {
 
 function list() {
   const place = document.getElementById("groups");
-  const found = [...groups].filter(([, lines]) => lines.some(passes));
-  document.getElementById("count").textContent = `${found.length} of ${groups.size} groups`;
-  place.replaceChildren(...found.slice(0, 500).map(([key, lines]) => {
+  const matching = [...groups].filter(([, lines]) => lines.some(passes));
+  document.getElementById("count").textContent = `${matching.length} of ${groups.size} groups`;
+  place.replaceChildren(...matching.slice(0, 500).map(([key, lines]) => {
     const button = element("button", `step ${lines[0].step} · ${lines[0].uid} `);
     const dots = element("span", undefined, "dots");
     for (const line of lines) dots.append(element("span", passes(line) ? "●" : "○", line.label));
@@ -146,7 +146,7 @@ if (filters) {
   list();
 }
 
-// Following a run: the page comes anew when there is more, unless somebody reads a response.
+// Following a run: reload the page when the run has grown, unless the reader has opened a response.
 
 if ("live" in document.body.dataset) {
   let seen = null;
@@ -155,12 +155,12 @@ if ("live" in document.body.dataset) {
     try {
       now = await (await fetch("state")).text();
     } catch {
-      document.getElementById("news").textContent = " · its server is gone";
+      document.getElementById("news").textContent = " · the server has stopped";
       return;
     }
     if (seen !== null && now !== seen) {
       if (shown === null) location.reload();
-      else document.getElementById("news").textContent = " · there is more: reload the page";
+      else document.getElementById("news").textContent = " · the run has grown: reload the page";
     }
     seen ??= now;
   }, 3000);

@@ -49,9 +49,9 @@ def test_malformed_rows(tmp_path: Path, row: dict[str, object], message: str):
         read_demonstrations(path)
     assert str(caught.value).startswith(f"{path}:2: ")
     assert message in str(caught.value)
-    found = read_demonstrations(path, skip_malformed=True)
-    assert len(found.demonstrations) == 1
-    assert found.skipped[0][0] == 2
+    file = read_demonstrations(path, skip_malformed=True)
+    assert len(file.demonstrations) == 1
+    assert file.skipped[0][0] == 2
 
 
 def test_what_is_written_is_read_back(tmp_path: Path):

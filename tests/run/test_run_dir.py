@@ -1,0 +1,73 @@
+"""The date that chat templates print is fixed when a run begins, and kept with it (I5)."""
+
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pekoe.config import SFTConfig, load_config
+from pekoe.core import UserError
+from pekoe.data import Tokenizer
+from pekoe.run import run_dir
+from pekoe.run.run_dir import RunDir, with_date
+
+TEMPLATE = (
+    b"{% for message in messages %}<|user|>{{ message.content }}{% endfor %}<|assistant|>{{ strftime_now('%d%m%Y') }}"
+)
+QUESTION = [{"role": "user", "content": "1+2="}]
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> dict[str, Any]:
+    return {
+        "run": {"dir": str(tmp_path / "run")},
+        "model": {"path": "model", "template": {}},
+        "data": {"train": "demonstrations.jsonl"},
+    }
+
+
+def begin(recipe: dict[str, Any], day: date, monkeypatch: pytest.MonkeyPatch) -> SFTConfig:
+    """Start the run of `recipe`, or resume it, on `day`; gives the resolved config."""
+
+    class Day(date):
+        @classmethod
+        def today(cls) -> date:
+            return day
+
+    monkeypatch.setattr(run_dir, "date", Day)
+    config = with_date(load_config(recipe, kind=SFTConfig))
+    with RunDir(config) as run:
+        (run.path / "checkpoints" / "step-000001").mkdir(parents=True, exist_ok=True)
+    return config
+
+
+def test_a_run_prompts_the_same_on_the_next_day(recipe, tiny_dir: Path, monkeypatch: pytest.MonkeyPatch):
+    files = Tokenizer.load(tiny_dir / "model").files | {"chat_template.jinja": TEMPLATE}
+    configs = [begin(recipe, date(2026, 1, day), monkeypatch) for day in (30, 31)]
+    prompts = [Tokenizer(files).with_template(config.model.template).encode_prompt(QUESTION) for config in configs]
+    assert prompts[0].tolist() == prompts[1].tolist() == Tokenizer(files).encode("<|user|>1+2=<|assistant|>30012026")
+
+
+def test_a_run_directory_without_a_date_takes_todays(recipe, monkeypatch: pytest.MonkeyPatch):
+    config = begin(recipe, date(2026, 1, 30), monkeypatch)
+    file = Path(config.run.dir) / "config.toml"
+    file.write_text(file.read_text().replace('date = "2026-01-30"\n', ""))
+    assert begin(recipe, date(2026, 1, 31), monkeypatch).model.template.date == "2026-01-31"
+    assert begin(recipe, date(2026, 2, 1), monkeypatch).model.template.date == "2026-01-31"
+
+
+def test_another_date_is_another_run(recipe, monkeypatch: pytest.MonkeyPatch):
+    begin(recipe, date(2026, 1, 30), monkeypatch)
+    recipe["model"]["template"]["date"] = "2026-01-31"
+    with pytest.raises(UserError, match=r"holds a run with model\.template\.date = '2026-01-30', got '2026-01-31'"):
+        begin(recipe, date(2026, 1, 31), monkeypatch)
+
+
+def test_a_date_may_be_tomls_own_or_text(recipe, tmp_path: Path):
+    for written in ("2026-01-31", '"2026-01-31"'):
+        config = load_config(recipe, [f"model.template.date={written}"], SFTConfig)
+        assert with_date(config) == config
+        assert config.model.template.date == "2026-01-31"
+    with pytest.raises(UserError, match=r"model\.template\.date.*expected a date such as 2026-01-31, got 'today'"):
+        load_config(recipe, ["model.template.date=today"], SFTConfig)
