@@ -292,7 +292,7 @@ class WeightChannel:
         if self.route == "alias":
             assert isinstance(member.engine, EmbeddedEngine)
             assert self._sender.model is not None
-            wrong = [] if member.engine.holds(self._sender.model) else ["its packed copies"]
+            wrong = [] if member.engine.holds(self._sender.model) else ["some"]
         else:
             try:
                 held = member.engine.checksums()

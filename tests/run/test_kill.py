@@ -26,7 +26,7 @@ LIMIT_S = 60
 Build = Callable[..., RLConfig]
 
 # Of the files that are renamed, and the lines that are written, those meant.
-_STEP = lambda _, to: Path(to).name.startswith("step-")  # noqa: E731
+_STEP = lambda _, to: Path(to).parent.name == "checkpoints" and Path(to).name.startswith("step-")  # noqa: E731
 _DOOMED = lambda _, to: Path(to).name.startswith(".partial-")  # noqa: E731
 _LEDGER = lambda lines, *_: lines.path.name == "ledger.jsonl"  # noqa: E731
 _METRICS = lambda _, event: event.get("event") == "step"  # noqa: E731
