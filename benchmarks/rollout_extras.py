@@ -57,10 +57,18 @@ def breakdown(worker: Any, prompts: Lists, lengths: Lists, seed: int) -> dict[st
 def _by_function(worker: Any, prompts: Lists, lengths: Lists, seed: int, number: int = 12) -> dict[str, float]:
     """What `rest` is made of: the functions with the most seconds of their own, kernels counted in `jit.run`. Measured
     in another run, on the same prompts shifted; the profiler makes calls of Python functions dearer than they are."""
-    vocab, profiler = worker.model.spec.vocab_size, cProfile.Profile()
-    profiler.enable()
+    vocab, profiler, forward = worker.model.spec.vocab_size, cProfile.Profile(), worker.engine._step
+
+    def profiled() -> Any:  # a profiler sees one thread: the engine's
+        profiler.enable()
+        try:
+            return forward()
+        finally:
+            profiler.disable()
+
+    worker.engine._step = profiled
     worker.generate([[(token + 1) % vocab for token in prompt] for prompt in prompts], lengths, seed)
-    profiler.disable()
+    del worker.engine._step
     found: dict[Any, Any] = pstats.Stats(profiler).stats  # type: ignore[attr-defined]
     top = sorted(found.items(), key=lambda item: -item[1][2])[:number]
     return {f"{Path(file).name}:{name}"[:100]: own for (file, _, name), (_, _, own, *_) in top}
@@ -73,8 +81,8 @@ _MATMUL = ("linear", "head")
 def _timed(times: Counter[str], vocab: int) -> Iterator[None]:
     """Adds up the seconds of each kernel and matrix product, as the thread that asks for them sees them; those of
     threads that work side by side, each on rows of its own, count as their mean."""
+    from pekoe.kernels import jit
     from pekoe.kernels.packed_linear import PackedLinear
-    from pekoe.model import jit
 
     num_threads, lock = torch.get_num_threads(), threading.Lock()
 

@@ -46,17 +46,21 @@ class Embedded:
     def generate(self, prompts: list[list[int]], lengths: list[list[int]], seed: int) -> dict[str, Any]:
         import numpy as np
 
-        from pekoe.core.types import Prompt, SamplingParams
+        from pekoe.core.types import Request, SamplingParams
 
-        asked = [Prompt(str(i), 0, np.array(tokens, np.int64)) for i, tokens in enumerate(prompts)]
-        params = SamplingParams(n=len(lengths[0]), max_new_tokens=max(map(max, lengths)), seed=seed)
+        requests: list[Request] = []
+        for uid, (tokens, own) in enumerate(zip(prompts, lengths, strict=True)):
+            array = np.array(tokens, np.int64)
+            for sample, length in enumerate(own):
+                params = SamplingParams(max_new_tokens=length, seed=seed)
+                requests.append(Request(str(uid), 0, sample, array, params))
         start = time.perf_counter()
-        rollouts = list(self.engine.generate(asked, params, lengths=lambda uid, i: lengths[int(uid)][i]))
+        completions = [future.result() for future in self.engine.submit(requests)]
         self.synchronise()
         seconds = time.perf_counter() - start
-        for rollout in rollouts:
-            assert rollout.num_tokens == lengths[int(rollout.uid)][rollout.sample_index]
-        return {"seconds": seconds, "tokens": sum(rollout.num_tokens for rollout in rollouts)}
+        sampled = [completion.num_tokens for completion in completions]
+        assert sampled == [length for own in lengths for length in own]
+        return {"seconds": seconds, "tokens": sum(sampled)}
 
     def synchronise(self) -> None:
         if self.options["device"] == "cuda":

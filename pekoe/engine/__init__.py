@@ -4,7 +4,6 @@ from pekoe.core.types import SamplingParams
 from pekoe.engine.base import Engine, EngineStats
 from pekoe.engine.embedded import EmbeddedEngine
 from pekoe.engine.pool import EnginePool
-from pekoe.engine.servers.sglang import SGLangEngine
-from pekoe.engine.servers.vllm import VLLMEngine
+from pekoe.engine.servers import SGLangEngine, VLLMEngine
 
 __all__ = ["EmbeddedEngine", "Engine", "EnginePool", "EngineStats", "SGLangEngine", "SamplingParams", "VLLMEngine"]

@@ -1,4 +1,4 @@
-"""An event loop beside the threads of a program that knows nothing of it, and blocking calls beside the loop."""
+"""Runs asyncio in a daemon thread for callers that block, and blocking calls in threads for async code."""
 
 from __future__ import annotations
 
@@ -26,10 +26,11 @@ class AsyncThread:
         self._thread.start()
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
-        """Run it there, wait for it here. Whatever interrupts the wait (Ctrl-C) cancels the work.
+        """Run it there, wait for it here; not from its own thread. Whatever interrupts the wait (Ctrl-C) cancels it.
 
         RunError once it is stopped, and where it stops meanwhile.
         """
+        assert threading.current_thread() is not self._thread, "it would wait for itself"
         with self._lock:
             if self._stopping:
                 work.close()
@@ -44,14 +45,14 @@ class AsyncThread:
             raise
 
     def soon(self, call: Callable[..., Any], *arguments: Any) -> None:
-        """Call it there, and do not wait. RunError once it is stopped."""
+        """Call it there, and do not wait; in the order of calls. RunError once it is stopped."""
         with self._lock:
             if self._stopping:
                 raise RunError("the engine is closed")
             self.loop.call_soon_threadsafe(call, *arguments)
 
     def stop(self) -> None:
-        """Cancel what still runs, and end."""
+        """Cancel what still runs, and end the thread."""
 
         async def cancel_all() -> None:
             tasks = asyncio.all_tasks() - {asyncio.current_task()}
@@ -60,7 +61,7 @@ class AsyncThread:
             await asyncio.wait(tasks, timeout=_STOP_LIMIT_S) if tasks else None
             self.loop.stop()
 
-        with self._lock:  # what comes later would never run
+        with self._lock:  # work that comes later would never run
             self._stopping = True
             asyncio.run_coroutine_threadsafe(cancel_all(), self.loop)
         self._thread.join(timeout=2 * _STOP_LIMIT_S)
@@ -91,15 +92,3 @@ async def in_thread(function: Callable[..., T], *arguments: Any) -> T:
 
     threading.Thread(target=work, name="pekoe blocking call", daemon=True).start()
     return await future
-
-
-async def both(here: asyncio.Future[Any], there: Coroutine[Any, Any, None]) -> None:
-    """Wait for both ends of one act, or until either fails: the other would wait for it in vain."""
-    other = asyncio.ensure_future(there)
-    try:
-        done, _ = await asyncio.wait({here, other}, return_when=asyncio.FIRST_EXCEPTION)
-        for each in done:
-            each.result()
-    finally:
-        here.cancel()
-        other.cancel()

@@ -2,7 +2,7 @@
 
 Each function becomes a few instructions on `<8 x float>` of LLVM, which suits them to the machine (AVX2: one
 register; NEON: two). Offsets count floats in the memory of a contiguous float32 array; nothing checks bounds.
-For use in `model.jit.kernel` functions only.
+For use in `jit.kernel` functions only.
 """
 
 # pyright: reportUnknownParameterType=false, reportMissingParameterType=false, reportUntypedFunctionDecorator=false

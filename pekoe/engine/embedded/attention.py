@@ -29,7 +29,7 @@ class ForwardBatch:
     tables: NDArray[np.int32]  # [R, W] blocks of a sequence; entries past its end are not used
     table_of: IntArray  # [T] row of `tables`
     num_decode: int
-    group_of: IntArray  # [num_decode] equal for the samples of one prompt
+    group_of: IntArray  # [num_decode] equal for rows that begin with one prompt
     continued: list[int]  # bounds of the continuing chunks; the first is num_decode
     fresh: list[int]  # bounds of the fresh chunks; the last is T
 

@@ -1,12 +1,12 @@
-"""Decoding steps as CUDA graphs: hundreds of small kernels, launched as one.
+"""Decoding forwards as CUDA graphs: hundreds of small kernels, launched as one.
 
-A graph replays the same kernels on the same memory. So what changes from step to step lies in one row of int32 per
-graph (the plan of `engine.cuda`, and the tokens), which each step overwrites; and rows, blocks and pieces are rounded
-up to few sizes, each of which has its graph, recorded when it is first met. Rows that pad a batch are at position -1:
-they write and read nothing.
+A graph replays the same kernels on the same memory. So what changes from forward to forward lies in one row of int32
+per graph (the plan of `attention_cuda`, and the tokens), which each forward overwrites; and rows, blocks and items are
+rounded up to few sizes, each of which has its graph, recorded when it is first met. Rows that pad a batch are at
+position -1: they write and read nothing.
 
-A graph reads the weights where they were when it was recorded. Values may change there; whoever puts other tensors in
-their place says so by `follow`.
+A graph reads the weights where they were when it was recorded. Values may change there; `follow` must be called when
+other tensors take their place.
 
 No GPU has run this yet (`pytest -m gpu`); rounding and padding are tested with the recording left out.
 """
@@ -22,21 +22,21 @@ from torch import Tensor
 
 from pekoe.core.types import IntArray
 from pekoe.engine.embedded.attention import ForwardBatch
-from pekoe.engine.embedded.attention_cuda import CUDACache, PagedAttention, Room, pack, power
+from pekoe.engine.embedded.attention_cuda import CUDACache, PagedAttention, PlanShape, next_power_of_2, to_buffer
 from pekoe.model import Decoder
 
-_MOST = 64  # graphs kept: the earliest recorded goes first
+_MAX_GRAPHS = 64  # graphs kept: the earliest recorded goes first
 
 
 @dataclass(frozen=True, slots=True)
 class _Graph:
-    numbers: Tensor  # the plan in its room, then tokens [rows]; int32
+    buffer: Tensor  # int32: the plan, then tokens [rows]
     hidden: Tensor  # [rows, C]
     replay: Callable[[], None]
 
 
 class DecodeGraphs:
-    """Hidden states of decoding steps, by replayed graphs.
+    """Hidden states of decoding forwards, by replayed graphs.
 
     Args:
         model: its weights, where they lie now, are what graphs read.
@@ -46,8 +46,8 @@ class DecodeGraphs:
 
     def __init__(self, model: Decoder, cache: CUDACache, compute_dtype: torch.dtype) -> None:
         self._model, self._cache, self._dtype = model, cache, compute_dtype
-        self._places = _places(model)
-        self._graphs: dict[Room, _Graph] = {}
+        self._addresses = _addresses(model)
+        self._graphs: dict[PlanShape, _Graph] = {}
         self._pool: object = None  # memory that all graphs share: they never run at the same time
 
     def __len__(self) -> int:
@@ -55,42 +55,42 @@ class DecodeGraphs:
 
     def follow(self, model: Decoder) -> None:
         """Use this model from now on. Graphs are kept where its weights lie in the same memory as before."""
-        places = _places(model)
-        if model is not self._model or places != self._places:
+        addresses = _addresses(model)
+        if model is not self._model or addresses != self._addresses:
             self._graphs.clear()
-            self._model, self._places = model, places
+            self._model, self._addresses = model, addresses
 
     @torch.no_grad()
-    def hidden(self, tokens: IntArray, step: ForwardBatch) -> Tensor:
+    def hidden(self, tokens: IntArray, batch: ForwardBatch) -> Tensor:
         """Hidden states [T, C] of one token [T] for each decoding row. The next call overwrites them."""
-        assert len(tokens) == step.num_decode == len(step.positions), "chunks of prompts are no part of a graph"
-        plan = self._cache.plan(step)
-        room = _round_up(plan.room)
-        padded = np.zeros(room.rows, np.int32)
+        assert len(tokens) == batch.num_decode == len(batch.positions), "chunks of prompts are no part of a graph"
+        plan = self._cache.plan(batch)
+        shape = _round_up(plan.shape)
+        padded = np.zeros(shape.rows, np.int32)
         padded[: len(tokens)] = tokens
-        numbers = torch.from_numpy(np.concatenate([pack(plan, room), padded]))
-        graph = self._graphs.get(room)
+        buffer = torch.from_numpy(np.concatenate([to_buffer(plan, shape), padded]))
+        graph = self._graphs.get(shape)
         if graph is None:
-            if len(self._graphs) == _MOST:
+            if len(self._graphs) == _MAX_GRAPHS:
                 del self._graphs[next(iter(self._graphs))]
-            graph = self._graphs[room] = self._make(room, numbers.to(self._cache.device))
+            graph = self._graphs[shape] = self._make(shape, buffer.to(self._cache.device))
         else:
-            graph.numbers.copy_(numbers)
+            graph.buffer.copy_(buffer)
         graph.replay()
         return graph.hidden[: len(tokens)]
 
-    def _make(self, room: Room, numbers: Tensor) -> _Graph:
+    def _make(self, shape: PlanShape, buffer: Tensor) -> _Graph:
         device = self._cache.device.type
 
         def forward() -> Tensor:
-            tokens = numbers[-room.rows :].long()
-            positions = numbers[room.slices["positions"]].clamp_min(0).long()
+            tokens = buffer[-shape.rows :].long()
+            positions = buffer[shape.slices["positions"]].clamp_min(0).long()
             # No cache of weights in another dtype: a graph would go on reading the copies made while it was recorded.
             low = self._dtype is not torch.float32
             with torch.autocast(device, self._dtype, enabled=low, cache_enabled=False):
-                return self._model(tokens, positions, PagedAttention(self._cache, room, numbers, None))
+                return self._model(tokens, positions, PagedAttention(self._cache, shape, buffer, None))
 
-        return _Graph(numbers, *self._record(forward))
+        return _Graph(buffer, *self._record(forward))
 
     def _record(self, forward: Callable[[], Tensor]) -> tuple[Tensor, Callable[[], None]]:
         """What `forward` returns, and a function that computes it anew in the same memory."""
@@ -108,12 +108,12 @@ class DecodeGraphs:
         return hidden, graph.replay
 
 
-def _places(model: Decoder) -> list[int]:
+def _addresses(model: Decoder) -> list[int]:
     return [parameter.data_ptr() for parameter in model.parameters()]
 
 
-def _round_up(room: Room) -> Room:
-    """The room of a graph: powers of two, rows beyond 64 in steps of 64."""
-    rows = power(room.rows) if room.rows <= 64 else -(-room.rows // 64) * 64
-    parts = power(room.parts)  # an item makes a part at least: there are no more items than parts
-    return Room(rows, rows, rows, power(room.width), parts, parts, parts)
+def _round_up(shape: PlanShape) -> PlanShape:
+    """The shape of a graph: powers of two, rows beyond 64 in steps of 64."""
+    rows = next_power_of_2(shape.rows) if shape.rows <= 64 else -(-shape.rows // 64) * 64
+    parts = next_power_of_2(shape.parts)  # an item makes a part at least: there are no more items than parts
+    return PlanShape(rows, rows, rows, next_power_of_2(shape.width), parts, parts, parts)

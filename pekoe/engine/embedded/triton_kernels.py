@@ -1,4 +1,4 @@
-"""Paged attention for GPUs: the Triton kernels. `engine.cuda` plans what they do and is the only one to import this.
+"""Paged attention for GPUs: the Triton kernels. `attention_cuda` plans what they do.
 
 Importing needs triton, which comes with CUDA builds of torch.
 

@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal, cast
+from typing import Any, Literal, cast
 
 import httpx
 
@@ -19,7 +19,7 @@ from pekoe.config.engine import ServerSection
 from pekoe.core.errors import RunError
 from pekoe.core.spec import ModelSpec
 from pekoe.core.types import FinishReason, Request, SamplingParams
-from pekoe.engine.base import BroadcastGroup, Checksums, EngineKind
+from pekoe.engine.base import BroadcastGroup, Checksums
 from pekoe.engine.buckets import Tensors
 
 _CONNECT_LIMIT_S = 10.0
@@ -69,9 +69,6 @@ ABORTED = Answer([], [], "abort", [])
 
 class ServerClient(ABC):
     """Speaks to the server at `url`, from one event loop."""
-
-    name: ClassVar[str]  # "SGLang"
-    kind: ClassVar[EngineKind]
 
     def __init__(self, options: ServerOptions, url: str, transport: httpx.AsyncBaseTransport | None = None) -> None:
         self.options, self.url = options, url

@@ -21,7 +21,7 @@ from collections.abc import Coroutine, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, NoReturn, TypeVar
+from typing import Any, ClassVar, TypeVar
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -97,6 +97,7 @@ class ServerEngine(Engine):
     """
 
     client_class: ClassVar[type[ServerClient]]
+    name: ClassVar[str]
     kind: EngineKind
 
     def __init__(
@@ -120,10 +121,9 @@ class ServerEngine(Engine):
         self._limit = min(self._limit, kv_tokens or self._limit)
         limits = self._limit, kv_tokens, config.max_running
         options = ServerOptions(model, server, spec, *limits, dtype=dtype, device=device, offloads=offloads)
-        kind = self.client_class.name
-        self.name = f"{kind} server {number}" if url is None else f"{kind} at {url.rstrip('/')}"
+        self.label = f"{self.name} server {number}" if url is None else f"{self.name} at {url.rstrip('/')}"
         if url is None:
-            check_python(kind, server.python)
+            check_python(self.name, server.python)
         elif server.sync == "shm" and urlsplit(url).hostname not in ("127.0.0.1", "localhost", "::1"):
             raise UserError(
                 f"engine.server.sync: expected servers on this host (a loopback address) for 'shm', got {url}; "
@@ -146,14 +146,14 @@ class ServerEngine(Engine):
         self._group: BroadcastGroup | None = None
         self._rid, self._rids = f"pekoe-{uuid.uuid4().hex[:12]}", itertools.count()
         self._closed, self._closing = False, threading.Lock()
-        self._thread = AsyncThread(f"pekoe {self.name}")
+        self._thread = AsyncThread(f"pekoe {self.label}")
         try:
             if command is not None:
                 gpus = {"CUDA_VISIBLE_DEVICES": server.gpus[number]} if server.gpus else {}
                 omp = {"OMP_NUM_THREADS": str(threads)} if threads else {}
-                log = log_dir / f"{self.name.lower().replace(' ', '-')}.log"
+                log = log_dir / f"{self.label.lower().replace(' ', '-')}.log"
                 env = os.environ | omp | command[1] | server.env | gpus
-                self._process = ServerProcess(self.name, command[0], env, log)
+                self._process = ServerProcess(self.label, command[0], env, log)
             self._thread.run(self._start())
         except BaseException:
             self.close()
@@ -163,13 +163,13 @@ class ServerEngine(Engine):
         client, limit = self._client, self._config.start_limit_s
         try:
             if self._process is None:
-                await wait_ready(self.name, None, client.reachable, limit)
+                await wait_ready(self.label, None, client.reachable, limit)
                 await client.check_attached()
                 await client.resume()  # whoever used it before may have left it paused
-            await wait_ready(self.name, self._process, client.ready, limit)
+            await wait_ready(self.label, self._process, client.ready, limit)
             await client.set_version(0)
         except TransportError as error:
-            raise RunError(f"{self.name}: {error}") from None
+            raise RunError(f"{self.label}: {error}") from None
 
     @property
     def url(self) -> str:
@@ -200,8 +200,13 @@ class ServerEngine(Engine):
 
     # Sampling
 
+    @classmethod
+    def check_params(cls, params: SamplingParams) -> None:
+        """As `check`, before there is a server."""
+        cls.client_class.check_params(params)
+
     def check(self, params: SamplingParams) -> None:
-        self._client.check_params(params)
+        self.check_params(params)
 
     def submit(self, requests: Sequence[Request]) -> list[Future[Completion]]:
         """See `Engine.submit`. At most `max_requests` are at the server at once; the others wait here, but for those
@@ -244,12 +249,11 @@ class ServerEngine(Engine):
 
     async def _complete(self, flight: _Flight) -> Completion:
         async with contextlib.nullcontext() if flight.request.priority > 0 else self._places:
-            await self._may_send.wait()
             if flight.group.size > 1:
+                await self._until_usable()
                 if flight.group.prefill is None:
                     flight.group.prefill = self._spawn(self._prefill(flight.request))
                 await asyncio.wait([flight.group.prefill])
-                await self._may_send.wait()
             answer = await self._answer(flight)
         completion, cached = self._checked(flight, answer), answer.num_cached_tokens
         computed = max(0, len(flight.request.tokens) - cached) if answer.tokens else 0
@@ -267,10 +271,9 @@ class ServerEngine(Engine):
         """Ask the server, again where no answer comes. EngineLost where it is dead, or has other weights than ours."""
         why = ""
         for attempt in range(self._config.retries + 1):
+            await self._until_usable()
             if flight.aborted:
                 return ABORTED
-            if self._unusable:
-                raise EngineLost(f"{self.name}: {self._unusable}")
             # A new id each time: the old one may live on. All of one length: SGLang takes an id for a prefix of ids.
             flight.rid = f"{self._rid}-{next(self._rids):012d}"
             flight.version = self._version
@@ -284,14 +287,23 @@ class ServerEngine(Engine):
                     raise
                 why = f"{error}, and its health check fails"
                 break
+            flight.rid = ""  # nothing is at the server: an abort may end it here
             if self._process is not None and self._process.exit_code is not None:
                 break
             await asyncio.sleep(_BACKOFF_S * 2**attempt)
         raise self._lost(why)
 
+    async def _until_usable(self) -> None:
+        """Wait for the end of an update. EngineLost where it failed and none that succeeds follows it."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(2 * self._config.update_limit_s):
+                await self._may_send.wait()
+        if self._unusable:
+            raise EngineLost(f"{self.label}: {self._unusable}")
+
     def _lost(self, why: str) -> EngineLost:
         ended = self._process is not None and self._process.exit_code is not None
-        return EngineLost(f"{self.name}: {why}" + (f"\n{self._process.describe()}" if self._process and ended else ""))
+        return EngineLost(f"{self.label}: {why}" + (f"\n{self._process.describe()}" if self._process and ended else ""))
 
     def _checked(self, flight: _Flight, answer: Answer) -> Completion:
         """A checked answer as a completion. RunError for what no server that works answers; EngineLost for tokens of
@@ -325,16 +337,15 @@ class ServerEngine(Engine):
                 raise RunError(f"{self.url}: {where}: expected {expected}")
         first, last, got = flight.version, self._version, [version for version, _ in versions]
         if not all(first <= version <= last for version in got):
-            raise EngineLost(f"{self.name}: expected tokens of versions {first} to {last}, got {got}")
+            raise EngineLost(f"{self.label}: expected tokens of versions {first} to {last}, got {got}")
         arrays = np.array(answer.tokens, np.int64), np.array(answer.logprobs, np.float32)
         record = Record.of(flight.request.tokens, *arrays)
         return Completion(size, answer.finish, tuple(versions), record, answer.num_cached_tokens)
 
     def abort(self, uids: Iterable[str] | None = None) -> None:
         """See `Engine.abort`. Does not wait."""
-        wanted = None if uids is None else set(uids)
-        if not self._closed:
-            self._thread.soon(self._begin_abort, wanted)
+        with contextlib.suppress(RunError):  # closed: all have ended
+            self._thread.soon(self._begin_abort, None if uids is None else set(uids))
 
     def _begin_abort(self, uids: set[str] | None) -> None:
         for task, flight in self._flights.items():
@@ -354,8 +365,7 @@ class ServerEngine(Engine):
     # Weights
 
     def update_weights(self, source: WeightSource, version: int) -> None:
-        """See `Engine.update_weights`. Where it fails, unfinished requests and later ones end with EngineLost, until
-        an update succeeds."""
+        """See `Engine.update_weights`. Where it fails and the server lives, requests wait for another update."""
         self._check_open()
         if isinstance(source, Decoder):
             if source.spec != self._spec:
@@ -372,11 +382,11 @@ class ServerEngine(Engine):
     async def _update(self, source: Path | Broadcast, version: int) -> None:
         client, limit = self._client, self._config.update_limit_s
         async with self._changing:
+            self._may_send.clear()
             try:
                 async with asyncio.timeout(limit):
                     if isinstance(source, Broadcast):
                         await self._join(source.group)
-                    self._may_send.clear()
                     await client.pause(self._config.during_update)
                     if isinstance(source, Path):
                         await client.load(source, version)
@@ -388,24 +398,21 @@ class ServerEngine(Engine):
                         raise RunError(f"{self.url}: expected weights tagged {version}, got {tag!r}")
                     self._version, self._unusable = version, ""  # before any further token is sampled
                     await client.resume()
-            except BaseException as error:
-                self._fail_update(version, error)
-            finally:
                 self._may_send.set()
-
-    def _fail_update(self, version: int, error: BaseException) -> NoReturn:
-        timeout = isinstance(error, TimeoutError)
-        why = f"expected an answer within {self._config.update_limit_s:g} s" if timeout else str(error)
-        self._unusable = f"its update to version {version} failed: {why}"
-        lost = self._lost(self._unusable)
-        for task, flight in self._flights.items():
-            flight.error = lost
-            task.cancel()
-        if isinstance(error, TimeoutError | TransportError | SilenceError):
-            raise lost from None
-        if isinstance(error, RunError):
-            raise RunError(f"{self.name}: {self._unusable}") from None
-        raise error
+            except (TransportError, SilenceError, TimeoutError) as error:
+                why = f"expected an answer within {limit:g} s" if isinstance(error, TimeoutError) else str(error)
+                self._unusable = f"its update to version {version} failed: {why}"
+                lost = self._lost(self._unusable)
+                for task, flight in self._flights.items():
+                    flight.error = lost
+                    task.cancel()
+                self._may_send.set()
+                raise lost from None
+            except BaseException as error:
+                self._unusable = f"its update to version {version} failed: {error}"
+                if isinstance(error, RunError):
+                    raise RunError(f"{self.label}: {self._unusable}") from None
+                raise
 
     async def _join(self, group: BroadcastGroup) -> None:
         if self._group == group:
@@ -433,15 +440,17 @@ class ServerEngine(Engine):
 
     async def _flush(self) -> None:
         async with self._changing:
+            if self._unusable:
+                raise EngineLost(f"{self.label}: {self._unusable}")
             self._may_send.clear()
+            busy = any(flight.rid for flight in self._flights.values())
             try:
-                busy = any(flight.rid for flight in self._flights.values())
-                if busy:  # servers flush only what is not in use: their KV is recomputed
+                if busy:  # servers flush only what is not in use: its KV is recomputed
                     await self._client.pause("keep")
                 await self._client.flush()
+            finally:
                 if busy:
                     await self._client.resume()
-            finally:
                 self._may_send.set()
 
     def checksums(self) -> Checksums | None:

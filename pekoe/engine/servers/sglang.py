@@ -20,7 +20,7 @@ import contextlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 from pekoe.core.errors import RunError, UserError
 from pekoe.core.types import FinishReason, Request, SamplingParams
@@ -37,8 +37,6 @@ _FLUSH_ATTEMPTS, _FLUSH_AGAIN_S = 25, 0.2
 class SGLangClient(ServerClient):
     """SGLang's native API: token ids in, token ids out."""
 
-    name = "SGLang"
-    kind: ClassVar[EngineKind] = "sglang"
     seeded = False  # whether seeds decide
 
     def command(self, port: int) -> tuple[list[str], dict[str, str]]:
@@ -197,6 +195,7 @@ class SGLangEngine(ServerEngine):
     """An Engine on an SGLang server; see `ServerEngine`."""
 
     client_class = SGLangClient
+    name = "SGLang"
     kind: EngineKind = "sglang"
 
     @property

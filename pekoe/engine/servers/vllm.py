@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 
@@ -90,9 +90,6 @@ def check_args(args: Sequence[str], device: str) -> None:
 
 class VLLMClient(ServerClient):
     """vLLM's own API for token ids, and its development endpoints."""
-
-    name = "vLLM"
-    kind: ClassVar[EngineKind] = "vllm"
 
     # Starting
 
@@ -319,4 +316,5 @@ class VLLMEngine(ServerEngine):
     """An Engine on a vLLM server; see `ServerEngine`."""
 
     client_class = VLLMClient
+    name = "vLLM"
     kind: EngineKind = "vllm"

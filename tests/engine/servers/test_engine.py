@@ -323,9 +323,14 @@ def test_an_update_may_end_what_is_in_flight(house: House, make_requests: MakeRe
     assert [(f.result(20).finish, f.result().versions) for f in futures] == [("abort", ((0, 0),))] * 2
 
 
-def test_an_update_that_fails_leaves_nothing_to_sample_from(house: House, make_requests: MakeRequests, weights: Path):
+def test_after_an_update_that_fails_requests_wait_for_one_that_succeeds(
+    house: House, make_requests: MakeRequests, weights: Path
+):
     server, engine = house.pair({"token_s": 0.02})
     requests = make_requests("p", 5, SamplingParams(n=2, max_new_tokens=30))
+    running = engine.submit(requests)
+    until(lambda: len(server.running) == 2)
+    time.sleep(0.1)
     failed = {"success": False, "message": "no such file"}
     troubles: list[dict[str, Any]] = [
         {"faults": {"/update_weights_from_disk": [(400, failed)]}},
@@ -335,29 +340,47 @@ def test_an_update_that_fails_leaves_nothing_to_sample_from(house: House, make_r
     for version, trouble in enumerate(troubles, start=1):
         for name, value in trouble.items():
             setattr(server, name, value)
-        futures = engine.submit(requests) if version == 1 else []
-        until(lambda futures=futures: len(server.running) == len(futures))
         with pytest.raises(RunError, match=f"update to version {version} failed: .*(no such file|a lie)") as caught:
             engine.update_weights(weights, version)
         assert not isinstance(caught.value, EngineLost)
         assert engine.version == 0
-        server.requests.clear()
-        for future in [*futures, *engine.submit(requests)]:
-            with pytest.raises(EngineLost, match=f"update to version {version} failed"):
-                future.result(20)
-        assert sampled(server) == []
-        server.on_continue_generation(None)
+        with pytest.raises(EngineLost, match="failed"):
+            engine.flush_cache()
+    waiting = engine.submit(requests)
+    engine.abort(["nobody"])  # has been there and back
+    assert len(sampled(server)) == 2
     server.lies_about_version = False
+    server.version = "0"
     engine.update_weights(weights, 9)
-    assert {completion.versions for completion in check(requests, engine.submit(requests))} == {((9, 0),)}
+    assert {completion.versions[-1][0] for completion in check(requests, running)} == {9}
+    assert {completion.versions for completion in check(requests, waiting)} == {((9, 0),)}
+
+
+def test_requests_do_not_wait_for_ever_for_an_update_that_succeeds(
+    house: House, make_requests: MakeRequests, weights: Path
+):
+    server, engine = house.pair(update_limit_s=0.5)
+    server.faults["/update_weights_from_disk"] = [(400, {"message": "no such file"})]
+    with pytest.raises(RunError, match="no such file"):
+        engine.update_weights(weights, 1)
+    for future in engine.submit(make_requests("p", 5, SamplingParams(n=2, max_new_tokens=4))):
+        with pytest.raises(EngineLost, match="update to version 1 failed"):
+            future.result(20)
 
 
 @pytest.mark.parametrize("fault", ["reset", "hang"])
-def test_a_server_that_dies_or_hangs_in_an_update_is_lost(house: House, weights: Path, fault: str):
-    server, engine = house.pair(update_limit_s=1.0)
+def test_a_server_that_dies_or_hangs_in_an_update_is_lost(
+    house: House, make_requests: MakeRequests, weights: Path, fault: str
+):
+    server, engine = house.pair({"token_s": 0.1}, update_limit_s=1.0)
+    futures = engine.submit(make_requests("p", 5, SamplingParams(n=2, max_new_tokens=90)))
+    until(lambda: len(server.running) == 2)
     server.faults["/pause_generation"] = [fault]
     with pytest.raises(EngineLost, match="update to version 1 failed"):
         engine.update_weights(weights, 1)
+    for future in [*futures, *engine.submit(make_requests("q", 5, SamplingParams(max_new_tokens=4)))]:
+        with pytest.raises(EngineLost, match="update to version 1 failed"):
+            future.result(20)
 
 
 def test_broadcasts_use_one_group_until_there_is_another(house: House):
@@ -499,7 +522,7 @@ def test_a_launched_server_that_is_killed_is_lost_with_the_end_of_its_log(
     house: House, make_requests: MakeRequests, python: str
 ):
     engine = house.engine(None, python=python)
-    assert engine.name == "SGLang server 0"
+    assert engine.label == "SGLang server 0"
     process = engine.process
     assert process is not None
     requests = make_requests("p", 5, SamplingParams(n=2, max_new_tokens=80))

@@ -1,10 +1,10 @@
 """The GPU's attention against plain torch: in Triton's interpreter anywhere, on the device where there is one.
 
-The tests marked gpu have not been run: there was no GPU. `pytest -m gpu tests/engine/test_cuda.py` runs them. The
-interpreted ones need triton and an environment variable; on a CPU build of torch:
+The tests marked gpu have not been run: there was no GPU (`pytest -m gpu tests/engine/embedded`). The interpreted
+ones need triton and an environment variable; on a CPU build of torch:
 
     pip install --no-deps --target DIR triton
-    PYTHONPATH=DIR TRITON_INTERPRET=1 pytest tests/engine/test_cuda.py
+    PYTHONPATH=DIR TRITON_INTERPRET=1 pytest tests/engine/embedded/test_attention_cuda.py
 """
 
 from __future__ import annotations
@@ -19,12 +19,13 @@ import torch
 
 from pekoe.config.engine import EngineSection
 from pekoe.core.spec import ModelSpec
-from pekoe.core.types import Prompt, Rollout, SamplingParams
+from pekoe.core.types import Completion, Request, SamplingParams
 from pekoe.engine import EmbeddedEngine
-from pekoe.engine.embedded.attention import KVCache, Step
-from pekoe.engine.embedded.attention_cuda import CUDACache, Room, make_plan, pack
+from pekoe.engine.embedded.attention import ForwardBatch, KVCache
+from pekoe.engine.embedded.attention_cuda import CUDACache, PlanShape, make_plan, to_buffer
 from pekoe.engine.embedded.graphs import DecodeGraphs
-from pekoe.model import Decoder, PackedAttention
+from pekoe.model import Decoder
+from tests.engine.embedded.checks import collect, reference_logprobs, worst_difference
 
 # Triton 3.9 says when it compiles that a default of a later version will differ.
 pytestmark = pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION:UserWarning")
@@ -51,26 +52,26 @@ def spec(heads: int, kv_heads: int, dim: int) -> ModelSpec:
     return ModelSpec("qwen2", 32, heads * dim, 2, heads, kv_heads, dim, 16, 4096)
 
 
-def make_step(
+def make_batch(
     rng: np.random.Generator,
     size: int,
     prompts: list[tuple[int, int]],
     continued: list[tuple[int, int]],
     fresh: list[int],
     longest_response: int = 40,
-) -> tuple[Step, int]:
-    """A step of decoding prompts (length, n), continuing chunks (start, stop), fresh chunks (length); blocks it has."""
+) -> tuple[ForwardBatch, int]:
+    """A forward of decoding prompts (length, n), continuing chunks (start, stop), fresh chunks (length); its blocks."""
     place = iter(rng.permutation(4096).tolist())
     tables: list[list[int]] = []
     positions: list[np.ndarray] = []
-    prompt_of: list[int] = []
+    group_of: list[int] = []
     for number, (length, n) in enumerate(prompts):
         common = [next(place) for _ in range(length // size)]
         for _ in range(n):
             position = length + int(rng.integers(0, longest_response))
             tables.append(common + [next(place) for _ in range(position // size + 1 - len(common))])
             positions.append(np.array([position]))
-            prompt_of.append(number)
+            group_of.append(number)
     for start, stop in [*continued, *((0, length) for length in fresh)]:
         tables.append([next(place) for _ in range(-(-stop // size))])
         positions.append(np.arange(start, stop))
@@ -79,32 +80,34 @@ def make_step(
     for row, table in enumerate(tables):
         padded[row, : len(table)] = np.searchsorted(used, table)
     sizes = [len(p) for p in positions]
-    bounds = np.cumsum([0, *sizes])[len(prompt_of) :].tolist()
+    bounds = np.cumsum([0, *sizes])[len(group_of) :].tolist()
     where = np.repeat(np.arange(len(tables)), sizes)
     cut = len(continued)
-    step = Step(
-        np.concatenate(positions), padded, where, len(prompt_of), np.array(prompt_of, np.int64), bounds[: cut + 1],
+    batch = ForwardBatch(
+        np.concatenate(positions), padded, where, len(group_of), np.array(group_of, np.int64), bounds[: cut + 1],
         bounds[cut:],
     )  # fmt: skip
-    return step, len(used)
+    return batch, len(used)
 
 
-def difference(model: ModelSpec, size: int, step: Step, num_blocks: int, dtype: torch.dtype, device: torch.device):
-    """Largest difference of one layer from plain torch in float32 on the same numbers; the caches must be equal."""
+def difference(
+    model: ModelSpec, size: int, batch: ForwardBatch, num_blocks: int, dtype: torch.dtype, device: torch.device
+):
+    """Largest difference of one layer from plain torch in float32 on the same buffer; the caches must be equal."""
     generator = torch.Generator().manual_seed(0)
     fast = CUDACache(model, num_blocks, size, dtype, device)
     plain = KVCache(model, num_blocks, size, torch.float32, device)
     for ours, theirs in ((fast.keys, plain.keys), (fast.values, plain.values)):
         ours.copy_(torch.randn(ours.shape, generator=generator))
         theirs.copy_(ours)
-    total = len(step.positions)
+    total = len(batch.positions)
     q, k, v = (
         torch.randn((total, heads, model.head_dim), generator=generator).to(device, dtype)
         for heads in (model.num_heads, model.num_kv_heads, model.num_kv_heads)
     )
     with torch.no_grad():
-        ours = fast.attention(step)(1, q, k, v)
-        theirs = plain.attention(step)(1, q.float(), k.float(), v.float())
+        ours = fast.attention(batch)(1, q, k, v)
+        theirs = plain.attention(batch)(1, q.float(), k.float(), v.float())
     assert ours.dtype is dtype
     assert torch.equal(fast.keys.float(), plain.keys)
     assert torch.equal(fast.values.float(), plain.values)
@@ -113,7 +116,7 @@ def difference(model: ModelSpec, size: int, step: Step, num_blocks: int, dtype: 
 
 SHAPES = [(4, 4, 32, 16), (4, 2, 64, 32), (8, 2, 80, 16), (7, 1, 128, 32), (14, 2, 32, 32), (2, 2, 128, 16)]
 STEPS = {
-    "alone": ([(5, 1), (150, 1), (64, 1), (1, 1)], [], []),
+    "suffix": ([(5, 1), (150, 1), (64, 1), (1, 1)], [], []),
     "groups": ([(70, 16), (3, 16), (33, 1), (200, 3)], [], []),
     "continuing": ([], [(16, 23), (100, 170), (33, 34)], []),
     "fresh": ([], [], [9, 40]),
@@ -126,14 +129,14 @@ STEPS = {
 def test_interpreted_kernels_equal_plain_torch(
     interpreter: None, name: str, heads: int, kv_heads: int, dim: int, size: int
 ):
-    step, num_blocks = make_step(np.random.default_rng(1), size, *STEPS[name])
-    assert difference(spec(heads, kv_heads, dim), size, step, num_blocks, torch.float32, CPU) < 2e-5
+    batch, num_blocks = make_batch(np.random.default_rng(1), size, *STEPS[name])
+    assert difference(spec(heads, kv_heads, dim), size, batch, num_blocks, torch.float32, CPU) < 2e-5
 
 
 def test_interpreted_kernels_in_half_precision(interpreter: None):
     """Not in bf16, whose products the interpreter gets wrong (as its documentation says)."""
-    step, num_blocks = make_step(np.random.default_rng(2), 16, *STEPS["all"])
-    assert difference(spec(6, 1, 64), 16, step, num_blocks, torch.float16, CPU) < TOLERANCE[torch.float16]
+    batch, num_blocks = make_batch(np.random.default_rng(2), 16, *STEPS["all"])
+    assert difference(spec(6, 1, 64), 16, batch, num_blocks, torch.float16, CPU) < TOLERANCE[torch.float16]
 
 
 def decode_twice(model: Decoder, dtype: torch.dtype, device: torch.device) -> tuple[DecodeGraphs, float]:
@@ -145,16 +148,16 @@ def decode_twice(model: Decoder, dtype: torch.dtype, device: torch.device) -> tu
         memory.copy_(torch.randn(memory.shape, generator=torch.Generator().manual_seed(0)))
     graphs = DecodeGraphs(model, cache, dtype)
     for prompts in ([(40, 2)], [(20, 1), (33, 3)], [(18, 2), (35, 2)], [(70, 5)]):
-        step, _ = make_step(rng, 16, prompts, [], [], 4)
-        tokens = rng.integers(0, vocab, len(step.positions))
-        on_device = (torch.from_numpy(a).to(device) for a in (tokens, step.positions))
+        batch, _ = make_batch(rng, 16, prompts, [], [], 4)
+        tokens = rng.integers(0, vocab, len(batch.positions))
+        on_device = (torch.from_numpy(a).to(device) for a in (tokens, batch.positions))
         with torch.no_grad(), torch.autocast(device.type, dtype, enabled=dtype is not torch.float32):
-            one_by_one = model(*on_device, cache.attention(step))
-        most = max(most, float((graphs.hidden(tokens, step).float() - one_by_one.float()).abs().max()))
+            one_by_one = model(*on_device, cache.attention(batch))
+        most = max(most, float((graphs.hidden(tokens, batch).float() - one_by_one.float()).abs().max()))
     return graphs, most
 
 
-def test_interpreted_steps_in_a_graphs_larger_room(
+def test_interpreted_steps_in_a_graphs_larger_shape(
     interpreter: None, make_model: Callable[..., Decoder], monkeypatch: pytest.MonkeyPatch
 ):
     """All of `graphs` but the recording: here a replay calls the same function again."""
@@ -170,66 +173,59 @@ def test_interpreted_steps_in_a_graphs_larger_room(
     monkeypatch.setattr(DecodeGraphs, "_record", record)
     graphs, most = decode_twice(make_model(head_dim=16), torch.float32, CPU)
     assert most < 2e-5
-    assert len(graphs) == 3  # the second and the third of the four steps have the same room
+    assert len(graphs) == 3  # the second and the third of the four steps have the same shape
 
 
 @torch.no_grad()
-def training_logprobs(model: Decoder, rollout: Rollout, dtype: torch.dtype) -> np.ndarray:
-    """Log-probs [R] of a response by one packed forward, as the trainer computes them."""
-    payload = rollout.payload.resolve()
-    device, start = next(model.parameters()).device, len(payload.prompt_tokens)
-    tokens = torch.from_numpy(np.concatenate([payload.prompt_tokens, payload.tokens])).to(device)
-    with torch.autocast(device.type, dtype, enabled=dtype is not torch.float32):
-        hidden = model(tokens, torch.arange(len(tokens), device=device), PackedAttention([0, len(tokens)]))
-        logprobs = torch.log_softmax(model.logits(hidden).float(), -1)
-    return logprobs[start - 1 : -1].gather(1, tokens[start:, None])[:, 0].cpu().numpy()
+def training_logprobs(model: Decoder, request: Request, completion: Completion, dtype: torch.dtype) -> np.ndarray:
+    """Log-probs [R] of a response, as the trainer computes them."""
+    with torch.autocast(next(model.parameters()).device.type, dtype, enabled=dtype is not torch.float32):
+        return reference_logprobs(model, request, completion)
 
 
 def test_i1_of_an_engine_on_interpreted_kernels(
-    interpreter: None, make_model: Callable[..., Decoder], make_prompt: Callable[..., Prompt]
+    interpreter: None, make_model: Callable[..., Decoder], make_requests: Callable[..., list[Request]]
 ):
     """Chunks of every kind, shared prompts and copied blocks, as the scheduler makes them."""
     model = make_model(head_dim=16)
     engine = EmbeddedEngine(model, EngineSection(kv_tokens=256, block_tokens=4, prefill_tokens=16))
-    engine._cache = CUDACache(model.spec, 64, 4, torch.float32, CPU)
-    prompts = [make_prompt(f"p{i}", length) for i, length in enumerate([1, 5, 30, 17])]
-    for rollout in engine.generate(prompts, SamplingParams(n=4, max_new_tokens=12, stop_token_ids=(7,))):
-        engine.check_integrity()
-        difference = rollout.payload.resolve().logprobs - training_logprobs(model, rollout, torch.float32)
-        assert np.abs(difference).max() <= 1e-4
+    engine._runner.cache = CUDACache(model.spec, 64, 4, torch.float32, CPU)
+    params = SamplingParams(n=4, max_new_tokens=12, stop_token_ids=(7,))
+    requests = [r for i, length in enumerate([1, 5, 30, 17]) for r in make_requests(f"p{i}", length, params)]
+    assert worst_difference({0: model}, collect(engine, requests).values()) <= 1e-4
 
 
 def test_every_token_of_a_row_is_in_one_piece():
     """By counting, without the kernels: pieces cover what a row sees once; its parts are numbered without gaps."""
-    step, _ = make_step(np.random.default_rng(3), 16, [(700, 16), (90, 1), (1500, 2)], [(100, 300)], [7], 900)
-    plan = make_plan(step, 16, 2, 10)
-    num_paged = step.fresh[0]
+    batch, _ = make_batch(np.random.default_rng(3), 16, [(700, 16), (90, 1), (1500, 2)], [(100, 300)], [7], 900)
+    plan = make_plan(batch, 16, 2, 10)
+    num_paged = batch.fresh[0]
     cover = np.zeros((num_paged, 4096), int)
     parts: list[list[int]] = [[] for _ in range(num_paged)]
-    for row, num_rows, low, high, part in [*plan.alone.tolist(), *plan.shared.tolist()]:
+    for row, num_rows, low, high, part in [*plan.suffix.tolist(), *plan.prefix.tolist()]:
         cover[row : row + num_rows, low:high] += 1
         for each in range(row, row + num_rows):
             parts[each].append(part)
-            assert step.table_of[each] == step.table_of[row] or high <= 700 or step.prompt_of[each] == 2
-    seen = np.arange(4096) <= step.positions[:num_paged, None]
+            assert batch.table_of[each] == batch.table_of[row] or high <= 700 or batch.group_of[each] == 2
+    seen = np.arange(4096) <= batch.positions[:num_paged, None]
     assert (cover[seen] == 1).all()
     assert [sorted(p) for p in parts] == [list(range(b - a)) for a, b in pairwise(plan.base.tolist())]
-    # The shared prompt of 16 samples: 43 whole blocks, in two tiles of at most 10 rows instead of 16.
-    first = plan.shared[plan.shared[:, 0] < 16]
+    # The prefix prompt of 16 samples: 43 whole blocks, in two tiles of at most 10 rows instead of 16.
+    first = plan.prefix[plan.prefix[:, 0] < 16]
     assert (first[:, 3] - first[:, 2]).sum() == 2 * 43 * 16
 
 
-def test_a_plan_keeps_its_meaning_in_a_larger_room():
-    step, _ = make_step(np.random.default_rng(4), 16, [(70, 3), (5, 1)], [], [])
-    plan = make_plan(step, 16, 1, 4)
-    room = Room(8, 8, 8, 32, 64, 64, 64)
-    packed = pack(plan, room)
-    assert all(at.start % 4 == 0 for at in room.slices.values())
-    array = {name: packed[at].reshape(room.shapes[name]) for name, at in room.slices.items()}
-    assert array["positions"].tolist() == [*step.positions.tolist(), -1, -1, -1, -1]
-    assert array["counts"].tolist() == [len(plan.alone), len(plan.shared)]
+def test_a_plan_keeps_its_meaning_in_a_larger_shape():
+    batch, _ = make_batch(np.random.default_rng(4), 16, [(70, 3), (5, 1)], [], [])
+    plan = make_plan(batch, 16, 1, 4)
+    shape = PlanShape(8, 8, 8, 32, 64, 64, 64)
+    packed = to_buffer(plan, shape)
+    assert all(at.start % 4 == 0 for at in shape.slices.values())
+    array = {name: packed[at].reshape(shape.shapes[name]) for name, at in shape.slices.items()}
+    assert array["positions"].tolist() == [*batch.positions.tolist(), -1, -1, -1, -1]
+    assert array["counts"].tolist() == [len(plan.suffix), len(plan.prefix)]
     assert (array["base"][4:] == plan.base[-1]).all()
-    assert np.array_equal(array["tables"][:4, : step.tables.shape[1]], step.tables)
+    assert np.array_equal(array["tables"][:4, : batch.tables.shape[1]], batch.tables)
 
 
 @pytest.mark.parametrize(("dim", "dtype", "device", "takes"), [
@@ -246,16 +242,16 @@ def test_what_the_kernels_do_not_take(dim: int, dtype: torch.dtype, device: str,
 def test_kernels_equal_plain_torch(
     cuda: torch.device, dtype: torch.dtype, name: str, heads: int, kv_heads: int, dim: int, size: int
 ):
-    step, num_blocks = make_step(np.random.default_rng(1), size, *STEPS[name])
-    assert difference(spec(heads, kv_heads, dim), size, step, num_blocks, dtype, cuda) < TOLERANCE[dtype]
+    batch, num_blocks = make_batch(np.random.default_rng(1), size, *STEPS[name])
+    assert difference(spec(heads, kv_heads, dim), size, batch, num_blocks, dtype, cuda) < TOLERANCE[dtype]
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
 def test_kernels_on_long_contexts(cuda: torch.device, dtype: torch.dtype):
     steps = ([(1000, 16), (3000, 4), (17, 1), *[(50, 8)] * 40], [(512, 900), (2048, 2100)], [300, 1])
-    step, num_blocks = make_step(np.random.default_rng(6), 16, *steps, longest_response=900)
-    assert difference(spec(12, 2, 128), 16, step, num_blocks, dtype, cuda) < TOLERANCE[dtype]
+    batch, num_blocks = make_batch(np.random.default_rng(6), 16, *steps, longest_response=900)
+    assert difference(spec(12, 2, 128), 16, batch, num_blocks, dtype, cuda) < TOLERANCE[dtype]
 
 
 @pytest.mark.gpu
@@ -279,7 +275,7 @@ def test_graphs_equal_the_kernels_one_by_one(
 def test_i1_on_the_device_through_updates(
     cuda: torch.device,
     make_model: Callable[..., Decoder],
-    make_prompt: Callable[..., Prompt],
+    make_requests: Callable[..., list[Request]],
     dtype: torch.dtype,
     mean: float,
 ):
@@ -287,13 +283,13 @@ def test_i1_on_the_device_through_updates(
     shape = {"hidden_size": 128, "head_dim": 32, "max_positions": 512, "scale": 1.5}
     model = make_model(**shape).to(cuda)
     engine = EmbeddedEngine(model, EngineSection(kv_tokens=16384, prefill_tokens=64), compute_dtype=dtype)
-    assert isinstance(engine._cache, CUDACache)
-    prompts = [make_prompt(f"p{i}", length) for i, length in enumerate([1, 3, 17, 30, 150])]
+    assert isinstance(engine._runner.cache, CUDACache)
+    params = SamplingParams(n=16, max_new_tokens=100, stop_token_ids=(7,))
+    requests = [r for i, length in enumerate([1, 3, 17, 30, 150]) for r in make_requests(f"p{i}", length, params)]
     for version in range(3):
         differences: list[np.ndarray] = []
-        for rollout in engine.generate(prompts, SamplingParams(n=16, max_new_tokens=100, stop_token_ids=(7,))):
-            differences.append(rollout.payload.resolve().logprobs - training_logprobs(model, rollout, dtype))
-            engine.check_integrity()
+        for request, completion in collect(engine, requests).values():
+            differences.append(completion.logprobs - training_logprobs(model, request, completion, dtype))
         assert np.abs(np.concatenate(differences)).mean() <= mean
         if version == 0:
             with torch.no_grad():

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from pekoe.core.spec import ModelSpec
-from pekoe.engine.embedded.attention import KVCache, Step
+from pekoe.engine.embedded.attention import ForwardBatch, KVCache
 from pekoe.engine.embedded.attention_cpu import CPUCache, groups
 
 
@@ -40,17 +40,17 @@ class Script:
             tables[i, : len(table)] = table
         bounds = np.cumsum([0, *sizes])[num_decode:].tolist()
         continued = sum(positions[0] > 0 for _, positions, _ in pieces[num_decode:])
-        step = Step(
+        batch = ForwardBatch(
             positions=np.concatenate([positions for _, positions, _ in pieces]),
             tables=tables,
             table_of=np.repeat(np.arange(len(pieces)), sizes),
             num_decode=num_decode,
-            prompt_of=np.array([prompt for _, _, prompt in pieces[:num_decode]], np.int64),
+            group_of=np.array([prompt for _, _, prompt in pieces[:num_decode]], np.int64),
             continued=bounds[: continued + 1],
             fresh=bounds[continued:],
         )
-        first, shared = groups(step, self.size)
-        assert first[-1] == step.fresh[0]
+        first, shared = groups(batch, self.size)
+        assert first[-1] == batch.fresh[0]
         assert len(first) == len(shared) + 1
         total, m = sum(sizes), self.model
         q = torch.from_numpy(self.rng.standard_normal((total, m.num_heads, m.head_dim), np.float32))
@@ -58,7 +58,7 @@ class Script:
             torch.from_numpy(self.rng.standard_normal((total, m.num_kv_heads, m.head_dim), np.float32)) for _ in "kv"
         )
         with torch.no_grad():
-            fast, plain = (cache.attention(step)(0, q, k, v) for cache in (self.fast, self.plain))
+            fast, plain = (cache.attention(batch)(0, q, k, v) for cache in (self.fast, self.plain))
         return float((fast - plain).abs().max())
 
 
@@ -95,11 +95,11 @@ def test_a_groups_shared_blocks_are_found():
     """Three samples of one prompt share two blocks; a fourth row of another prompt begins with the same block."""
     tables = np.array([[1, 2, 3, 0], [1, 2, 4, 0], [1, 2, 5, 6], [1, 7, 0, 0]], np.int32)
     positions = np.array([40, 41, 50, 20])
-    step = Step(positions, tables, np.arange(4), 4, np.array([8, 8, 8, 9]), [4], [4])
-    first, shared = groups(step, 16)
+    batch = ForwardBatch(positions, tables, np.arange(4), 4, np.array([8, 8, 8, 9]), [4], [4])
+    first, shared = groups(batch, 16)
     assert first.tolist() == [0, 3, 4]
     assert shared.tolist() == [2, 0]
-    early = Step(np.array([40, 20, 50, 20]), tables, np.arange(4), 4, np.array([8, 8, 8, 9]), [4], [4])
+    early = ForwardBatch(np.array([40, 20, 50, 20]), tables, np.arange(4), 4, np.array([8, 8, 8, 9]), [4], [4])
     assert groups(early, 16)[1].tolist() == [1, 0]  # row 1 sees only one whole block
 
 
