@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
-from typing import Any
-
-import zstandard
 
 # Of a model directory in Hugging Face format, beside config.json and the weights.
 TOKENIZER_FILES = (
@@ -30,9 +26,3 @@ def fsync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def read_compressed_lines(file: Path) -> list[dict[str, Any]]:
-    """The objects of a JSON-lines file that zstd has compressed."""
-    text = zstandard.ZstdDecompressor().decompress(file.read_bytes())
-    return [json.loads(line) for line in text.splitlines()]

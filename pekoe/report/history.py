@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from pekoe.core.errors import UserError
-from pekoe.core.io import read_compressed_lines
 from pekoe.core.journal import Event, read_lines
+from pekoe.core.records import read_records, steps_recorded
 
 Decode = Callable[[Sequence[int]], str]
 _MOST_TOKENS = 1500  # shown of a response: half from its beginning, half from its end
@@ -78,7 +78,7 @@ def _description_of(path: Path) -> str:
 
 def sample_responses(history: History, decode: Decode | None, max_bytes: int) -> None:
     """Select whole groups that fit in `max_bytes`: of the first and the last step, then of steps evenly between."""
-    steps = sorted({int(file.name[5:11]) for file in (history.path / "rollouts").glob("step-*.jsonl.zst")})
+    steps = steps_recorded(history.path)
     used: set[int] = set()
     size, kept, seen = 0, 0, 0
     order = list(_evenly(steps))
@@ -126,11 +126,8 @@ def _evenly(steps: list[int]) -> Iterator[int]:
 
 
 def _groups(path: Path, step: int) -> list[list[dict[str, Any]]]:
-    lines: list[dict[str, Any]] = []
-    for file in sorted((path / "rollouts").glob(f"step-{step:06d}.*")):
-        lines += read_compressed_lines(file)
     groups: dict[int, list[dict[str, Any]]] = {}
-    for line in sorted(lines, key=lambda line: (line["group"], line["sample"])):
+    for line in read_records(path, step):
         groups.setdefault(line["group"], []).append(line)
     return list(groups.values())
 
@@ -139,7 +136,7 @@ def _shown(line: dict[str, Any], step: int, by_token: bool) -> dict[str, Any]:
     """The fields of a response that the page shows."""
     names = ("uid", "draw", "group", "sample", "label", "extracted", "why", "gold", "reward", "finish_reason", "prompt")
     fields = {name: line[name] for name in names}
-    tokens, logprobs = line["tokens"], [round(x, 3) for x in line["logprobs"]]
+    tokens, logprobs = line["tokens"].tolist(), [round(x, 3) for x in line["logprobs"].tolist()]
     advantage = line["advantage"]
     fields |= {"step": step, "length": len(tokens), "advantage": None if advantage is None else round(advantage, 4)}
     if len(tokens) > _MOST_TOKENS:

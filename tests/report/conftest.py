@@ -6,8 +6,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
-import zstandard
+
+from pekoe.core.records import write_records
+from pekoe.core.types import Record
 
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>"
 
@@ -65,8 +68,13 @@ def write_run(path: Path, events: list[dict[str, Any]], rollouts: dict[str, list
     ledger += [{"step": 1, "uid": "p1", "draw": 0, "outcome": "dropped", "reason": "all right"}] * 2
     (path / "ledger.jsonl").write_text("".join(json.dumps(line) + "\n" for line in ledger))
     for name, lines in rollouts.items():
-        text = "".join(json.dumps(line) + "\n" for line in lines)
-        (path / "rollouts" / f"step-{name}.jsonl.zst").write_bytes(zstandard.compress(text.encode()))
+        records = [
+            Record.of(np.array(line["prompt_tokens"]), np.array(line["tokens"]), np.array(line["logprobs"], np.float32))
+            for line in lines
+        ]
+        arrays = ("prompt_tokens", "tokens", "logprobs")
+        fields = [{key: value for key, value in line.items() if key not in arrays} for line in lines]
+        write_records(path / "rollouts" / f"step-{name}", fields, records)
     return path
 
 
