@@ -34,7 +34,7 @@ class ServerSection(ConfigSection):
     during_update: Literal["abort", "keep"] = "keep"
     """Responses in flight at a weight update: ended, or kept and gone on with under the new version."""
     max_requests: int = Field(default=256, ge=1)
-    """Responses in flight at one server; more wait here."""
+    """Requests that one server is given at a time; more wait here. It decodes at most `engine.max_running` together."""
     retries: int = Field(default=2, ge=0)
     """How often a request is sent again after a transport error."""
     start_limit_s: float = Field(default=900, gt=0)
@@ -74,7 +74,7 @@ class EngineSection(ConfigSection):
     block_tokens: int = Field(default=16, ge=1)
     """Tokens of a KV block; prefixes are shared by whole blocks."""
     max_running: int = Field(default=512, ge=1)
-    """Sequences that decode together."""
+    """Sequences that one engine, or one server, decodes together."""
     prefill_tokens: int = Field(default=8192, ge=1)
     """Tokens of one forward: what the running sequences leave of it goes to chunks of waiting prompts."""
 

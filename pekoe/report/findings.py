@@ -105,9 +105,13 @@ def _remedy(phase: str, by: str, share: float, history: History) -> str:
     communication = "communication, " if "cluster" in history.config else ""
     small = f"the rest goes to {communication}Python and small operations between the products"
     if phase == "rollout":
-        at_once = history.config.get("engine", {}).get("max_running", 0)
-        few = median(step["num_rollouts"] for step in history.steps) <= at_once
-        key = "rollout.prompts_per_step" if few else "engine.max_running"
+        engine = history.config.get("engine", {})
+        limits = {"engine.max_running": engine.get("max_running", 0)}
+        if engine.get("backend", "embedded") != "embedded":
+            limits["engine.server.max_requests"] = engine.get("server", {}).get("max_requests", 256)
+        key = min(limits, key=lambda name: limits[name])
+        if median(step["num_rollouts"] for step in history.steps) <= limits[key]:
+            key = "rollout.prompts_per_step"
         return f"{small}, which more responses at once would share ({key})"
     return f"{small}, which more tokens a micro-batch would share"
 

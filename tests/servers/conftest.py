@@ -11,7 +11,7 @@ import pytest
 
 from pekoe.config.engine import EngineSection
 from pekoe.core.spec import ModelSpec
-from pekoe.engine.servers.sglang import SGLangEngine
+from pekoe.engine.servers import SGLangEngine
 from pekoe.model import Decoder, save_model
 from tests.servers.vllm_fixture import vllm_engine_factory, vllm_launch  # noqa: F401  # pyright: ignore[reportUnusedImport]
 
@@ -92,10 +92,9 @@ def sglang_engine_factory(
 
     def make(model: Decoder, **changes: Any) -> SGLangEngine:
         launched = sglang_launched(model)
-        section = sglang_section(urls=(launched.servers[0].url,), **changes)
-        engine = SGLangEngine(
-            tmp_path, section, model.spec, launched.max_sequence_tokens, tmp_path / f"logs-{len(engines)}"
-        )
+        section = sglang_section(urls=(launched.url,), **changes)
+        place = tmp_path / f"logs-{len(engines)}"
+        engine = SGLangEngine(tmp_path, section, model.spec, launched.max_sequence_tokens, place, url=launched.url)
         engines.append(engine)
         engine.update_weights(model, 0)
         return engine

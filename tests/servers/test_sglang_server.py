@@ -2,20 +2,19 @@
 
 import os
 import signal
-import threading
-import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-import torch
 
 from pekoe.core.errors import RunError
-from pekoe.core.types import Prompt, Rollout, SamplingParams
-from pekoe.engine.servers.sglang import SGLangEngine
-from pekoe.model import Decoder, PackedAttention, save_model
+from pekoe.core.types import Request, SamplingParams
+from pekoe.engine.base import EngineLost
+from pekoe.engine.servers import SGLangEngine
+from pekoe.model import Decoder, save_model
+from tests.servers.common import off, off_by_version, results, sample, until, update, wrong_parameters
 
 pytestmark = [pytest.mark.server, pytest.mark.timeout(400)]
 
@@ -23,21 +22,10 @@ pytestmark = [pytest.mark.server, pytest.mark.timeout(400)]
 TOLERANCE = 5e-4
 # Sizes that SGLang does not pad (checksums), and long enough for work to be met half-way.
 SHAPE = {"vocab_size": 64, "hidden_size": 64, "head_dim": 16, "intermediate_size": 128, "max_positions": 1024}
+LONG = SamplingParams(n=4, max_new_tokens=440)
 
-
-@torch.no_grad()
-def reference(model: Decoder, rollout: Rollout, temperature: float = 1.0) -> np.ndarray:
-    """Log-probs [R] by one packed forward over prompt and response."""
-    payload = rollout.payload.resolve()
-    tokens = torch.from_numpy(np.concatenate([payload.prompt_tokens, payload.tokens]))
-    bounds = torch.tensor([0, len(tokens)], dtype=torch.int32)
-    logits = model.logits(model(tokens, torch.arange(len(tokens)), PackedAttention(bounds)))
-    start = len(payload.prompt_tokens)
-    return torch.log_softmax(logits / temperature, -1)[torch.arange(start, len(tokens)) - 1, tokens[start:]].numpy()
-
-
-def off(model: Decoder, rollout: Rollout, temperature: float = 1.0) -> float:
-    return float(np.abs(rollout.payload.resolve().logprobs - reference(model, rollout, temperature)).max())
+Make = Callable[..., SGLangEngine]
+Ask = Callable[[SamplingParams], list[Request]]
 
 
 @pytest.fixture(scope="module")
@@ -47,25 +35,30 @@ def models(make_model: Callable[..., Decoder]) -> list[Decoder]:
 
 
 @pytest.fixture
-def prompts(make_prompt: Callable[..., Prompt]) -> list[Prompt]:
-    return [make_prompt(f"p{length}", length, vocab=64) for length in (1, 5, 17, 64)]
+def ask(make_requests: Callable[..., list[Request]]) -> Ask:
+    """Groups of four prompts, p1 to p64 by their lengths."""
+    return lambda params: [r for size in (1, 5, 17, 64) for r in make_requests(f"p{size}", size, params, vocab=64)]
 
 
 @pytest.fixture
-def later() -> Iterator[Callable[..., None]]:
-    timers: list[threading.Timer] = []
-
-    def start(seconds: float, call: Callable[..., Any], *arguments: Any) -> None:
-        timers.append(threading.Timer(seconds, call, arguments))
-        timers[-1].start()
-
-    yield start
-    for timer in timers:
-        timer.join(60)
-        assert not timer.is_alive()
+def engine(sglang_engine_factory: Make, models: list[Decoder]) -> SGLangEngine:
+    return sglang_engine_factory(models[0])
 
 
-Make = Callable[..., SGLangEngine]
+@pytest.fixture
+def threads() -> Iterator[ThreadPoolExecutor]:
+    with ThreadPoolExecutor(1) as threads:
+        yield threads
+
+
+def load(engine: SGLangEngine) -> tuple[int, int]:
+    """Requests that the server samples, and that wait there."""
+    (load,) = engine._thread.run(engine._client.get("/v1/loads"))["loads"]
+    return load["num_running_reqs"], load["num_waiting_reqs"]
+
+
+def wait_running(engine: SGLangEngine) -> None:
+    until(lambda: load(engine)[0])
 
 
 @pytest.mark.parametrize(
@@ -77,146 +70,126 @@ Make = Callable[..., SGLangEngine]
         SamplingParams(max_new_tokens=24, temperature=0),
     ],
 )
-def test_i1_log_probs_are_the_models(
-    sglang_engine_factory: Make, models: list[Decoder], prompts: list[Prompt], params: SamplingParams
-):
-    rollouts = list(sglang_engine_factory(models[0]).generate(prompts, params))
-    assert len({(r.uid, r.sample_index) for r in rollouts}) == len(rollouts) == 4 * params.n
-    for rollout in rollouts:
-        tokens = rollout.payload.resolve().tokens.tolist()
-        assert off(models[0], rollout, params.temperature or 1.0) <= TOLERANCE
-        assert rollout.versions == ((0, 0),)
-        stops = [token in params.stop_token_ids for token in tokens]
+def test_i1_log_probs_are_the_models(engine: SGLangEngine, models: list[Decoder], ask: Ask, params: SamplingParams):
+    completions = sample(engine, ask(params))
+    for completion in completions:
+        assert off(models[0], completion, params.temperature or 1.0) <= TOLERANCE
+        assert completion.versions == ((0, 0),)
+        stops = [token in params.stop_token_ids for token in completion.tokens]
         assert not any(stops[:-1])
-        assert rollout.finish_reason == ("stop" if stops[-1] else "length")
-        assert stops[-1] or len(tokens) == 24
+        assert completion.finish == ("stop" if stops[-1] else "length")
+        assert stops[-1] or completion.num_tokens == 24
     if params.n > 1:
-        assert len({tuple(r.payload.resolve().tokens) for r in rollouts if r.uid == "p64"}) == params.n
+        assert len({tuple(c.tokens) for c in completions[-params.n :]}) == params.n
 
 
-def test_sixteen_samples_share_their_prompts_kv(
-    sglang_engine_factory: Make, models: list[Decoder], prompts: list[Prompt]
-):
-    engine = sglang_engine_factory(models[0])
-    assert len(list(engine.generate(prompts[3:], SamplingParams(n=16, max_new_tokens=4)))) == 16
+def test_sixteen_samples_share_their_prompts_kv(engine: SGLangEngine, ask: Ask):
+    sample(engine, ask(SamplingParams(n=16, max_new_tokens=4))[48:])
     stats = engine.stats()
     assert stats.num_cached_tokens == 16 * 63  # all but the last token, which each samples from
     assert stats.num_prefill_tokens == 64 + 16
     assert stats.num_decode_tokens == 64
 
 
-def test_abort_of_one_and_of_all(
-    sglang_engine_factory: Make, models: list[Decoder], prompts: list[Prompt], later: Callable[..., None]
-):
+def test_abort_of_one_and_of_all(sglang_engine_factory: Make, models: list[Decoder], ask: Ask):
     engine = sglang_engine_factory(models[0], max_requests=8)
-    stream = engine.generate(prompts[1:], SamplingParams(n=4, max_new_tokens=440))  # the third prompt waits
-    later(0.5, engine.abort, ["p5"])
-    first = [next(stream) for _ in range(4)]
-    assert {(r.uid, r.finish_reason) for r in first} == {("p5", "abort")}
-    assert all(0 < r.num_tokens < 440 for r in first)
-    assert all(off(models[0], r) <= TOLERANCE for r in first)
+    requests = ask(LONG)[4:]
+    futures = engine.submit(requests)  # the third prompt waits
+    wait_running(engine)
+    engine.abort(["p5"])
+    first = results(futures[:4])
+    assert {completion.finish for completion in first} == {"abort"}
+    assert all(completion.num_tokens < 440 and off(models[0], completion) <= TOLERANCE for completion in first)
     engine.abort()
-    rest = list(stream)
-    assert {r.finish_reason for r in rest} == {"abort"}
-    assert len(first + rest) == 12
+    assert {completion.finish for completion in results(futures)} == {"abort"}
 
 
-def test_closing_the_iterator_frees_the_server(
-    sglang_engine_factory: Make, models: list[Decoder], prompts: list[Prompt]
-):
-    engine = sglang_engine_factory(models[0])
-    stream = engine.generate(prompts, SamplingParams(n=4, max_new_tokens=440, stop_token_ids=tuple(range(8))))
-    next(stream)
-    stream.close()
-    (load,) = engine._loop.run(engine._backend.get(engine.servers[0], "/v1/loads"))["loads"]
-    assert load["num_running_reqs"] + load["num_waiting_reqs"] == 0
+def test_closing_frees_the_server(sglang_engine_factory: Make, models: list[Decoder], ask: Ask):
+    engine, other = sglang_engine_factory(models[0]), sglang_engine_factory(models[0])
+    futures = engine.submit(ask(LONG))
+    wait_running(engine)
+    engine.close()
+    for future in futures:
+        with pytest.raises(RunError, match="closed"):
+            future.result(1)
+    until(lambda: load(other) == (0, 0), 5)
 
 
-def test_pause_keeps_what_is_in_flight(
-    sglang_engine_factory: Make, models: list[Decoder], prompts: list[Prompt], later: Callable[..., None]
-):
-    engine = sglang_engine_factory(models[0])
-    later(0.3, engine.pause)
-    later(2.3, engine.resume)
-    start = time.monotonic()
-    rollouts = list(engine.generate(prompts, SamplingParams(n=2, max_new_tokens=300)))
-    assert time.monotonic() - start > 2
-    assert all(r.finish_reason == "length" and off(models[0], r) <= TOLERANCE for r in rollouts)
+def test_a_flush_beside_traffic_keeps_what_is_in_flight(engine: SGLangEngine, models: list[Decoder], ask: Ask):
+    futures = engine.submit(ask(SamplingParams(n=2, max_new_tokens=300)))
+    wait_running(engine)
+    engine.flush_cache()
+    for completion in results(futures):
+        assert completion.finish == "length"
+        assert off(models[0], completion) <= TOLERANCE
 
 
-@pytest.mark.parametrize("sync", ["disk", "shm", "broadcast"])
+@pytest.mark.parametrize("route", ["disk", "shm", "broadcast"])
 def test_i4_after_an_update_the_new_weights_answer(
-    sglang_engine_factory: Make, models: list[Decoder], prompts: list[Prompt], sync: str
+    engine: SGLangEngine, models: list[Decoder], ask: Ask, tmp_path: Path, route: str
 ):
-    engine = sglang_engine_factory(models[0], sync=sync)
-    params = SamplingParams(n=2, max_new_tokens=16)
-    list(engine.generate(prompts, params))  # leaves KV of the old weights in the cache
+    requests = ask(SamplingParams(n=2, max_new_tokens=16))
+    sample(engine, requests)  # leaves KV of the old weights in the cache
     for version, model in [(1, models[1]), (2, models[2])]:
-        engine.update_weights(model, version)
-        cached = engine.stats().num_cached_tokens
+        update(engine, model, version, route, tmp_path)
         assert engine.version == version
-        rollouts = list(engine.generate(prompts[3:], SamplingParams(max_new_tokens=16)))
+        cached = engine.stats().num_cached_tokens
+        completions = sample(engine, requests[-1:])
         assert engine.stats().num_cached_tokens == cached
-        rollouts += engine.generate(prompts, params)
-        for rollout in rollouts:
-            assert rollout.versions == ((version, 0),)
-            assert off(model, rollout) <= TOLERANCE
-        assert max(off(models[version - 1], r) for r in rollouts) > 0.1
-        assert engine.holds(model) is True
-        assert engine.holds(models[0]) is False
+        completions += sample(engine, requests)
+        for completion in completions:
+            assert completion.versions == ((version, 0),)
+            assert off(model, completion) <= TOLERANCE
+        assert max(off(models[version - 1], completion) for completion in completions) > 0.1
+        assert wrong_parameters(engine, model) == []
+        assert wrong_parameters(engine, models[0])
 
 
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("sync", ["disk", "broadcast"])
+@pytest.mark.parametrize("route", ["disk", "broadcast"])
 def test_an_update_in_mid_flight_recomputes_kv_and_tags_tokens(
     sglang_engine_factory: Make,
     make_model: Callable[..., Decoder],
-    prompts: list[Prompt],
-    later: Callable[..., None],
-    sync: str,
+    ask: Ask,
+    tmp_path: Path,
+    route: str,
     tied: bool,
 ):
     old, new = (make_model(seed, scale=2.0, **SHAPE, tied_embeddings=tied) for seed in (0, 1))
-    engine = sglang_engine_factory(old, sync=sync)
-    later(0.5, engine.update_weights, new, 1)
-    rollouts = list(engine.generate(prompts, SamplingParams(n=4, max_new_tokens=440)))
-    crossed = [r for r in rollouts if len(r.versions) == 2]
+    engine = sglang_engine_factory(old)
+    futures = engine.submit(ask(LONG))
+    wait_running(engine)
+    update(engine, new, 1, route, tmp_path)
+    crossed = [completion for completion in results(futures) if len(completion.versions) == 2]
     assert crossed
-    for rollout in crossed:
-        (before, _), (after, change) = rollout.versions
-        logprobs = rollout.payload.resolve().logprobs
-        assert (before, after) == (0, 1)
-        assert np.abs(logprobs - reference(old, rollout))[:change].max() <= TOLERANCE
-        assert np.abs(logprobs - reference(new, rollout))[change:].max() <= TOLERANCE
+    for completion in crossed:
+        assert [version for version, _ in completion.versions] == [0, 1]
+        assert off_by_version({0: old, 1: new}, completion) <= TOLERANCE
 
 
-def test_an_update_may_end_what_is_in_flight(
-    sglang_engine_factory: Make, models: list[Decoder], prompts: list[Prompt], later: Callable[..., None]
-):
+def test_an_update_may_end_what_is_in_flight(sglang_engine_factory: Make, models: list[Decoder], ask: Ask):
     engine = sglang_engine_factory(models[0], during_update="abort")
-    later(0.4, engine.update_weights, models[1], 1)
-    rollouts = list(engine.generate(prompts, SamplingParams(n=4, max_new_tokens=440)))
-    assert {r.finish_reason for r in rollouts} == {"abort"}
-    assert all(off(models[0], r) <= TOLERANCE for r in rollouts if r.num_tokens)
-    (rollout,) = engine.generate(prompts[:1], SamplingParams(max_new_tokens=8))
-    assert off(models[1], rollout) <= TOLERANCE
+    futures = engine.submit(ask(LONG))
+    wait_running(engine)
+    engine.update_weights(models[1], 1)
+    completions = results(futures)
+    assert {completion.finish for completion in completions} == {"abort"}
+    assert max(off(models[0], completion) for completion in completions) <= TOLERANCE
+    (completion,) = sample(engine, ask(SamplingParams(max_new_tokens=8))[:1])
+    assert off(models[1], completion) <= TOLERANCE
 
 
-def test_a_server_that_cannot_take_weights_is_stale_and_recovers(
-    sglang_engine_factory: Make, models: list[Decoder], prompts: list[Prompt], tmp_path: Path
+def test_a_server_that_cannot_take_weights_says_so_and_recovers(
+    engine: SGLangEngine, models: list[Decoder], ask: Ask, tmp_path: Path
 ):
-    engine = sglang_engine_factory(models[0])
     broken = tmp_path / "broken"
     save_model(models[1], broken)
     (broken / "model.safetensors").unlink()
-    with pytest.raises(RunError, match="weight update to version 1 failed on 1 server"):
+    with pytest.raises(RunError, match="its update to version 1 failed"):
         engine.update_weights(broken, 1)
-    assert engine.servers[0].state == "stale"
-    with pytest.raises(RunError, match="expected a server that serves"):
-        list(engine.generate(prompts, SamplingParams()))
+    (future,) = engine.submit(ask(SamplingParams(max_new_tokens=8))[:1])
     engine.update_weights(models[2], 2)
-    (rollout,) = engine.generate(prompts[:1], SamplingParams(max_new_tokens=8))
-    assert off(models[2], rollout) <= TOLERANCE
+    assert off(models[2], future.result(60)) <= TOLERANCE
 
 
 def group_members(group: int) -> list[int]:
@@ -237,32 +210,29 @@ def listens(url: str) -> bool:
     return any(int(row.split()[1].rpartition(":")[2], 16) == port and row.split()[3] == "0A" for row in rows)
 
 
-def test_killed_it_is_launched_again_and_closing_leaves_nothing(
-    sglang_section: Callable[..., Any], models: list[Decoder], prompts: list[Prompt], tmp_path: Path
+@pytest.mark.parametrize("killed", [False, True])
+def test_nothing_is_left_of_a_server(
+    sglang_section: Callable[..., Any], models: list[Decoder], ask: Ask, tmp_path: Path, killed: bool
 ):
     save_model(models[0], tmp_path / "model")
-    engine = SGLangEngine(
-        tmp_path / "model", sglang_section(sync="shm"), models[0].spec, 256, tmp_path / "logs", threads=1
-    )
+    engine = SGLangEngine(tmp_path / "model", sglang_section(), models[0].spec, 256, tmp_path / "logs", threads=1)
     try:
-        killed, params = engine.servers[0].process, SamplingParams(n=2, max_new_tokens=8)
-        assert killed is not None
-        assert all(off(models[0], r) <= TOLERANCE for r in engine.generate(prompts, params))
-        os.killpg(killed.pid, signal.SIGKILL)
-        with pytest.raises(RunError, match=r"exited with status 137"):
-            list(engine.generate(prompts, params))
-        engine.update_weights(models[1], 1)  # waits for its return
-        assert all(off(models[1], r) <= TOLERANCE for r in engine.generate(prompts, params))
-        process = engine.servers[0].process
+        process, url = engine.process, engine.url
         assert process is not None
-        url = engine.servers[0].url
+        requests = ask(SamplingParams(n=2, max_new_tokens=8))
+        update(engine, models[1], 1, "shm", tmp_path)
+        assert max(off(models[1], completion) for completion in sample(engine, requests)) <= TOLERANCE
         assert listens(url)
         assert group_members(process.pid)
+        if killed:
+            os.killpg(process.pid, signal.SIGKILL)
+            for future in engine.submit(requests):
+                with pytest.raises(EngineLost, match=r"SGLang server 0: (?s:.*)exited with status 137"):
+                    future.result(60)
     finally:
         engine.close()
     assert not group_members(process.pid)
     assert not listens(url)
     assert not list(Path("/dev/shm").glob(f"pekoe-weights-{os.getpid()}-*"))
-    for each in (killed, process):
-        assert each._made  # SGLang's own shared memory and semaphores: it leaves them behind
-        assert not [path for path in each._made if path.exists()]
+    assert process._shared_memory  # SGLang's own, and semaphores: it leaves them behind
+    assert not [path for path in process._shared_memory if path.exists()]

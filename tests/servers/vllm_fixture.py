@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from pekoe.config.engine import EngineSection
-from pekoe.engine.servers.vllm import VLLMEngine
+from pekoe.engine.servers import VLLMEngine
 from pekoe.model import Decoder, save_model
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
@@ -56,9 +56,9 @@ def vllm_engine_factory(
             launched[model.spec] = vllm_launch(model)
         place = tmp_path_factory.mktemp("weights")
         save_model(model, place / "model")
-        settings = {"urls": [launched[model.spec].servers[0].url]} | server
-        config = EngineSection.model_validate({"backend": "vllm", "server": settings})
-        engine = VLLMEngine(place / "model", config, model.spec, model.spec.max_positions, place, threads=1)
+        url = launched[model.spec].url
+        config = EngineSection.model_validate({"backend": "vllm", "server": {"urls": [url]} | server})
+        engine = VLLMEngine(place / "model", config, model.spec, model.spec.max_positions, place, url=url)
         engine.update_weights(place / "model", 0)
         return engine
 

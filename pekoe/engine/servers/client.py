@@ -6,9 +6,11 @@ again), and RunError for an answer that refuses, or that it does not understand.
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -60,7 +62,7 @@ class Answer:
     tokens: list[int]
     logprobs: list[float]  # of each token, at the sampling temperature (at 1 for greedy), before top-p and top-k
     finish: FinishReason
-    versions: list[tuple[int, int]]  # (policy version, index of its first token); [] where the server does not say
+    versions: list[tuple[int, int]]  # (policy version, index of its first token)
     num_cached_tokens: int = 0  # of the prompt
 
 
@@ -92,12 +94,12 @@ class ServerClient(ABC):
 
     async def reachable(self) -> bool:
         """Whether anyone answers there, paused or not."""
-        try:
-            await self.version()
-        except TransportError:
-            return False
-        except RunError:
-            pass
+        with contextlib.suppress(RunError):  # an answer, though not the one that was asked for
+            try:
+                async with asyncio.timeout(_HEALTH_LIMIT_S):
+                    await self.version()
+            except (TransportError, TimeoutError):
+                return False
         return True
 
     async def check_attached(self) -> None:  # noqa: B027
@@ -147,7 +149,7 @@ class ServerClient(ABC):
 
     @abstractmethod
     async def load(self, directory: Path, version: int) -> None:
-        """Load a Hugging Face directory and tag it `version`. The server is paused."""
+        """Load a Hugging Face directory and tag it `version`."""
 
     async def num_workers(self) -> int:
         """Processes of this server that join a broadcast group."""
@@ -161,16 +163,10 @@ class ServerClient(ABC):
     async def leave_group(self, group: BroadcastGroup) -> None: ...
 
     @abstractmethod
-    async def begin_update(self) -> None:
-        """Before the first `receive` of an update. An update that broke off earlier must not stand in the way."""
-
-    @abstractmethod
-    async def receive(self, group: BroadcastGroup, tensors: Tensors) -> None:
-        """Make the server take these from rank 0, one by one: their names, dtypes and shapes, values by broadcast."""
-
-    @abstractmethod
-    async def finish_update(self, version: int) -> None:
-        """After the last `receive`: everything is there; tag it `version`."""
+    async def receive(self, group: BroadcastGroup, parts: Iterable[Tensors], version: int) -> None:
+        """Take these tensors from rank 0 of `group`, one by one, and tag them `version`. Their names, dtypes and shapes
+        are sent to the server, a part at a time; their values come by broadcast. An update that broke off earlier does
+        not stand in the way."""
 
     async def checksums(self) -> Checksums | None:
         """See `Engine.checksums`."""
@@ -222,6 +218,27 @@ class ServerClient(ABC):
         if not isinstance(content, dict) or not isinstance(content.get(name), kind):
             raise RunError(f"{self.url}: expected an answer with {name!r}, got {json.dumps(content)[:300]}")
         return cast("dict[str, Any]", content)[name]
+
+
+def group_fields(group: BroadcastGroup) -> dict[str, Any]:
+    """A group, as both servers name its fields."""
+    return {
+        "master_address": group.host,
+        "master_port": group.port,
+        "rank_offset": group.first_rank,
+        "world_size": group.world_size,
+        "group_name": group.name,
+        "backend": group.backend,
+    }
+
+
+def tensor_fields(tensors: Tensors, dtypes: str) -> dict[str, Any]:
+    """What a server must know of tensors before their values come; `dtypes` is its name for that field."""
+    return {
+        "names": [name for name, _ in tensors],
+        dtypes: [str(tensor.dtype).removeprefix("torch.") for _, tensor in tensors],
+        "shapes": [list(tensor.shape) for _, tensor in tensors],
+    }
 
 
 def _message(content: Any) -> str:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
-import math
 import os
 import tempfile
 import threading
@@ -121,7 +120,7 @@ class ServerEngine(Engine):
         self._limit = min(self._limit, kv_tokens or self._limit)
         limits = self._limit, kv_tokens, config.max_running
         options = ServerOptions(model, server, spec, *limits, dtype=dtype, device=device, offloads=offloads)
-        self.label = f"{self.name} server {number}" if url is None else f"{self.name} at {url.rstrip('/')}"
+        self.label = f"{self.name} server {number}" if url is None else f"{self.name} at {url}"
         if url is None:
             check_python(self.name, server.python)
         elif server.sync == "shm" and urlsplit(url).hostname not in ("127.0.0.1", "localhost", "::1"):
@@ -131,9 +130,10 @@ class ServerEngine(Engine):
             )
         allow_open_files(len(server.urls) or server.count, server.max_requests)
         (port,) = free_ports(1)
-        self._client = self.client_class(options, url.rstrip("/") if url else f"http://127.0.0.1:{port}")
+        self.url = url.rstrip("/") if url else f"http://127.0.0.1:{port}"
+        self._client = self.client_class(options, self.url)
         command = self._client.command(port) if url is None else None
-        self._process: ServerProcess | None = None
+        self.process: ServerProcess | None = None  # of a launched server
         self._version, self._stats, self._num_workers = 0, EngineStats(), 0
         self._busy_since: float | None = None
         self._flights: dict[asyncio.Task[Completion], _Flight] = {}
@@ -153,7 +153,7 @@ class ServerEngine(Engine):
                 omp = {"OMP_NUM_THREADS": str(threads)} if threads else {}
                 log = log_dir / f"{self.label.lower().replace(' ', '-')}.log"
                 env = os.environ | omp | command[1] | server.env | gpus
-                self._process = ServerProcess(self.label, command[0], env, log)
+                self.process = ServerProcess(self.label, command[0], env, log)
             self._thread.run(self._start())
         except BaseException:
             self.close()
@@ -162,23 +162,14 @@ class ServerEngine(Engine):
     async def _start(self) -> None:
         client, limit = self._client, self._config.start_limit_s
         try:
-            if self._process is None:
+            if self.process is None:
                 await wait_ready(self.label, None, client.reachable, limit)
                 await client.check_attached()
                 await client.resume()  # whoever used it before may have left it paused
-            await wait_ready(self.label, self._process, client.ready, limit)
+            await wait_ready(self.label, self.process, client.ready, limit)
             await client.set_version(0)
         except TransportError as error:
             raise RunError(f"{self.label}: {error}") from None
-
-    @property
-    def url(self) -> str:
-        return self._client.url
-
-    @property
-    def process(self) -> ServerProcess | None:
-        """The launched server's; None: attached."""
-        return self._process
 
     @property
     def version(self) -> int:
@@ -288,7 +279,7 @@ class ServerEngine(Engine):
                 why = f"{error}, and its health check fails"
                 break
             flight.rid = ""  # nothing is at the server: an abort may end it here
-            if self._process is not None and self._process.exit_code is not None:
+            if self.process is not None and self.process.exit_code is not None:
                 break
             await asyncio.sleep(_BACKOFF_S * 2**attempt)
         raise self._lost(why)
@@ -302,45 +293,40 @@ class ServerEngine(Engine):
             raise EngineLost(f"{self.label}: {self._unusable}")
 
     def _lost(self, why: str) -> EngineLost:
-        ended = self._process is not None and self._process.exit_code is not None
-        return EngineLost(f"{self.label}: {why}" + (f"\n{self._process.describe()}" if self._process and ended else ""))
+        if self.process is not None and self.process.exit_code is not None:
+            why += f"\n{self.process.describe()}"
+        return EngineLost(f"{self.label}: {why}")
 
     def _checked(self, flight: _Flight, answer: Answer) -> Completion:
         """A checked answer as a completion. RunError for what no server that works answers; EngineLost for tokens of
         other versions than the server had meanwhile (somebody restarted it, or a router sends to several)."""
-        size, params, versions = len(answer.tokens), flight.request.params, answer.versions if answer.tokens else []
-        if answer.tokens and not versions:  # the server does not say: it is ours if nothing changed meanwhile
-            if flight.version != self._version:
-                raise RunError(f"{self.url}: gives no versions, and its weights changed during a response")
-            versions = [(self._version, 0)]
-        starts = [start for _, start in versions]
-        vocab = self._spec.vocab_size
-        checks = [
-            (len(answer.logprobs) == size, f"{size} log-probs, got {len(answer.logprobs)}"),
-            (all(math.isfinite(x) and x <= 1e-3 for x in answer.logprobs), "log-probs that are finite and <= 0"),
-            (all(0 <= token < vocab for token in answer.tokens), f"token ids in [0, {vocab})"),
+        tokens, logprobs = np.array(answer.tokens, np.int64), np.array(answer.logprobs, np.float32)
+        request, params, size, vocab = flight.request, flight.request.params, len(tokens), self._spec.vocab_size
+        versions = tuple(answer.versions) if size else ()
+        starts, end = [start for _, start in versions], answer.tokens[-1:]
+        for holds, expected in (
+            (len(logprobs) == size, f"{size} log-probs, got {len(logprobs)}"),
+            (np.isfinite(logprobs).all() and (logprobs <= 1e-3).all(), "log-probs that are finite and <= 0"),
+            (((tokens >= 0) & (tokens < vocab)).all(), f"token ids in [0, {vocab})"),
             (size <= params.max_new_tokens, f"at most {params.max_new_tokens} tokens, got {size}"),
-            (size > 0 or answer.finish == "abort", "at least one token"),
+            (size or answer.finish == "abort", "at least one token"),
             (
-                answer.finish != "stop" or (size > 0 and answer.tokens[-1] in params.stop_token_ids),
-                f"a stop at one of {params.stop_token_ids}, got {answer.tokens[-1:]}",
+                answer.finish != "stop" or set(end) <= set(params.stop_token_ids),
+                f"a stop at one of {params.stop_token_ids}, got {end}",
             ),
             (answer.finish != "length" or size == params.max_new_tokens, f"{params.max_new_tokens} tokens, got {size}"),
             (
-                not size or (starts[0] == 0 and starts == sorted(set(starts)) and starts[-1] < size),
+                not size or (starts[:1] == [0] and starts == sorted(set(starts)) and starts[-1] < size),
                 f"versions that cover {size} tokens, got {versions}",
             ),
-        ]
-        for holds, expected in checks:
+        ):
             if not holds:
-                where = f"prompt {flight.request.uid}, sample {flight.request.sample}"
-                raise RunError(f"{self.url}: {where}: expected {expected}")
+                raise RunError(f"{self.url}: prompt {request.uid}, sample {request.sample}: expected {expected}")
         first, last, got = flight.version, self._version, [version for version, _ in versions]
         if not all(first <= version <= last for version in got):
             raise EngineLost(f"{self.label}: expected tokens of versions {first} to {last}, got {got}")
-        arrays = np.array(answer.tokens, np.int64), np.array(answer.logprobs, np.float32)
-        record = Record.of(flight.request.tokens, *arrays)
-        return Completion(size, answer.finish, tuple(versions), record, answer.num_cached_tokens)
+        record = Record.of(request.tokens, tokens, logprobs)
+        return Completion(size, answer.finish, versions, record, answer.num_cached_tokens)
 
     def abort(self, uids: Iterable[str] | None = None) -> None:
         """See `Engine.abort`. Does not wait."""
@@ -391,7 +377,10 @@ class ServerEngine(Engine):
                     if isinstance(source, Path):
                         await client.load(source, version)
                     else:
-                        await self._receive(source, version)
+                        with torch.device("meta"):
+                            shapes = Decoder(self._spec)
+                        parts = buckets(shapes, source.bucket_bytes, getattr(torch, self._dtype))
+                        await client.receive(source.group, parts, version)
                     await client.flush()
                     tag = await client.version()
                     if tag != str(version):
@@ -426,14 +415,6 @@ class ServerEngine(Engine):
             group, self._group = self._group, None
             with contextlib.suppress(RunError, TransportError):  # one that broke off may be gone
                 await self._client.leave_group(group)
-
-    async def _receive(self, source: Broadcast, version: int) -> None:
-        with torch.device("meta"):
-            shapes = Decoder(self._spec)
-        await self._client.begin_update()
-        for tensors in buckets(shapes, source.bucket_bytes, getattr(torch, self._dtype)):
-            await self._client.receive(source.group, tensors)
-        await self._client.finish_update(version)
 
     def flush_cache(self) -> None:
         self._run(self._flush())
@@ -482,7 +463,7 @@ class ServerEngine(Engine):
 
     def health(self) -> bool:
         """Whether the server answers: its health check, or, during an update, anything."""
-        if self._closed or (self._process is not None and self._process.exit_code is not None):
+        if self._closed or (self.process is not None and self.process.exit_code is not None):
             return False
         with contextlib.suppress(RunError):  # closed meanwhile
             return self._thread.run(self._client.ready() if self._may_send.is_set() else self._client.reachable())
@@ -508,8 +489,8 @@ class ServerEngine(Engine):
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        if self._process is not None:
-            await in_thread(self._process.stop)
+        if self.process is not None:
+            await in_thread(self.process.stop)
         else:  # it goes on without us: idle, not paused, and in no group
             with contextlib.suppress(TransportError, RunError, TimeoutError):
                 async with asyncio.timeout(_LEAVE_LIMIT_S):

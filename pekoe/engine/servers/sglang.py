@@ -18,7 +18,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,7 +27,7 @@ from pekoe.core.types import FinishReason, Request, SamplingParams
 from pekoe.engine.base import BroadcastGroup, Checksums, EngineKind
 from pekoe.engine.buckets import Tensors
 from pekoe.engine.sampling import sequence_key
-from pekoe.engine.servers.client import ABORTED, Answer, ServerClient
+from pekoe.engine.servers.client import ABORTED, Answer, ServerClient, group_fields, tensor_fields
 from pekoe.engine.servers.engine import ServerEngine
 
 _CONTEXT_MARGIN = 8  # a prompt must be shorter than the context by 6, a response's end by 1
@@ -131,7 +131,10 @@ class SGLangClient(ServerClient):
     async def set_version(self, version: int) -> None:
         info = await self.get("/server_info")
         self.seeded = bool(self.field(info, "enable_deterministic_inference", bool))
-        body = {"new_version": str(version), "abort_all_requests": False}
+        await self._tag(version)
+
+    async def _tag(self, version: int) -> None:
+        body = {"new_version": str(version), "abort_all_requests": False}  # by default it aborts
         self._succeeded(await self.post("/update_weight_version", body))
 
     async def load(self, directory: Path, version: int) -> None:
@@ -142,34 +145,17 @@ class SGLangClient(ServerClient):
         return int(self.field(await self.get("/server_info"), "tp_size", int))
 
     async def join_group(self, group: BroadcastGroup) -> None:
-        body = {
-            "master_address": group.host,
-            "master_port": group.port,
-            "rank_offset": group.first_rank,
-            "world_size": group.world_size,
-            "group_name": group.name,
-            "backend": group.backend,
-        }
-        self._succeeded(await self.post("/init_weights_update_group", body))
+        self._succeeded(await self.post("/init_weights_update_group", group_fields(group)))
 
-    async def begin_update(self) -> None:
+    async def receive(self, group: BroadcastGroup, parts: Iterable[Tensors], version: int) -> None:
         with contextlib.suppress(RunError):  # no session is open, unless an update broke off
             await self.post("/end_weight_update", {})
         self._succeeded(await self.post("/begin_weight_update", {}))
-
-    async def receive(self, group: BroadcastGroup, tensors: Tensors) -> None:
-        body = {
-            "names": [name for name, _ in tensors],
-            "dtypes": [str(tensor.dtype).removeprefix("torch.") for _, tensor in tensors],
-            "shapes": [list(tensor.shape) for _, tensor in tensors],
-            "group_name": group.name,
-        }
-        self._succeeded(await self.post("/update_weights_from_distributed", body))
-
-    async def finish_update(self, version: int) -> None:
+        for tensors in parts:
+            body = tensor_fields(tensors, "dtypes") | {"group_name": group.name}
+            self._succeeded(await self.post("/update_weights_from_distributed", body))
         self._succeeded(await self.post("/end_weight_update", {}))
-        body = {"new_version": str(version), "abort_all_requests": False}  # by default it aborts
-        self._succeeded(await self.post("/update_weight_version", body))
+        await self._tag(version)
 
     async def leave_group(self, group: BroadcastGroup) -> None:
         await self.post("/destroy_weights_update_group", {"group_name": group.name})

@@ -15,7 +15,7 @@ What it does not do, each found by trying:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -26,7 +26,7 @@ from pekoe.core.types import Request, SamplingParams
 from pekoe.engine.base import BroadcastGroup, Checksums, EngineKind
 from pekoe.engine.buckets import Tensors
 from pekoe.engine.sampling import sequence_key
-from pekoe.engine.servers.client import Answer, ServerClient, TransportError
+from pekoe.engine.servers.client import Answer, ServerClient, TransportError, group_fields, tensor_fields
 from pekoe.engine.servers.engine import ServerEngine
 
 WORKER_DIR = Path(__file__).with_name("vllm_worker")
@@ -43,29 +43,21 @@ OURS = (
 )
 """Flags that Pekoe sets: with other values it would misread the server."""
 
-DROPPED = {
-    "disable-chunked-prefill": "say --no-enable-chunked-prefill",
-    "disable-async-output-proc": "leave it out: asynchronous output is gone; for scheduling, --no-async-scheduling",
-    "disable-frontend-multiprocessing": "leave it out: the engine is always a process of its own",
-    "disable-log-requests": "leave it out: requests are not logged unless --enable-log-requests",
-    "use-v2-block-manager": "leave it out: there is one block manager",
-    "swap-space": "leave it out: preempted requests are recomputed",
-    "preemption-mode": "leave it out: preempted requests are recomputed",
-    "num-scheduler-steps": "leave it out: scheduling of several steps at once is gone",
-    "multi-step-stream-outputs": "leave it out: scheduling of several steps at once is gone",
-    "scheduler-delay-factor": "leave it out",
-    "num-lookahead-slots": "leave it out",
-    "max-context-len-to-capture": "say --max-cudagraph-capture-size (in sequences)",
-    "max-seq-len-to-capture": "say --max-cudagraph-capture-size (in sequences)",
-    "worker-use-ray": "say --distributed-executor-backend ray",
-    "engine-use-ray": "leave it out",
-    "guided-decoding-backend": "leave it out: Pekoe asks for no structured output",
-    "enable-reasoning": "leave it out: Pekoe asks for token ids only",
-    "device": "leave it out: the device is that of the installed vLLM",
+RENAMED = {
+    "disable-chunked-prefill": "--no-enable-chunked-prefill",
+    "max-context-len-to-capture": "--max-cudagraph-capture-size (in sequences)",
+    "max-seq-len-to-capture": "--max-cudagraph-capture-size (in sequences)",
+    "worker-use-ray": "--distributed-executor-backend ray",
 }
-"""Flags that older vLLMs had (the release's evaluation used some), and what to do now."""
+REMOVED = (
+    *("disable-async-output-proc", "disable-frontend-multiprocessing", "disable-log-requests", "use-v2-block-manager"),
+    *("swap-space", "preemption-mode", "num-scheduler-steps", "multi-step-stream-outputs", "scheduler-delay-factor"),
+    *("num-lookahead-slots", "engine-use-ray", "guided-decoding-backend", "enable-reasoning", "device"),
+)
+"""Flags that older vLLMs had (the release's evaluation used some)."""
 
-VALUELESS = ("enable-chunked-prefill", "enforce-eager", "disable-custom-all-reduce", "disable-sliding-window")
+SWITCHES = ("enable-chunked-prefill", "enforce-eager", "disable-custom-all-reduce", "disable-sliding-window")
+"""Flags without a value."""
 
 
 def check_args(args: Sequence[str], device: str) -> None:
@@ -74,17 +66,18 @@ def check_args(args: Sequence[str], device: str) -> None:
         if not arg.startswith("--"):
             continue
         name, equals, value = arg[2:].replace("_", "-").partition("=")
-        bare = name.removeprefix("no-")
-        if name in DROPPED:
-            raise UserError(f"engine.server.args: expected flags of today's vLLM, got {arg}; {DROPPED[name]}")
+        bare, false = name.removeprefix("no-"), value.lower() in ("false", "0")
+        if name in RENAMED or name in REMOVED:
+            hint = f"say {RENAMED[name]}" if name in RENAMED else "leave it out"
+            raise UserError(f"engine.server.args: expected flags of today's vLLM, got {arg}; {hint}")
         if bare in OURS:
             raise UserError(f"engine.server.args: expected flags that Pekoe leaves open, got {arg}, which it sets")
-        if name == "enable-chunked-prefill" and device == "cpu" and value.lower() not in ("false", "0"):
+        if name == "enable-chunked-prefill" and device == "cpu" and not false:
             raise UserError(
                 f"engine.server.args: expected no {arg} on CPU: vLLM dies there of a chunk whose sample has a seed"
             )
-        if equals and bare in VALUELESS:
-            hint = f"--no-{bare}" if value.lower() in ("false", "0") else f"--{bare}"
+        if equals and bare in SWITCHES:
+            hint = f"--no-{bare}" if false else f"--{bare}"
             raise UserError(f"engine.server.args: expected --{bare} or --no-{bare}, got {arg}; nearest: {hint}")
 
 
@@ -143,12 +136,9 @@ class VLLMClient(ServerClient):
         if params.stream == "eval":
             return
         late_stops = bool(params.stop_token_ids) and params.min_new_tokens > 0
-        for name, off, wrong in (
-            ("top_p", 1.0, params.top_p < 1),
-            ("top_k", 0, params.top_k > 0),
-            ("min_new_tokens", 0, late_stops),
-        ):
-            if wrong:
+        wrong = {"top_p": (1.0, params.top_p < 1), "top_k": (0, params.top_k > 0), "min_new_tokens": (0, late_stops)}
+        for name, (off, is_wrong) in wrong.items():
+            if is_wrong:
                 raise UserError(
                     f"rollout.{name}: expected {off} with engine.backend = 'vllm', got {getattr(params, name)}: vLLM "
                     f"gives log-probs of the distribution that is left after {name}, and training needs those before"
@@ -212,15 +202,11 @@ class VLLMClient(ServerClient):
             raise UserError(
                 f"{self.url}: expected a vLLM server started with VLLM_SERVER_DEV_MODE=1, got {error}"
             ) from None
+        longest, size = options.max_sequence_tokens, model["max_model_len"]
         for flag, holds, expected, got in (
             ("--logprobs-mode", model["logprobs_mode"] == LOGPROBS, LOGPROBS, model["logprobs_mode"]),
             ("--dtype", model["dtype"] == f"torch.{options.dtype}", options.dtype, model["dtype"]),
-            (
-                "--max-model-len",
-                model["max_model_len"] >= options.max_sequence_tokens,
-                f"at least {options.max_sequence_tokens}",
-                model["max_model_len"],
-            ),
+            ("--max-model-len", size >= longest, f"at least {longest}", size),
         ):
             if not holds:
                 raise UserError(f"{self.url}: expected a vLLM server with {flag} {expected}, got {got}")
@@ -233,18 +219,10 @@ class VLLMClient(ServerClient):
         return self.field(await self.get("/get_world_size"), "world_size", int)
 
     async def join_group(self, group: BroadcastGroup) -> None:
-        info = {
-            "master_address": group.host,
-            "master_port": group.port,
-            "rank_offset": group.first_rank,
-            "world_size": group.world_size,
-            "group_name": group.name,
-            "backend": group.backend,
-            "limit_s": group.limit_s,
-        }
+        info = group_fields(group) | {"limit_s": group.limit_s}
         await self.post("/init_weight_transfer_engine", {"init_info": info})
 
-    async def begin_update(self) -> None:
+    async def receive(self, group: BroadcastGroup, parts: Iterable[Tensors], version: int) -> None:
         try:
             await self.post("/start_weight_update")
         except RunError as error:
@@ -252,16 +230,8 @@ class VLLMClient(ServerClient):
                 raise
             await self.post("/finish_weight_update", {})  # one that broke off
             await self.post("/start_weight_update")
-
-    async def receive(self, group: BroadcastGroup, tensors: Tensors) -> None:
-        info = {
-            "names": [name for name, _ in tensors],
-            "dtype_names": [str(tensor.dtype).removeprefix("torch.") for _, tensor in tensors],
-            "shapes": [list(tensor.shape) for _, tensor in tensors],
-        }
-        await self.post("/update_weights", {"update_info": info})
-
-    async def finish_update(self, version: int) -> None:
+        for tensors in parts:
+            await self.post("/update_weights", {"update_info": tensor_fields(tensors, "dtype_names")})
         await self.post("/finish_weight_update", {"weight_version": str(version)})
 
     async def leave_group(self, group: BroadcastGroup) -> None:
@@ -304,11 +274,8 @@ class VLLMClient(ServerClient):
             raise RunError(
                 f"{self.url}: expected one sample under numbered weights, got {str(answer)[:500]}"
             ) from error
-        if reason not in ("stop", "length", "abort") or len(tokens) != len(logprobs):
-            raise RunError(
-                f"{self.url}: expected a response that ends by stop, length or abort, with a log-prob a token, got "
-                f"{reason!r} with {len(tokens)} tokens and {len(logprobs)} log-probs"
-            )
+        if reason not in ("stop", "length", "abort"):
+            raise RunError(f"{self.url}: expected a response that ends by stop, length or abort, got {reason!r}")
         return Answer(tokens, logprobs, reason, spans, int(cached))
 
 

@@ -76,7 +76,7 @@ def house(make_model: Callable[..., Decoder], tmp_path: Path) -> Iterator[House]
         if not server.dead:
             server.die()
     house.threads.shutdown()
-    assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("pekoe ")]
+    until(lambda: not [thread for thread in threading.enumerate() if thread.name.startswith("pekoe ")])
 
 
 @pytest.fixture
@@ -215,6 +215,32 @@ def test_transport_errors_are_retried_and_answers_are_not(house: House, make_req
     with pytest.raises(RunError, match="not understood"):
         engine.submit(requests)[0].result(20)
     check(requests, engine.submit(requests))
+
+
+@pytest.mark.parametrize(
+    ("tokens", "logprobs", "finish", "message"),
+    [
+        ([1, 2], [-1.0, -1.0], {"type": "length"}, "expected 4 tokens, got 2"),
+        ([1, 2, 3, 4, 5], [-1.0] * 5, {"type": "length"}, "expected at most 4 tokens, got 5"),
+        ([1, 99], [-1.0, -1.0], {"type": "stop", "matched": 99}, r"token ids in \[0, 32\)"),
+        ([1, 2], [-1.0, 0.5], {"type": "stop", "matched": 2}, "finite and <= 0"),
+        ([1, 2], [-1.0, float("nan")], {"type": "stop", "matched": 2}, "finite and <= 0"),
+        ([1, 3], [-1.0, -1.0], {"type": "stop", "matched": 3}, r"a stop at one of \(2,\), got \[3\]"),
+        ([], [], {"type": "stop", "matched": 2}, "at least one token"),
+    ],
+)
+def test_wrong_answers_are_errors(
+    house: House, make_requests: MakeRequests, tokens: list[int], logprobs: list[float], finish: Any, message: str
+):
+    server, engine = house.pair()
+    entries = [[logprob, token, None] for logprob, token in zip(logprobs, tokens, strict=True)]
+    spans = [{"version": "0", "start": 0, "end": len(tokens)}]
+    meta = {"finish_reason": finish, "output_token_logprobs": entries, "weight_versions": spans, "cached_tokens": 0}
+    server.faults["/generate"] = [(200, {"output_ids": tokens, "meta_info": meta})]
+    (future,) = engine.submit(make_requests("p", 5, SamplingParams(max_new_tokens=4, stop_token_ids=(2,))))
+    with pytest.raises(RunError, match=f"prompt p, sample 0: expected .*{message.removeprefix('expected ')}") as caught:
+        future.result(20)
+    assert not isinstance(caught.value, EngineLost)
 
 
 def test_when_a_server_dies_its_requests_are_lost(house: House, make_requests: MakeRequests):

@@ -19,8 +19,10 @@ from pekoe.engine.base import BroadcastGroup
 from pekoe.engine.servers.client import ServerOptions
 from pekoe.engine.servers.sglang import SGLangClient, parse_answer
 from pekoe.model import Decoder
+from pekoe.weights.checksums import SGLangChecksums, checksums_of
 
 URL = "http://127.0.0.1:1"
+GROUP = BroadcastGroup("weight_update_group", "127.0.0.1", 49409, 2, "gloo", 10.0)
 CONTRACTS = json.loads(Path(__file__).with_name("contracts").joinpath("sglang.json").read_text())
 """Requests that SGLang 0.5.23 took on a CPU, with its answers, by name."""
 
@@ -77,7 +79,6 @@ def record(make_model: Callable[..., Decoder]) -> Callable[..., Recording]:
 
 
 def test_every_request_is_one_that_a_real_server_took(record: Callable[..., Recording]):
-    group = BroadcastGroup("weight_update_group", "127.0.0.1", 49409, 2, "gloo", 10.0)
     tensors = [("model.norm.weight", torch.zeros(128)), ("lm_head.weight", torch.zeros(4, 2, dtype=torch.bfloat16))]
     calls: list[tuple[Callable[[SGLangClient], Any], str]] = [
         (lambda b: b.abort(["req-77"]), "abort_request_rid"),
@@ -85,12 +86,12 @@ def test_every_request_is_one_that_a_real_server_took(record: Callable[..., Reco
         (lambda b: b.pause("keep"), "pause_generation_retract"),
         (lambda b: b.resume(), "continue_generation"),
         (lambda b: b.flush(), "flush_cache"),
-        (lambda b: b.join_group(group), "init_weights_update_group_gloo"),
+        (lambda b: b.join_group(GROUP), "init_weights_update_group_gloo"),
         (lambda b: b.load(Path("/w"), 3), "update_weights_from_disk_paused_retract"),
         (lambda b: b.set_version(3), "update_weight_version"),
-        (lambda b: b.begin_update(), "begin_weight_update"),
-        (lambda b: b.receive(group, tensors), "update_weights_from_distributed"),
-        (lambda b: b.finish_update(3), "end_weight_update"),
+        (lambda b: b.receive(GROUP, [tensors], 3), "begin_weight_update"),
+        (lambda b: b.receive(GROUP, [tensors], 3), "update_weights_from_distributed"),
+        (lambda b: b.receive(GROUP, [tensors], 3), "end_weight_update"),
         (lambda b: b.sample(request(SamplingParams(stop_token_ids=(7,))), "r"), "generate_n16"),
     ]
     info = {"enable_deterministic_inference": False}
@@ -246,8 +247,9 @@ def test_the_version_is_the_servers_own_tag(record: Callable[..., Recording]):
 def test_an_update_that_broke_off_does_not_stand_in_the_way(record: Callable[..., Recording]):
     closed = recorded("end_weight_update_twice")  # no session is open: nothing to end
     recording = record(end_weight_update=(closed["status"], closed["response"]))
-    recording.run(lambda b: b.begin_update())
-    assert [r["path"] for r in recording.requests] == ["/end_weight_update", "/begin_weight_update"]
+    with pytest.raises(RunError):  # it would be wrong at the end of this one
+        recording.run(lambda b: b.receive(GROUP, [], 3))
+    assert [r["path"] for r in recording.requests[:2]] == ["/end_weight_update", "/begin_weight_update"]
 
 
 def test_a_flush_is_asked_for_until_it_happens(record: Callable[..., Recording], monkeypatch: pytest.MonkeyPatch):
@@ -272,3 +274,15 @@ def test_the_command_line(make_model: Callable[..., Decoder]):
     assert "--max-total-tokens" not in argv
     assert "SGLANG_USE_CPU_ENGINE" not in env
     assert env["SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN"] == "1"  # 136 tokens in a model of 128 positions
+
+
+def test_checksums_have_the_servers_names(make_model: Callable[..., Decoder]):
+    real = recorded("weights_checker")["response"]["ranks"][0]["checksums"]
+    names = {name for name in real if ".layers.0." in name or ".layers." not in name}
+    model = make_model()
+    ours = checksums_of(model, SGLangChecksums(torch.float32))
+    assert {name for name in ours if ".layers.0." in name or ".layers." not in name} == names
+    with torch.no_grad():
+        model.get_parameter("model.layers.1.self_attn.k_proj.weight")[0, 0] += 1e-6
+    changed = checksums_of(model, SGLangChecksums(torch.float32))
+    assert {name for name in ours if ours[name] != changed[name]} == {"model.layers.1.self_attn.qkv_proj.weight"}

@@ -118,7 +118,7 @@ def refresh_heads(model: nn.Module) -> None:
 def checksum(tensor: Tensor) -> int:
     """The sum of bits(x_i) * (2 i + 1) modulo 2^64: exact, whatever the order of summation. -0 counts as 0.
 
-    `pekoe.weights.checksums.checksum` is the same function on the trainer's side.
+    `pekoe.engine.checksum.checksum` is the same function on the trainer's side.
     """
     integer = {4: torch.int32, 2: torch.int16}[tensor.element_size()]
     total, place = 0, 0
