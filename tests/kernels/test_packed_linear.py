@@ -1,11 +1,11 @@
-"""Weights laid out for oneDNN: the same numbers, and only those that are worth it."""
+"""Copies of weights for inference: the same numbers, and only where they are worth it."""
 
 from collections.abc import Callable
 
 import pytest
 import torch
 
-from pekoe.kernels.packed_linear import PackedLinear, available, intact, pack
+from pekoe.kernels.packed_linear import CastLinear, PackedLinear, available, cast_once, intact, pack, refresh
 from pekoe.model import Decoder, PackedAttention
 
 pytestmark = pytest.mark.skipif(not available(), reason="needs oneDNN on x86-64")
@@ -45,3 +45,26 @@ def test_a_changed_parameter_is_seen(model: Decoder):
     model.model.layers[-1].mlp.down_proj.weight[3, 5] += 1e-3  # type: ignore[index, operator, union-attr]
     assert not intact(twin)
     assert intact(pack(model))
+
+
+def test_weights_cast_once_give_the_bits_of_autocast(make_model: Callable[..., Decoder]):
+    for tied in (True, False):
+        model = make_model(hidden_size=64, head_dim=16, tied_embeddings=tied).requires_grad_(False)
+        twin = cast_once(model, torch.bfloat16)
+        tokens, positions = torch.arange(20) % 32, torch.arange(20)
+
+        def logits(decoder: Decoder, tokens: torch.Tensor = tokens, positions: torch.Tensor = positions):
+            with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+                return decoder.logits(decoder(tokens, positions, PackedAttention([0, 20])))
+
+        assert torch.equal(logits(twin), logits(model))
+        assert intact(twin)
+        places = [module.low.data_ptr() for module in twin.modules() if isinstance(module, CastLinear)]
+        assert len(places) == 2 * 7 + 1
+        for parameter in model.parameters():
+            parameter.mul_(1.1)
+        assert not intact(twin)
+        refresh(twin)
+        assert intact(twin)
+        assert torch.equal(logits(twin), logits(model))
+        assert places == [module.low.data_ptr() for module in twin.modules() if isinstance(module, CastLinear)]

@@ -29,7 +29,6 @@ from pekoe.engine.base import (
     Checksums,
     Engine,
     EngineKind,
-    EngineLost,
     EngineStats,
     WeightSource,
     validate,
@@ -48,7 +47,7 @@ _Ended = list[tuple[Sequence, FinishReason | RunError]]
 
 _UNUSABLE = {
     "offloaded": "the engine's memory is offloaded: call onload() and update_weights() before going on",
-    "stale": "the engine has no weights to sample from: call update_weights() before going on",
+    "stale": "the engine has no valid weights: call update_weights() before going on",
     "closed": "the engine is closed",
 }
 
@@ -221,16 +220,13 @@ class EmbeddedEngine(Engine):
     def _take_broadcast(self, source: Broadcast, version: int) -> None:
         assert self._owns_model, "a broadcast would overwrite somebody else's model"
         assert self._receive is not None, "the engine was made without `receive`"
-        with self._turn() as ended:
+        with self._turn():
             self._require_ready("stale")
+            self._state = "stale"  # until it is whole; what is in flight waits if it breaks off
             try:
                 self._receive(self.model, source)
-            except BaseException as error:  # some parameters may be new, others old
-                self._state = "stale"
-                ended += self._fail_all(EngineLost(f"the engine has no weights: their broadcast broke off: {error}"))
-                if isinstance(error, Exception) and not isinstance(error, RunError):
-                    raise RunError(f"weight update: the broadcast broke off: {error}") from error
-                raise
+            except (RuntimeError, OSError) as error:  # what torch.distributed raises
+                raise RunError(f"weight update: the broadcast broke off: {error}") from error
             self._use(self.model, version)
             self._state = "ready"
 
@@ -301,7 +297,7 @@ class EmbeddedEngine(Engine):
         with self._condition:
             self._num_waiting += not driver
             try:
-                self._condition.wait_for(lambda: not self._in_turn and not (driver and self._num_waiting))
+                self._condition.wait_for(self._may_compute if driver else lambda: not self._in_turn)
                 self._in_turn = True
             finally:
                 self._num_waiting -= not driver
@@ -317,6 +313,9 @@ class EmbeddedEngine(Engine):
                 self._condition.notify_all()
             for sequence, how in ended:
                 _resolve(sequence, how)
+
+    def _may_compute(self) -> bool:
+        return not self._in_turn and not self._num_waiting and self._state != "stale"
 
     def _take_inbox(self) -> None:
         """Queue new work, and drop what was cancelled."""

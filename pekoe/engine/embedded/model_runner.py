@@ -12,7 +12,7 @@ from pekoe.engine.embedded.attention_cuda import CUDACache
 from pekoe.engine.embedded.graphs import DecodeGraphs
 from pekoe.engine.embedded.scheduler import Chunk, RequestTable
 from pekoe.kernels.jit import each
-from pekoe.kernels.packed_linear import available, intact, pack
+from pekoe.kernels.packed_linear import available, cast_once, intact, pack, refresh
 from pekoe.model import Decoder
 
 _SHARE_ROWS = 16  # rows worth a thread of their own
@@ -26,8 +26,8 @@ class ModelRunner:
     """Computes logits. Its caller excludes forwards while weights or memory change.
 
     Args:
-        model: the decoder to sample from. It is not copied; on CPUs large weights have packed copies, made anew by
-            `use` (see `kernels.packed_linear`).
+        model: the decoder to sample from. It is not copied, but for linear layers where a copy is faster (on CPUs, and
+            where it computes in a lower precision); `use` makes them anew (see `kernels.packed_linear`).
         num_blocks: of KV, each of `block_tokens`.
         kv_dtype: of keys and values.
         compute_dtype: of the matrix products (autocast).
@@ -60,11 +60,19 @@ class ModelRunner:
 
     def use(self, model: Decoder) -> None:
         """Compute with this model from now on, whose parameters may have changed."""
-        self.model = self.sampled = model  # the packed copies of before are given up first
-        on_kernels = isinstance(self.cache, CPUCache) and self._dtype is torch.float32
-        self.sampled = pack(model) if on_kernels and available() else model
+        weights = next(model.parameters()).dtype
+        if weights is torch.float32 and self._dtype is not torch.float32:  # autocast would cast in every forward
+            if model is self.model and self.sampled is not model:
+                refresh(self.sampled)  # in place, where graphs of decoding forwards read
+            else:
+                self.model = self.sampled = model  # the copies of before are given up first
+                self.sampled = cast_once(model, self._dtype)
+        else:
+            self.model = self.sampled = model
+            if isinstance(self.cache, CPUCache) and self._dtype is torch.float32 and available():
+                self.sampled = pack(model)
         if self._graphs is not None:
-            self._graphs.follow(model)
+            self._graphs.follow(self.sampled)
 
     def holds(self, model: Decoder) -> bool:
         """Whether every parameter sampled from equals that of `model`, bit by bit."""

@@ -21,7 +21,7 @@ from pekoe.config.engine import EngineSection
 from pekoe.core.errors import RunError, UserError
 from pekoe.core.types import Completion, Request, SamplingParams
 from pekoe.engine import EmbeddedEngine
-from pekoe.engine.base import Broadcast, BroadcastGroup, EngineLost, requests_of
+from pekoe.engine.base import Broadcast, BroadcastGroup, requests_of
 from pekoe.engine.embedded import model_runner
 from pekoe.kernels import packed_linear
 from pekoe.kernels.packed_linear import available
@@ -214,7 +214,9 @@ def test_a_broadcast_is_received_between_two_forwards(make_model: MakeModel, mak
     assert worst_difference({0: old, 1: new}, sampled.values()) <= 1e-4
 
 
-def test_a_broadcast_that_breaks_off_leaves_no_weights(make_model: MakeModel, make_requests: MakeRequests):
+def test_after_a_broadcast_that_breaks_off_requests_wait_for_other_weights(
+    make_model: MakeModel, make_requests: MakeRequests
+):
     def receive(target: Decoder, source: Broadcast) -> None:
         raise ConnectionError("rank 0 is gone")
 
@@ -227,15 +229,25 @@ def test_a_broadcast_that_breaks_off_leaves_no_weights(make_model: MakeModel, ma
             engine.update_weights(BROADCAST, 1)
         errors.append(info.value)
 
-    at_forward(engine, 5, update)
-    (future, *_) = engine.submit(make_requests("p", 9, LONG))
-    with pytest.raises(EngineLost, match="rank 0 is gone"):
-        future.result(30)
+    requests = make_requests("p", 9, LONG)
+    updated = at_forward(engine, 5, update)
+    futures = engine.submit(requests)
+    assert updated.wait(30)
     assert errors
     with pytest.raises(RunError, match="update_weights"):
-        engine.submit(make_requests("p", 9, LONG))
+        engine.submit(requests)
+    time.sleep(0.1)
+    assert engine.stats().num_decode_tokens == 5 * LONG.n
     engine.update_weights(model, 1)
-    collect(engine, make_requests("p", 9, LONG))
+    completions = [future.result(30) for future in futures]
+    assert {completion.versions for completion in completions} == {((0, 0), (1, 5))}
+    assert worst_difference({0: model, 1: model}, zip(requests, completions, strict=True)) <= 1e-4
+    updated = at_forward(engine, 5, update)
+    (future, *_) = engine.submit(requests)
+    assert updated.wait(30)
+    engine.close()  # also while it has no weights
+    with pytest.raises(RunError, match="closed"):
+        future.result(0)
 
 
 @pytest.mark.skipif(not available(), reason="needs oneDNN on x86-64")
