@@ -34,7 +34,7 @@ from pekoe.model import Decoder, load_model
 from pekoe.run.distributed import require_single_process
 from pekoe.run.hardware import describe
 from pekoe.run.interrupt import Stop
-from pekoe.run.judging import make_judge
+from pekoe.run.judging import check_kinds, make_judge
 from pekoe.run.rollouts import Sampler
 from pekoe.run.run_dir import RunDir, with_date
 from pekoe.run.sync import WeightSync
@@ -278,10 +278,12 @@ def open_task(config: RLConfig, spec: ModelSpec, tokenizer: Tokenizer, view: Pro
     problems, report = gather_problems(data, config.run.seed, tokenizer, view)
     for line in report.summary():
         view.say(line)
+    check_kinds(problems, config.verify, data.described)
     asked = [sampling(rollout, tokenizer, config.run.seed)]
     held_out: list[Problem] = []
     if config.eval.data and config.eval.every:
         held_out = open_problems(config.eval.data, tokenizer, data.max_prompt_tokens, data.skip_malformed, view)
+        check_kinds(held_out, config.verify, config.eval.data)
         asked.append(sampling_for(config.eval, config.eval.max_new_tokens or rollout.max_new_tokens, tokenizer, 0))
     if len(problems) < rollout.prompts_per_step:
         raise UserError(

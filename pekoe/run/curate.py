@@ -21,6 +21,7 @@ from pekoe.data.tokenizer import Tokenizer
 from pekoe.run.build import check_context, open_model, open_sampler, prepare
 from pekoe.run.evaluate import warn_truncation
 from pekoe.run.interrupt import StepTimer, Stop, StopRequested
+from pekoe.run.judging import check_kinds
 from pekoe.run.sample_store import ProblemResult, ResumableSamples, decided_by
 
 ALL_RIGHT, ALL_WRONG, NO_VERDICT = "all right", "all wrong", "no verdict"
@@ -51,6 +52,7 @@ def run_curate(config: CurateConfig, view: ProgressReporter) -> Curated:
     problems, report = gather_problems(config.data, config.run.seed, tokenizer, view)
     for line in report.summary():
         view.say(line)
+    check_kinds(problems, config.verify, config.data.described)
     curated = Curated(tuple(problems), report, {})
     if config.curate.samples:
         rows = _sample(config, problems, view)

@@ -25,6 +25,7 @@ from pekoe.data.tokenizer import Tokenizer
 from pekoe.run.build import check_context, open_model, open_problems, open_sampler, prepare, sampling_for
 from pekoe.run.eval_metrics import majority_at_k, paired, pass_at_1, pass_at_k, powers_up_to
 from pekoe.run.interrupt import StepTimer, Stop, StopRequested
+from pekoe.run.judging import check_kinds
 from pekoe.run.rollouts import Sampler, check_faults
 from pekoe.run.sample_store import ProblemResult, ResumableSamples, decided_by
 
@@ -150,6 +151,7 @@ def _open_sets(
         if name in sets:
             raise UserError(f"eval.data: expected files of different names, got {name!r} twice")
         problems = open_problems(path, tokenizer, max_prompt_tokens, False, view)
+        check_kinds(problems, config.verify, path)
         sets[name] = [replace(p, uid=f"{name}/{p.uid}") for p in problems] if name else problems
     return sets
 

@@ -94,4 +94,4 @@ def prepare(response: str, gold: Any) -> Verdict:
     return _judge(text, numbers, target, use_all)
 
 
-KIND = decided_at_once("countdown", prepare)
+VERIFIER = decided_at_once("countdown", prepare)

@@ -86,4 +86,4 @@ def prepare(response: str, gold: Any) -> Verdict:
     return Verdict("correct" if {name: found[name] for name in wanted} == wanted else "wrong", text)
 
 
-KIND = decided_at_once("logic", prepare)
+VERIFIER = decided_at_once("logic", prepare)

@@ -1,4 +1,4 @@
-"""Regions of the real line, of inequalities, intervals and their unions, for `pekoe.verify.numeric`.
+"""Regions of the real line, of inequalities, intervals and their unions, for `pekoe.verify.equivalence`.
 
 A region is sorted, disjoint pieces (low, is low in it, high, is high in it), rounded so that equal regions are equal.
 """
@@ -9,8 +9,8 @@ import itertools
 import math
 from fractions import Fraction
 
-from pekoe.verify.expression import Tree, Unreadable
-from pekoe.verify.values import symbols_of, value_of
+from pekoe.verify.evaluator import symbols_of, value_of
+from pekoe.verify.latex_parser import Tree, Unreadable
 
 _INFINITY = ("symbol", "infinity")
 Piece = tuple[float, bool, float, bool]

@@ -12,9 +12,9 @@ from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from typing import Any
 
-from pekoe.verify.expression import Tree, Unreadable, read
-from pekoe.verify.regions import is_region, region
-from pekoe.verify.values import Number, Values, symbols_of, value_of
+from pekoe.verify.evaluator import Number, Values, symbols_of, value_of
+from pekoe.verify.intervals import is_region, region
+from pekoe.verify.latex_parser import Tree, Unreadable, read
 
 TOLERANCE = 1e-9
 # Where variables are evaluated: in (0, 1) for arcsin and probabilities, above, and below 0. No simple numbers.

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from fractions import Fraction
 from typing import Any
 
-from pekoe.verify.expression import Tree, Unreadable
+from pekoe.verify.latex_parser import Tree, Unreadable
 
 Number = Fraction | complex
 Values = dict[str, Number]
