@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from pekoe.core.types import Verdict
+from pekoe.verify.extract import boxed_or_tagged
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,14 +27,20 @@ class Verifier:
     name: str
     prepare: Callable[[str, Any], Verdict | str]
     decide: Callable[[str, Any], Verdict]
-    check_reference: Callable[[Any], Verdict]
-    warm_up: Callable[[], None]
+    check_reference: Callable[[Any], Verdict] = lambda _gold: Verdict("correct")  # a limit is the response's fault
+    warm_up: Callable[[], object] = lambda: None
     worker_group: str = "math"
     audit_hook: Literal["all", "formulas", "none"] = "all"
 
 
-def no_warm_up() -> None:
-    """For verifiers that import nothing heavy."""
+def tagged_answer(response: str, max_chars: int) -> Verdict | str:
+    r"""Return the content of the last `\boxed{...}` or `<answer>...</answer>`, or UNPARSED where there is none."""
+    answer = boxed_or_tagged(response)
+    if answer is None:
+        return Verdict("unparsed", None, r"no complete \boxed{...} and no <answer>...</answer>")
+    if len(answer) > max_chars:
+        return Verdict("unparsed", answer[:200] + "…", f"the answer holds {len(answer):,} characters")
+    return answer
 
 
 def decided_at_once(name: str, prepare: Callable[[str, Any], Verdict]) -> Verifier:
@@ -42,4 +49,4 @@ def decided_at_once(name: str, prepare: Callable[[str, Any], Verdict]) -> Verifi
     def never(*_: Any) -> Verdict:
         raise AssertionError(f"{name}: decided by `prepare`")
 
-    return Verifier(name, prepare, never, never, no_warm_up)
+    return Verifier(name, prepare, never, never)

@@ -41,16 +41,9 @@ def _decide(path: str, response: str, gold: Any) -> Verdict:
     return Verdict("correct" if reward >= PASSES else "wrong", None, why)
 
 
-def check_reference(gold: Any) -> Verdict:
-    return Verdict("correct")  # a function alone knows: a limit that it hits is the response's
-
-
 def make_verifier(path: str) -> Verifier:
     """Return the verifier of one function; this process imports nothing."""
     name = f"function:{path}"
-    decide, warm_up = functools.partial(_decide, path), functools.partial(_warm_up, path)
-    return Verifier(name, prepare, decide, check_reference, warm_up, worker_group=name, audit_hook="none")
-
-
-def _warm_up(path: str) -> None:
-    _function(path)
+    decide = functools.partial(_decide, path)
+    warm_up = functools.partial(_function, path)
+    return Verifier(name, prepare, decide, warm_up=warm_up, worker_group=name, audit_hook="none")

@@ -20,8 +20,7 @@ import json
 from typing import Any
 
 from pekoe.core.types import Verdict
-from pekoe.verify.extract import boxed_or_tagged
-from pekoe.verify.kinds.base import Verifier
+from pekoe.verify.kinds.base import Verifier, tagged_answer
 
 MAX_ANSWER_CHARS, PASSES = 20_000, 0.99
 _NONSENSE = "no answer at all 0x"
@@ -30,12 +29,7 @@ _NONSENSE = "no answer at all 0x"
 def prepare(response: str, gold: Any) -> Verdict | str:
     if not isinstance(gold, dict) or not {"question", "answer"} <= gold.keys():
         return Verdict("fault", None, f"the reference must be an entry of reasoning-gym: found {str(gold)[:80]!r}")
-    answer = boxed_or_tagged(response)
-    if answer is None:
-        return Verdict("unparsed", None, r"no complete \boxed{...} and no <answer>...</answer>")
-    if len(answer) > MAX_ANSWER_CHARS:
-        return Verdict("unparsed", answer[:200] + "…", f"the answer holds {len(answer):,} characters")
-    return answer
+    return tagged_answer(response, MAX_ANSWER_CHARS)
 
 
 @functools.lru_cache(64)

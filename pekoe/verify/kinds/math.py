@@ -203,15 +203,15 @@ def _check_alone(value: Any, text: str) -> None:
 
 def _compare(gold: str, answer: str) -> Label:
     label = _compare_once(gold, answer)
-    if label != "correct" and is_prose(answer) and not is_prose(gold) and (said := conclusion(answer)):
-        return _compare_once(gold, said)
+    if label != "correct" and is_prose(answer) and not is_prose(gold) and (claim := conclusion(answer)):
+        return _compare_once(gold, claim)
     return label
 
 
 def _second(reference: _Read, response: _Read, gold: str, answer: str) -> bool | None:
     """The second judgement: on the texts as they are, else on them as math-verify normalises them."""
-    said = equivalence.compare(_decimal_point(_tidy(gold), answer), _decimal_point(_tidy(answer), gold))
-    return equivalence.compare(reference.text, response.text) if said is None else said
+    equal = equivalence.compare(_decimal_point(_tidy(gold), answer), _decimal_point(_tidy(answer), gold))
+    return equivalence.compare(reference.text, response.text) if equal is None else equal
 
 
 def _decimal_point(text: str, other: str) -> str:
@@ -223,8 +223,8 @@ def _compare_once(gold: str, answer: str) -> Label:
     reference, response = _read_both(gold, answer)
     if (reference.text, reference.unit) == (response.text, response.unit):
         return "correct"
-    if (said := _second(reference, response, gold, answer)) is not None:
-        return "correct" if said else "wrong"
+    if (equal := _second(reference, response, gold, answer)) is not None:
+        return "correct" if equal else "wrong"
     if reference.value is None:
         _check_alone(reference.value, gold)
     if response.value is None:
