@@ -289,20 +289,27 @@ def verify(
         bool, typer.Option("--summary", help="a table of error rates, for lines that carry labels (true, false)")
     ] = False,
     kind: Annotated[str, typer.Option(help="of lines without one, such as math, math-unboxed, choice")] = "math",
+    function: Annotated[
+        list[str] | None,
+        typer.Option(metavar="MODULE:NAME", help="a reward of your own that lines may name; repeatable"),
+    ] = None,
 ) -> None:
     """Judge responses: prints one JSON verdict a line, in input order.
 
     With --summary, where lines carry labels: how many right answers were rejected (FN) and wrong ones accepted (FP).
     """
     from pekoe.verify import JudgePool
-    from pekoe.verify.cases import errors_of, read_cases
+    from pekoe.verify.cases import check_case_kinds, errors_of, read_cases
 
     by_file = [(file, read_cases(Path(file))) for file in files]
     table = Table(
         "cases", *(Column(name, justify="right") for name in ("right", "wrong", "FN", "FP", "unparsed", "fault"))
     )
     judged: list[list[Verdict]] = []
-    with JudgePool(num_workers=os.cpu_count() or 1) as pool, viewing(results=True) as view:
+    functions = function or []
+    for file, cases in by_file:
+        check_case_kinds(Path(file), cases, kind, functions)
+    with JudgePool(os.cpu_count() or 1, functions=functions) as pool, viewing(results=True) as view:
         for _, cases in by_file:
             asked = [(case["response"], case["gold"], case.get("kind", kind)) for case in cases]
             judged.append(pool.judge_many(asked, view))

@@ -256,5 +256,12 @@ def test_verify(folder: Path):
     assert re.findall(r"cases\W+2\W+1\W+1 \(50.0%\)\W+0 \(0.0%\)\W+1\W+0", table) != []
     assert table.count("50.0%") == 2
     assert pekoe("verify", str(cases), "--summary", "--kind", "math-unboxed").stdout.count("0 (0.0%)") == 1
+    (folder / "own.py").write_text("def short(response, gold):\n    return len(response) < gold\n")
+    cases.write_text('{"response": "x", "gold": 2, "kind": "function:own:short"}\n')
+    done = pekoe("verify", str(cases))
+    assert (done.returncode, "case 1: judge: expected a function listed in verify.functions" in done.stderr) == (
+        2,
+        True,
+    )
     cases.write_text('{"response": "x"}\n')
     assert "cases.jsonl:1: expected the key 'gold'" in pekoe("verify", str(cases)).stderr

@@ -58,6 +58,11 @@ class ProblemSection(ConfigSection):
     pass_rate: tuple[float, float] | None = Field(default=None, strict=False)
     """Keep problems whose pass rate, as `pekoe curate` writes it, lies between the two."""
 
+    @property
+    def described(self) -> str:
+        """The files of the problems, for error messages."""
+        return self.train or ", ".join(source.path for source in self.sources)
+
     @model_validator(mode="after")
     def _one_origin(self) -> ProblemSection:
         if (self.train is None) == (not self.sources):

@@ -149,6 +149,10 @@ class VerifySection(ConfigSection):
     """Judge processes."""
     time_limit_s: float = Field(default=5.0, gt=0)
     """Wall-clock limit of one judgement."""
+    memory_gib: float = Field(default=1.0, gt=0)
+    """Address space of each judge process. A reward that imports torch needs several GiB."""
+    functions: Annotated[tuple[str, ...], Field(strict=False)] = ()
+    """Rewards of your own, each "MODULE:NAME". A row's `kind` may be `function:MODULE:NAME` for these alone."""
     max_fault_rate: float = Field(default=0.05, ge=0, le=1)
     """The run stops when more than this share of a step's verdicts are FAULT."""
     unboxed: bool = False

@@ -19,7 +19,13 @@ from pekoe.data.mix import DataReport, Dropped, gather_problems
 from pekoe.data.tokenizer import Tokenizer
 from pekoe.run.build import check_context, open_model, prepare
 from pekoe.run.evaluate import warn_truncation
+<<<<<<< HEAD
 from pekoe.run.sample_store import ProblemResult, sample_problems
+=======
+from pekoe.run.interrupt import StepTimer, Stop, StopRequested
+from pekoe.run.judging import check_kinds
+from pekoe.run.sample_store import ProblemResult, ResumableSamples, decided_by
+>>>>>>> origin/main
 
 ALL_RIGHT, ALL_WRONG, NO_VERDICT = "all right", "all wrong", "no verdict"
 
@@ -49,6 +55,7 @@ def run_curate(config: CurateConfig, view: ProgressReporter) -> Curated:
     problems, report = gather_problems(config.data, config.run.seed, tokenizer, view)
     for line in report.summary():
         view.say(line)
+    check_kinds(problems, config.verify, config.data.described)
     curated = Curated(tuple(problems), report, {})
     if config.curate.samples:
         rows = _sample(config, problems, view)

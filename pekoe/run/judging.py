@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
 from typing import Protocol
 
 from pekoe.config.recipes import VerifySection
+<<<<<<< HEAD
 from pekoe.core.errors import RunError
 from pekoe.core.types import Problem, Trajectory, Verdict
+=======
+from pekoe.core.errors import RunError, UserError
+from pekoe.core.types import Problem, Rollout, Verdict
+>>>>>>> origin/main
 from pekoe.data.tokenizer import Tokenizer
 from pekoe.verify import JudgePool
+from pekoe.verify.kinds import check_functions, find_verifier
 
 
 class Judge(Protocol):
@@ -32,7 +38,8 @@ class PoolJudge:
     """The real one: the response's text against the reference answer, in killable processes."""
 
     def __init__(self, verify: VerifySection, tokenizer: Tokenizer) -> None:
-        self._pool = JudgePool(num_workers=verify.workers, time_limit_s=verify.time_limit_s)
+        memory_bytes = int(verify.memory_gib * 2**30)
+        self._pool = JudgePool(verify.workers, verify.time_limit_s, memory_bytes, functions=verify.functions)
         self._tokenizer = tokenizer
         self._time_limit_s, self._unboxed = verify.time_limit_s, verify.unboxed
         self._pending: set[Future[Verdict]] = set()
@@ -72,10 +79,24 @@ class RandomJudge:
     def close(self) -> None: ...
 
 
+<<<<<<< HEAD
 def response_text(trajectory: Trajectory, tokenizer: Tokenizer) -> str:
     """What a judge reads: the sampled tokens without special ones."""
     record = trajectory.handle.resolve()
     return tokenizer.decode(record.tokens[record.loss_mask], skip_special_tokens=True)
+=======
+def check_kinds(problems: Iterable[Problem], verify: VerifySection, source: str) -> None:
+    """Raise UserError for the first problem whose kind no judge has or the recipe does not allow."""
+    check_functions(verify.functions)
+    allowed: set[str] = set()
+    for problem in problems:
+        if problem.kind not in allowed:
+            try:
+                find_verifier(problem.kind, verify.functions)
+            except UserError as error:
+                raise UserError(f"{source}: problem {problem.uid!r}: {error}") from None
+            allowed.add(problem.kind)
+>>>>>>> origin/main
 
 
 def make_judge(verify: VerifySection, tokenizer: Tokenizer, seed: int) -> Judge:

@@ -1,15 +1,16 @@
-"""Files of responses to judge, and what a judge's verdicts are worth where the lines carry labels."""
+"""Files of responses to judge, and the error counts of verdicts where lines carry labels."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pekoe.core.errors import UserError, nearest
 from pekoe.core.types import Verdict
+from pekoe.verify.kinds import check_functions, find_verifier
 
 Case = dict[str, Any]
 
@@ -41,6 +42,16 @@ def read_cases(path: Path) -> list[Case]:
             raise UserError(f"{path}:{number}: label: expected true, false or null, got {case['label']!r}")
         cases.append(case)
     return cases
+
+
+def check_case_kinds(path: Path, cases: Sequence[Case], default: str, functions: Collection[str]) -> None:
+    """Raise UserError, with file and id, for the first case whose kind is unknown or not allowed (`find_verifier`)."""
+    check_functions(functions)
+    for case in cases:
+        try:
+            find_verifier(case.get("kind", default), functions)
+        except UserError as error:
+            raise UserError(f"{path}: case {case['id']!r}: {error}") from None
 
 
 @dataclass(frozen=True, slots=True)

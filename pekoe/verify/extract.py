@@ -31,10 +31,10 @@ def last_boxed(text: str) -> str | None:
     if opens < 0:
         return None
     # Most responses end with their only box: look there first, and read the whole only if that box is not complete.
-    found = _boxes(text, opens) or _boxes(text, 0)
-    if not found:
+    boxes = _boxes(text, opens) or _boxes(text, 0)
+    if not boxes:
         return None
-    _, start, end = max(found, key=lambda box: box[1])
+    _, start, end = max(boxes, key=lambda box: box[1])
     return text[start:end]
 
 
@@ -70,19 +70,19 @@ def conclusion(text: str) -> str | None:
     if _DENIES.search(text[-2000:]):
         return None
     sentence = _last_sentence(text)
-    *_, said = _SAYS.split(sentence)
-    said = said.strip().rstrip(".").strip()
-    if said != sentence.strip().rstrip(".") and said.strip("$ ") and len(_WORD.findall(said)) <= 3:
-        maths = _MATHS.findall(said)
-        return next(filter(None, maths[-1])).strip() if maths else said.strip("$ ")
+    *_, claim = _SAYS.split(sentence)
+    claim = claim.strip().rstrip(".").strip()
+    if claim != sentence.strip().rstrip(".") and claim.strip("$ ") and len(_WORD.findall(claim)) <= 3:
+        maths = _MATHS.findall(claim)
+        return next(filter(None, maths[-1])).strip() if maths else claim.strip("$ ")
     return None
 
 
 def unboxed(text: str) -> str | None:
     """Return what a response without a box says that the answer is: after the last word "answer", else at its end."""
     *_, last = [None, *_ANSWER.finditer(text, max(0, len(text) - 2000))]
-    if last and (said := conclusion(text[last.end() :].split("\n\n")[0])):
-        return said
+    if last and (claim := conclusion(text[last.end() :].split("\n\n")[0])):
+        return claim
     sentence = _last_sentence(text)
     maths = _MATHS.findall(sentence)
     return next(filter(None, maths[-1])).strip() if maths else conclusion(sentence)
@@ -96,7 +96,7 @@ def _last_sentence(text: str) -> str:
 def _boxes(text: str, first: int) -> list[tuple[int, int, int]]:
     """The complete boxes from `first` on: where the command, the content and its closing brace begin."""
     stack: list[tuple[int, int]] = []  # of each open box; (-1, -1) for a plain brace
-    found: list[tuple[int, int, int]] = []
+    boxes: list[tuple[int, int, int]] = []
     for match in _TOKEN.finditer(text, first):
         token = match[0]
         if match["box"]:
@@ -107,5 +107,5 @@ def _boxes(text: str, first: int) -> list[tuple[int, int, int]]:
         if token[-1] == "{":
             stack.append((-1, -1))
         elif stack and (opened := stack.pop()) != (-1, -1):
-            found.append((*opened, match.start("brace") if match["brace"] else match.start()))
-    return found
+            boxes.append((*opened, match.start("brace") if match["brace"] else match.start()))
+    return boxes

@@ -1,4 +1,4 @@
-"""`JudgePool`: many judgements at once in killable processes. What is asked twice is judged once."""
+"""`JudgePool`: judges many responses at once in killable processes, and equal answers once."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import json
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from types import TracebackType
@@ -17,15 +17,14 @@ from typing import Any
 from pekoe.core.errors import RunError, UserError
 from pekoe.core.progress import NoProgress, ProgressReporter, track
 from pekoe.core.types import Label, Verdict
-from pekoe.verify.dispatch import Dispatcher, Limits, Task
-from pekoe.verify.kinds import find_kind
-from pekoe.verify.kinds.base import Kind
-from pekoe.verify.process import WORKER_COMMAND
+from pekoe.verify.kinds import check_functions, find_verifier
+from pekoe.verify.kinds.base import Verifier
+from pekoe.verify.worker_pool import WORKER_COMMAND, Limits, Task, WorkerPool
 
 
 @dataclass(frozen=True, slots=True)
 class JudgeStats:
-    """What a pool has done. `num_limits` counts limits hit, `num_restarts` workers replaced for whatever reason."""
+    """Counts of one pool. `num_limits`: limits that items hit; `num_restarts`: workers replaced, for any reason."""
 
     num_judged: int
     num_memo_hits: int
@@ -38,8 +37,9 @@ class JudgePool:
     """Judges responses in worker processes, with limits on each item. Use it as a context manager, from any thread.
 
     `time_limit_s` is wall-clock time, counted from when a ready worker takes the item; `start_limit_s` bounds the time
-    in which a worker imports. `memo_size` verdicts are remembered (0: none). Where workers cannot start, whatever waits
-    raises RunError.
+    in which a worker imports; `memory_limit_bytes` is the address space of each worker. `memo_size` verdicts are
+    remembered (0: none). Kinds `function:MODULE:NAME` may only name one of `functions` ("MODULE:NAME" each), because
+    the kind comes with the data. If workers cannot start, every pending future raises RunError.
     """
 
     def __init__(
@@ -48,12 +48,15 @@ class JudgePool:
         time_limit_s: float = 5.0,
         memory_limit_bytes: int = 1 << 30,
         *,
+        functions: Collection[str] = (),
         start_limit_s: float = 60.0,
         memo_size: int = 16_384,
         _command: Sequence[str] = WORKER_COMMAND,
     ) -> None:
         if num_workers < 1 or time_limit_s <= 0 or memory_limit_bytes <= 0 or start_limit_s <= 0 or memo_size < 0:
             raise UserError("judge pool: num_workers must be at least 1, limits above 0, memo_size at least 0")
+        check_functions(functions)
+        self._functions = frozenset(functions)
         self._lock = threading.Lock()
         self._memo: OrderedDict[bytes, tuple[Label, str]] = OrderedDict()
         self._memo_size = memo_size
@@ -63,22 +66,23 @@ class JudgePool:
         self._owner_pid = os.getpid()
         self._limits = Limits(num_workers, time_limit_s, memory_limit_bytes, start_limit_s)
         self._command = _command
-        self._rooms = {"sealed": Dispatcher(self._limits, _command, self._deliver, self._fail)}
+        self._groups = {"math": WorkerPool(self._limits, _command, self._deliver, self._fail)}
         atexit.register(self.close)
 
     @property
     def usable(self) -> bool:
-        """Whether it still judges: it is not closed, its workers start, and this is the process that made it."""
+        """Whether it accepts items: it is open, its workers start, and this process made it."""
         return self._error is None and self._owner_pid == os.getpid()
 
     def submit(self, response: str, gold: Any, kind: str = "math") -> Future[Verdict]:
         """Begin to judge one response and return at once. The future cannot be cancelled.
 
-        Raises UserError for an unknown kind, and RunError where the pool is closed or its workers do not start.
+        Raises UserError for an unknown kind or a function that is not allowed, and RunError if the pool is closed or
+        its workers do not start.
         """
         self._check_usable()
-        found = find_kind(kind)
-        prepared = found.prepare(response, gold)
+        verifier = find_verifier(kind, self._functions)
+        prepared = verifier.prepare(response, gold)
         future: Future[Verdict] = Future()
         future.set_running_or_notify_cancel()
         key = b"" if isinstance(prepared, Verdict) else _key(kind, prepared, gold)
@@ -98,17 +102,17 @@ class JudgePool:
                 return future
             else:
                 self._in_flight[key] = task = Task(key, kind, prepared, gold, [future])
-                self._room(found).post(task)
+                self._group(verifier).submit(task)
                 return future
         future.set_result(verdict)
         return future
 
-    def _room(self, kind: Kind) -> Dispatcher:
-        """The workers of `kind`'s room, `num_workers` of them, started when it is first asked for."""
-        if kind.room not in self._rooms:
-            command = (*self._command, kind.name)
-            self._rooms[kind.room] = Dispatcher(self._limits, command, self._deliver, self._fail)
-        return self._rooms[kind.room]
+    def _group(self, verifier: Verifier) -> WorkerPool:
+        """Return the workers of the verifier's group, `num_workers` of them, and start them at first use."""
+        if verifier.worker_group not in self._groups:
+            command = (*self._command, verifier.name)
+            self._groups[verifier.worker_group] = WorkerPool(self._limits, command, self._deliver, self._fail)
+        return self._groups[verifier.worker_group]
 
     def judge_many(self, items: Iterable[tuple[str, Any, str]], view: ProgressReporter | None = None) -> list[Verdict]:
         """Judge (response, gold, kind) triples; the verdicts come back in the items' order. Raises as `submit` does."""
@@ -119,15 +123,15 @@ class JudgePool:
         """Return the counts so far."""
         with self._lock:
             counts = (self._num_judged, self._num_memo_hits, self._num_faults)
-            rooms = self._rooms.values()
-            return JudgeStats(*counts, sum(r.num_limits for r in rooms), sum(r.num_restarts for r in rooms))
+            groups = self._groups.values()
+            return JudgeStats(*counts, sum(g.num_limits for g in groups), sum(g.num_restarts for g in groups))
 
     def close(self) -> None:
-        """Kill the workers. What was not yet judged raises RunError. Closing twice is allowed."""
+        """Kill the workers. Pending futures raise RunError. Closing twice is allowed."""
         atexit.unregister(self.close)
         if self._owner_pid == os.getpid():  # a forked child must not kill its parent's workers
-            for room in list(self._rooms.values()):
-                room.close()
+            for group in list(self._groups.values()):
+                group.close()
 
     def __enter__(self) -> JudgePool:
         return self
@@ -136,7 +140,7 @@ class JudgePool:
         self.close()
 
     def _check_usable(self) -> None:
-        if self._owner_pid != os.getpid():  # its lock may be held for ever here: look before taking it
+        if self._owner_pid != os.getpid():  # checked first: a fork may have copied a held lock
             raise RunError("the judge pool belongs to the process that this one was forked from")
         if self._error is not None:
             raise RunError(self._error)
@@ -148,8 +152,8 @@ class JudgePool:
     def _deliver(self, task: Task, verdict: Verdict) -> None:
         with self._lock:
             if self._in_flight.pop(task.key, None) is None:
-                return  # the workers of another room could not go on: the futures have been told
-            # A verdict on an answer is always the same. One that came of a limit, or a fault, may not be.
+                return  # another worker group failed, and the futures have raised
+            # A verdict on an answer is always the same, unless it comes from a limit or a fault.
             if verdict.label != "fault" and not task.limits_hit and self._memo_size:
                 self._memo[task.key] = (verdict.label, verdict.why)
                 if len(self._memo) > self._memo_size:

@@ -1,14 +1,14 @@
-"""The judge's worker: one process, one line of JSON in, one line out. Started by `pekoe.verify.process`.
+"""A judge's worker process: reads a line of JSON, writes a line of JSON. Started by `pekoe.verify.worker_pool`.
 
-It owns nothing that may not be lost: the pool kills it without warning when an item overruns.
+The pool kills it without warning when an item exceeds its time limit, so it holds no state that must survive.
 
     python -P -m pekoe.verify.worker [KIND] PARENT_PID MEMORY_LIMIT_BYTES
 
-KIND names one of the kinds of a room (see `Kind`); without it the room is that of mathematics.
+KIND names a verifier of the worker group (see `Verifier`); without it the group is that of mathematics.
 
 in:  {"id", "kind", "answer", "gold", "check": "answer" | "reference"}
-out: {"ready"} once, or {"failed": why}; then, one for each item, {"id", "label", "why"}, {"id", "limit": which} or
-     {"id", "error": what}; each with "tired": true where the worker asks to be replaced.
+out: {"ready"} once, or {"failed": why}; then for each item one of {"id", "label", "why"}, {"id", "limit": which} or
+     {"id", "error": what}; each with "tired": true if the worker has grown so large that the pool should replace it.
 """
 
 from __future__ import annotations
@@ -22,41 +22,46 @@ import signal
 import sys
 from typing import Any
 
-from pekoe.verify.kinds import KINDS, find_kind
-from pekoe.verify.seal import seal, seal_scorers
+from pekoe.verify.audit_hook import refuse_all_but_formulas, refuse_code_and_acts
+from pekoe.verify.kinds import VERIFIERS, find_verifier
+from pekoe.verify.kinds.base import Verifier
 
 _PR_SET_PDEATHSIG = 1
 
 
 def _set_limits(memory_limit_bytes: int) -> None:
-    wanted = {resource.RLIMIT_AS: memory_limit_bytes, resource.RLIMIT_CORE: 0}
-    for which, limit in wanted.items():
+    limits = {resource.RLIMIT_AS: memory_limit_bytes, resource.RLIMIT_CORE: 0}
+    for which, limit in limits.items():
         hard = resource.getrlimit(which)[1]
         limit = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
         resource.setrlimit(which, (limit, limit))
 
 
 def _die_with(parent_pid: int) -> None:
-    """Ask the kernel to kill this process when its parent goes; where it cannot, the end of stdin will do."""
+    """Ask the kernel to kill this process when its parent dies; elsewhere, the end of stdin ends it."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent_pid:  # it went before we asked
+    if os.getppid() != parent_pid:  # it died before the call
         os._exit(1)
+
+
+def _verifier(kind: str) -> Verifier:
+    return find_verifier(kind, (kind.removeprefix("function:"),))  # the pool has checked that the recipe allows it
 
 
 def _judge(request: dict[str, Any]) -> dict[str, Any]:
     try:
-        kind = find_kind(request["kind"])
+        verifier = _verifier(request["kind"])
         if request["check"] == "reference":
-            verdict = kind.check_reference(request["gold"])
+            verdict = verifier.check_reference(request["gold"])
         else:
-            verdict = kind.decide(request["answer"], request["gold"])
+            verdict = verifier.decide(request["answer"], request["gold"])
         return {"label": verdict.label, "why": verdict.why}
     except MemoryError:
         return {"limit": "memory"}
     except RecursionError:
         return {"limit": "recursion"}
-    except Exception as error:  # a bug of ours: FAULT, and never a wrong answer
+    except Exception as error:  # a bug in Pekoe is a FAULT, never a wrong answer
         return {"error": f"{type(error).__name__}: {error}"}
 
 
@@ -69,12 +74,12 @@ def _size_bytes() -> int:
 
 def main() -> int:
     """Judge until stdin ends."""
-    protocol = os.dup(1)  # ours alone: what libraries print goes elsewhere
+    protocol = os.dup(1)  # reserved for messages: libraries may print to stdout
     os.dup2(2, 1)
     parent_pid, memory_limit_bytes = int(sys.argv[-2]), int(sys.argv[-1])
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to act on
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
 
-    def say(message: dict[str, Any]) -> None:
+    def send(message: dict[str, Any]) -> None:
         data = json.dumps(message).encode() + b"\n"
         while data:
             data = data[os.write(protocol, data) :]
@@ -82,23 +87,23 @@ def main() -> int:
     try:
         _die_with(parent_pid)
         _set_limits(memory_limit_bytes)
-        first = find_kind(sys.argv[1] if len(sys.argv) > 3 else "math")
-        for kind in (first, *KINDS.values()):
-            if kind.room == first.room:
-                kind.warm_up()
+        verifier = _verifier(sys.argv[1] if len(sys.argv) > 3 else "math")
+        for other in (verifier, *VERIFIERS.values()):
+            if other.worker_group == verifier.worker_group:
+                other.warm_up()
     except Exception as error:
-        say({"failed": f"{type(error).__name__}: {error}"})
+        send({"failed": f"{type(error).__name__}: {error}"})
         return 1
     quiet = os.open(os.devnull, os.O_WRONLY)
     os.dup2(quiet, 1)
     os.dup2(quiet, 2)
-    {"all": seal, "formulas": seal_scorers, "none": lambda: None}[first.seal]()
-    say({"ready": True})
+    {"all": refuse_code_and_acts, "formulas": refuse_all_but_formulas, "none": lambda: None}[verifier.audit_hook]()
+    send({"ready": True})
     for line in sys.stdin.buffer:
         request = json.loads(line)
         verdict = _judge(request)
-        # sympy's caches grow. A worker half full is replaced, before it blames an answer for memory that others took.
-        say({"id": request["id"], "tired": _size_bytes() > memory_limit_bytes / 2} | verdict)
+        # sympy's caches grow. Replace a worker that is half full, before it blames one answer for the memory of others.
+        send({"id": request["id"], "tired": _size_bytes() > memory_limit_bytes / 2} | verdict)
     return 0
 
 

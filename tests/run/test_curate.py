@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,21 @@ def test_what_is_curated_can_be_drawn_by_difficulty(tree: dict[str, Any], tmp_pa
 def test_nothing_is_sampled_where_none_is_asked_for(tree: dict[str, Any], tmp_path: Path):
     curated = run_curate(load_config(tree, ["curate.samples=0"], CurateConfig), NoProgress())
     assert len(curated.problems) == 18
+    assert not (tmp_path / "out/samples.jsonl").exists()
+
+
+@pytest.mark.parametrize(("kind", "nearest"), [("function:builtins:exec", ""), ("function:tests:shows", "tests:show")])
+def test_a_row_that_names_a_function_is_refused_before_anything_is_sampled(
+    tree: dict[str, Any], tiny_dir: Path, tmp_path: Path, kind: str, nearest: str
+):
+    rows = [json.loads(line) for line in (tiny_dir / "train.jsonl").read_text().splitlines()]
+    data = tmp_path / "train.jsonl"
+    data.write_text("".join(json.dumps(row | {"kind": kind} if row is rows[-1] else row) + "\n" for row in rows))
+    tree["data"]["train"] = str(data)
+    tree["verify"]["functions"] = ["tests:show"]
+    uid = re.escape(rows[-1]["uid"])
+    with pytest.raises(UserError, match=rf"{data}: problem '{uid}': .*listed in verify.functions.*{nearest}"):
+        run_curate(load_config(tree, kind=CurateConfig), NoProgress())
     assert not (tmp_path / "out/samples.jsonl").exists()
 
 

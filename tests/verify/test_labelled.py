@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -31,6 +32,24 @@ MEASURED = {
 SLOW = ("adversarial_handmade", "mathverify_unit_tests", "tinyv_hardverify_math")
 
 
+def errors(pool: JudgePool, cases: list[dict[str, Any]]) -> Counter[str]:
+    """Judge labelled cases, and count the labels of the verdicts, FN and FP."""
+    verdicts = pool.judge_many((case.get("response_boxed") or case["response"], case["gold"], "math") for case in cases)
+    count: Counter[str] = Counter()
+    for case, verdict in zip(cases, verdicts, strict=True):
+        count["FN"] += case["label"] and verdict.label != "correct"
+        count["FP"] += not case["label"] and verdict.label == "correct"
+        count[verdict.label] += 1
+    return count
+
+
+def test_our_own_cases_are_judged_as_labelled(pool: JudgePool):
+    """Written by hand, of every form that an answer takes; without the bombs, which `test_worker_pool` has."""
+    lines = (Path(__file__).parent / "labelled.jsonl").read_text(encoding="utf-8").splitlines()
+    count = errors(pool, [json.loads(line) for line in lines])
+    assert (len(lines), count["FN"], count["FP"], count["fault"]) == (83, 0, 0, 0)
+
+
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in MEASURED]
 )
@@ -39,17 +58,11 @@ def test_errors_have_not_grown(pool: JudgePool, shared_dir: Path, name: str, cap
     if not path.is_file():
         pytest.skip(f"no {path}")
     cases = [case for case in map(json.loads, path.read_text().splitlines()) if case["label"] is not None]
-    items = [(case.get("response_boxed") or case["response"], case["gold"], "math") for case in cases]
     if name == "adversarial_handmade":
         with JudgePool(num_workers=2, time_limit_s=5.0) as strict:
-            verdicts = strict.judge_many(items)
+            count = errors(strict, cases)
     else:
-        verdicts = pool.judge_many(items)
-    count: Counter[str] = Counter()
-    for case, verdict in zip(cases, verdicts, strict=True):
-        count["FN"] += case["label"] and verdict.label != "correct"
-        count["FP"] += not case["label"] and verdict.label == "correct"
-        count[verdict.label] += 1
+        count = errors(pool, cases)
     with capsys.disabled():
         labels = "  ".join(f"{label} {count[label]}" for label in ("correct", "wrong", "unparsed", "fault"))
         print(f"\n{name:24} {len(cases):5} cases  FN {count['FN']:3}  FP {count['FP']:2}  ({labels})")

@@ -15,7 +15,7 @@ import pytest
 from pekoe.core.errors import RunError, UserError
 from pekoe.core.types import Verdict
 from pekoe.verify import JudgePool, judge
-from pekoe.verify.dispatch import Task
+from pekoe.verify.worker_pool import Task
 
 from .conftest import READY, BadWorker, alive, wait_until, worker_pids
 
@@ -97,9 +97,7 @@ def test_messages_larger_than_a_pipe(pool: JudgePool):
 def test_close_leaves_no_process_and_fails_what_waits(bad_worker: BadWorker):
     with JudgePool(num_workers=2, time_limit_s=60.0, _command=bad_worker(READY + "time.sleep(60)")) as pool:
         waiting = [pool.submit(r"\boxed{0.5}", f"{number}") for number in range(4)]
-        wait_until(
-            lambda: len(worker_pids(pool)) == 2 and all(worker.task for worker in pool._rooms["sealed"]._workers)
-        )
+        wait_until(lambda: len(worker_pids(pool)) == 2 and all(worker.task for worker in pool._groups["math"]._workers))
         pids = worker_pids(pool)
     assert not any(alive(pid) for pid in pids)
     for future in waiting:
@@ -108,7 +106,7 @@ def test_close_leaves_no_process_and_fails_what_waits(bad_worker: BadWorker):
     with pytest.raises(RunError, match="closed"):
         pool.submit(r"\boxed{7}", "7")
     pool.close()
-    assert pool._rooms["sealed"]._thread.is_alive() is False
+    assert pool._groups["math"]._thread.is_alive() is False
 
 
 def test_closing_at_once_and_from_a_callback(bad_worker: BadWorker):
@@ -117,7 +115,7 @@ def test_closing_at_once_and_from_a_callback(bad_worker: BadWorker):
     future: Future[Verdict] = pool.submit(r"\boxed{0.5}", "1/2")
     future.add_done_callback(lambda _: pool.close())
     assert future.result().label == "wrong"
-    pool._rooms["sealed"]._thread.join(20)
+    pool._groups["math"]._thread.join(20)
     assert not pool.usable
 
 
@@ -145,7 +143,7 @@ def test_judge(run_script: Run):
         "print('here')\n"
         "print(judge(r'\\boxed{0.5}', '1/2').label, judge(r'\\boxed{0.5}', ['1', '2'], kind='math').label)\n"
         "assert not {'sympy', 'math_verify', 'torch'} & set(sys.modules)\n"
-        "print(pekoe.verify._pool._rooms['sealed']._workers[0].pid)\n"
+        "print(pekoe.verify._pool._groups['math']._workers[0].pid)\n"
     )
     assert done.stderr == ""
     here, labels, pid = done.stdout.splitlines()
@@ -204,12 +202,12 @@ def test_judge_comes_back_after_its_pool_broke(monkeypatch: pytest.MonkeyPatch):
     pekoe.verify._pool.close()
 
 
-def test_a_room_that_fails_ends_what_another_room_judges():
-    """The other room delivers what nobody awaits any more: its own dispatcher must survive that."""
+def test_a_group_that_fails_ends_what_another_group_judges():
+    """The other group delivers what nobody awaits any more: its own thread must survive that."""
     task = Task(b"key", "math", "1", "1", [Future()])
     with JudgePool(num_workers=1) as pool:
         pool._in_flight[task.key] = task  # pyright: ignore[reportPrivateUsage]
-        pool._fail(RunError("a worker of another room cannot start"))  # pyright: ignore[reportPrivateUsage]
+        pool._fail(RunError("a worker of another group cannot start"))  # pyright: ignore[reportPrivateUsage]
         pool._deliver(task, Verdict("correct"))  # pyright: ignore[reportPrivateUsage]
-    with pytest.raises(RunError, match="another room"):
+    with pytest.raises(RunError, match="another group"):
         task.futures[0].result(timeout=0)

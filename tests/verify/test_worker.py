@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from pekoe.verify.process import WORKER_COMMAND, _environment
+from pekoe.verify.worker_pool import WORKER_COMMAND, _environment
 
 from .conftest import alive, wait_until
 
@@ -78,11 +78,11 @@ def test_what_libraries_print_does_not_reach_the_protocol(start: Callable[..., P
         "from pekoe.verify import worker\n"
         "def decide(answer, gold):\n"
         "    print('hello'); os.write(1, b'from below'); sys.stderr.write('oh'); raise ValueError('a bug')\n"
-        "kind = worker.KINDS['math']\n"
+        "kind = worker.VERIFIERS['math']\n"
         "print('early')\n"
         "def warm_up(): print('hm')\n"
-        "worker.seal = lambda: None\n"
-        "worker.KINDS['math'] = type(kind)('math', kind.prepare, decide, kind.check_reference, warm_up)\n"
+        "worker.refuse_code_and_acts = lambda: None\n"
+        "worker.VERIFIERS['math'] = type(kind)('math', kind.prepare, decide, kind.check_reference, warm_up)\n"
         "worker.main()"
     )
     worker = start(command=(sys.executable, "-c", chatty))
@@ -115,7 +115,7 @@ def test_dies_with_its_parent_even_while_busy(tmp_path: Path, repository: Path):
         "from pekoe.verify import JudgePool\n"
         "pool = JudgePool(num_workers=1, time_limit_s=60)\n"
         "pool.submit(r'\\boxed{9^{9^{9^9}}}', '7')\n"
-        "workers = pool._rooms['sealed']._workers\n"
+        "workers = pool._groups['math']._workers\n"
         "while not workers or not workers[0].task: time.sleep(0.01)\n"
         "print(workers[0].pid, flush=True)\n"
         "time.sleep(60)\n"

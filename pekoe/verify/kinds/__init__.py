@@ -1,27 +1,46 @@
-"""The kinds of judging, by name."""
+"""The verifiers, by the name of the kind that they judge."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 
 from pekoe.core.errors import UserError, nearest
 from pekoe.verify.kinds import choice, code, countdown, function, gym, logic, math
-from pekoe.verify.kinds.base import Kind
+from pekoe.verify.kinds.base import Verifier
 
-_KINDS = (math.KIND, math.UNBOXED, choice.KIND, logic.KIND, countdown.KIND, code.KIND)
-KINDS: dict[str, Kind] = {kind.name: kind for kind in _KINDS}
-_MADE = {"gym": (re.compile(r"\w+"), gym.make_kind), "function": (re.compile(r"[\w.]+:\w+"), function.make_kind)}
+_ALL = (math.VERIFIER, math.UNBOXED, choice.VERIFIER, logic.VERIFIER, countdown.VERIFIER, code.VERIFIER)
+VERIFIERS: dict[str, Verifier] = {verifier.name: verifier for verifier in _ALL}
+_FUNCTION = re.compile(r"[\w.]+:\w+")
 
 
-def find_kind(name: str) -> Kind:
-    """Return the kind called `name`; UserError with the nearest valid name where there is none."""
-    family, _, rest = name.partition(":")
-    if family in _MADE and rest:
-        form, make = _MADE[family]
-        if not form.fullmatch(rest):
-            expected = "gym:TASK" if family == "gym" else "function:PACKAGE.MODULE:NAME"
-            raise UserError(f"judge: expected a kind {expected}, got {name!r}")
-        return make(rest)
-    if name not in KINDS:
-        raise UserError(f"judge: unknown kind {name!r}.{nearest(name, [*KINDS, 'gym:TASK', 'function:MODULE:NAME'])}")
-    return KINDS[name]
+def check_functions(functions: Collection[str]) -> None:
+    """Raise UserError unless each of `functions` has the form "PACKAGE.MODULE:NAME"."""
+    for path in functions:
+        if not _FUNCTION.fullmatch(path):
+            raise UserError(f"verify.functions: expected PACKAGE.MODULE:NAME, got {path!r}")
+
+
+def find_verifier(kind: str, functions: Collection[str] = ()) -> Verifier:
+    """Return the verifier for `kind`. `functions` lists the rewards of the user's own that `kind` may name.
+
+    The kind comes from a data row, so it must not choose freely what is imported and run. Raises UserError with the
+    nearest valid kind.
+    """
+    family, _, rest = kind.partition(":")
+    if family == "function":
+        if not _FUNCTION.fullmatch(rest):
+            raise UserError(f"judge: expected a kind function:PACKAGE.MODULE:NAME, got {kind!r}")
+        if rest not in functions:
+            allowed = ", ".join(sorted(functions)) or "none"
+            listed = f"expected a function listed in verify.functions (or by --function) ({allowed})"
+            raise UserError(f"judge: {listed}, got {kind!r}.{nearest(rest, functions)}")
+        return function.make_verifier(rest)
+    if family == "gym" and rest:
+        if not re.fullmatch(r"\w+", rest):
+            raise UserError(f"judge: expected a kind gym:TASK, got {kind!r}")
+        return gym.make_verifier(rest)
+    if kind not in VERIFIERS:
+        valid = [*VERIFIERS, "gym:TASK", *(f"function:{path}" for path in functions)]
+        raise UserError(f"judge: unknown kind {kind!r}.{nearest(kind, valid)}")
+    return VERIFIERS[kind]

@@ -1,4 +1,4 @@
-"""What a kind of judging is made of. Each kind is one small file beside this one."""
+"""The parts of a verifier. Each verifier is one small file in this folder."""
 
 from __future__ import annotations
 
@@ -7,39 +7,46 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from pekoe.core.types import Verdict
+from pekoe.verify.extract import boxed_or_tagged
 
 
 @dataclass(frozen=True, slots=True)
-class Kind:
-    """One way to judge a response.
+class Verifier:
+    """Judges the responses to problems of one kind.
 
-    `prepare(response, gold)` runs in the parent: the text to be judged, or the verdict where none needs judging.
-    It must take time linear in its input and import nothing heavy. The others run in a worker, under its limits:
-    `decide(answer, gold)` judges what `prepare` gave; `check_reference(gold)` is CORRECT where the reference can be
-    judged at all, and FAULT where it is to blame; `warm_up()` imports everything, before the worker is sealed.
-    An exception out of any of them is a bug of ours, and its verdict FAULT.
+    `prepare(response, gold)` runs in the parent. It returns the text to judge, or the verdict if the text decides.
+    It takes time linear in its input and imports nothing heavy. The others run in a worker, under its limits:
+    `decide(answer, gold)` judges the text from `prepare`; `check_reference(gold)` returns CORRECT if the reference can
+    be judged, and FAULT if not; `warm_up()` imports everything, before the audit hook is installed.
+    An exception in any of them is a bug in Pekoe, and its verdict is FAULT.
 
-    Kinds of one `room` share workers. `seal` is what these put on (`pekoe.verify.seal`): "all" refuses code made of
-    text and every act on the machine, "formulas" the same but for code that is a formula, "none" nothing.
+    Verifiers of one `worker_group` share workers, and install the same `audit_hook` (`pekoe.verify.audit_hook`): "all"
+    refuses code made of text and every act on the machine, "formulas" allows code that is a formula, "none" allows all.
     """
 
     name: str
     prepare: Callable[[str, Any], Verdict | str]
     decide: Callable[[str, Any], Verdict]
-    check_reference: Callable[[Any], Verdict]
-    warm_up: Callable[[], None]
-    room: str = "sealed"
-    seal: Literal["all", "formulas", "none"] = "all"
+    check_reference: Callable[[Any], Verdict] = lambda _gold: Verdict("correct")  # a limit is the response's fault
+    warm_up: Callable[[], object] = lambda: None
+    worker_group: str = "math"
+    audit_hook: Literal["all", "formulas", "none"] = "all"
 
 
-def no_warm_up() -> None:
-    """For kinds that import nothing heavy."""
+def tagged_answer(response: str, max_chars: int) -> Verdict | str:
+    r"""Return the content of the last `\boxed{...}` or `<answer>...</answer>`, or UNPARSED where there is none."""
+    answer = boxed_or_tagged(response)
+    if answer is None:
+        return Verdict("unparsed", None, r"no complete \boxed{...} and no <answer>...</answer>")
+    if len(answer) > max_chars:
+        return Verdict("unparsed", answer[:200] + "…", f"the answer holds {len(answer):,} characters")
+    return answer
 
 
-def decided_at_once(name: str, prepare: Callable[[str, Any], Verdict]) -> Kind:
-    """A kind whose `prepare` gives the verdict always, in time linear in the response: no worker is needed."""
+def decided_at_once(name: str, prepare: Callable[[str, Any], Verdict]) -> Verifier:
+    """Return a verifier whose `prepare` always returns the verdict, so that it needs no worker."""
 
     def never(*_: Any) -> Verdict:
         raise AssertionError(f"{name}: decided by `prepare`")
 
-    return Kind(name, prepare, never, never, no_warm_up)
+    return Verifier(name, prepare, never, never)

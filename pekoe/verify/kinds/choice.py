@@ -37,4 +37,4 @@ def prepare(response: str, gold: Any) -> Verdict:
     return Verdict("correct" if chosen == wanted else "wrong", answer)
 
 
-KIND = decided_at_once("choice", prepare)
+VERIFIER = decided_at_once("choice", prepare)

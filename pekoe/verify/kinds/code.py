@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 
 from pekoe.core.types import Verdict
 from pekoe.verify import sandbox
-from pekoe.verify.kinds.base import Kind, no_warm_up
+from pekoe.verify.kinds.base import Verifier
 
 MAX_CODE_CHARS, MAX_TESTS, MAX_OUTPUT_BYTES = 50_000, 200, 1 << 20  # of output beyond the one that is wanted
 TOTAL_LIMIT_S = 4.0  # below the pool's own limit: a slow answer is WRONG, and no limit of the worker's
@@ -195,8 +195,4 @@ def _end(process: subprocess.Popen[bytes]) -> None:
     process.wait()
 
 
-def check_reference(gold: Any) -> Verdict:
-    return Verdict("correct")  # `prepare` has seen it
-
-
-KIND = Kind("code", prepare, decide, check_reference, no_warm_up, room="code", seal="none")
+VERIFIER = Verifier("code", prepare, decide, worker_group="code", audit_hook="none")

@@ -16,8 +16,7 @@ from fractions import Fraction
 from typing import Any
 
 from pekoe.core.types import Verdict
-from pekoe.verify.extract import boxed_or_tagged
-from pekoe.verify.kinds.base import decided_at_once
+from pekoe.verify.kinds.base import decided_at_once, tagged_answer
 
 MAX_ANSWER_CHARS, MAX_DEPTH = 500, 50
 _REWRITES = [
@@ -86,12 +85,10 @@ def prepare(response: str, gold: Any) -> Verdict:
         use_all = bool(gold.get("use_all", False))
     except (TypeError, ValueError, KeyError, AttributeError):
         return Verdict("fault", None, f"the reference must have numbers and a target: found {str(gold)[:80]!r}")
-    text = boxed_or_tagged(response)
-    if text is None:
-        return Verdict("unparsed", None, r"no complete \boxed{...} and no <answer>...</answer>")
-    if len(text) > MAX_ANSWER_CHARS:
-        return Verdict("unparsed", text[:200] + "…", f"the answer holds {len(text):,} characters")
+    text = tagged_answer(response, MAX_ANSWER_CHARS)
+    if isinstance(text, Verdict):
+        return text
     return _judge(text, numbers, target, use_all)
 
 
-KIND = decided_at_once("countdown", prepare)
+VERIFIER = decided_at_once("countdown", prepare)

@@ -2,8 +2,8 @@
 
 `NAME(response: str, gold) -> bool | float | Verdict`. It is imported in worker processes of its own, from the places
 that this process imports from, and called with the whole response: True, 1.0 (from 0.99 on), or a Verdict. What it
-raises is FAULT: an error of the reward's, never a wrong answer. Its workers have the pool's limits and no seal: what it
-executes is the user's affair.
+raises is FAULT: an error of the reward's, never a wrong answer. Its workers have the pool's limits but no audit hook;
+it may execute anything, so the recipe alone names the functions (`verify.functions`); a data row chooses among them.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 from pekoe.core.types import Verdict
-from pekoe.verify.kinds.base import Kind
+from pekoe.verify.kinds.base import Verifier
 
 MAX_RESPONSE_CHARS, PASSES = 1_000_000, 0.99
 
@@ -32,26 +32,18 @@ def _function(path: str) -> Callable[[str, Any], Any]:
 
 
 def _decide(path: str, response: str, gold: Any) -> Verdict:
-    found = _function(path)(response, gold)
-    if isinstance(found, Verdict):
-        return found
-    if not isinstance(found, bool | int | float):
-        raise TypeError(f"function:{path}: expected bool, float or Verdict, got {type(found).__name__}")
-    return Verdict(
-        "correct" if found >= PASSES else "wrong", None, "" if isinstance(found, bool) else f"score {found:g}"
-    )
+    reward = _function(path)(response, gold)
+    if isinstance(reward, Verdict):
+        return reward
+    if not isinstance(reward, bool | int | float):
+        raise TypeError(f"function:{path}: expected bool, float or Verdict, got {type(reward).__name__}")
+    why = "" if isinstance(reward, bool) else f"score {reward:g}"
+    return Verdict("correct" if reward >= PASSES else "wrong", None, why)
 
 
-def check_reference(gold: Any) -> Verdict:
-    return Verdict("correct")  # a function alone knows: a limit that it hits is the response's
-
-
-def make_kind(path: str) -> Kind:
-    """The kind of one function; nothing is imported in this process."""
+def make_verifier(path: str) -> Verifier:
+    """Return the verifier of one function; this process imports nothing."""
     name = f"function:{path}"
-    decide, warm_up = functools.partial(_decide, path), functools.partial(_warm_up, path)
-    return Kind(name, prepare, decide, check_reference, warm_up, room=name, seal="none")
-
-
-def _warm_up(path: str) -> None:
-    _function(path)
+    decide = functools.partial(_decide, path)
+    warm_up = functools.partial(_function, path)
+    return Verifier(name, prepare, decide, warm_up=warm_up, worker_group=name, audit_hook="none")

@@ -6,7 +6,7 @@ Some of these scorers `eval` the answer (reasoning-gym 0.1.25: binary_matrix, n_
 or have sympy do so (countdown, puzzle24, polynomial_multiplication, simple_ and intermediate_integration), in the
 process that makes the verdict. Code could write that verdict and all later ones, so a hook refuses, before it runs, all
 code made of text that is more than a formula, besides files opened for writing, sockets, other processes and signals
-(`pekoe.verify.seal.seal_scorers`); what is refused is WRONG. Time and memory have the pool's limits. What the hook does
+(`pekoe.verify.audit_hook`); what is refused is WRONG. Time and memory have the pool's limits. What the hook does
 not see is a scorer that reads text as code by means of its own. Some scorers err: one that refuses its own answer, or
 accepts nonsense, gives FAULT, which names it.
 """
@@ -20,8 +20,7 @@ import json
 from typing import Any
 
 from pekoe.core.types import Verdict
-from pekoe.verify.extract import boxed_or_tagged
-from pekoe.verify.kinds.base import Kind
+from pekoe.verify.kinds.base import Verifier, tagged_answer
 
 MAX_ANSWER_CHARS, PASSES = 20_000, 0.99
 _NONSENSE = "no answer at all 0x"
@@ -30,12 +29,7 @@ _NONSENSE = "no answer at all 0x"
 def prepare(response: str, gold: Any) -> Verdict | str:
     if not isinstance(gold, dict) or not {"question", "answer"} <= gold.keys():
         return Verdict("fault", None, f"the reference must be an entry of reasoning-gym: found {str(gold)[:80]!r}")
-    answer = boxed_or_tagged(response)
-    if answer is None:
-        return Verdict("unparsed", None, r"no complete \boxed{...} and no <answer>...</answer>")
-    if len(answer) > MAX_ANSWER_CHARS:
-        return Verdict("unparsed", answer[:200] + "…", f"the answer holds {len(answer):,} characters")
-    return answer
+    return tagged_answer(response, MAX_ANSWER_CHARS)
 
 
 @functools.lru_cache(64)
@@ -80,7 +74,7 @@ def _warm_up() -> None:
     importlib.import_module("reasoning_gym")  # some seconds
 
 
-def make_kind(task: str) -> Kind:
-    """The kind of one task, which reasoning-gym must have: if not, each of its verdicts is FAULT."""
+def make_verifier(task: str) -> Verifier:
+    """Return the verifier of one task, which reasoning-gym must have: if not, each of its verdicts is FAULT."""
     decide, check = functools.partial(_decide, task), functools.partial(_check_reference, task)
-    return Kind(f"gym:{task}", prepare, decide, check, _warm_up, room="gym", seal="formulas")
+    return Verifier(f"gym:{task}", prepare, decide, check, _warm_up, worker_group="gym", audit_hook="formulas")

@@ -13,8 +13,7 @@ import re
 from typing import Any, cast
 
 from pekoe.core.types import Verdict
-from pekoe.verify.extract import boxed_or_tagged
-from pekoe.verify.kinds.base import decided_at_once
+from pekoe.verify.kinds.base import decided_at_once, tagged_answer
 
 MAX_ANSWER_CHARS = 20_000
 _STATEMENT = re.compile(r"(?<![\w'-])([\w'-]++)\s*+(?:\bis\b(?:\s+an?\b)?|[:=])\s*([\w'-]+)", re.IGNORECASE)
@@ -26,10 +25,10 @@ Solution = dict[str, Any]  # normalised: text to text, or text to such an object
 def _plain(value: Any) -> Any:
     """Names and values without case, and with single spaces. Raises TypeError for what is neither object nor scalar."""
     if isinstance(value, dict):
-        found = {_plain(str(key)): _plain(one) for key, one in cast(dict[Any, Any], value).items()}
-        if len(found) < len(cast(dict[Any, Any], value)):
+        roles = {_plain(str(key)): _plain(one) for key, one in cast(dict[Any, Any], value).items()}
+        if len(roles) < len(cast(dict[Any, Any], value)):
             raise TypeError("two keys that are one")
-        return found
+        return roles
     if isinstance(value, list | tuple) or value is None:
         raise TypeError("expected an object of texts")
     return " ".join(str(value).lower().replace("_", " ").split())
@@ -60,30 +59,28 @@ def _answer(text: str, wanted: Solution) -> Solution | None:
             return (_solution(value) or {}) if isinstance(value, dict) else None
     if any(isinstance(one, dict) for one in wanted.values()):
         return None
-    found: Solution = {}
+    roles: Solution = {}
     for name, role in _STATEMENT.findall(_MARKUP.sub(" ", text)):
         name, role = _plain(name), _plain(role)
-        if found.setdefault(name, role) != role:
+        if roles.setdefault(name, role) != role:
             return None
-    return found
+    return roles
 
 
 def prepare(response: str, gold: Any) -> Verdict:
     wanted = _solution(gold)
     if wanted is None:
         return Verdict("fault", None, f"the reference must be an object, name to value: found {str(gold)[:80]!r}")
-    text = boxed_or_tagged(response)
-    if text is None:
-        return Verdict("unparsed", None, r"no complete \boxed{...} and no <answer>...</answer>")
-    if len(text) > MAX_ANSWER_CHARS:
-        return Verdict("unparsed", text[:200] + "…", f"the answer holds {len(text):,} characters")
-    found = _answer(text, wanted)
-    if not found:
+    text = tagged_answer(response, MAX_ANSWER_CHARS)
+    if isinstance(text, Verdict):
+        return text
+    roles = _answer(text, wanted)
+    if not roles:
         return Verdict("unparsed", text, "cannot read it as names and values, one to each")
-    if not wanted.keys() <= found.keys():
-        missing = sorted(wanted.keys() - found.keys())
+    if not wanted.keys() <= roles.keys():
+        missing = sorted(wanted.keys() - roles.keys())
         return Verdict("wrong", text, f"nothing about {', '.join(missing)}"[:300])
-    return Verdict("correct" if {name: found[name] for name in wanted} == wanted else "wrong", text)
+    return Verdict("correct" if {name: roles[name] for name in wanted} == wanted else "wrong", text)
 
 
-KIND = decided_at_once("logic", prepare)
+VERIFIER = decided_at_once("logic", prepare)

@@ -2,8 +2,8 @@ r"""kind = "math": the content of the last `\boxed{...}` must equal the referenc
 
 Text equal to the reference is CORRECT, and plain integers are compared as such. Everything else math-verify parses as
 LaTeX and compares. Its parser is given the content of the box alone: its `parse` would go on to look for loose text,
-and with `ExprExtractionConfig` execute it. (Its LaTeX path is not safe by itself either: every worker puts on
-`pekoe.verify.seal`.) Its own time limits are SIGALRM; they are off, and the pool's wall clock holds.
+and with `ExprExtractionConfig` execute it. (Its LaTeX path is not safe either: every worker installs
+`pekoe.verify.audit_hook`.) Its own time limits use SIGALRM; they are off, because the pool's wall clock limits it.
 
 A few corrections stand around it, each for an error seen in labelled answers: `_tidy`, `_read_both`, `_contradicts`.
 """
@@ -18,9 +18,9 @@ import re
 from typing import Any, NamedTuple, cast
 
 from pekoe.core.types import Label, Verdict
-from pekoe.verify import numeric
+from pekoe.verify import equivalence
 from pekoe.verify.extract import conclusion, is_prose, last_boxed, linked_boxes, unboxed
-from pekoe.verify.kinds.base import Kind
+from pekoe.verify.kinds.base import Verifier
 
 MAX_ANSWER_CHARS = 10_000  # no answer is this long; a list of 40,000 numbers would only buy time in the parser
 
@@ -189,7 +189,7 @@ def _prepared(answer: str, golds: list[str]) -> Verdict | str:
 
 
 def _check_alone(value: Any, text: str) -> None:
-    if numeric.compare(_tidy(text), _tidy(text)):
+    if equivalence.compare(_tidy(text), _tidy(text)):
         return
     try:
         sound = value is not None and _verify(value, value)
@@ -203,15 +203,15 @@ def _check_alone(value: Any, text: str) -> None:
 
 def _compare(gold: str, answer: str) -> Label:
     label = _compare_once(gold, answer)
-    if label != "correct" and is_prose(answer) and not is_prose(gold) and (said := conclusion(answer)):
-        return _compare_once(gold, said)
+    if label != "correct" and is_prose(answer) and not is_prose(gold) and (claim := conclusion(answer)):
+        return _compare_once(gold, claim)
     return label
 
 
 def _second(reference: _Read, response: _Read, gold: str, answer: str) -> bool | None:
     """The second judgement: on the texts as they are, else on them as math-verify normalises them."""
-    said = numeric.compare(_decimal_point(_tidy(gold), answer), _decimal_point(_tidy(answer), gold))
-    return numeric.compare(reference.text, response.text) if said is None else said
+    equal = equivalence.compare(_decimal_point(_tidy(gold), answer), _decimal_point(_tidy(answer), gold))
+    return equivalence.compare(reference.text, response.text) if equal is None else equal
 
 
 def _decimal_point(text: str, other: str) -> str:
@@ -223,8 +223,8 @@ def _compare_once(gold: str, answer: str) -> Label:
     reference, response = _read_both(gold, answer)
     if (reference.text, reference.unit) == (response.text, response.unit):
         return "correct"
-    if (said := _second(reference, response, gold, answer)) is not None:
-        return "correct" if said else "wrong"
+    if (equal := _second(reference, response, gold, answer)) is not None:
+        return "correct" if equal else "wrong"
     if reference.value is None:
         _check_alone(reference.value, gold)
     if response.value is None:
@@ -282,5 +282,5 @@ def warm_up() -> None:
     decide("x + 1", "1 + x")
 
 
-KIND = Kind("math", prepare, decide, check_reference, warm_up)
-UNBOXED = Kind("math-unboxed", prepare_unboxed, decide, check_reference, warm_up)
+VERIFIER = Verifier("math", prepare, decide, check_reference, warm_up)
+UNBOXED = Verifier("math-unboxed", prepare_unboxed, decide, check_reference, warm_up)

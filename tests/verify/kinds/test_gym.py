@@ -9,7 +9,7 @@ import pytest
 
 from pekoe.core.errors import UserError
 from pekoe.verify import JudgePool
-from pekoe.verify.kinds import find_kind
+from pekoe.verify.kinds import find_verifier
 
 gym = pytest.importorskip("reasoning_gym", reason="pip install 'pekoe[demo]'")
 
@@ -26,7 +26,7 @@ def entry_of(task: str) -> dict[str, Any]:
 
 def test_right_and_wrong_answers_by_the_tasks_own_scorer():
     with JudgePool(num_workers=1, time_limit_s=30) as pool:
-        assert len(pool._rooms) == 1  # gym's workers are started when they are asked for
+        assert len(pool._groups) == 1  # gym's workers are started when they are asked for
         for task in ("chain_sum", "gcd", "knights_knaves"):
             entry = entry_of(task)
             right, tagged, wrong = (
@@ -37,7 +37,7 @@ def test_right_and_wrong_answers_by_the_tasks_own_scorer():
             items = [(answer, entry, f"gym:{task}") for answer in (right, tagged, wrong, entry["answer"])]
             labels = [verdict.label for verdict in pool.judge_many(items)]
             assert labels == ["correct", "correct", "wrong", "unparsed"], task
-        assert len(pool._rooms) == 2
+        assert len(pool._groups) == 2
         assert pool.submit("\\boxed{1}", {"question": "?"}, "gym:gcd").result().label == "fault"
         assert pool.submit("\\boxed{1}", entry_of("gcd"), "gym:no_such_task").result().label == "fault"
         # A scorer that errs is named, and nobody is punished for it.
@@ -82,6 +82,6 @@ def test_formulas_are_evaluated(gym_pool: JudgePool):
 
 def test_a_malformed_name_is_the_users_mistake():
     with pytest.raises(UserError, match="expected a kind gym:TASK"):
-        find_kind("gym:a/b")
+        find_verifier("gym:a/b")
     with pytest.raises(UserError, match=r"unknown kind 'maths'. Did you mean 'math'"):
-        find_kind("maths")
+        find_verifier("maths")

@@ -1,4 +1,4 @@
-"""What equals what, without a process in between; the limits and the seal are tested elsewhere."""
+"""What equals what, without a process in between; the limits and the audit hook are tested elsewhere."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from pekoe.core.errors import UserError
 from pekoe.core.types import Verdict
 from pekoe.verify import JudgePool
-from pekoe.verify.kinds import find_kind
+from pekoe.verify.kinds import find_verifier
 from pekoe.verify.kinds.math import MAX_ANSWER_CHARS, prepare
 
 VERDICTS: list[tuple[Any, str, str]] = [
@@ -132,4 +132,4 @@ def test_a_huge_box_is_not_parsed():
 
 def test_unknown_kind():
     with pytest.raises(UserError, match=r"unknown kind 'maths'\. Did you mean 'math'"):
-        find_kind("maths")
+        find_verifier("maths")

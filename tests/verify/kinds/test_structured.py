@@ -11,7 +11,7 @@ import pytest
 
 from pekoe.core.types import Verdict
 from pekoe.data import read_problems
-from pekoe.verify.kinds import find_kind
+from pekoe.verify.kinds import find_verifier
 
 KNIGHTS = {"Zoey": "knight", "Ann": "knave"}
 GRID = {"header": ["House", "Name", "Pet"], "rows": [["1", "Eric", "cat"], ["2", "Ann", "dog"]]}
@@ -20,7 +20,7 @@ NUMBERS = {"numbers": [3, 5, 5, 7], "target": 20}
 
 
 def judge(kind: str, answer: str, gold: Any) -> Verdict:
-    verdict = find_kind(kind).prepare(answer, gold)
+    verdict = find_verifier(kind).prepare(answer, gold)
     assert isinstance(verdict, Verdict)
     return verdict
 

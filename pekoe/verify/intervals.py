@@ -1,4 +1,4 @@
-"""Regions of the real line, of inequalities, intervals and their unions, for `pekoe.verify.numeric`.
+"""Regions of the real line, of inequalities, intervals and their unions, for `pekoe.verify.equivalence`.
 
 A region is sorted, disjoint pieces (low, is low in it, high, is high in it), rounded so that equal regions are equal.
 """
@@ -9,8 +9,8 @@ import itertools
 import math
 from fractions import Fraction
 
-from pekoe.verify.expression import Tree, Unreadable
-from pekoe.verify.values import symbols_of, value_of
+from pekoe.verify.evaluator import symbols_of, value_of
+from pekoe.verify.latex_parser import Tree, Unreadable
 
 _INFINITY = ("symbol", "infinity")
 Piece = tuple[float, bool, float, bool]
@@ -78,15 +78,15 @@ def _solved(operators: tuple[str, ...], sides: tuple[Tree, ...]) -> list[Piece]:
     if len(names) != 1:
         raise Unreadable("not one side with a variable")
     middle = sides[names[0]]
-    found: list[Piece] = [(-math.inf, False, math.inf, False)]
+    result: list[Piece] = [(-math.inf, False, math.inf, False)]
     for index, operator in enumerate(operators):
         if names[0] not in (index, index + 1):
             continue
         end = _end(sides[index + 1] if names[0] == index else sides[index])
         if names[0] == index + 1:
             operator = {"<": ">", "<=": ">=", ">": "<", ">=": "<="}.get(operator, operator)
-        found = _intersection(found, _half(operator, end, middle))
-    return found
+        result = _intersection(result, _half(operator, end, middle))
+    return result
 
 
 def _half(operator: str, end: float, middle: Tree) -> list[Piece]:
@@ -108,32 +108,32 @@ def _half(operator: str, end: float, middle: Tree) -> list[Piece]:
 
 
 def _joined(pieces: list[Piece]) -> list[Piece]:
-    found: list[Piece] = []
+    result: list[Piece] = []
     for piece in sorted(pieces, key=lambda p: (p[0], not p[1])):
         low, has_low, high, has_high = piece
         if low > high or (low == high and not (has_low and has_high)):
             continue
-        if found and (low < found[-1][2] or (low == found[-1][2] and (has_low or found[-1][3]))):
-            before = found.pop()
+        if result and (low < result[-1][2] or (low == result[-1][2] and (has_low or result[-1][3]))):
+            before = result.pop()
             end = max((before[2], before[3]), (high, has_high))
             piece = (before[0], before[1], *end)
-        found.append(piece)
-    return [(low + 0.0, has_low, high + 0.0, has_high) for low, has_low, high, has_high in found]
+        result.append(piece)
+    return [(low + 0.0, has_low, high + 0.0, has_high) for low, has_low, high, has_high in result]
 
 
 def _complement(pieces: list[Piece]) -> list[Piece]:
-    found: list[Piece] = []
+    result: list[Piece] = []
     low, has_low = -math.inf, False
     for piece in pieces:
-        found.append((low, has_low, piece[0], not piece[1]))
+        result.append((low, has_low, piece[0], not piece[1]))
         low, has_low = piece[2], not piece[3]
-    return _joined([*found, (low, has_low, math.inf, False)])
+    return _joined([*result, (low, has_low, math.inf, False)])
 
 
 def _intersection(left: list[Piece], right: list[Piece]) -> list[Piece]:
-    found: list[Piece] = []
+    result: list[Piece] = []
     for a, b in itertools.product(left, right):
         low = max((a[0], not a[1]), (b[0], not b[1]))
         high = min((a[2], a[3]), (b[2], b[3]))
-        found.append((low[0], not low[1], high[0], high[1]))
-    return _joined(found)
+        result.append((low[0], not low[1], high[0], high[1]))
+    return _joined(result)

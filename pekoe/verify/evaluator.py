@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import cmath
 import math
+import operator
 from collections.abc import Callable
 from fractions import Fraction
 from typing import Any
 
-from pekoe.verify.expression import Tree, Unreadable
+from pekoe.verify.latex_parser import Tree, Unreadable
 
 Number = Fraction | complex
 Values = dict[str, Number]
 MAX_BITS, MAX_FACTORIAL = 20_000, 1_000
+_CONSTANTS = {"pi": complex(math.pi), "e": complex(math.e), "i": 1j}
+_OPERATIONS: dict[str, Callable[[Any, Any], Any]] = {"add": operator.add, "mul": operator.mul, "div": operator.truediv}
 
 
 class Undefined(ArithmeticError):
@@ -33,26 +36,18 @@ def value_of(tree: Tree, values: Values) -> Number:
     match tree:
         case ("number", value, _):
             return value
-        case ("symbol", "pi"):
-            return complex(math.pi)
-        case ("symbol", "e"):
-            return complex(math.e)
-        case ("symbol", "i"):
-            return 1j
+        case ("symbol", name) if name in _CONSTANTS:
+            return _CONSTANTS[name]
         case ("symbol", name) if name in values:
             return values[name]
-        case ("add", a, b):
-            return _exactly(lambda x, y: x + y, value_of(a, values), value_of(b, values))
-        case ("mul", a, b):
-            return _exactly(lambda x, y: x * y, value_of(a, values), value_of(b, values))
-        case ("div", a, b):
-            return _exactly(lambda x, y: x / y, value_of(a, values), value_of(b, values))
+        case ("add" | "mul" | "div" as name, a, b):
+            return _exactly(_OPERATIONS[name], value_of(a, values), value_of(b, values))
         case ("pow", a, b):
             return _power(value_of(a, values), value_of(b, values))
         case ("percent", a):
             return value_of(a, values) / 100
         case ("call", name, argument):
-            return _call(name, [value_of(one, values) for one in _arguments(argument)])
+            return _call(name, [value_of(item, values) for item in _arguments(argument)])
         case ("based", digits, base):
             return Fraction(int(digits, base))
         case _:
@@ -66,13 +61,18 @@ def _arguments(argument: Any) -> list[Tree]:
 def _exactly(operation: Callable[[Any, Any], Any], left: Number, right: Number) -> Number:
     if not (isinstance(left, Fraction) and isinstance(right, Fraction)):
         left, right = complex(left), complex(right)
-    found = operation(left, right)
-    if isinstance(found, Fraction):
-        if found.numerator.bit_length() + found.denominator.bit_length() > MAX_BITS:
-            raise Undefined("too long a number")
-    elif not cmath.isfinite(found):
+    result = operation(left, right)
+    if not isinstance(result, Fraction):
+        return _finite(result)
+    if result.numerator.bit_length() + result.denominator.bit_length() > MAX_BITS:
+        raise Undefined("too long a number")
+    return result
+
+
+def _finite(value: complex) -> complex:
+    if not cmath.isfinite(value):
         raise Undefined("not finite")
-    return found
+    return value
 
 
 def _power(base: Number, exponent: Number) -> Number:
@@ -93,10 +93,7 @@ def _power(base: Number, exponent: Number) -> Number:
         if exponent.real <= 0:
             raise Undefined("zero to no positive power")
         return Fraction(0)
-    found = base**exponent
-    if not cmath.isfinite(found):
-        raise Undefined("not finite")
-    return found
+    return _finite(base**exponent)
 
 
 def _exact_root(value: int, degree: int) -> int | None:
@@ -104,29 +101,17 @@ def _exact_root(value: int, degree: int) -> int | None:
     return next((g for g in (guess - 1, guess, guess + 1) if g >= 0 and g**degree == value), None)
 
 
-_CALLS: dict[str, Callable[[complex], complex]] = {
-    "sin": cmath.sin,
-    "cos": cmath.cos,
-    "tan": cmath.tan,
-    "cot": lambda x: 1 / cmath.tan(x),
-    "sec": lambda x: 1 / cmath.cos(x),
-    "csc": lambda x: 1 / cmath.sin(x),
-    "arcsin": cmath.asin,
-    "arccos": cmath.acos,
-    "arctan": cmath.atan,
-    "sinh": cmath.sinh,
-    "cosh": cmath.cosh,
-    "tanh": cmath.tanh,
-    "exp": cmath.exp,
-    "ln": cmath.log,
-    "lg": cmath.log10,
-}
+_SAME_NAME = ("sin", "cos", "tan", "sinh", "cosh", "tanh", "exp")
+_CALLS: dict[str, Callable[[complex], complex]] = {name: getattr(cmath, name) for name in _SAME_NAME}
+_CALLS.update({f"arc{name}": getattr(cmath, f"a{name}") for name in ("sin", "cos", "tan")})
+_CALLS.update(ln=cmath.log, lg=cmath.log10)
+_CALLS.update(cot=lambda x: 1 / cmath.tan(x), sec=lambda x: 1 / cmath.cos(x), csc=lambda x: 1 / cmath.sin(x))
 
 
 def _call(name: str, arguments: list[Number]) -> Number:
     first = arguments[0]
     if name in ("max", "min", "gcd", "lcm", "binomial", "factorial", "floor", "ceil"):
-        whole = [one for one in arguments if isinstance(one, Fraction)]
+        whole = [value for value in arguments if isinstance(value, Fraction)]
         if len(whole) != len(arguments):
             raise Undefined(f"{name} of what is not exact")
         return Fraction(_exact_call(name, whole))
@@ -136,10 +121,7 @@ def _call(name: str, arguments: list[Number]) -> Number:
         return abs(first) if isinstance(first, Fraction) else complex(abs(first))
     if name not in _CALLS:  # "log" without a base is 10 or e
         raise Unreadable(f"{name} is not known")
-    found = _CALLS[name](complex(first))
-    if not cmath.isfinite(found):
-        raise Undefined("not finite")
-    return found
+    return _finite(_CALLS[name](complex(first)))
 
 
 def _exact_call(name: str, arguments: list[Fraction]) -> Fraction | int:
@@ -147,9 +129,9 @@ def _exact_call(name: str, arguments: list[Fraction]) -> Fraction | int:
         return (max if name == "max" else min)(arguments)
     if name in ("floor", "ceil"):
         return math.floor(arguments[0]) if name == "floor" else math.ceil(arguments[0])
-    if any(one.denominator != 1 or abs(one) > 10**12 for one in arguments):
+    if any(value.denominator != 1 or abs(value) > 10**12 for value in arguments):
         raise Undefined(f"{name} of what is not whole, or too large")
-    whole = [int(one) for one in arguments]
+    whole = [int(value) for value in arguments]
     if name in ("factorial", "binomial"):
         if min(whole) < 0 or max(whole) > MAX_FACTORIAL:
             raise Undefined(f"{name} of more than {MAX_FACTORIAL}")

@@ -1,14 +1,14 @@
-r"""The second reader of answers: LaTeX or plain text to a small tree. Ours: it errs in other places than sympy's.
+r"""The second reader of answers: LaTeX or plain text to a small tree. Its errors are independent of sympy's.
 
-A tree is a tuple whose head says what it is:
+A tree is a tuple whose head names its type:
 
     ("number", Fraction, is_decimal)  ("symbol", name)  ("text", words)
     ("add", a, b)  ("mul", a, b)  ("div", a, b)  ("pow", a, b)  ("pm", a)  ("call", name, argument)  ("percent", a)
     ("relation", operators, sides)  ("group", brackets, items)  ("list", items)  ("union", parts)  ("minus", a, b)
     ("such_that", condition)  ("matrix", rows)  ("in", name, set)  ("or", parts)
 
-Whatever it does not know raises Unreadable: then this reader says nothing about the answer. Time is linear in the text,
-but for the depth of brackets, which is bounded.
+What it cannot read raises Unreadable, and math-verify alone then decides. Time is linear in the text; the depth of
+brackets is bounded.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Tree = tuple[Any, ...]
 
 
 class Unreadable(ValueError):
-    """This reader has nothing to say about the text."""
+    """The parser does not know the text's form."""
 
 
 _FUNCTION = re.compile(r"(?:arc)?(?:sin|cos|tan)|(?:sin|cos|tan)h|cot|sec|csc|ln|exp|log|lg|max|min|gcd|lcm")
@@ -73,21 +73,21 @@ def tokens_of(text: str) -> list[Token]:
     """The tokens of `text`: (kind, value) with kinds number, word, text, command, symbol."""
     for pattern, new in _REWRITES:
         text = pattern.sub(new, text)
-    found: list[Token] = []
+    tokens: list[Token] = []
     for match in _TOKEN.finditer(text):
         kind = match.lastgroup
         if kind is None or (kind == "command" and match[kind] in _SKIPPED):
             continue
         if kind == "word" and not _KNOWN.fullmatch(match[kind]):
             if len(match[kind]) >= 3:
-                found.append(("text", match[kind]))
+                tokens.append(("text", match[kind]))
             else:
-                found += [("word", letter) for letter in match[kind]]
+                tokens += [("word", letter) for letter in match[kind]]
             continue
         value = match[kind].strip()
         is_link = kind == "text" and value.lower() in ("and", "or", "in")
-        found.append(("word", value.lower()) if is_link else (kind, value))
-    return found
+        tokens.append(("word", value.lower()) if is_link else (kind, value))
+    return tokens
 
 
 def read(text: str) -> Tree:
@@ -258,10 +258,10 @@ class _Reader:
 
     def _closed(self, closer: str, inner: Any) -> Any:
         self._closers.append(closer)
-        found = inner()
+        content = inner()
         self._closers.pop()
         self._need(closer)
-        return found
+        return content
 
     def _atom(self) -> Tree:
         kind, value = self._next()

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pekoe.verify.expression import MAX_CHARS, Unreadable, read
-from pekoe.verify.numeric import compare
+from pekoe.verify.equivalence import compare
+from pekoe.verify.latex_parser import MAX_CHARS, Unreadable, read
 
 EQUAL = [
     ("1/2", r"\frac12"),

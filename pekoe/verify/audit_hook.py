@@ -1,7 +1,7 @@
 r"""What a judge's worker gives up before it reads the first answer: the power to run text, and to act on the machine.
 
 math-verify parses LaTeX with a grammar, but behind it text still reaches `eval` (math-verify 0.9.0,
-latex2sympy2_extended 1.11.0, sympy 1.14.0; read in their source, shown in tests/verify/test_seal.py):
+latex2sympy2_extended 1.11.0, sympy 1.14.0; read in their source, shown in tests/verify/test_audit_hook.py):
 
 1. every number: `sympy.Number(text)` -> `sympify` -> `parse_expr` -> `eval`. The grammar lets only digits through.
 2. `evalf` of a sum: `hypsum` -> `lambdify` -> `exec` of a program into which the *names of symbols* are pasted as they
@@ -29,14 +29,14 @@ _REFUSED_ROOMS = ("os.", "subprocess.", "socket.", "ctypes.", "shutil.", "pty.",
 _ALLOWED = ("os.listdir", "os.scandir")  # a late import looks through its folder
 
 
-class Sealed(PermissionError):
+class Refused(PermissionError):
     """Raised in a worker where an answer would have run code or acted on the machine."""
 
 
 def _refuse(event: str, args: tuple[Any, ...]) -> None:
     if event == "exec":
         if _of_text(args[0]):
-            raise Sealed("a judge does not run code made of text")
+            raise Refused("a judge does not run code made of text")
     else:
         _refuse_acts(event, args)
 
@@ -51,12 +51,12 @@ def _refuse_acts(event: str, args: tuple[Any, ...]) -> None:
     if event == "open":
         mode, flags = args[1], args[2]
         if (isinstance(mode, str) and set(mode) & set("wax+")) or (isinstance(flags, int) and flags & 3):
-            raise Sealed("a judge does not write files")
+            raise Refused("a judge does not write files")
     elif event.startswith(_REFUSED_ROOMS) and event not in _ALLOWED:
-        raise Sealed(f"a judge does not do {event}")
+        raise Refused(f"a judge does not do {event}")
 
 
-def seal_scorers() -> None:
+def refuse_all_but_formulas() -> None:
     """Refuse acts on the machine from now on, and code made of text but for formulas. For a worker only.
 
     A formula names functions, numbers and symbols of sympy, or single letters; it holds no code of its own (`lambda`,
@@ -72,7 +72,7 @@ def seal_scorers() -> None:
             code: CodeType = args[0]
             formula = all(name in known or len(name) == 1 for name in code.co_names)
             if _of_text(code) and not (formula and not any(isinstance(one, CodeType) for one in code.co_consts)):
-                raise Sealed("a judge does not run code made of text, but for formulas")
+                raise Refused("a judge does not run code made of text, but for formulas")
         else:
             _refuse_acts(event, args)
 
@@ -80,7 +80,7 @@ def seal_scorers() -> None:
     sys.addaudithook(refuse)
 
 
-def seal() -> None:
+def refuse_code_and_acts() -> None:
     """Seal this process for good. For a worker only, after it has imported what it needs."""
     sympy: Any = sys.modules["sympy"]
 
@@ -89,7 +89,7 @@ def seal() -> None:
             return sympy.Integer(int(text))
         if _DECIMAL.fullmatch(text):
             return sympy.Float(text)
-        raise Sealed("a judge does not evaluate text")
+        raise Refused("a judge does not evaluate text")
 
     for name, module in list(sys.modules.items()):
         if name.startswith(("sympy", "math_verify", "latex2sympy2_extended")) and "parse_expr" in vars(module):

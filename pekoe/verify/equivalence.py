@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
 from typing import Any
 
-from pekoe.verify.expression import Tree, Unreadable, read
-from pekoe.verify.regions import is_region, region
-from pekoe.verify.values import Number, Values, symbols_of, value_of
+from pekoe.verify.evaluator import Number, Values, symbols_of, value_of
+from pekoe.verify.intervals import is_region, region
+from pekoe.verify.latex_parser import Tree, Unreadable, read
 
 TOLERANCE = 1e-9
 # Where variables are evaluated: in (0, 1) for arcsin and probabilities, above, and below 0. No simple numbers.
@@ -86,8 +86,8 @@ def _same_matrix(gold: Tree, answer: Tree) -> bool | None:
 
 
 def _all(verdicts: Iterator[bool | None]) -> bool | None:
-    found = list(verdicts)
-    return False if False in found else None if None in found else True
+    results = list(verdicts)
+    return False if False in results else None if None in results else True
 
 
 def _same_relation(gold: Tree, answer: Tree) -> bool | None:
@@ -172,16 +172,18 @@ def _both_signs(tree: Tree) -> list[Tree]:
         if math.prod(map(len, many)) > 64:
             raise Unreadable("too many signs")
         return [("group", tree[1], items) for items in itertools.product(*many)]
-    signs = [_with_sign(tree, sign) for sign in (1, -1)]
+    signs = [
+        _rewritten(tree, "pm", lambda pm, s=sign: ("mul", ("number", Fraction(s), False), pm[1])) for sign in (1, -1)
+    ]
     return signs if signs[0] != signs[1] else signs[:1]
 
 
-def _with_sign(tree: Any, sign: int) -> Any:
+def _rewritten(tree: Any, head: str, rule: Callable[[Any], Any]) -> Any:
+    """Return `tree` with `rule` applied to each subtree of the given head, innermost first."""
     if not isinstance(tree, tuple):
         return tree
-    if tree[:1] == ("pm",):
-        return ("mul", ("number", Fraction(sign), False), _with_sign(tree[1], sign))
-    return tuple(_with_sign(part, sign) for part in tree)
+    parts = tuple(_rewritten(part, head, rule) for part in tree)
+    return rule(parts) if parts[:1] == (head,) else parts
 
 
 # Values
@@ -197,7 +199,8 @@ def _same_value(gold: Tree, answer: Tree) -> bool | None:
     if names[0] != names[1] and len(names[0]) == len(names[1]) == 1:
         both = names[0] | names[1]
         if both <= {"k", "n", "m"}:  # any integer, by whatever name
-            answer = _renamed(answer, {next(iter(names[1])): next(iter(names[0]))})
+            (old,), (new,) = names[1], names[0]
+            answer = _rewritten(answer, "symbol", lambda symbol: ("symbol", new if symbol[1] == old else symbol[1]))
         elif gold[0] == answer[0] == "symbol" and len(both) == 2 and len({name.lower() for name in both}) == 1:
             return True  # a letter to choose: (b) and B
     symbols = symbols_of(gold) | symbols_of(answer)
@@ -212,12 +215,12 @@ def _same_value(gold: Tree, answer: Tree) -> bool | None:
         if symbols and "i" not in symbols and not (_is_real(left) and _is_real(right)):
             continue  # outside its domain
         pairs.append((left, right))
-    found = [_equal(*pair) for pair in pairs]
-    if len(found) < min(3, len(list(_points(symbols)))):
+    equal = [_equal(*pair) for pair in pairs]
+    if len(equal) < min(3, len(list(_points(symbols)))):
         return None
-    if all(found):
+    if all(equal):
         return True
-    if any(found):
+    if any(equal):
         return None
     if _without_percent(gold) != gold or _without_percent(answer) != answer:
         bare = _without_percent(gold), _without_percent(answer)
@@ -243,18 +246,8 @@ def _close(left: complex, right: complex, tolerance: float = TOLERANCE) -> bool:
     return abs(left - right) <= tolerance * max(abs(left), abs(right))
 
 
-def _renamed(tree: Any, names: dict[str, str]) -> Any:
-    if not isinstance(tree, tuple):
-        return tree
-    if tree[:1] == ("symbol",):
-        return ("symbol", names.get(tree[1], tree[1]))
-    return tuple(_renamed(part, names) for part in tree)
-
-
-def _without_percent(tree: Any) -> Any:
-    if not isinstance(tree, tuple):
-        return tree
-    return _without_percent(tree[1]) if tree[:1] == ("percent",) else tuple(_without_percent(part) for part in tree)
+def _without_percent(tree: Tree) -> Tree:
+    return _rewritten(tree, "percent", lambda percent: percent[1])
 
 
 def _has_decimal(tree: Any) -> bool:

@@ -1,4 +1,4 @@
-"""No answer runs code. The first test shows why the seal is needed: unsealed, math-verify's LaTeX path runs it."""
+"""No answer runs code. The first test shows why: without the audit hook, math-verify's LaTeX path does."""
 
 from __future__ import annotations
 
@@ -43,20 +43,20 @@ DECIDE = """
 import sys
 from pathlib import Path
 from pekoe.verify.kinds import math
-from pekoe.verify.seal import seal
+from pekoe.verify.audit_hook import refuse_code_and_acts
 math.warm_up()
-if sys.argv[1] == "sealed":
-    seal()
+if sys.argv[1] == "hooked":
+    refuse_code_and_acts()
 print(math.decide(Path("attack").read_text(), "\\\\pi").label)
 """
 
 
-@pytest.mark.parametrize("how", ["sealed", "open"])
-def test_only_the_seal_stands_between_an_answer_and_eval(run_script: Run, tmp_path: Path, how: str):
+@pytest.mark.parametrize("how", ["hooked", "open"])
+def test_only_the_hook_stands_between_an_answer_and_eval(run_script: Run, tmp_path: Path, how: str):
     (tmp_path / "attack").write_text(bomb("open('PWNED', 'w')"))
     done = run_script(DECIDE, how)
     assert done.stdout == "wrong\n", done.stderr
-    # If the open one stops making the file, a new version has closed the hole: say so in seal.py.
+    # If the open one stops making the file, a new version has closed the hole: say so in audit_hook.py.
     assert (tmp_path / "PWNED").exists() == (how == "open")
 
 
@@ -75,8 +75,8 @@ REFUSED = """
 import importlib, os, socket, subprocess, sys
 import math_verify, sympy
 from sympy.parsing.sympy_parser import parse_expr
-from pekoe.verify.seal import Sealed, seal
-seal()
+from pekoe.verify.audit_hook import Refused, refuse_code_and_acts
+refuse_code_and_acts()
 tries = [
     lambda: eval("1 + 1"), lambda: exec("x = 1"), lambda: os.system("true"), lambda: subprocess.run(["true"]),
     lambda: os.fork(), lambda: os.execv("/bin/true", ["true"]), lambda: socket.socket(), lambda: open("file", "w"),
@@ -87,7 +87,7 @@ tries = [
 for number, attempt in enumerate(tries):
     try:
         attempt()
-    except Sealed:
+    except Refused:
         continue
     print("not refused:", number)
 assert open("script.py").read(4) and importlib.import_module("colorsys")
