@@ -38,17 +38,11 @@ from pekoe.engine.servers import ServerEngine, SGLangEngine, VLLMEngine
 from pekoe.model import Decoder, load_model
 from pekoe.run.distributed import require_single_process
 from pekoe.run.hardware import describe
-<<<<<<< HEAD
 from pekoe.run.interrupt import StepTimer, Stop
-from pekoe.run.judging import make_judge
+from pekoe.run.judging import check_kinds, make_judge
 from pekoe.run.metrics import StepCounters
 from pekoe.run.records import LocalRecords, RecordWriter
 from pekoe.run.rollouts import Rollouts
-=======
-from pekoe.run.interrupt import Stop
-from pekoe.run.judging import check_kinds, make_judge
-from pekoe.run.rollouts import Sampler
->>>>>>> origin/main
 from pekoe.run.run_dir import RunDir, with_date
 from pekoe.train import Layout, Trainer
 from pekoe.train.memory import limit_malloc_cache
@@ -333,21 +327,13 @@ def open_task(config: RLConfig, spec: ModelSpec, tokenizer: Tokenizer, view: Pro
     problems, report = gather_problems(data, config.run.seed, tokenizer, view)
     for line in report.summary():
         view.say(line)
-<<<<<<< HEAD
+    check_kinds(problems, config.verify, data.described)
     planned = [sampling(rollout, tokenizer.stop_token_ids, config.run.seed)]
     held_out: list[Problem] = []
     if config.eval.data and config.eval.every:
         held_out = open_problems(config.eval.data, tokenizer, data.max_prompt_tokens, data.skip_malformed, view)
-        planned.append(eval_sampling(config, tokenizer.stop_token_ids))
-=======
-    check_kinds(problems, config.verify, data.described)
-    asked = [sampling(rollout, tokenizer, config.run.seed)]
-    held_out: list[Problem] = []
-    if config.eval.data and config.eval.every:
-        held_out = open_problems(config.eval.data, tokenizer, data.max_prompt_tokens, data.skip_malformed, view)
         check_kinds(held_out, config.verify, config.eval.data)
-        asked.append(sampling_for(config.eval, config.eval.max_new_tokens or rollout.max_new_tokens, tokenizer, 0))
->>>>>>> origin/main
+        planned.append(eval_sampling(config, tokenizer.stop_token_ids))
     if len(problems) < rollout.prompts_per_step:
         raise UserError(
             f"rollout.prompts_per_step: expected at most the {len(problems)} problems of an epoch, "

@@ -19,13 +19,8 @@ from pekoe.data.mix import DataReport, Dropped, gather_problems
 from pekoe.data.tokenizer import Tokenizer
 from pekoe.run.build import check_context, open_model, prepare
 from pekoe.run.evaluate import warn_truncation
-<<<<<<< HEAD
-from pekoe.run.sample_store import ProblemResult, sample_problems
-=======
-from pekoe.run.interrupt import StepTimer, Stop, StopRequested
 from pekoe.run.judging import check_kinds
-from pekoe.run.sample_store import ProblemResult, ResumableSamples, decided_by
->>>>>>> origin/main
+from pekoe.run.sample_store import ProblemResult, sample_problems
 
 ALL_RIGHT, ALL_WRONG, NO_VERDICT = "all right", "all wrong", "no verdict"
 

@@ -25,16 +25,9 @@ from pekoe.core.types import Draw, JudgedGroup, Problem, SamplingParams
 from pekoe.data.tokenizer import Tokenizer
 from pekoe.run.build import check_context, open_model, open_problems, prepare, sampling_for
 from pekoe.run.eval_metrics import majority_at_k, paired, pass_at_1, pass_at_k, powers_up_to
-<<<<<<< HEAD
-from pekoe.run.judging import response_text
+from pekoe.run.judging import check_kinds, response_text
 from pekoe.run.rollouts import check_faults
 from pekoe.run.sample_store import ProblemResult, sample_problems
-=======
-from pekoe.run.interrupt import StepTimer, Stop, StopRequested
-from pekoe.run.judging import check_kinds
-from pekoe.run.rollouts import Sampler, check_faults
-from pekoe.run.sample_store import ProblemResult, ResumableSamples, decided_by
->>>>>>> origin/main
 
 MAX_TRUNCATION = 0.05  # above it a figure says more about the length limit than about the model
 

@@ -9,13 +9,8 @@ from concurrent.futures import TimeoutError as FutureTimeout
 from typing import Protocol
 
 from pekoe.config.recipes import VerifySection
-<<<<<<< HEAD
-from pekoe.core.errors import RunError
-from pekoe.core.types import Problem, Trajectory, Verdict
-=======
 from pekoe.core.errors import RunError, UserError
-from pekoe.core.types import Problem, Rollout, Verdict
->>>>>>> origin/main
+from pekoe.core.types import Problem, Trajectory, Verdict
 from pekoe.data.tokenizer import Tokenizer
 from pekoe.verify import JudgePool
 from pekoe.verify.kinds import check_functions, find_verifier
@@ -79,12 +74,12 @@ class RandomJudge:
     def close(self) -> None: ...
 
 
-<<<<<<< HEAD
 def response_text(trajectory: Trajectory, tokenizer: Tokenizer) -> str:
     """What a judge reads: the sampled tokens without special ones."""
     record = trajectory.handle.resolve()
     return tokenizer.decode(record.tokens[record.loss_mask], skip_special_tokens=True)
-=======
+
+
 def check_kinds(problems: Iterable[Problem], verify: VerifySection, source: str) -> None:
     """Raise UserError for the first problem whose kind no judge has or the recipe does not allow."""
     check_functions(verify.functions)
@@ -96,7 +91,6 @@ def check_kinds(problems: Iterable[Problem], verify: VerifySection, source: str)
             except UserError as error:
                 raise UserError(f"{source}: problem {problem.uid!r}: {error}") from None
             allowed.add(problem.kind)
->>>>>>> origin/main
 
 
 def make_judge(verify: VerifySection, tokenizer: Tokenizer, seed: int) -> Judge:
