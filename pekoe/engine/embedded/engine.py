@@ -370,7 +370,7 @@ class EmbeddedEngine(Engine):
         shares = self._runner.forward(table, scheduler.order, chunks)
         self._runner.copy_blocks(scheduler.advance(chunks, self._version))
         complete = [chunk for chunk in chunks if chunk.completes]
-        continuing = [len(chunk.prefill.sequences) for chunk in complete]
+        continuing = [len(chunk.work.sequences) for chunk in complete]
         touched = scheduler.order  # those decoding, then those whose context is complete
         first = 0
         for number, ((decoding, _), logits) in enumerate(shares, 1):
@@ -383,8 +383,8 @@ class EmbeddedEngine(Engine):
         assert first == len(touched)
         stats = self._stats.plus(
             num_prefill_tokens=sum(chunk.stop - chunk.start for chunk in chunks),
-            num_cached_tokens=sum(chunk.prefill.num_cached for chunk in complete),
-            num_shared_tokens=sum(len(c.prefill.context) * (n - 1) for c, n in zip(complete, continuing, strict=True)),
+            num_cached_tokens=sum(chunk.work.num_cached for chunk in complete),
+            num_shared_tokens=sum(len(c.work.context) * (n - 1) for c, n in zip(complete, continuing, strict=True)),
             num_decode_tokens=len(touched),
             num_forwards=1,
             num_preemptions=scheduler.num_preemptions,
