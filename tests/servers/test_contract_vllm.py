@@ -4,7 +4,8 @@ from collections.abc import Callable
 
 import pytest
 
-from pekoe.engine.servers.vllm import CPU_BLOCK_TOKENS, VLLMEngine
+from pekoe.engine.servers import VLLMEngine
+from pekoe.engine.servers.vllm import CPU_BLOCK_TOKENS
 from pekoe.model import Decoder
 from tests.engine.contract import Contract
 from tests.engine.harness import SHAPE, Harness
@@ -40,6 +41,5 @@ class TestVLLMEngine(Contract):
             refuses=dict.fromkeys(("top_p", "top_k", "min_new_tokens"), AFTER_TRUNCATION),
             prompt_tokens_again=lambda length: length - reusable(length),
             reusable=reusable,
-            num_held=lambda engine: sum(server.held for server in engine.servers),
             num_draws=480,
         )

@@ -44,7 +44,7 @@ from pekoe.engine.base import (
 )
 from pekoe.engine.buckets import buckets
 from pekoe.engine.servers.client import ABORTED, Answer, ServerClient, ServerOptions, SilenceError, TransportError
-from pekoe.engine.servers.process import ServerProcess, allow_open_files, check_python, free_ports, wait_ready
+from pekoe.engine.servers.process import ServerProcess, allow_open_files, check_python, free_port, wait_ready
 from pekoe.model import Decoder, save_model
 
 _BACKOFF_S = 0.2  # before the first retry; each further one waits twice as long
@@ -129,7 +129,7 @@ class ServerEngine(Engine):
                 "nearest: 'disk', 'broadcast'"
             )
         allow_open_files(len(server.urls) or server.count, server.max_requests)
-        (port,) = free_ports(1)
+        port = free_port()
         self.url = url.rstrip("/") if url else f"http://127.0.0.1:{port}"
         self._client = self.client_class(options, self.url)
         command = self._client.command(port) if url is None else None
