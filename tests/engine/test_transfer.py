@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError
 
 from pekoe.core.errors import RunError
-from pekoe.engine.servers.process import free_ports
+from pekoe.engine.servers.process import free_port
 from pekoe.engine.transfer import Group, broadcast, buckets, close_group, open_group, written
 from pekoe.model import Decoder, load_model
 
@@ -96,7 +96,7 @@ for shape, dtype in (((3, 4), torch.float32), ((5,), torch.bfloat16)):
 
 
 def test_a_group_of_this_process_and_a_worker():
-    group = Group("pekoe-test", "127.0.0.1", free_ports(1)[0], 2, "gloo", 30.0)
+    group = Group("pekoe-test", "127.0.0.1", free_port(), 2, "gloo", 30.0)
     worker = subprocess.Popen(
         [sys.executable, "-c", WORKER, str(group.port), group.name], stdout=subprocess.PIPE, text=True
     )
