@@ -50,10 +50,6 @@ class KVCache:
     def num_bytes(self) -> int:
         return 2 * self.keys.numel() * self.keys.element_size()
 
-    def write(self, layer: int, slots: Tensor, keys: Tensor, values: Tensor) -> None:
-        self.keys[layer].index_copy_(0, slots, keys.to(self.keys.dtype))
-        self.values[layer].index_copy_(0, slots, values.to(self.values.dtype))
-
     def copy_block(self, source: int, target: int) -> None:
         """Copy a block into another, in every layer."""
         size = self.block_tokens
@@ -100,7 +96,8 @@ class TorchAttention:
         return (blocks[:, :, None] * size + np.arange(size)).reshape(len(rows), -1)[:, :length]
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        self._cache.write(layer, self._slots, k, v)
+        for memory, new in ((self._cache.keys, k), (self._cache.values, v)):
+            memory[layer].index_copy_(0, self._slots, new.to(memory.dtype))
         first = self._first_fresh
         if self._packed is not None and first == 0:
             return self._packed(layer, q, k, v)

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from pekoe.core.types import BoolArray, Completion, FinishReason, FloatArray, IntArray, Record, Request, SamplingParams
+from pekoe.core.types import Completion, FinishReason, FloatArray, IntArray, Record, Request, SamplingParams
 from pekoe.engine.embedded.cache_manager import KVCacheManager, OutOfBlocks
 
 
@@ -98,14 +98,6 @@ class RequestTable:
         self.last[rows] = tokens
         self.sampled[rows] += 1
         self.computed[rows] += 1
-
-    def stopped(self, rows: IntArray) -> BoolArray:
-        """Whether each row's last token is a stop token of it."""
-        stopped = np.zeros(len(rows), np.bool_)
-        for index in np.unique(self.params_index[rows]):
-            stops = np.isin(self.last[rows], self.params[index].stop_token_ids)
-            stopped |= stops & (self.params_index[rows] == index)
-        return stopped
 
     def leave(self, sequence: Sequence) -> None:
         """Take a sequence's row away; it keeps what was sampled."""
