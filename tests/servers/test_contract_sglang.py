@@ -52,6 +52,7 @@ class TestSGLangEngine(Contract):
                 "top-k, then top-p, eval": JOINT,
             },
             cannot={"seeds": NO_SEEDS},
+            has_processes=True,
             prompt_tokens_again=lambda length: 1,
             reusable=lambda length: length - 1,
             num_draws=480,

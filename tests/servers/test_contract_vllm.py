@@ -39,6 +39,7 @@ class TestVLLMEngine(Contract):
             open=open_engine,
             launch=lambda: vllm_launch(models[0]),
             refuses=dict.fromkeys(("top_p", "top_k", "min_new_tokens"), AFTER_TRUNCATION),
+            has_processes=True,
             prompt_tokens_again=lambda length: length - reusable(length),
             reusable=reusable,
             num_draws=480,
