@@ -435,10 +435,14 @@ def _note_cancelled(into: deque[Future[Completion]], future: Future[Completion])
 def _resolve(sequence: Sequence, how: FinishReason | RunError) -> None:
     if not sequence.future.set_running_or_notify_cancel():
         return
-    if isinstance(how, RunError):
-        sequence.future.set_exception(how)
+    try:
+        outcome = how if isinstance(how, RunError) else sequence.completion(how)
+    except Exception as error:  # memory is short: the driver goes on, and the future ends
+        outcome = error
+    if isinstance(outcome, Exception):
+        sequence.future.set_exception(outcome)
     else:
-        sequence.future.set_result(sequence.completion(how))
+        sequence.future.set_result(outcome)
 
 
 def _start(target: Callable[[], None]) -> threading.Thread:
