@@ -18,9 +18,8 @@ from typing import Any
 from pekoe.cli import WAITING
 
 WORKER = Path(__file__).with_name("rollout_worker.py")
-KEEPER = (
-    Path(__file__).resolve().parent.parent / "pekoe/engine/servers/process_guard.py"
-)  # ends the group should we be killed
+GUARD = Path(__file__).resolve().parent.parent / "pekoe/engine/servers/process_guard.py"
+"""Ends the group should we be killed."""
 CLOSE_LIMIT_S = 20.0
 
 
@@ -45,10 +44,10 @@ class Worker:
     ) -> None:
         self.system, self.options, self._log = system, options, log
         self._answers: queue.Queue[str | None] = queue.Queue()
-        keeper = [sys.executable, "-I", "-S", str(KEEPER), str(os.getpid())]
+        guard = [sys.executable, "-I", "-S", str(GUARD), str(os.getpid())]
         with log.open("w") as stderr:
             self._process = subprocess.Popen(
-                [*keeper, python, str(script), system, str(directory), json.dumps(options)],
+                [*guard, python, str(script), system, str(directory), json.dumps(options)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=stderr,
@@ -101,7 +100,7 @@ class Worker:
         return sum(_peak(pid) for pid in _group(self._process.pid))
 
     def _signal(self, number: int) -> None:
-        """To all its processes but the keeper, which must go on watching us."""
+        """To all its processes but the guard, which must go on watching us."""
         for pid in _group(self._process.pid):
             with contextlib.suppress(ProcessLookupError):
                 if pid != self._process.pid:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import statistics
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,16 @@ def server_python(name: str) -> str | None:
 
 def server_update_times(name: str, directory: Path, place: Path, threads: int, rounds: int = 3) -> dict[str, Any]:
     """Median seconds of `update_weights` (save, send, load, flush and check) of a server launched on `directory`."""
+    import torch
+
     from pekoe.config.engine import EngineSection
-    from pekoe.engine.servers.sglang import SGLangEngine
-    from pekoe.engine.servers.vllm import VLLMEngine
+    from pekoe.engine import SGLangEngine, VLLMEngine
+    from pekoe.engine.base import Broadcast
+    from pekoe.engine.buckets import BUCKET_BYTES
     from pekoe.model import load_model
+    from pekoe.weights.groups import new_group
+    from pekoe.weights.transport import SHARED_MEMORY, LocalSender
+    from pekoe.weights.transport import directory as weight_directory
 
     engines: dict[str, Any] = {"sglang": SGLangEngine, "vllm": VLLMEngine}
     model = load_model(directory)
@@ -32,8 +39,21 @@ def server_update_times(name: str, directory: Path, place: Path, threads: int, r
         common = {"start_limit_s": 300.0, "update_limit_s": 120.0}
         return EngineSection.model_validate({"backend": name, "kv_tokens": 4096, "server": common | server})
 
-    def open_engine(server: dict[str, Any], log: str) -> Any:
-        return engines[name](directory, section(server), model.spec, 512, place / log, threads=threads)
+    def open_engine(server: dict[str, Any], log: str, url: str | None = None) -> Any:
+        return engines[name](directory, section(server), model.spec, 512, place / log, threads=threads, url=url)
+
+    def update(engine: Any, route: str, sender: LocalSender, group: Any, first: bool, version: int) -> None:
+        if route != "broadcast":
+            with weight_directory(SHARED_MEMORY if route == "shm" else place) as folder:
+                sender.write(folder, [engine.kind], checksum=False)
+                engine.update_weights(folder, version)
+            return
+        with ThreadPoolExecutor(1) as pool:
+            receiving = pool.submit(engine.update_weights, Broadcast(group, BUCKET_BYTES), version)
+            if first:
+                sender.open(engine.kind, group)
+            sender.broadcast(engine.kind, BUCKET_BYTES, checksum=False)
+            receiving.result()
 
     launch: dict[str, Any] = {"python": server_python(name)}
     if name == "sglang":
@@ -44,17 +64,20 @@ def server_update_times(name: str, directory: Path, place: Path, threads: int, r
     try:
         version = 0
         for route in ROUTES:
-            engine = open_engine({"urls": [launched.servers[0].url], "sync": route}, route)
+            engine = open_engine({"urls": [launched.url], "sync": route}, route, launched.url)
+            sender = LocalSender(model, torch.float32, lambda _: [])
+            group = new_group(*sender.address(), 1 + engine.num_workers, "gloo", 60.0)
             try:
                 seconds: list[float] = []
-                for _ in range(rounds + 1):  # the first one opens the group, warms the page cache
+                for turn in range(rounds + 1):  # the first one opens the group, warms the page cache
                     version += 1
                     start = time.perf_counter()
-                    engine.update_weights(model, version)
+                    update(engine, route, sender, group, turn == 0, version)
                     seconds.append(time.perf_counter() - start)
                 times[route] = {"first": seconds[0], "median": statistics.median(seconds[1:])}
             finally:
                 engine.close()
+                sender.close()
     finally:
         launched.close()
     return times

@@ -135,7 +135,7 @@ def test_the_glossary_has_every_metric_that_a_step_may_carry_and_no_other() -> N
         ("run/metrics.py", "step_metrics"),
         ("run/build.py", "tell"),
         ("run/metrics.py", "work"),
-        ("run/sync.py", "as_dict"),
+        ("core/loop.py", "as_dict"),
         ("run/cluster/build.py", "tell"),
     ):
         tree = ast.parse((ROOT / "pekoe" / file).read_text())

@@ -1,9 +1,8 @@
-"""Runs asyncio in a daemon thread for callers that block, and blocking calls in threads for async code."""
+"""Runs asyncio in a daemon thread, for callers that block."""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import threading
 from collections.abc import Callable, Coroutine
 from concurrent.futures import CancelledError
@@ -67,28 +66,3 @@ class AsyncThread:
         self._thread.join(timeout=2 * _STOP_LIMIT_S)
         if not self._thread.is_alive():
             self.loop.close()
-
-
-async def in_thread(function: Callable[..., T], *arguments: Any) -> T:
-    """Await a blocking call. The thread is a daemon: one that hangs in a broken group holds up no exit."""
-    loop = asyncio.get_running_loop()
-    future: asyncio.Future[T] = loop.create_future()
-
-    def settle(result: T | None, error: BaseException | None) -> None:
-        if future.cancelled():
-            return
-        if error is not None:
-            future.set_exception(error)
-        else:
-            future.set_result(result)  # pyright: ignore[reportArgumentType]
-
-    def work() -> None:
-        try:
-            outcome = (function(*arguments), None)
-        except BaseException as error:
-            outcome = (None, error)
-        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits
-            loop.call_soon_threadsafe(settle, *outcome)
-
-    threading.Thread(target=work, name="pekoe blocking call", daemon=True).start()
-    return await future

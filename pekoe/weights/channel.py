@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from concurrent.futures import TimeoutError as FutureTimeout
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from itertools import accumulate
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -16,18 +16,41 @@ import torch
 from pekoe.core.errors import RunError
 from pekoe.core.loop import ChecksumResult, Counters, Route, SyncReport
 from pekoe.core.types import Completion, FloatArray, IntArray, Sample
-from pekoe.engine.base import Broadcast, BroadcastGroup, Checksums, EngineKind, EngineLost, WeightSource, requests_of
+from pekoe.engine.base import (
+    Broadcast,
+    BroadcastGroup,
+    Checksums,
+    Engine,
+    EngineKind,
+    EngineLost,
+    WeightSource,
+    requests_of,
+)
 from pekoe.engine.embedded import EmbeddedEngine
-from pekoe.engine.pool import EnginePool, Member
+from pekoe.engine.pool import EnginePool, Member, State
 from pekoe.model import Decoder
 from pekoe.weights.checksums import differing
 from pekoe.weights.groups import new_group
-from pekoe.weights.proof import TOLERANCE, TOLERANCE_BF16, Canary, canary_params, moved_along, sample_of
+from pekoe.weights.proof import TOLERANCE, TOLERANCE_BF16, Canary, History, canary_params, sample_of
 from pekoe.weights.transport import SHARED_MEMORY, directory
 
 _JOIN_LIMIT_S = 60.0
 _ATTEMPTS = 5
 _LOOK_S = 0.1
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class _Target:
+    """A member with the engine that is updated: a member that is lost meanwhile comes back with another one."""
+
+    member: Member
+    engine: Engine
+
+    @property
+    def alive(self) -> bool:
+        return self.member.current is self.engine
 
 
 class Sender(Protocol):
@@ -89,15 +112,17 @@ class WeightChannel:
         bucket_bytes: int = 256 << 20,
         backend: Literal["gloo", "nccl"] = "gloo",
     ) -> None:
-        self._pool, self._sender, self.route = pool, sender, route
+        self.route: Route = route
+        self._pool, self._sender = pool, sender
         self._canary, self._temperature = canary, temperature
         self._checksum_every, self._limit_s, self._folder = checksum_every, limit_s, folder.resolve()
         self._bucket_bytes, self._backend = bucket_bytes, backend
         self._bf16 = sender.compute_dtype is torch.bfloat16
         self._version: int | None = None
         self._count = 0
-        self._groups: dict[EngineKind, tuple[BroadcastGroup, list[object]]] = {}  # open ones, with their engines
-        self._canaries: dict[int, tuple[object, Canary]] = {}  # the last of each member, with its engine
+        self._gave_up = False  # whether all engines were started again since an update last went well
+        self._groups: dict[EngineKind, tuple[BroadcastGroup, list[Engine]]] = {}  # open ones, with their engines
+        self._histories: dict[int, History] = {}  # of each member's canaries
         self._unknown = False  # whether an engine could not give a checksum in the publish in hand
         self._num_bytes, self._send_s = 0, 0.0
 
@@ -111,8 +136,8 @@ class WeightChannel:
         self._pool.stale()
         diff = 0.0
         while not self._pool.in_state("serving"):
-            if stale := self._pool.in_state("stale"):
-                diff = max(diff, self._update(stale, due))
+            if targets := self._targets("stale"):
+                diff = max(diff, self._update(targets, due))
             else:
                 self._pool.check_alive()
                 time.sleep(_LOOK_S)
@@ -122,14 +147,14 @@ class WeightChannel:
 
     def catch_up(self) -> None:
         """Engines that came back get the current weights. Called where the trainer does not change them."""
-        stale = [member for member in self._pool.in_state("stale") if not member.offloaded]
-        if stale and self._version is not None:
-            self._update(stale, True)
+        targets = [target for target in self._targets("stale") if not target.member.offloaded]
+        if targets and self._version is not None:
+            self._update(targets, True)
 
     def prove(self, version: int) -> None:
         """Prove that engines which serve hold the trainer's weights as `version`, without sending them."""
         self._version = version
-        self._prove(self._pool.in_state("serving"), True)
+        self._prove(self._targets("serving"), True)
 
     def forget_groups(self) -> None:
         """The trainer's processes are others."""
@@ -138,178 +163,187 @@ class WeightChannel:
     def counters(self) -> Counters:
         return {"sync_send_s": self._send_s}
 
-    # Sending
+    # Members
 
-    def _update(self, members: Sequence[Member], checksum: bool) -> float:
-        """Send the weights and prove them, kind by kind; members that hold them serve. Returns the largest canary
-        difference."""
-        diffs = [0.0]
-        for kind in dict.fromkeys(member.kind for member in members):
-            diffs.append(self._attempt([member for member in members if member.kind == kind], checksum))
-        return float(np.max(diffs))
+    def _targets(self, state: State) -> list[_Target]:
+        members = ((member, member.current) for member in self._pool.in_state(state))
+        return [_Target(member, engine) for member, engine in members if engine is not None]
 
-    def _attempt(self, members: list[Member], checksum: bool) -> float:
-        error: RunError | None = None
-        for _ in range(_ATTEMPTS):
-            members = [member for member in members if member.state == "stale"]
-            if not members:
-                return 0.0
-            start = time.perf_counter()
-            try:
-                self._send(members, checksum)
-                self._send_s += time.perf_counter() - start
-                return self._prove([member for member in members if member.state == "stale"], checksum)
-            except _BrokenOff as broken:
-                error = broken
-                self._groups.pop(members[0].kind, None)
-                for member in members:
-                    if member.state == "stale" and not member.engine.health():
-                        self._pool.lose(member, "weight sync: it does not answer")
-        raise RunError(f"weight sync: {_ATTEMPTS} attempts to send version {self._version} failed: {error}")
+    def _lose(self, target: _Target, why: str) -> None:
+        if target.alive:
+            self._pool.lose(target.member, f"weight sync: {why}")
 
-    def _send(self, members: list[Member], checksum: bool) -> None:
-        """Give these members, all of one kind, the weights. _BrokenOff where it may be tried again."""
-        kind = members[0].kind
-        if self.route in ("alias", "copy"):
-            assert self._sender.model is not None, f"route {self.route!r} is for one process"
-            self._load(members, self._sender.model)
-        elif self.route == "broadcast":
-            self._broadcast(members, kind, checksum)
-        else:
-            with directory(SHARED_MEMORY if self.route == "shm" else self._folder) as place:
-                self._num_bytes += self._sender.write(place, [kind], checksum)
-                self._load(members, place)
-
-    def _load(self, members: list[Member], source: WeightSource) -> None:
-        errors = self._settle(members, self._begin(members, lambda _: source))
-        if errors:
-            raise RunError("\n".join(errors))
-
-    def _broadcast(self, members: list[Member], kind: EngineKind, checksum: bool) -> None:
-        engines: list[object] = [member.engine for member in members]
-        group, joined = self._groups.get(kind, (None, []))
-        fresh = group is None or joined != engines
-        ranks = [1]
-        for member in members:
-            ranks.append(ranks[-1] + member.engine.num_workers)
-        if group is None or fresh:
-            host, port = self._sender.address()
-            limit_s = min(_JOIN_LIMIT_S, self._limit_s) if fresh else self._limit_s
-            group = new_group(host, port, ranks[-1], self._backend, limit_s)
-        first = dict(zip((member.number for member in members), ranks, strict=False))
-        source = group
-        coming = self._begin(
-            members, lambda m: Broadcast(replace(source, first_rank=first[m.number]), self._bucket_bytes)
-        )
-        error: Exception | None = None
-        try:
-            if fresh:
-                self._sender.open(kind, group)
-            self._num_bytes += self._sender.broadcast(kind, self._bucket_bytes, checksum)
-        except RuntimeError as broken:  # RunError, and what torch.distributed raises
-            error = broken
-        errors = self._settle(members, coming)
-        if error is not None or errors:
-            raise _BrokenOff(str(error) if error is not None else "\n".join(errors))
-        self._groups[kind] = group, engines
-
-    def _begin(self, members: list[Member], source: Callable[[Member], WeightSource]) -> list[Future[None]]:
-        """Have all members update at once, each in a thread."""
-        assert self._version is not None
-        threads = ThreadPoolExecutor(len(members), thread_name_prefix="weight update")
-        begun = [threads.submit(m.engine.update_weights, source(m), self._version) for m in members]
+    def _begin(self, targets: list[_Target], action: Callable[[_Target], T]) -> list[Future[T]]:
+        """Have all act at once, each in a thread."""
+        threads = ThreadPoolExecutor(max(1, len(targets)), thread_name_prefix="weight sync")
+        begun = [threads.submit(action, target) for target in targets]
         threads.shutdown(wait=False)
         return begun
 
-    def _settle(self, members: list[Member], updates: list[Future[None]]) -> list[str]:
-        """Wait for all; members that died, or do not answer, are lost. Returns what living ones say went wrong."""
+    def _settle(self, targets: list[_Target], begun: list[Future[T]]) -> tuple[list[tuple[_Target, T]], str]:
+        """Wait for all; members that died, or do not answer, are lost. Returns results, and errors of living ones."""
+        results: list[tuple[_Target, T]] = []
         errors: list[str] = []
         end = time.monotonic() + self._limit_s + _JOIN_LIMIT_S
-        for member, update in zip(members, updates, strict=True):
+        for target, future in zip(targets, begun, strict=True):
             try:
-                update.result(max(0.1, end - time.monotonic()))
+                results.append((target, future.result(max(0.1, end - time.monotonic()))))
             except EngineLost as error:
-                self._pool.lose(member, f"weight sync: {error}")
-            except FutureTimeout:
-                self._pool.lose(member, f"weight sync: expected its update within {self._limit_s:g} s")
+                self._lose(target, str(error))
+            except TimeoutError:
+                self._lose(target, f"expected an answer within {self._limit_s:g} s")
             except RuntimeError as error:
-                errors.append(f"{member.name}: {error}")
-        return errors
+                errors.append(f"{target.member.name}: {error}")
+        return [(target, result) for target, result in results if target.alive], "\n".join(errors)
+
+    # Sending
+
+    def _update(self, targets: list[_Target], checksum: bool) -> float:
+        """Send the weights and prove them; members that hold them serve. Returns the largest canary difference.
+
+        Embedded engines and servers take broadcasts in different forms, so each kind has a turn.
+        """
+        parts = [targets]
+        if self.route == "broadcast":
+            parts = [[target for target in targets if target.member.kind == kind] for kind in _kinds(targets)]
+        return float(np.max([self._attempt(part, checksum) for part in parts]))  # not max(): it may pass over NaN
+
+    def _attempt(self, targets: list[_Target], checksum: bool) -> float:
+        """As `_update`. Where sending fails again and again all these engines are started again, once."""
+        error = ""
+        for _ in range(_ATTEMPTS):
+            targets = [target for target in targets if target.alive]
+            if not targets:
+                return 0.0
+            start = time.perf_counter()
+            error = self._send(targets, checksum)
+            self._send_s += time.perf_counter() - start
+            if not error:
+                self._gave_up = False
+                return self._prove([target for target in targets if target.alive], checksum)
+            for target in targets:
+                if target.alive and not target.engine.health():
+                    self._lose(target, "it does not answer")
+        error = f"{_ATTEMPTS} attempts to send version {self._version} failed: {error}"
+        if self._gave_up:
+            raise RunError(f"weight sync: {error}")
+        self._gave_up = True
+        for target in targets:
+            self._lose(target, error)
+        return 0.0
+
+    def _send(self, targets: list[_Target], checksum: bool) -> str:
+        """Give these members the weights. Returns what went wrong at a living one: it may be tried again then."""
+        if self.route == "broadcast":
+            return self._broadcast(targets, checksum)
+        if self.route in ("alias", "copy"):
+            assert self._sender.model is not None, f"route {self.route!r} is for one process"
+            return self._load(targets, self._sender.model)
+        with directory(SHARED_MEMORY if self.route == "shm" else self._folder) as place:
+            self._num_bytes += self._sender.write(place, _kinds(targets), checksum)
+            return self._load(targets, place)
+
+    def _load(self, targets: list[_Target], source: WeightSource) -> str:
+        version = self._current()
+        return self._settle(targets, self._begin(targets, lambda t: t.engine.update_weights(source, version)))[1]
+
+    def _broadcast(self, targets: list[_Target], checksum: bool) -> str:
+        """Send to all of one kind, in one group with rank 0; it stays open while its members are the same."""
+        kind, version, size = targets[0].member.kind, self._current(), self._bucket_bytes
+        engines = [target.engine for target in targets]
+        workers, broken = self._settle(targets, self._begin(targets, lambda target: target.engine.num_workers))
+        if len(workers) < len(targets):
+            return broken or "an engine does not answer"
+        ranks = list(accumulate((num for _, num in workers), initial=1))
+        group, joined = self._groups.pop(kind, (None, []))
+        fresh = group is None or joined != engines
+        if group is None or fresh:
+            limit_s = min(_JOIN_LIMIT_S, self._limit_s)
+            group = new_group(*self._sender.address(), ranks[-1], self._backend, limit_s)
+        sources = {
+            target.member.number: Broadcast(replace(group, first_rank=rank), size)
+            for target, rank in zip(targets, ranks[:-1], strict=True)
+        }
+        coming = self._begin(targets, lambda t: t.engine.update_weights(sources[t.member.number], version))
+        try:
+            if fresh:
+                self._sender.open(kind, group)
+            self._num_bytes += self._sender.broadcast(kind, size, checksum)
+        except RuntimeError as error:  # RunError, and what torch.distributed raises
+            broken = str(error)
+        broken = self._settle(targets, coming)[1] or broken
+        if not broken:  # a group that broke off is of no use
+            self._groups[kind] = group, engines
+        return broken
+
+    def _current(self) -> int:
+        assert self._version is not None
+        return self._version
 
     # Proof
 
-    def _prove(self, members: Sequence[Member], checksum: bool) -> float:
+    def _prove(self, targets: list[_Target], checksum: bool) -> float:
         """I4: version, canary, and where it is due every parameter. Members that hold the weights serve."""
-        answers = [(member, completion) for member in members if (completion := self._ask(member)) is not None]
-        samples = [sample_of(completion) for _, completion in answers]
-        trained = self._sender.logprobs(samples) if samples else []
-        diffs = [0.0]
-        for (member, completion), sample, logprobs in zip(answers, samples, trained, strict=True):
-            canary = Canary.of(sample, logprobs)
-            self._check_canary(member, completion, canary)
-            if checksum and not self._check_parameters(member):
-                continue
-            try:
-                member.engine.flush_cache()  # the canary leaves nothing that later sampling would meet
-            except EngineLost as error:
-                self._pool.lose(member, f"weight sync: {error}")
-                continue
-            self._canaries[member.number] = member.engine, canary
+        kinds = _kinds(targets) if checksum and self.route != "alias" else []
+        expected: dict[EngineKind, Checksums | None] = {kind: self._sender.checksums(kind) for kind in kinds}
+        begun = self._begin(targets, lambda target: self._question(target, expected, checksum))
+        answers, error = self._settle(targets, begun)
+        if error:
+            raise RunError(f"weight sync: {error}")
+        samples = [sample_of(completion) for _, (completions, _) in answers for completion in completions]
+        trained = list(self._sender.logprobs(samples)) if samples else []
+        diffs, first = [0.0], 0
+        for target, (completions, wrong) in answers:
+            mine = slice(first, first + len(completions))
+            canary, first = Canary.of(samples[mine], trained[mine], len(samples)), mine.stop
+            self._check_canary(target, completions, canary)
+            if wrong:
+                more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+                raise RunError(
+                    f"weight sync: expected {target.member.name} at version {self._version} to hold the trainer's "
+                    f"parameters bit by bit, got others in {', '.join(wrong[:3])}{more}: their checksums differ"
+                )
             diffs.append(canary.difference)
-            self._pool.serve(member)
-        return float(np.max(diffs))  # not max(): it may pass over NaN
+            if target.alive:
+                self._pool.serve(target.member)
+        return float(np.max(diffs))
 
-    def _ask(self, member: Member) -> Completion | None:
-        """A short response to the canary; None where the engine is lost."""
-        engine = member.engine
+    def _question(
+        self, target: _Target, expected: Mapping[EngineKind, Checksums | None], checksum: bool
+    ) -> tuple[list[Completion], list[str]]:
+        """Responses to the canary, and names of parameters that an engine should hold and does not."""
+        engine = target.engine
         params = canary_params(self._canary, self._temperature, self._bf16, engine.max_sequence_tokens)
-        try:
-            (future,) = engine.submit(requests_of("canary", 0, self._canary, params, priority=1))
-            return future.result(self._limit_s)
-        except EngineLost as error:
-            self._pool.lose(member, f"weight sync: {error}")
-        except FutureTimeout:
-            self._pool.lose(member, f"weight sync: expected the canary within {self._limit_s:g} s")
-        return None
+        futures = engine.submit(requests_of("canary", 0, self._canary, params, priority=1))
+        completions = [future.result(self._limit_s) for future in futures]
+        engine.flush_cache()  # the canary leaves nothing that later sampling would meet
+        if not checksum:
+            return completions, []
+        if self.route == "alias":
+            assert isinstance(engine, EmbeddedEngine)
+            assert self._sender.model is not None
+            return completions, [] if engine.holds(self._sender.model) else ["some"]
+        held, wanted = engine.checksums(), expected[target.member.kind]
+        self._unknown |= held is None or wanted is None
+        return completions, [] if held is None or wanted is None else differing(wanted, held)
 
-    def _check_canary(self, member: Member, completion: Completion, canary: Canary) -> None:
-        limit = TOLERANCE_BF16 if self._bf16 else TOLERANCE
-        versions = {member.engine.version} | {version for version, _ in completion.versions}
+    def _check_canary(self, target: _Target, completions: list[Completion], canary: Canary) -> None:
+        name, limit = target.member.name, TOLERANCE_BF16 if self._bf16 else TOLERANCE
+        versions = {target.engine.version} | {v for completion in completions for v, _ in completion.versions}
         if versions != {self._version} or not canary.difference <= limit:
             raise RunError(
-                f"weight sync: expected {member.name} at version {self._version} with log-probs within {limit} of the "
+                f"weight sync: expected {name} at version {self._version} with log-probs within {limit} of the "
                 f"trainer's, got version {' and '.join(map(str, sorted(versions)))} and {canary.difference}"
             )
-        engine, before = self._canaries.get(member.number, (None, None))
-        if before is not None and engine is member.engine and moved_along(before, canary) is False:
+        history = self._histories.get(target.member.number)
+        if history is None or history.engine is not target.engine:
+            history = self._histories[target.member.number] = History(target.engine)
+        if history.stayed(canary):
             raise RunError(
-                f"weight sync: expected {member.name} to sample from version {self._version}, got log-probs of the "
-                f"version before: they did not move with the trainer's"
+                f"weight sync: expected {name} to sample from version {self._version}, got log-probs of a version "
+                f"before: they did not move with the trainer's"
             )
 
-    def _check_parameters(self, member: Member) -> bool:
-        """False where the engine is lost; RunError where it holds other parameters."""
-        if self.route == "alias":
-            assert isinstance(member.engine, EmbeddedEngine)
-            assert self._sender.model is not None
-            wrong = [] if member.engine.holds(self._sender.model) else ["some"]
-        else:
-            try:
-                held = member.engine.checksums()
-            except EngineLost as error:
-                self._pool.lose(member, f"weight sync: {error}")
-                return False
-            expected = self._sender.checksums(member.kind)
-            self._unknown |= held is None or expected is None
-            wrong = [] if held is None or expected is None else differing(expected, held)
-        if wrong:
-            more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-            raise RunError(
-                f"weight sync: expected {member.name} at version {self._version} to hold the trainer's parameters bit "
-                f"by bit, got others in {', '.join(wrong[:3])}{more}: their checksums differ"
-            )
-        return True
 
-
-class _BrokenOff(RunError):
-    """A broadcast ended early, as a member of its group died; it may be tried again with the others."""
+def _kinds(targets: list[_Target]) -> list[EngineKind]:
+    return list(dict.fromkeys(target.member.kind for target in targets))

@@ -5,34 +5,38 @@ with the version, and its log-probs must be the trainer's: this sees wrong weigh
 parameters see what some tokens do not show.
 
 Where numerics are coarse (bfloat16), an engine that kept the weights of the version before would pass: one optimizer
-step moves log-probs by less than rounding does. `moved_along` tells the two apart: the canary's random numbers are the
-same at each publish, so its tokens are the same up to the first that differs. Over these tokens the engine's log-probs
-must have moved from the trainer's old ones towards its new ones. Rounding errors of different tokens do not add up;
-the movement does, so some dozen tokens tell what one does not.
+step moves log-probs by less than rounding does. So the canary's log-probs are compared with those of publishes before,
+wherever the response up to a token is the same (its random numbers are): the engine's must have moved as the trainer's
+did. An engine in this form gives no log-probs of tokens that it did not sample, so the old response cannot be asked
+for; several short ones have more tokens in common with it than one long one, as they part at the first token that
+differs.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from pekoe.algo.loss import chosen_logprobs
 from pekoe.algo.packing import pack
 from pekoe.core.types import Completion, FloatArray, IntArray, Sample, SamplingParams
 from pekoe.model import Decoder, PackedAttention
 
-CANARY_TOKENS, CANARY_TOKENS_BF16 = 8, 64
+CANARY_TOKENS, CANARIES_BF16 = 8, 8
 TOLERANCE, TOLERANCE_BF16 = 1e-3, 0.5  # max abs difference of log-probs; a stale cache is off by 0.7 to 2 nats
-_CERTAIN = 6.0  # the trainer's movement in units of the rounding error, from which on `moved_along` decides
+_MIN_TOKENS = 4  # in common, to compare two canaries
 
 
 def canary_params(canary: IntArray, temperature: float, bf16: bool, room: int) -> SamplingParams:
     """How the canary is sampled, by an engine with room for `room` tokens."""
-    tokens = min(CANARY_TOKENS_BF16 if bf16 else CANARY_TOKENS, room - len(canary))
-    return SamplingParams(max_new_tokens=tokens, temperature=temperature, stream="eval")
+    tokens = min(CANARY_TOKENS, room - len(canary))
+    return SamplingParams(CANARIES_BF16 if bf16 else 1, max_new_tokens=tokens, temperature=temperature, stream="eval")
 
 
 def sample_of(completion: Completion) -> Sample:
@@ -43,44 +47,72 @@ def sample_of(completion: Completion) -> Sample:
 
 @dataclass(frozen=True, slots=True)
 class Canary:
-    """A canary's response with its log-probs by the engine and by the trainer. Shapes [R]."""
+    """Responses of one engine to the canary."""
 
-    tokens: IntArray
-    engine: FloatArray
-    trainer: FloatArray
+    logprobs: dict[bytes, tuple[float, float]]  # by the response up to a token: the engine's and the trainer's of it
+    difference: float  # the largest between the two; NaN where one is
+    noise: float  # their root mean square
+    num_sequences: int  # that the trainer computed together: with other ones it may round otherwise
 
     @classmethod
-    def of(cls, sample: Sample, trainer: FloatArray) -> Canary:
-        mask = sample.loss_mask
-        return cls(sample.tokens[mask], sample.behaviour_logprobs[mask], trainer[mask])
+    def of(cls, samples: Sequence[Sample], trained: Sequence[FloatArray], num_sequences: int) -> Canary:
+        logprobs: dict[bytes, tuple[float, float]] = {}
+        gaps: list[FloatArray] = []
+        for sample, trainer in zip(samples, trained, strict=True):
+            mask = sample.loss_mask
+            tokens, pair = sample.tokens[mask], (sample.behaviour_logprobs[mask], trainer[mask])
+            gaps.append(pair[0] - pair[1])
+            logprobs |= {tokens[: i + 1].tobytes(): (float(pair[0][i]), float(pair[1][i])) for i in range(len(tokens))}
+        gap = np.concatenate(gaps)
+        return cls(logprobs, float(np.max(np.abs(gap), initial=0.0)), _rms(gap), num_sequences)
 
-    @property
-    def difference(self) -> float:
-        """The largest between engine and trainer; NaN where one is."""
-        return float(np.max(np.abs(self.engine - self.trainer), initial=0.0))
 
+def kept_weights(before: Canary, after: Canary) -> bool | None:
+    """Whether an engine that held the right weights at `before` holds the same ones still; None: it cannot be told.
 
-def moved_along(before: Canary, after: Canary) -> bool | None:
-    """Whether the engine's log-probs moved with the trainer's between two publishes.
+    Let e and d be the movements of the engine's and of the trainer's log-probs over the N tokens in common, and s the
+    noise, the root mean square between engine and trainer at `before`. Two cases can be told with certainty:
 
-    With d the trainer's movement over the tokens that both responses begin with, the engine's position between the
-    trainer's old log-probs (0) and its new ones (1) is the projection <engine - old, d> / <d, d>; an engine that kept
-    the old weights is at 0, up to its rounding error, whose size is measured at both publishes.
-
-    Returns None where the trainer moved too little to tell.
+    - e is 0, bit by bit, and d is not. The same weights give the same bits where nothing else runs.
+    - d is well above the noise: rms(d) >= 4 s and |d| >= 25 s. Then <e, d> / <d, d> is 0 for an engine that stayed,
+      up to sqrt(2) s / |d| = 0.06, and above 7/8 for one that moved (the trainer's own noise is part of d).
     """
-    size = min(len(before.tokens), len(after.tokens))
-    same = np.cumprod(before.tokens[:size] == after.tokens[:size]).astype(bool)
-    if not same.any():
+    common = sorted(before.logprobs.keys() & after.logprobs.keys())
+    if len(common) < _MIN_TOKENS:
         return None
-    old, new, engine = (x[:size][same].astype(np.float64) for x in (before.trainer, after.trainer, after.engine))
-    earlier = before.engine[:size][same].astype(np.float64)
-    moved = new - old
-    noise = float(np.sqrt(np.mean((earlier - old) ** 2)))
-    length = float(np.linalg.norm(moved))
-    if length <= max(_CERTAIN * noise, 1e-6):
+    values = np.array([after.logprobs[key] for key in common]) - np.array([before.logprobs[key] for key in common])
+    engine, trainer = values.T
+    size, noise = _rms(trainer), max(before.noise, 1e-6)
+    if not engine.any() and size > noise / 4 and before.num_sequences == after.num_sequences:
+        return True
+    if size < 4 * noise or size * math.sqrt(len(common)) < 25 * noise:
         return None
-    return float((engine - old) @ moved) / length**2 > 0.5
+    return float(engine @ trainer) < float(trainer @ trainer) / 3
+
+
+class History:
+    """An engine's canaries. Where one step moves the weights too little to tell, several together do not."""
+
+    def __init__(self, engine: object) -> None:
+        self.engine = engine
+        self._first: Canary | None = None  # the last from which movement could be told
+        self._last: Canary | None = None
+
+    def stayed(self, canary: Canary) -> bool:
+        """Whether the engine did not move with the trainer since a canary before."""
+        if self._first is None or self._last is None:
+            self._first = self._last = canary
+            return False
+        since_first, since_last = kept_weights(self._first, canary), kept_weights(self._last, canary)
+        few = 2 * len(self._first.logprobs.keys() & canary.logprobs.keys()) < len(canary.logprobs)
+        if since_first is not None or few:
+            self._first = canary
+        self._last = canary
+        return since_first is True or since_last is True
+
+
+def _rms(values: NDArray[Any]) -> float:
+    return float(np.sqrt(np.mean(np.square(values, dtype=np.float64)))) if len(values) else 0.0
 
 
 @torch.no_grad()

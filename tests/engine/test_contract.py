@@ -24,7 +24,7 @@ def embedded(request: pytest.FixtureRequest, make_model: Callable[..., Decoder])
             else {"max_running": 64, "kv_tokens": 16384}
         )
         engine = EmbeddedEngine(model, EngineSection.model_validate({"block_tokens": block} | sizes))
-        assert isinstance(engine._cache, CPUCache) == (block == 16)
+        assert isinstance(engine._runner.cache, CPUCache) == (block == 16)
         return engine
 
     return Harness(

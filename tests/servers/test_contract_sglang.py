@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from pekoe.config.engine import EngineSection
-from pekoe.engine.servers.sglang import SGLangEngine
+from pekoe.engine.servers import SGLangEngine
 from pekoe.model import Decoder, save_model
 from tests.engine.contract import Contract
 from tests.engine.harness import SHAPE, Harness
@@ -52,8 +52,8 @@ class TestSGLangEngine(Contract):
                 "top-k, then top-p, eval": JOINT,
             },
             cannot={"seeds": NO_SEEDS},
+            has_processes=True,
             prompt_tokens_again=lambda length: 1,
             reusable=lambda length: length - 1,
-            num_held=lambda engine: sum(server.held for server in engine.servers),
             num_draws=480,
         )

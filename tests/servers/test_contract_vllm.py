@@ -4,7 +4,8 @@ from collections.abc import Callable
 
 import pytest
 
-from pekoe.engine.servers.vllm import CPU_BLOCK_TOKENS, VLLMEngine
+from pekoe.engine.servers import VLLMEngine
+from pekoe.engine.servers.vllm import CPU_BLOCK_TOKENS
 from pekoe.model import Decoder
 from tests.engine.contract import Contract
 from tests.engine.harness import SHAPE, Harness
@@ -38,8 +39,8 @@ class TestVLLMEngine(Contract):
             open=open_engine,
             launch=lambda: vllm_launch(models[0]),
             refuses=dict.fromkeys(("top_p", "top_k", "min_new_tokens"), AFTER_TRUNCATION),
+            has_processes=True,
             prompt_tokens_again=lambda length: length - reusable(length),
             reusable=reusable,
-            num_held=lambda engine: sum(server.held for server in engine.servers),
             num_draws=480,
         )

@@ -50,63 +50,60 @@ class KVCache:
     def num_bytes(self) -> int:
         return 2 * self.keys.numel() * self.keys.element_size()
 
-    def write(self, layer: int, slots: Tensor, keys: Tensor, values: Tensor) -> None:
-        self.keys[layer].index_copy_(0, slots, keys.to(self.keys.dtype))
-        self.values[layer].index_copy_(0, slots, values.to(self.values.dtype))
-
     def copy_block(self, source: int, target: int) -> None:
         """Copy a block into another, in every layer."""
         size = self.block_tokens
         for memory in (self.keys, self.values):
             memory[:, target * size : (target + 1) * size] = memory[:, source * size : (source + 1) * size]
 
-    def attention(self, step: ForwardBatch) -> TorchAttention:
-        return TorchAttention(self, step)
+    def attention(self, batch: ForwardBatch) -> TorchAttention:
+        return TorchAttention(self, batch)
 
 
 class TorchAttention:
     """Attention of one forward: writes the new tokens' KV, then attends. Decoding rows are padded to the longest."""
 
-    def __init__(self, cache: KVCache, step: ForwardBatch) -> None:
-        size, positions, tables = cache.block_tokens, step.positions, step.tables
+    def __init__(self, cache: KVCache, batch: ForwardBatch) -> None:
+        size, positions, tables = cache.block_tokens, batch.positions, batch.tables
         device = cache.device
-        self._cache, self._step = cache, step
-        slots = tables[step.table_of, positions // size] * size + positions % size
+        self._cache, self._batch = cache, batch
+        slots = tables[batch.table_of, positions // size] * size + positions % size
         self._slots = torch.from_numpy(slots).to(device)
-        if step.num_decode:
-            seen = positions[: step.num_decode]
+        if batch.num_decode:
+            seen = positions[: batch.num_decode]
             longest = int(seen.max()) + 1
             mask = np.arange(longest) <= seen[:, None]
-            context = self._slots_of(step.table_of[: step.num_decode], longest)
+            context = self._slots_of(batch.table_of[: batch.num_decode], longest)
             self._context = torch.from_numpy(np.where(mask, context, 0).reshape(-1)).to(device)  # [B * longest]
             self._mask = torch.from_numpy(mask[:, None, None, :]).to(device)  # [B, 1, 1, longest]
-            self._shape = (step.num_decode, longest)
+            self._shape = (batch.num_decode, longest)
         self._chunks: list[tuple[int, int, Tensor, Tensor]] = []
-        for a, b in pairwise(step.continued):
+        for a, b in pairwise(batch.continued):
             stop = int(positions[b - 1]) + 1
-            context = torch.from_numpy(self._slots_of(step.table_of[a : a + 1], stop)[0]).to(device)
+            context = torch.from_numpy(self._slots_of(batch.table_of[a : a + 1], stop)[0]).to(device)
             mask = torch.from_numpy(np.arange(stop) <= positions[a:b, None]).to(device)
             self._chunks.append((a, b, context, mask))
-        self._first_fresh = step.fresh[0]
+        self._first_fresh = batch.fresh[0]
         self._packed: PackedAttention | None = None
-        if len(step.fresh) > 1:
-            bounds = np.array(step.fresh, np.int32) - self._first_fresh
+        if len(batch.fresh) > 1:
+            bounds = np.array(batch.fresh, np.int32) - self._first_fresh
             self._packed = PackedAttention(torch.from_numpy(bounds).to(device))
 
     def _slots_of(self, rows: IntArray, length: int) -> IntArray:
         """Slots [len(rows), length] of the first tokens of some tables."""
         size = self._cache.block_tokens
-        blocks = self._step.tables[rows, : -(-length // size)].astype(np.int64)
+        blocks = self._batch.tables[rows, : -(-length // size)].astype(np.int64)
         return (blocks[:, :, None] * size + np.arange(size)).reshape(len(rows), -1)[:, :length]
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        self._cache.write(layer, self._slots, k, v)
+        for memory, new in ((self._cache.keys, k), (self._cache.values, v)):
+            memory[layer].index_copy_(0, self._slots, new.to(memory.dtype))
         first = self._first_fresh
         if self._packed is not None and first == 0:
             return self._packed(layer, q, k, v)
         out = torch.empty_like(q)
-        if self._step.num_decode:
-            out[: self._step.num_decode] = self._decode(layer, q[: self._step.num_decode], k.shape[1])
+        if self._batch.num_decode:
+            out[: self._batch.num_decode] = self._decode(layer, q[: self._batch.num_decode], k.shape[1])
         keys, values = self._cache.keys[layer], self._cache.values[layer]
         for a, b, context, mask in self._chunks:
             query = q[a:b].transpose(0, 1)[None]  # [1, H, t, D]

@@ -175,14 +175,11 @@ def to_buffer(plan: AttentionPlan, shape: PlanShape) -> NDArray[np.int32]:
     array = {name: packed[at].reshape(shapes[name]) for name, at in slices.items()}
     num_tables, width = batch.tables.shape
     array["counts"][:] = len(plan.suffix), len(plan.prefix)
-    array["positions"][:] = -1
-    array["positions"][: len(batch.positions)] = batch.positions
-    array["table_of"][: len(batch.table_of)] = batch.table_of
-    array["base"][:] = plan.base[-1]
-    array["base"][: len(plan.base)] = plan.base
+    array["positions"][:], array["base"][:] = -1, plan.base[-1]
     array["tables"][:num_tables, :width] = batch.tables
-    array["suffix"][: len(plan.suffix)] = plan.suffix
-    array["prefix"][: len(plan.prefix)] = plan.prefix
+    rows = {"positions": batch.positions, "table_of": batch.table_of, "base": plan.base}
+    for name, values in (rows | {"suffix": plan.suffix, "prefix": plan.prefix}).items():
+        array[name][: len(values)] = values
     return packed
 
 

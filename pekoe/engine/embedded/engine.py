@@ -23,7 +23,7 @@ import torch
 
 from pekoe.config.engine import EngineSection
 from pekoe.core.errors import RunError, UserError
-from pekoe.core.types import Completion, FinishReason, IntArray, Request, SamplingParams
+from pekoe.core.types import BoolArray, Completion, FinishReason, IntArray, Request, SamplingParams
 from pekoe.engine.base import (
     Broadcast,
     Checksums,
@@ -370,21 +370,21 @@ class EmbeddedEngine(Engine):
         shares = self._runner.forward(table, scheduler.order, chunks)
         self._runner.copy_blocks(scheduler.advance(chunks, self._version))
         complete = [chunk for chunk in chunks if chunk.completes]
-        continuing = [len(chunk.prefill.sequences) for chunk in complete]
+        continuing = [len(chunk.work.sequences) for chunk in complete]
         touched = scheduler.order  # those decoding, then those whose context is complete
-        first = 0
+        first, stopped = 0, np.zeros(len(touched), np.bool_)
         for number, ((decoding, _), logits) in enumerate(shares, 1):
             rows = np.arange(len(decoding))
             if number == len(shares):  # the last has the chunks
                 rows = np.append(rows, len(decoding) + np.repeat(np.arange(len(complete)), continuing))
             if len(rows):
-                self._sample(touched[first : first + len(rows)], logits, rows)
+                stopped[first : first + len(rows)] = self._sample(touched[first : first + len(rows)], logits, rows)
             first += len(rows)
         assert first == len(touched)
         stats = self._stats.plus(
             num_prefill_tokens=sum(chunk.stop - chunk.start for chunk in chunks),
-            num_cached_tokens=sum(chunk.prefill.num_cached for chunk in complete),
-            num_shared_tokens=sum(len(c.prefill.context) * (n - 1) for c, n in zip(complete, continuing, strict=True)),
+            num_cached_tokens=sum(chunk.work.num_cached for chunk in complete),
+            num_shared_tokens=sum(len(c.work.context) * (n - 1) for c, n in zip(complete, continuing, strict=True)),
             num_decode_tokens=len(touched),
             num_forwards=1,
             num_preemptions=scheduler.num_preemptions,
@@ -392,7 +392,6 @@ class EmbeddedEngine(Engine):
         scheduler.num_preemptions = 0
         with self._condition:
             self._stats = stats
-        stopped = table.stopped(touched)
         ended = stopped | (table.sampled[touched] >= table.most[touched])
         finished: list[tuple[Sequence, FinishReason]] = [
             (scheduler.running[i], "stop" if stopped[i] else "length") for i in np.flatnonzero(ended)
@@ -400,19 +399,25 @@ class EmbeddedEngine(Engine):
         scheduler.finish([sequence for sequence, _ in finished])
         return finished
 
-    def _sample(self, touched: IntArray, logits: torch.Tensor, rows: IntArray) -> None:
-        """Sample a token for each of these rows of the table from its row of logits, rows of equal params at once."""
+    def _sample(self, touched: IntArray, logits: torch.Tensor, rows: IntArray) -> BoolArray:
+        """Sample a token for each of these rows of the table from its row of logits, rows of equal params at once.
+
+        Returns which of them are stop tokens.
+        """
         table = self._scheduler.table
         places, which = table.sampled[touched], table.params_index[touched]
         uniform = uniforms(table.keys[touched], places)
         tokens, logprobs = np.empty(len(rows), np.int64), np.empty(len(rows), np.float32)
+        stopped = np.zeros(len(rows), np.bool_)
         for index in np.unique(which):
             params, at = table.params[index], np.flatnonzero(which == index)
             ban = places[at] < params.min_new_tokens if params.min_new_tokens else None
             tokens[at], logprobs[at] = sample(logits, uniform[at], params, rows[at], ban)
+            stopped[at] = np.isin(tokens[at], params.stop_token_ids)
         if not np.isfinite(logprobs).all():
             raise RunError(f"the model's logits are not finite (version {self._version}): the weights are damaged")
         table.append(touched, tokens, logprobs)
+        return stopped
 
 
 def _same_context(a: Request, b: Request) -> bool:
@@ -430,10 +435,14 @@ def _note_cancelled(into: deque[Future[Completion]], future: Future[Completion])
 def _resolve(sequence: Sequence, how: FinishReason | RunError) -> None:
     if not sequence.future.set_running_or_notify_cancel():
         return
-    if isinstance(how, RunError):
-        sequence.future.set_exception(how)
+    try:
+        outcome = how if isinstance(how, RunError) else sequence.completion(how)
+    except Exception as error:  # memory is short: the driver goes on, and the future ends
+        outcome = error
+    if isinstance(outcome, Exception):
+        sequence.future.set_exception(outcome)
     else:
-        sequence.future.set_result(sequence.completion(how))
+        sequence.future.set_result(outcome)
 
 
 def _start(target: Callable[[], None]) -> threading.Thread:

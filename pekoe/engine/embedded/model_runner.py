@@ -143,14 +143,14 @@ def _batch_of(table: RequestTable, decoding: IntArray, chunks: list[Chunk]) -> t
     num_decode = len(decoding)
     tokens, positions = [table.last[decoding]], [table.computed[decoding]]
     sizes = [chunk.stop - chunk.start for chunk in chunks]
-    width = max([int(table.num_blocks[decoding].max(initial=1)), *(len(c.prefill.blocks) for c in chunks)])
+    width = max([int(table.num_blocks[decoding].max(initial=1)), *(len(c.work.blocks) for c in chunks)])
     tables = np.zeros((num_decode + len(chunks), width), np.int32)
     shown = min(width, table.tables.shape[1])
     tables[:num_decode, :shown] = table.tables[decoding, :shown]
     for row, chunk in enumerate(chunks, num_decode):
-        tokens.append(chunk.prefill.context[chunk.start : chunk.stop])
+        tokens.append(chunk.work.context[chunk.start : chunk.stop])
         positions.append(np.arange(chunk.start, chunk.stop))
-        tables[row, : len(chunk.prefill.blocks)] = chunk.prefill.blocks
+        tables[row, : len(chunk.work.blocks)] = chunk.work.blocks
     bounds = (num_decode + np.cumsum([0, *sizes])).tolist()
     num_continued = sum(chunk.start > 0 for chunk in chunks)
     batch = ForwardBatch(

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from pekoe.core.types import BoolArray, Completion, FinishReason, FloatArray, IntArray, Record, Request, SamplingParams
+from pekoe.core.types import Completion, FinishReason, FloatArray, IntArray, Record, Request, SamplingParams
 from pekoe.engine.embedded.cache_manager import KVCacheManager, OutOfBlocks
 
 
@@ -99,14 +99,6 @@ class RequestTable:
         self.sampled[rows] += 1
         self.computed[rows] += 1
 
-    def stopped(self, rows: IntArray) -> BoolArray:
-        """Whether each row's last token is a stop token of it."""
-        stopped = np.zeros(len(rows), np.bool_)
-        for index in np.unique(self.params_index[rows]):
-            stops = np.isin(self.last[rows], self.params[index].stop_token_ids)
-            stopped |= stops & (self.params_index[rows] == index)
-        return stopped
-
     def leave(self, sequence: Sequence) -> None:
         """Take a sequence's row away; it keeps what was sampled."""
         row, size = sequence.row, int(self.sampled[sequence.row])
@@ -129,38 +121,33 @@ class RequestTable:
 
 @dataclass(slots=True, eq=False)
 class Work:
-    """A context to compute, and the sequences that continue it."""
+    """A context to compute, and the sequences that continue it.
+
+    While it is computed it holds `blocks`, as its sequences hold theirs.
+    """
 
     context: IntArray
     sequences: list[Sequence]
+    blocks: list[int] = field(default_factory=list)
+    num_cached: int = 0  # tokens found in the prefix tree
+    num_computed: int = 0  # tokens in the cache by now
 
     @property
     def priority(self) -> int:
         return self.sequences[0].request.priority
 
 
-@dataclass(slots=True, eq=False)
-class Prefill:
-    """Work whose context is being computed into `blocks`, which it holds, as its sequences hold theirs."""
-
-    context: IntArray
-    sequences: list[Sequence]
-    blocks: list[int]
-    num_cached: int  # tokens found in the prefix tree
-    num_computed: int  # tokens in the cache by now
-
-
 @dataclass(frozen=True, slots=True)
 class Chunk:
     """Tokens start..stop of a context, computed in one forward."""
 
-    prefill: Prefill
+    work: Work
     start: int
     stop: int
 
     @property
     def completes(self) -> bool:
-        return self.stop == len(self.prefill.context)
+        return self.stop == len(self.work.context)
 
 
 class Scheduler:
@@ -171,7 +158,7 @@ class Scheduler:
     ) -> None:
         self.cache = KVCacheManager(num_blocks, block_tokens)
         self.waiting: deque[Work] = deque()
-        self.prefilling: list[Prefill] = []  # in order of admission
+        self.prefilling: list[Work] = []  # in order of admission
         self.running: list[Sequence] = []  # in order of admission
         self.num_preemptions = 0
         self._block_tokens, self._max_running, self._prefill_tokens = block_tokens, max_running, prefill_tokens
@@ -210,12 +197,12 @@ class Scheduler:
         while budget > 0:
             if len(chunks) == len(self.prefilling) and not self._admit():
                 break
-            prefill = self.prefilling[len(chunks)]
-            start = prefill.num_computed
-            stop = min(len(prefill.context), start + budget)
-            chunks.append(Chunk(prefill, start, stop))
-            # Whoever is planned after this, in the same forward too, reads these blocks after they are written.
-            self.cache.insert_prefix(prefill.context[:stop], prefill.blocks)
+            work = self.prefilling[len(chunks)]
+            start = work.num_computed
+            stop = min(len(work.context), start + budget)
+            chunks.append(Chunk(work, start, stop))
+            # Work that is planned after this, in the same forward too, reads these blocks after they are written.
+            self.cache.insert_prefix(work.context[:stop], work.blocks)
             budget -= stop - start
         assert chunks or self.running or not self.waiting, "work waits that can never be admitted"
         return chunks
@@ -227,14 +214,14 @@ class Scheduler:
         if not self.waiting or places <= 0:
             return False
         work = self.waiting[0]
-        prefill = self._start(work, places, len(self.running) + prefilling)
-        if prefill is not None:
-            self.prefilling.append(prefill)
+        started = self._start(work, places, len(self.running) + prefilling)
+        if started is not None:
+            self.prefilling.append(started)
             if not work.sequences:
                 self.waiting.popleft()
-        return prefill is not None
+        return started is not None
 
-    def _start(self, work: Work, places: int, num_started: int) -> Prefill | None:
+    def _start(self, work: Work, places: int, num_started: int) -> Work | None:
         """Take blocks for a piece of work and as many of its sequences as fit; None where not even one does."""
         context = work.context
         cached = self.cache.match_prefix(context[:-1])  # the last token is computed always: its logits are wanted
@@ -251,7 +238,7 @@ class Scheduler:
         blocks, extra = cached + fresh[:rest], fresh[rest:]
         started, work.sequences = work.sequences[:count], work.sequences[count:]
         full = blocks[:-1] if partial else blocks
-        self.cache.retain(blocks)  # the first sequence's; those above are the prefill's own
+        self.cache.retain(blocks)  # the first sequence's; those above are the work's own
         started[0].blocks = list(blocks)
         for position, sequence in enumerate(started[1:]):
             self.cache.retain(full)
@@ -260,7 +247,7 @@ class Scheduler:
         for sequence in started:
             if not sequence.versions:  # its first start: the context is its prompt
                 sequence.num_cached = num_cached
-        return Prefill(context, started, blocks, num_cached, num_cached)
+        return Work(context, started, blocks, num_cached, num_cached)
 
     def advance(self, chunks: list[Chunk], version: int) -> list[tuple[int, int]]:
         """These chunks are computed. Sequences whose context is complete run from now on; their first token is next.
@@ -269,16 +256,16 @@ class Scheduler:
         """
         copies: list[tuple[int, int]] = []
         for chunk in chunks:
-            prefill = chunk.prefill
-            prefill.num_computed = chunk.stop
+            work = chunk.work
+            work.num_computed = chunk.stop
             if chunk.completes:
-                last = prefill.blocks[-1]
-                copies += [(last, s.blocks[-1]) for s in prefill.sequences if s.blocks[-1] != last]
-                for sequence in prefill.sequences:
+                last = work.blocks[-1]
+                copies += [(last, s.blocks[-1]) for s in work.sequences if s.blocks[-1] != last]
+                for sequence in work.sequences:
                     self.table.join(sequence, version)
-                self.running += prefill.sequences
-                self.prefilling.remove(prefill)
-                self.cache.release(prefill.blocks)
+                self.running += work.sequences
+                self.prefilling.remove(work)
+                self.cache.release(work.blocks)
         self._reorder()
         return copies
 
@@ -302,12 +289,12 @@ class Scheduler:
     def _preempt_latest(self) -> None:
         """Take away the blocks of what was admitted last; it waits first in line and keeps what it has sampled."""
         if self.prefilling:
-            prefill = self.prefilling.pop()
-            self.cache.release(prefill.blocks)
-            for sequence in prefill.sequences:
+            work = self.prefilling.pop()
+            self.cache.release(work.blocks)
+            for sequence in work.sequences:
                 self._release(sequence)
-            self._enqueue_first(Work(prefill.context, prefill.sequences))
-            self.num_preemptions += len(prefill.sequences)
+            self._enqueue_first(Work(work.context, work.sequences))
+            self.num_preemptions += len(work.sequences)
             return
         sequence = self.running.pop()
         self._release(sequence)
@@ -332,16 +319,15 @@ class Scheduler:
         """Remove the unfinished sequences that are chosen, and return them."""
         removed = [s for s in self.running if chosen(s)]
         self.finish(removed)
-        for piece in (*self.prefilling, *self.waiting):
-            gone = [s for s in piece.sequences if chosen(s)]
+        for work in (*self.prefilling, *self.waiting):
+            gone = dict.fromkeys(s for s in work.sequences if chosen(s))
             for sequence in gone:
                 self._release(sequence)
-            piece.sequences = [s for s in piece.sequences if s not in gone]
+            work.sequences = [s for s in work.sequences if s not in gone]
+            if not work.sequences:
+                self.cache.release(work.blocks)
             removed += gone
-        for prefill in self.prefilling:
-            if not prefill.sequences:
-                self.cache.release(prefill.blocks)
-        self.prefilling = [p for p in self.prefilling if p.sequences]
+        self.prefilling = [work for work in self.prefilling if work.sequences]
         self.waiting = deque(work for work in self.waiting if work.sequences)
         return removed
 
@@ -349,8 +335,8 @@ class Scheduler:
         """Prove I7: every block is free, cached or in use, as the sequences and the tree say."""
         users: dict[int, int] = {}
         holders = [s.blocks for s in self.running]
-        for prefill in self.prefilling:
-            holders += [prefill.blocks, *(s.blocks for s in prefill.sequences)]
+        for work in self.prefilling:
+            holders += [work.blocks, *(s.blocks for s in work.sequences)]
         for blocks in holders:
             for block in blocks:
                 users[block] = users.get(block, 0) + 1

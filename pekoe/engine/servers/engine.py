@@ -30,7 +30,7 @@ from pekoe.config.engine import EngineSection
 from pekoe.core.errors import RunError, UserError
 from pekoe.core.spec import ModelSpec
 from pekoe.core.types import Completion, Record, Request, SamplingParams
-from pekoe.engine.async_thread import AsyncThread, in_thread
+from pekoe.engine.async_thread import AsyncThread
 from pekoe.engine.base import (
     Broadcast,
     BroadcastGroup,
@@ -44,7 +44,7 @@ from pekoe.engine.base import (
 )
 from pekoe.engine.buckets import buckets
 from pekoe.engine.servers.client import ABORTED, Answer, ServerClient, ServerOptions, SilenceError, TransportError
-from pekoe.engine.servers.process import ServerProcess, allow_open_files, check_python, free_ports, wait_ready
+from pekoe.engine.servers.process import ServerProcess, allow_open_files, check_python, free_port, wait_ready
 from pekoe.model import Decoder, save_model
 
 _BACKOFF_S = 0.2  # before the first retry; each further one waits twice as long
@@ -129,7 +129,7 @@ class ServerEngine(Engine):
                 "nearest: 'disk', 'broadcast'"
             )
         allow_open_files(len(server.urls) or server.count, server.max_requests)
-        (port,) = free_ports(1)
+        port = free_port()
         self.url = url.rstrip("/") if url else f"http://127.0.0.1:{port}"
         self._client = self.client_class(options, self.url)
         command = self._client.command(port) if url is None else None
@@ -220,9 +220,9 @@ class ServerEngine(Engine):
         for flight in flights:
             task = asyncio.get_running_loop().create_task(self._complete(flight))
             self._flights[task] = flight
-            task.add_done_callback(self._landed)
+            task.add_done_callback(self._settle)
 
-    def _landed(self, task: asyncio.Task[Completion]) -> None:
+    def _settle(self, task: asyncio.Task[Completion]) -> None:
         """Settle a request's future. A callback runs for every outcome, cancellation before the task's first line
         included, which a `finally` in the task would miss."""
         flight = self._flights.pop(task)
@@ -476,12 +476,15 @@ class ServerEngine(Engine):
 
     def close(self) -> None:
         with self._closing:  # a second call waits for the first
-            if not self._closed:
-                self._closed = True
-                try:
-                    self._thread.run(self._shut())
-                finally:
-                    self._thread.stop()
+            if self._closed:
+                return
+            self._closed = True
+            try:
+                self._thread.run(self._shut())
+            finally:
+                self._thread.stop()
+                if self.process is not None:
+                    self.process.stop()
 
     async def _shut(self) -> None:
         rids = [flight.rid for flight in self._flights.values() if flight.rid]
@@ -489,9 +492,7 @@ class ServerEngine(Engine):
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        if self.process is not None:
-            await in_thread(self.process.stop)
-        else:  # it goes on without us: idle, not paused, and in no group
+        if self.process is None:  # it goes on without us: idle, not paused, and in no group
             with contextlib.suppress(TransportError, RunError, TimeoutError):
                 async with asyncio.timeout(_LEAVE_LIMIT_S):
                     await self._client.abort(rids)

@@ -21,6 +21,7 @@ from pekoe.core.errors import RunError, UserError
 
 _GUARD = Path(__file__).with_name("process_guard.py")
 _TAIL_BYTES = 16_384
+_given_ports: set[int] = set()  # servers that start together must not get the same
 _OTHER_FILES = 256  # open at the same time as connections to servers
 
 
@@ -177,10 +178,11 @@ async def wait_ready(
         await asyncio.sleep(0.2)
 
 
-def free_ports(number: int) -> list[int]:
-    """Ports of the loopback address that nobody listens on just now."""
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(number)]
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
+def free_port() -> int:
+    """A port of the loopback address that nobody listens on just now; a new one at each call."""
+    while True:
+        with socket.create_server(("127.0.0.1", 0)) as probe:
+            port: int = probe.getsockname()[1]
+        if port not in _given_ports:
+            _given_ports.add(port)
+            return port

@@ -190,6 +190,7 @@ def test_the_command_line():
     assert argv[-1] == "--disable-sliding-window"
     options = dict(itertools.pairwise(argv))
     assert options["--host"] == "127.0.0.1"
+    assert options["--max-num-seqs"] == "512"  # engine.max_running; server.max_requests is 256
     assert options["--logprobs-mode"] == "processed_logprobs"
     assert int(options["--max-num-batched-tokens"]) >= 1000  # whole prompts: chunks with seeds kill it on CPU
     assert "--no-enable-chunked-prefill" in argv
