@@ -105,11 +105,11 @@ def ppo(logprobs: Tensor, entropy: Tensor, batch: MicroBatch, algo: AlgoSection)
         "clip_fraction": (clipped_loss > plain_loss).sum(),
         "approx_kl": (ratio - 1 - log_ratio).detach().sum(),
         "logprob_diff": mismatch.sum(),
-        "logprob_diff_max": mismatch.max(),
+        "logprob_diff_max": mismatch.max() if len(mismatch) else mismatch.sum(),
     }
     if algo.correction != "off":
         sums |= {"correction_weight": weights.sum(), "correction_fraction": bounded.sum()}
-    if batch.reference_logprobs is not None:
+    if algo.kl and batch.reference_logprobs is not None:
         delta = batch.reference_logprobs - logprobs
         k3 = (delta.exp() - delta - 1).sum()
         loss = loss + algo.kl * k3

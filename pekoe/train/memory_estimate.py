@@ -18,7 +18,6 @@ from pekoe.config.recipes import OptimSection
 from pekoe.core.spec import ModelSpec
 from pekoe.model import Decoder, PackedAttention
 from pekoe.model.attention import Attention
-from pekoe.train.context_parallel import Part
 from pekoe.train.trainer import Trainer
 
 _FLOAT = 4  # bytes of a weight, a gradient, each of Adam's moments
@@ -112,13 +111,12 @@ def _working(
         model = Decoder(replace(spec, num_layers=layers))
         trainer = Trainer(model, OptimSection(), tokens, 1, compute_dtype=dtype, activation_checkpointing=checkpointing)
         numbers = torch.arange(tokens)
-        part = Part(numbers, numbers, attention, numbers[:-1], numbers[1:], num_targets=tokens - 1)
         tracker = MemTracker()
         tracker.track_external(model, trainer.optimizer)
         with tracker:
             for parameter in model.parameters():
                 parameter.grad = torch.zeros_like(parameter)  # of the micro-batches before
-            trainer.forward(part)[0].sum().backward()
+            trainer.forward(model, numbers, numbers, attention, numbers[:-1], numbers[1:])[0].sum().backward()
         peak = sum(kinds["Total"] for kinds in tracker.get_tracker_snapshot("peak").values())
         state = 4 * sum(p.numel() * p.element_size() for p in model.parameters())
     return peak - state

@@ -1,8 +1,8 @@
 """Training on more than one process: who holds which part of the weights, and which micro-batches are whose.
 
 Sharded data parallelism by FSDP2 (`fully_shard`, replicated between groups of processes where asked: HSDP), context
-parallelism (see `context.py`) and tensor parallelism by DTensor, over one mesh [replicas, shards, cp, tp]. The decoder
-stays as it is; numbers stay as they are up to the order of sums (I2, I3).
+parallelism (`context_parallel.py`) and tensor parallelism by DTensor, over one mesh [replicas, shards, cp, tp]. The
+decoder stays as it is; numbers stay as they are up to the order of sums (I2, I3).
 """
 
 from __future__ import annotations
@@ -72,7 +72,8 @@ class Layout:
         """All processes, for checkpoints: those are written beside training, whose own groups must not wait for it."""
 
     def apply(self, model: Decoder) -> None:
-        """Split the model's parameters, in place. They become DTensors; gradients are sums over all ranks."""
+        """Split the model's parameters, in place; those on another device are moved, layer by layer. They become
+        DTensors; gradients are sums over all ranks."""
         tp, replicated = self._weights["tp"], self._weights["replicas"].size() > 1
         data = self._weights["replicas", "shards"] if replicated else self._weights["shards"]
         for layer in model.model.layers:
