@@ -9,8 +9,9 @@ from pathlib import Path
 import psutil
 import torch
 
+from pekoe.config.base import read_toml
 from pekoe.config.cluster import ClusterSection
-from pekoe.config.recipes import RLConfig, SFTConfig, load_config, read_toml
+from pekoe.config.recipes import RLConfig, SFTConfig, load_config
 from pekoe.core.errors import UserError
 from pekoe.core.progress import NoProgress, ProgressReporter
 from pekoe.core.spec import ModelSpec

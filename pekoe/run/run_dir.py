@@ -28,8 +28,8 @@ from typing import IO, Any, TypeVar
 
 import zstandard
 
-from pekoe.config.base import flatten
-from pekoe.config.recipes import TrainingConfig, dump_config, load_config, read_toml
+from pekoe.config.base import flatten, read_toml
+from pekoe.config.recipes import TrainingConfig, dump_config, load_config
 from pekoe.core.errors import RunError, UserError
 from pekoe.core.io import fsync, read_compressed_lines
 from pekoe.core.journal import Journal, JsonLines, Listener
