@@ -1,4 +1,4 @@
-"""Causal attention within each packed document, and the seam where engines bring their own.
+"""Causal attention within each packed document, and the protocol by which engines replace it.
 
 Shapes: [T] packed tokens, [B] documents, [L] one document's padded length, [H] query heads, [K] key/value heads,
 [D] head dimension.
@@ -29,7 +29,7 @@ _VARLEN_GQA: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in inspect.si
 class Attention(Protocol):
     """How the tokens of one forward see each other. The decoder calls it once per layer, in order.
 
-    It may read and write caches of its own (an engine's paged KV); the decoder knows nothing of them.
+    It may read and write a cache of its own (an engine's paged KV), unknown to the decoder.
     """
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

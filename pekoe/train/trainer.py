@@ -83,16 +83,16 @@ class Trainer:
     Args:
         model: the decoder; its parameters are updated in place, so an engine that shares them needs no copy.
         optim: optimizer settings.
-        token_budget: most tokens of a micro-batch at one process.
+        token_budget: the most tokens of a micro-batch at one process.
         total_updates: optimizer steps of the whole run (the schedule's length).
         temperature: log-probs are of the distribution at this temperature.
         compute_dtype: dtype of the matrix products (autocast); weights stay as they are.
-        activation_checkpointing: keep each layer's input alone for backward and compute the layer again there: a third
+        activation_checkpointing: keep only each layer's input for backward, and compute the layer again there: a third
             more compute for a fraction of the memory, and the same numbers.
-        compile: run layers through torch.compile. Numbers move in their last bits.
-        layout: where there are several processes, how they share weights and work. All call the same methods with the
-            same arguments (a `RankBatch` aside), and get the same answers.
-        reference: a model that is not trained, for `logprobs`. Several processes share its weights like the model's.
+        compile: run layers through torch.compile. Numbers change in their last bits.
+        layout: how several processes share weights and work. All of them call the same methods with the same arguments
+            (a `RankBatch` aside), and get the same results.
+        reference: a model that is not trained, for `logprobs`. It is sharded like the model.
     """
 
     def __init__(
@@ -114,7 +114,7 @@ class Trainer:
             if compile:
                 layer.with_gradient = torch.compile(layer.with_gradient, dynamic=True)
             if activation_checkpointing:
-                # Nothing in a layer is drawn at random, so there is no state to bring back.
+                # Layers draw no random numbers, so there is no generator state to restore.
                 again = partial(recompute, layer.with_gradient, use_reentrant=False, preserve_rng_state=False)
                 layer.with_gradient = again
         if layout is not None:
@@ -123,7 +123,7 @@ class Trainer:
                 layout.apply(reference)
         self.optimizer = make_optimizer(model, optim)
         self.num_updates = 0
-        self.num_not_finite = 0  # optimizer steps in a row, the last ones, whose loss or gradient was not finite
+        self.num_not_finite = 0  # the last optimizer steps in a row whose loss or gradient was not finite
         self._optim, self._total = optim, total_updates
         self._token_budget, self.temperature, self.compute_dtype = token_budget, temperature, compute_dtype
         self._busy_s, self._num_tokens = 0.0, 0
@@ -133,7 +133,7 @@ class Trainer:
         self.num_updates += num_updates
 
     def counters(self) -> dict[str, float]:
-        """Seconds at work in `step` and `logprobs`, and tokens that all ranks computed in them, since it was made."""
+        """Seconds in `step` and `logprobs`, and tokens that all ranks computed in them, since this was made."""
         return {"busy_s": self._busy_s, "num_tokens": self._num_tokens}
 
     def any(self, flag: bool) -> bool:
@@ -142,7 +142,7 @@ class Trainer:
 
     @property
     def group(self) -> dist.ProcessGroup | None:
-        """Of all processes, for what is written beside training; None where there is one."""
+        """All processes that train, as a group for writing checkpoints; None for one process."""
         return None if self._layout is None else self._layout.writers
 
     @property
@@ -275,7 +275,7 @@ class Trainer:
         """Log-probs and entropies [N] of `targets` [N], predicted at `rows` [N] of the tokens [T]."""
         mixed = self.compute_dtype is not torch.float32
         with torch.autocast(self.device.type, self.compute_dtype, enabled=mixed):
-            # Attention's plan is another for each micro-batch: compiled, it would be compiled for each.
+            # Attention's plan differs by micro-batch: compiled, it would be compiled again for each.
             plain = torch.compiler.disable(attention) if self._compile else attention
             hidden = model(tokens, positions, plain)
             return chosen_logprobs(hidden[rows], model.head_weight, targets, self.temperature)
