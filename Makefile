@@ -5,6 +5,7 @@ VENV   ?= .venv
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
              $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; exit; }; done; echo python3)
 ARGS   ?=
+TRITON ?= build/triton
 
 BIN := $(VENV)/bin
 PY  := $(BIN)/python
@@ -15,7 +16,7 @@ export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 export PYRIGHT_PYTHON_GLOBAL_NODE := 0
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-cluster test test-cluster test-slow test-servers check docs format clean FORCE
+.PHONY: help demo demo-cluster test test-cluster test-kernels test-slow test-servers check docs format clean FORCE
 
 # Environments of the servers that tests and benchmarks start, and what else has a target of its own.
 -include tests/servers/sglang.mk tests/servers/vllm.mk benchmarks/bench.mk
@@ -41,6 +42,10 @@ test-servers: $(VENV)/.stamp-test $(VENV_SGLANG)/.stamp $(VENV_VLLM)/.stamp ## R
 
 test-cluster: $(VENV)/.stamp-test ## Run the tests that start Ray
 	$(PY) -m pytest -m "cluster and not server" --timeout 600 $(ARGS)
+
+# CPU builds of torch come without triton, whose interpreter needs no GPU. In a place of its own: torch would use it.
+test-kernels: $(VENV)/.stamp-test $(TRITON)/.stamp ## Run the tests of the GPU's kernels, in Triton's interpreter
+	TRITON_INTERPRET=1 PYTHONPATH=$(abspath $(TRITON)) $(PY) -m pytest tests/engine -k cuda $(ARGS)
 
 check: $(VENV)/.stamp-dev ## Check format, lint, types and floors
 	@failed=; \
@@ -86,6 +91,11 @@ $(VENV)/.stamp-demo $(VENV)/.stamp-cluster $(VENV)/.stamp-test $(VENV)/.stamp-de
     $(VENV)/.stamp-venv pyproject.toml
 	@echo "Installing pekoe[$(EXTRA)] and what it needs (minutes, the first time)"
 	@$(PIP) -e ".[$(EXTRA)]"
+	@touch $@
+
+$(TRITON)/.stamp: $(VENV)/.stamp-venv
+	rm -rf $(TRITON)
+	@$(PIP) --no-deps --target $(TRITON) triton
 	@touch $@
 
 FORCE:

@@ -23,7 +23,7 @@ from typing import Any
 from rich.table import Table
 from rollout_report import CONSOLE, hardware, write
 
-from pekoe.algo.allocation import allocate
+from pekoe.algo.packing import allocate
 
 Bins = list[list[int]]
 

@@ -21,9 +21,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from pekoe.engine.transfer import buckets
 
 from pekoe.core.spec import ModelSpec
-from pekoe.engine.transfer import buckets
 from pekoe.model import Decoder
 from pekoe.ray.weights import receive, send
 

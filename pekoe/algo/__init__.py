@@ -1,1 +1,1 @@
-"""Floor 1: the algorithm as pure functions. Rewards, advantages, packing, losses; tensors in, tensors out."""
+"""The algorithm as pure functions: rewards, advantages, packing, losses."""

@@ -1,6 +1,6 @@
 """From rewards to advantages. With gamma = lambda = 1 and no critic, every token of a response has one advantage.
 
-All in float64 on host memory: N responses, each with a reward, a length in tokens and a group.
+Everything is float64 in host memory: N responses, each with a reward, a length in tokens and a group.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ def global_normalised(rewards: Floats, lengths: Ints, groups: Ints) -> Floats:
     """The release: A = R at every response token, normalised over all response tokens of the whole batch.
 
     mean and (biased) variance weigh each response by its tokens; (A - mean) / (std + 1e-5). AReaL v0.2, PPO
-    `adv_norm`. Groups are not looked at. Returns [N].
+    `adv_norm`. Groups play no part. Returns [N].
     """
     weights = lengths / lengths.sum()
     mean = (weights * rewards).sum()

@@ -23,8 +23,8 @@ CHUNK_VALUES = 1 << 24  # logits held at once: 64 MiB in float32
 def chosen_logprobs(hidden: Tensor, head: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """Log-probability of each target at the sampling temperature, and the entropy of its distribution.
 
-    The same quantity that engines return (I1). Logits are made in chunks over tokens and recomputed in backward where
-    there are too many to hold.
+    Engines return the same quantity (I1). Where the logits are too many to hold, they are computed in chunks of tokens
+    and recomputed in backward.
 
     Args:
         hidden: [N, C] at the positions that predict; head: [V, C] the output embedding; targets: [N].
@@ -53,17 +53,17 @@ def chosen_logprobs(hidden: Tensor, head: Tensor, targets: Tensor, temperature: 
 
 
 def importance_weights(batch: MicroBatch, algo: AlgoSection) -> tuple[Tensor, Tensor]:
-    """What each token counts for having been sampled from the engine's policy and not from the proximal one.
+    """Weights that correct for sampling from the engine's policy in place of the proximal one.
 
-    w = exp(log pi_proximal - log pi_behaviour) makes the proximal policy, around which the ratio is clipped, another
-    than the one that sampled: decoupled PPO (Hilton et al., arXiv:2110.00641, eq. 3; AReaL, arXiv:2505.24298, eq. 5).
+    w = exp(log pi_proximal - log pi_behaviour) separates the proximal policy, around which the ratio is clipped, from
+    the policy that sampled: decoupled PPO (Hilton et al., arXiv:2110.00641, eq. 3; AReaL, arXiv:2505.24298, eq. 5).
     Bounds on it, at a limit C: "truncate" min(w, C), truncated importance sampling (Ionides 2008; for engines that
     differ from the trainer, Yao et al. 2025, "Your efficient RL framework secretly brings you off-policy RL training");
     "mask_token" 0 outside [1/C, C] (IcePop: arXiv:2510.18855); "mask_sequence" 0 for sequences whose geometric
     mean of w is outside it (Liu et al. 2025, "When speed kills stability").
 
-    Returns weights [N], without gradient, and [N] whether a bound changed them. What is masked still counts in the
-    loss's denominator: it must not depend on the policy (I3).
+    Returns weights [N], without gradient, and [N] whether a bound changed them. Masked tokens still count in the loss's
+    denominator, which must not depend on the policy (I3).
     """
     if algo.correction == "off" or batch.proximal_logprobs is None:
         return torch.ones_like(batch.behaviour_logprobs), torch.zeros_like(batch.targets, dtype=torch.bool)
@@ -78,7 +78,7 @@ def importance_weights(batch: MicroBatch, algo: AlgoSection) -> tuple[Tensor, Te
         num = len(batch.cu_seqlens) - 1
         sums = log_weights.new_zeros(num).index_add_(0, sequence, log_weights)
         log_weights = (sums / torch.bincount(sequence, minlength=num).clamp(min=1))[sequence]
-    # What is not finite is beyond any limit, and 0 times it would not be 0.
+    # Weights that are not finite are beyond any limit, and 0 times them would not be 0.
     beyond = ~(log_weights.abs() <= limit)
     return torch.where(beyond, torch.zeros_like(weights), weights), beyond
 
@@ -105,11 +105,11 @@ def ppo(logprobs: Tensor, entropy: Tensor, batch: MicroBatch, algo: AlgoSection)
         "clip_fraction": (clipped_loss > plain_loss).sum(),
         "approx_kl": (ratio - 1 - log_ratio).detach().sum(),
         "logprob_diff": mismatch.sum(),
-        "logprob_diff_max": mismatch.max(),
+        "logprob_diff_max": mismatch.max() if len(mismatch) else mismatch.sum(),
     }
     if algo.correction != "off":
         sums |= {"correction_weight": weights.sum(), "correction_fraction": bounded.sum()}
-    if batch.reference_logprobs is not None:
+    if algo.kl and batch.reference_logprobs is not None:
         delta = batch.reference_logprobs - logprobs
         k3 = (delta.exp() - delta - 1).sum()
         loss = loss + algo.kl * k3

@@ -1,24 +1,151 @@
-"""Packing: sequences that share a micro-batch laid end to end in 1-D tensors. No padding anywhere."""
+"""Packing: which sequences share a micro-batch, which rank gets which, and how they lie end to end in 1-D tensors.
+
+Tokens decide the micro-batches, for memory is what a budget bounds. Estimated compute, in which attention is quadratic,
+assigns them to ranks. There is no padding.
+"""
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from itertools import accumulate
 from typing import TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from pekoe.algo.allocation import allocate as allocate
+from pekoe.core.errors import UserError
 from pekoe.core.types import AnySample, Sample
 
 S = TypeVar("S", bound=AnySample)
+Bins = list[list[int]]
+
+_HALVINGS = 8  # of the range of capacities
+_EVEN = 1.01  # largest bin over the lowest possible, from which capacities are not halved any further
+
+
+def allocate(lengths: Sequence[int], token_budget: int, num_bins_multiple_of: int = 1) -> Bins:
+    """Share sequences out to few micro-batches under a token budget, the largest of them as small as can be.
+
+    Both are NP-hard. Best-fit-decreasing gives the number of bins. They are filled longest first, each sequence into
+    the emptiest bin (LPT: Graham 1969); where that is uneven or too much, by best-fit-decreasing at the smallest
+    capacity that does (MULTIFIT: Coffman, Garey, Johnson 1978). n log n for n sequences.
+
+    Args:
+        lengths: tokens of each sequence, each >= 1.
+        token_budget: no bin's lengths sum to more.
+        num_bins_multiple_of: the number of bins is a multiple of this (data-parallel ranks need equal counts).
+
+    Returns:
+        Bins of indices into `lengths`, each index in exactly one bin. Bins are empty only where there are fewer
+        sequences than bins. Deterministic.
+
+    Raises:
+        UserError: a length that the budget cannot hold.
+    """
+    if not len(lengths):
+        return []
+    longest, shortest = max(lengths), min(lengths)
+    if shortest < 1 or longest > token_budget:
+        bad = longest if longest > token_budget else shortest
+        raise UserError(f"token budget: expected lengths in [1, {token_budget}], got {bad}; nearest budget: {longest}")
+    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    sizes = [int(lengths[i]) for i in order]
+    best = _best_fit(sizes, token_budget, len(sizes))
+    assert best is not None, "each sequence fits a bin of its own"
+    count = -(-len(best) // num_bins_multiple_of) * num_bins_multiple_of
+    even = _longest_first(sizes, count)
+    if _largest(sizes, even) <= token_budget:
+        best = even
+    low, high = max(-(-sum(sizes) // count), sizes[0]), _largest(sizes, best) - 1
+    floor = low
+    for _ in range(_HALVINGS):
+        if low > high or high + 1 <= floor * _EVEN:
+            break
+        middle = (low + high) // 2
+        fitted = _best_fit(sizes, middle, count)
+        if fitted is None:
+            low = middle + 1
+        else:
+            best, high = fitted, _largest(sizes, fitted) - 1
+    while len(best) < count:
+        largest = max((members for members in best if len(members) > 1), key=lambda b: sum(sizes[i] for i in b))
+        best.append([largest.pop()])
+    return [sorted(order[i] for i in members) for members in best]
+
+
+def assign(costs: Sequence[float], num_ranks: int) -> Bins:
+    """Share micro-batches out to ranks, the same number to each, so that their costs are even.
+
+    In rounds: the heaviest micro-batches that are left, one a rank, go to the ranks in ascending order of their load.
+
+    Args:
+        costs: estimated compute of each micro-batch; their number is a multiple of `num_ranks`.
+
+    Returns:
+        for each rank, the indices of its micro-batches, ascending.
+    """
+    assert len(costs) % num_ranks == 0, f"{len(costs)} micro-batches for {num_ranks} ranks"
+    order = sorted(range(len(costs)), key=lambda i: (-costs[i], i))
+    loads, shares = [0.0] * num_ranks, [[] for _ in range(num_ranks)]
+    for first in range(0, len(order), num_ranks):
+        least = sorted(range(num_ranks), key=lambda rank: (loads[rank], rank))
+        for rank, i in zip(least, order[first : first + num_ranks], strict=True):
+            loads[rank] += costs[i]
+            shares[rank].append(i)
+    return [sorted(share) for share in shares]
+
+
+def _largest(sizes: list[int], bins: Bins) -> int:
+    return max(sum(sizes[i] for i in members) for members in bins)
+
+
+def _longest_first(sizes: list[int], count: int) -> Bins:
+    """Each size into the emptiest bin."""
+    heap = [(0, b) for b in range(count)]
+    bins: Bins = [[] for _ in range(count)]
+    for i, size in enumerate(sizes):
+        load, b = heap[0]
+        bins[b].append(i)
+        heapq.heapreplace(heap, (load + size, b))
+    return bins
+
+
+def _best_fit(sizes: list[int], capacity: int, most: int) -> Bins | None:
+    """Each size into the fullest bin that still takes it, else into a new one; None where that needs more than `most`.
+
+    `by_room` has the bins by the room that is left in them, and `rooms` a bit for each room that some bin has: the
+    least room that is large enough is then the lowest bit.
+    """
+    bins: Bins = []
+    by_room: dict[int, list[int]] = {}
+    rooms = 0
+    for i, size in enumerate(sizes):
+        if fits := rooms >> size:
+            room = size + (fits & -fits).bit_length() - 1
+            b = by_room[room].pop()
+            if not by_room[room]:
+                rooms ^= 1 << room
+        else:
+            if len(bins) == most:
+                return None
+            room, b = capacity, len(bins)
+            bins.append([])
+        bins[b].append(i)
+        if room > size:
+            by_room.setdefault(room - size, []).append(b)
+            rooms |= 1 << (room - size)
+    return bins
 
 
 @dataclass(frozen=True, slots=True)
 class MicroBatch:
     """Sequences laid end to end: T tokens, B sequences, N tokens that are trained on.
+
+    Two sequences of 3 and 2 tokens, of which all but the first token are trained on: tokens [9, 4, 7, 9, 5], positions
+    [0, 1, 2, 0, 1], lengths (3, 2), cu_seqlens [0, 3, 5], targets [1, 2, 4].
 
     The token at `targets[i]` is predicted from position `targets[i] - 1`, which lies in the same sequence.
     """
@@ -26,19 +153,28 @@ class MicroBatch:
     tokens: Tensor  # [T] int64
     positions: Tensor  # [T] int64, from 0 in each sequence
     cu_seqlens: Tensor  # [B + 1] int32, cumulative lengths from 0 to T
+    lengths: tuple[int, ...]  # [B], on the host whatever the device: kernels plan by them without waiting for it
     targets: Tensor  # [N] int64, indices into tokens
     behaviour_logprobs: Tensor  # [N]
     advantages: Tensor  # [N]
     proximal_logprobs: Tensor | None = None  # [N]
     reference_logprobs: Tensor | None = None  # [N]
 
+    @property
+    def bounds(self) -> list[int]:
+        """`cu_seqlens` on the host."""
+        return [0, *accumulate(self.lengths)]
+
     def to(self, device: torch.device | str) -> MicroBatch:
-        moved = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(self, **{k: v.to(device, non_blocking=True) for k, v in moved.items() if v is not None})
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        moved = {k: v.to(device, non_blocking=True) for k, v in values.items() if isinstance(v, Tensor)}
+        return replace(self, **moved)
 
 
 def pack(samples: Sequence[Sample]) -> MicroBatch:
-    """Lay samples end to end."""
+    """Lay samples end to end. None at all: one padding token, of which nothing is trained on (N = 0)."""
+    if not samples:
+        return _empty()
     lengths = [len(sample) for sample in samples]
     mask = np.concatenate([sample.loss_mask for sample in samples])
     targets = np.flatnonzero(mask)
@@ -54,6 +190,7 @@ def pack(samples: Sequence[Sample]) -> MicroBatch:
         tokens=torch.from_numpy(np.concatenate([sample.tokens for sample in samples]).astype(np.int64)),
         positions=torch.from_numpy(np.concatenate([np.arange(length) for length in lengths])),
         cu_seqlens=torch.from_numpy(cu_seqlens),
+        lengths=tuple(lengths),
         targets=torch.from_numpy(targets),
         behaviour_logprobs=pick([sample.behaviour_logprobs for sample in samples]),
         advantages=pick([sample.advantages for sample in samples]),
@@ -62,8 +199,24 @@ def pack(samples: Sequence[Sample]) -> MicroBatch:
     )
 
 
+def _empty() -> MicroBatch:
+    """What a rank without work computes, as all ranks must take part in each forward and backward. Its loss is 0."""
+    token, none = torch.zeros(1, dtype=torch.int64), torch.zeros(0)
+    return MicroBatch(
+        tokens=token,
+        positions=token,
+        cu_seqlens=torch.tensor([0, 1], dtype=torch.int32),
+        lengths=(1,),
+        targets=torch.zeros(0, dtype=torch.int64),
+        behaviour_logprobs=none,
+        advantages=none,
+        proximal_logprobs=none,
+        reference_logprobs=none,
+    )
+
+
 def split_minibatches(samples: Sequence[S], num: int, rng: np.random.Generator) -> list[list[S]]:
-    """Split a batch into at most `num` minibatches: a seeded shuffle of whole groups, sizes differing by at most one.
+    """Split a batch into at most `num` mini-batches: a seeded shuffle of whole groups, sizes differing by at most one.
 
     Made before ranks are assigned, so that it does not depend on how many there are.
     """

@@ -1,11 +1,18 @@
-"""What every section of a recipe is made of."""
+"""Sections of recipes: read from TOML and `section.key=value` overrides, with an explanation of each mistake."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+import json
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from pekoe.core.errors import UserError, nearest
+
+S = TypeVar("S", bound="ConfigSection")
 
 
 class ConfigSection(BaseModel):
@@ -20,3 +27,81 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in tree.items():
         flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
     return flat
+
+
+def load(source: str | Path | Mapping[str, Any], overrides: Sequence[str], kind: type[S]) -> S:
+    """See `load_config`."""
+    where = "recipe" if isinstance(source, Mapping) else str(source)
+    tree = json.loads(json.dumps(source)) if isinstance(source, Mapping) else read_toml(Path(source))
+    for override in overrides:
+        _apply(tree, override)
+    try:
+        return kind.model_validate(tree)
+    except ValidationError as error:
+        raise UserError(_explain(error, kind, where)) from None
+
+
+def nearest_multiple(value: int, of: int) -> int:
+    return max(of, round(value / of) * of)
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """What a recipe says, not yet validated."""
+    if not path.is_file():
+        siblings = [p.name for p in path.parent.glob("*.toml")] if path.parent.is_dir() else []
+        raise UserError(f"{path}: expected a recipe (a TOML file), found none.{nearest(path.name, siblings)}")
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: expected TOML, got something else: {error}") from None
+
+
+def _apply(tree: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key.strip():
+        raise UserError(f"override {override!r}: expected section.key=value")
+    *sections, last = key.strip().split(".")
+    node: Any = tree
+    for section in sections:
+        node = node.setdefault(section, {})
+        if not isinstance(node, dict):
+            raise UserError(f"override {override!r}: {section!r} is a value, not a section")
+    try:
+        node[last] = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        node[last] = text
+
+
+def _explain(error: ValidationError, kind: type[ConfigSection], where: str) -> str:
+    lines: list[str] = []
+    for problem in error.errors():
+        path = [str(part) for part in problem["loc"]]
+        name, got = ".".join(path), problem.get("input")
+        match problem["type"]:
+            case "extra_forbidden":
+                valid = _keys(kind, path[:-1])
+                lines.append(f"{where}: unknown key {name!r}.{nearest(path[-1], valid)}")
+            case "missing":
+                lines.append(f"{where}: missing key {name!r}.")
+            case "value_error":
+                lines.append(
+                    f"{where}: {problem['ctx']['error']}" if "ctx" in problem else f"{where}: {problem['msg']}"
+                )
+            case _:
+                expected = problem["msg"].removeprefix("Input should be ")
+                shown = type(got).__name__ + " (a section)" if isinstance(got, dict) else repr(got)
+                lines.append(f"{where}: {name}: expected {expected}, got {shown}.")
+    return "\n".join(lines)
+
+
+def _keys(kind: type[ConfigSection], path: list[str]) -> list[str]:
+    """The valid keys of the section at `path`."""
+    section: Any = kind
+    for part in path:
+        if part.isdigit():  # the place in an array of sections, which `get_args` below has gone into
+            continue
+        annotation = section.model_fields[part].annotation
+        section = next((a for a in (annotation, *get_args(annotation)) if hasattr(a, "model_fields")), None)
+        if section is None:
+            return []
+    return list(section.model_fields)

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from pekoe.config.base import ConfigSection
+from pekoe.config.base import ConfigSection, nearest_multiple
 
 
 class ParallelSection(ConfigSection):
@@ -32,6 +32,11 @@ class GenerationSection(ConfigSection):
     """GPUs of each; 0: it samples on a CPU. An embedded engine uses one; a server is told by engine.server.args."""
     cpus_per_engine: float = Field(default=1.0, gt=0)
     """CPU cores of each: Ray's measure for placement, and the threads of its torch."""
+
+    @property
+    def num_servers(self) -> int:
+        """Where engine.backend names one: `servers`; absent: all."""
+        return self.engines if self.servers is None else self.servers
 
 
 class TrainingSection(ParallelSection):
@@ -77,10 +82,10 @@ class ClusterSection(ConfigSection):
         if ranks % split:
             raise ValueError(
                 f"cluster.training.ranks: expected a multiple of tp x cp x replicas = {split}, got {ranks}; "
-                f"nearest: {max(1, round(ranks / split)) * split}"
+                f"nearest: {nearest_multiple(ranks, split)}"
             )
-        engines, servers = self.generation.engines, self.generation.servers
-        if servers is not None and servers > engines:
+        engines, servers = self.generation.engines, self.generation.num_servers
+        if servers > engines:
             raise ValueError(
                 f"cluster.generation.servers: expected at most cluster.generation.engines = {engines}, got {servers}; "
                 f"nearest: {engines}"
@@ -95,7 +100,7 @@ class ClusterSection(ConfigSection):
             raise ValueError(
                 f"cluster.training.ranks: expected a multiple of cluster.generation.engines = {engines} with colocate "
                 f"(as many ranks on each engine's devices), got {ranks}; "
-                f"nearest: {max(1, round(ranks / engines)) * engines}"
+                f"nearest: {nearest_multiple(ranks, engines)}"
             )
         theirs = ranks // engines * self.training.gpus_per_rank
         if theirs != self.generation.gpus_per_engine:

@@ -1,4 +1,4 @@
-"""Recipes: TOML files and `section.key=value` overrides, turned into frozen, closed, validated objects.
+"""Recipes as frozen, closed, validated objects: one for each command.
 
 The docstring under each key is its documentation.
 A key that is absent in TOML has its default; absent with default None means None.
@@ -6,20 +6,17 @@ A key that is absent in TOML has its default; absent with default None means Non
 
 from __future__ import annotations
 
-import json
-import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args
+from typing import Annotated, Any, Literal, TypeVar
 
 import tomli_w
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
-from pekoe.config.base import ConfigSection
+from pekoe.config.base import ConfigSection, load, nearest_multiple
 from pekoe.config.cluster import ClusterSection, ParallelSection
 from pekoe.config.data import DataSection, ProblemSection, TemplateSection
 from pekoe.config.engine import EngineSection
-from pekoe.core.errors import UserError, nearest
 
 
 class Process(ConfigSection):
@@ -64,11 +61,8 @@ class RolloutSection(ConfigSection):
     most this many further rounds; 0 is off."""
 
 
-Advantage = Literal["global", "grpo", "dr_grpo", "rloo"]
-
-
 class AlgoSection(ConfigSection):
-    advantage: Advantage = "global"
+    advantage: Literal["global", "grpo", "dr_grpo", "rloo"] = "global"
     """global: reward normalised over all response tokens of the batch (the release). grpo, dr_grpo, rloo: the
     reward against its group's."""
     reward: float = Field(default=5.0, gt=0)
@@ -129,8 +123,8 @@ class OptimSection(ConfigSection):
 
 class TrainSection(ConfigSection):
     token_budget: int = Field(default=30720, ge=1)
-    """Tokens of a micro-batch at one process; no sequence may be longer (times parallel.cp). `pekoe doctor` says what
-    fits."""
+    """Tokens of a micro-batch at one process; no sequence may be longer (times cp where it is set). `pekoe doctor`
+    says what fits."""
     activation_checkpointing: bool = False
     """Compute each layer again in backward in place of keeping it: a fraction of the memory, a third more compute, the
     same numbers."""
@@ -229,7 +223,7 @@ class RLConfig(TrainingConfig):
     def _possible(self) -> RLConfig:
         rollout, algo = self.rollout, self.algo
         if rollout.prompts_per_step % algo.minibatches and not rollout.dynamic_rounds:
-            near = _nearest_multiple(rollout.prompts_per_step, algo.minibatches)
+            near = nearest_multiple(rollout.prompts_per_step, algo.minibatches)
             raise ValueError(
                 f"rollout.prompts_per_step: expected a multiple of algo.minibatches ({algo.minibatches}), "
                 f"got {rollout.prompts_per_step}; nearest: {near}"
@@ -240,10 +234,12 @@ class RLConfig(TrainingConfig):
                 f"got {rollout.min_new_tokens}"
             )
         longest = self.data.max_prompt_tokens + rollout.max_new_tokens
-        if self.train.token_budget < longest:
+        cp = 1 if self.cluster is None else self.cluster.training.cp
+        if self.train.token_budget * cp < longest:
+            over = "" if cp == 1 else f" over cluster.training.cp = {cp}"
             raise ValueError(
                 f"train.token_budget: expected at least the longest sequence, data.max_prompt_tokens + "
-                f"rollout.max_new_tokens = {longest}, got {self.train.token_budget}; nearest: {longest}"
+                f"rollout.max_new_tokens = {longest}{over}, got {self.train.token_budget}; nearest: {-(-longest // cp)}"
             )
         if algo.advantage != "global" and rollout.samples_per_prompt < 2:
             raise ValueError(
@@ -265,10 +261,10 @@ class RLConfig(TrainingConfig):
                     f"{generation.servers}; nearest: 0, or engine.backend = 'vllm' or 'sglang'"
                 )
             return
-        number = generation.engines if generation.servers is None else generation.servers
-        if server.urls and len(server.urls) != number:
+        if server.urls and len(server.urls) != generation.num_servers:
             raise ValueError(
-                f"engine.server.urls: expected one for each of the cluster's {number} servers, got {len(server.urls)}"
+                f"engine.server.urls: expected one for each of the cluster's {generation.num_servers} servers, "
+                f"got {len(server.urls)}"
             )
         if server.count > 1 or server.gpus:
             raise ValueError(
@@ -277,11 +273,10 @@ class RLConfig(TrainingConfig):
             )
 
     def kind_of_engine(self, number: int) -> Literal["embedded", "sglang", "vllm"]:
-        """Of a cluster's engines, which kind one is."""
+        """The kind of one of a cluster's engines."""
         assert self.cluster is not None
         generation = self.cluster.generation
-        servers = generation.engines if generation.servers is None else generation.servers
-        return self.engine.backend if number >= generation.engines - servers else "embedded"
+        return self.engine.backend if number >= generation.engines - generation.num_servers else "embedded"
 
     def engine_config(self, number: int) -> RLConfig:
         """This config as one of a cluster's engines should see it."""
@@ -354,7 +349,6 @@ class CurateConfig(Config):
     verify: VerifySection = VerifySection()
 
 
-KINDS: dict[str, type[Config]] = {"rl": RLConfig, "sft": SFTConfig, "eval": EvalConfig, "curate": CurateConfig}
 C = TypeVar("C", bound=Config)
 
 
@@ -369,82 +363,9 @@ def load_config(source: str | Path | Mapping[str, Any], overrides: Sequence[str]
     Raises:
         UserError: with where, expected, got, and the nearest valid name.
     """
-    where = "recipe" if isinstance(source, Mapping) else str(source)
-    tree = json.loads(json.dumps(source)) if isinstance(source, Mapping) else read_toml(Path(source))
-    for override in overrides:
-        _apply(tree, override)
-    try:
-        return kind.model_validate(tree)
-    except ValidationError as error:
-        raise UserError(_explain(error, kind, where)) from None
+    return load(source, overrides, kind)
 
 
 def dump_config(config: Config) -> str:
     """The resolved config as TOML that `load_config` reads back to an equal object."""
     return tomli_w.dumps(config.model_dump(exclude_none=True))
-
-
-def _nearest_multiple(value: int, of: int) -> int:
-    return max(of, round(value / of) * of)
-
-
-def read_toml(path: Path) -> dict[str, Any]:
-    """What a recipe says, not yet validated."""
-    if not path.is_file():
-        siblings = [p.name for p in path.parent.glob("*.toml")] if path.parent.is_dir() else []
-        raise UserError(f"{path}: expected a recipe (a TOML file), found none.{nearest(path.name, siblings)}")
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: expected TOML, got something else: {error}") from None
-
-
-def _apply(tree: dict[str, Any], override: str) -> None:
-    key, equals, text = override.partition("=")
-    if not equals or not key.strip():
-        raise UserError(f"override {override!r}: expected section.key=value")
-    *sections, last = key.strip().split(".")
-    node: Any = tree
-    for section in sections:
-        node = node.setdefault(section, {})
-        if not isinstance(node, dict):
-            raise UserError(f"override {override!r}: {section!r} is a value, not a section")
-    try:
-        node[last] = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        node[last] = text
-
-
-def _explain(error: ValidationError, kind: type[Config], where: str) -> str:
-    lines: list[str] = []
-    for problem in error.errors():
-        path = [str(part) for part in problem["loc"]]
-        name, got = ".".join(path), problem.get("input")
-        match problem["type"]:
-            case "extra_forbidden":
-                valid = _keys(kind, path[:-1])
-                lines.append(f"{where}: unknown key {name!r}.{nearest(path[-1], valid)}")
-            case "missing":
-                lines.append(f"{where}: missing key {name!r}.")
-            case "value_error":
-                lines.append(
-                    f"{where}: {problem['ctx']['error']}" if "ctx" in problem else f"{where}: {problem['msg']}"
-                )
-            case _:
-                expected = problem["msg"].removeprefix("Input should be ")
-                shown = type(got).__name__ + " (a section)" if isinstance(got, dict) else repr(got)
-                lines.append(f"{where}: {name}: expected {expected}, got {shown}.")
-    return "\n".join(lines)
-
-
-def _keys(kind: type[ConfigSection], path: list[str]) -> list[str]:
-    """The valid keys of the section at `path`."""
-    section: Any = kind
-    for part in path:
-        if part.isdigit():  # the place in an array of sections, which `get_args` below has gone into
-            continue
-        annotation = section.model_fields[part].annotation
-        section = next((a for a in (annotation, *get_args(annotation)) if hasattr(a, "model_fields")), None)
-        if section is None:
-            return []
-    return list(section.model_fields)

@@ -1,4 +1,4 @@
-"""Causal attention within each packed document, and the seam where engines bring their own.
+"""Causal attention within each packed document, and the protocol by which engines replace it.
 
 Shapes: [T] packed tokens, [B] documents, [L] one document's padded length, [H] query heads, [K] key/value heads,
 [D] head dimension.
@@ -10,7 +10,7 @@ import inspect
 from collections import defaultdict
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -29,7 +29,7 @@ _VARLEN_GQA: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in inspect.si
 class Attention(Protocol):
     """How the tokens of one forward see each other. The decoder calls it once per layer, in order.
 
-    It may read and write caches of its own (an engine's paged KV); the decoder knows nothing of them.
+    It may read and write a cache of its own (an engine's paged KV), unknown to the decoder.
     """
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -41,7 +41,7 @@ class PackedAttention:
     """Causal attention within each of the B documents that `cu_seqlens` [B + 1] delimits in a packed row.
 
     Query heads share key/value heads in order: head h reads key/value head h // (H / K).
-    bf16 and fp16 on CUDA use torch's variable-length flash kernel. Everything else uses SDPA, one call for all
+    `kernel_of` says which kernel computes it: torch's variable-length flash kernel, or SDPA with one call for all
     documents of similar length. Nothing is kept between calls but index tensors, so one object serves every layer,
     forward and backward, of its micro-batch.
 
@@ -63,9 +63,13 @@ class PackedAttention:
         """q [T, H, D], k and v [T, K, D] -> [T, H, D]."""
         if q.shape[0] != self.num_tokens:
             raise ValueError(f"attention: expected {self.num_tokens} tokens (cu_seqlens[-1]), got {q.shape[0]}")
-        if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
+        kernel = kernel_of(q.device.type, q.dtype)
+        if kernel == "flash":
             return self._flash(q, k, v)
-        return self._sdpa(q, k, v)
+        if kernel == "sdpa_without_gqa":
+            times = q.shape[1] // k.shape[1]
+            k, v = k.repeat_interleave(times, dim=1), v.repeat_interleave(times, dim=1)
+        return self._sdpa(q, k, v, enable_gqa=kernel == "sdpa")
 
     def _flash(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if self._cu_seqlens is None or self._cu_seqlens.device != q.device:
@@ -75,7 +79,7 @@ class PackedAttention:
         assert isinstance(out, Tensor)  # a pair only where return_aux asks for one
         return out
 
-    def _sdpa(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def _sdpa(self, q: Tensor, k: Tensor, v: Tensor, enable_gqa: bool) -> Tensor:
         # Padding goes to the right, where causality hides it from every real token: no mask, and no gradient from it.
         self._slots = self._slots.to(q.device)
         sizes = [num_docs * length for num_docs, length in self._batches]
@@ -87,9 +91,20 @@ class PackedAttention:
         outs: list[Tensor] = []
         for shape, *qkv in zip(self._batches, padded(q), padded(k), padded(v), strict=True):
             qs, ks, vs = (x.unflatten(0, shape).transpose(1, 2) for x in qkv)  # [B, H or K, L, D]
-            out = F.scaled_dot_product_attention(qs, ks, vs, is_causal=True, enable_gqa=True)
+            out = F.scaled_dot_product_attention(qs, ks, vs, is_causal=True, enable_gqa=enable_gqa)
             outs.append(out.transpose(1, 2).flatten(0, 1))
         return torch.cat(outs).index_select(0, self._slots)
+
+
+def kernel_of(device: str, dtype: torch.dtype) -> Literal["flash", "sdpa", "sdpa_without_gqa"]:
+    """The kernel for q, k and v of this dtype on a device of this type.
+
+    float32 on CUDA needs as many key/value heads as query heads (sdpa_without_gqa): SDPA's memory-efficient kernel
+    takes no fewer, and the one that does (math) holds all scores, 4 H L^2 bytes a document. float64 has math alone.
+    """
+    if device == "cuda" and dtype in (torch.bfloat16, torch.float16):
+        return "flash"
+    return "sdpa_without_gqa" if device == "cuda" and dtype == torch.float32 else "sdpa"
 
 
 def _plan_batches(lengths: Sequence[int]) -> tuple[list[tuple[int, int]], Tensor]:

@@ -1,9 +1,9 @@
 """One decoder for training and decoding: Qwen2, Qwen3 and Llama, on packed rows of tokens.
 
-It differs from the textbook in three places. There is no batch dimension and no padding: tokens of many documents lie
-in one row [T], and only attention knows where each ends. Attention is an argument, so the trainer's packed kernel and
-an engine's paged cache run the same weights through the same code (invariant I1). And the module names are those of
-Hugging Face checkpoints, so that `state_dict()` is the file format.
+It differs from the textbook in three places. There is no batch dimension and no padding: the tokens of many documents
+form one row [T], and only attention knows where each ends. Attention is an argument, so the trainer's packed kernel and
+an engine's paged cache run the same weights through the same code (invariant I1). And module names are those of Hugging
+Face checkpoints, so that `state_dict()` is the file format.
 
 Shapes: [T] packed tokens, [C] hidden size, [H] query heads, [K] key/value heads, [D] head dimension, [V] vocabulary.
 """
@@ -90,7 +90,7 @@ class Layer(nn.Module):
         self.input_layernorm = RMSNorm(spec.hidden_size, spec.norm_eps)
         self.post_attention_layernorm = RMSNorm(spec.hidden_size, spec.norm_eps)
         self.with_gradient: Callable[..., Tensor] = self.compute
-        """What stands in for `compute` where gradients are asked for: the trainer's compiled or recomputed one."""
+        """Replaces `compute` where gradients are enabled: the trainer's compiled or recomputed version."""
 
     def forward(self, layer: int, x: Tensor, cos: Tensor, sin: Tensor, attention: Attention) -> Tensor:
         compute = self.with_gradient if torch.is_grad_enabled() else self.compute

@@ -25,7 +25,7 @@ from pekoe.run.distributed import joined, make_layout
 from pekoe.run.hardware import describe
 from pekoe.train import StepStats
 from pekoe.train.checkpoint import whole_weights
-from pekoe.train.trainer import Objective, Share
+from pekoe.train.trainer import Objective, RankBatch
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +91,7 @@ class TrainerWorker:
 
     def step(
         self,
-        share: Share,
+        share: RankBatch,
         depots: Mapping[int, Any],
         objective: Objective,
         denominator: float | None,
@@ -99,16 +99,16 @@ class TrainerWorker:
     ) -> tuple[StepStats, Traffic]:
         start = time.perf_counter()
         fetched, traffic = self._fetched(share, depots)
-        stats = self._trainer.step_on(fetched, objective, denominator, max_mean_ratio)
+        stats = self._trainer.step_packed(fetched, objective, denominator, max_mean_ratio)
         return stats, replace(traffic, busy_s=time.perf_counter() - start)
 
     def logprobs(
-        self, share: Share, depots: Mapping[int, Any], reference: bool
+        self, share: RankBatch, depots: Mapping[int, Any], reference: bool
     ) -> tuple[list[list[StoreRef]], Traffic]:
         """Log-probs of its share go to its depot; returns where they lie."""
         start = time.perf_counter()
         fetched, traffic = self._fetched(share, depots)
-        found = self._trainer.logprobs_on(fetched, reference)
+        found = self._trainer.logprobs_packed(fetched, reference)
         name = "reference" if reference else "proximal"
         places: list[list[StoreRef]] = []
         values: dict[Any, Any] = {}
@@ -124,7 +124,7 @@ class TrainerWorker:
         assert self._config.cluster is not None
         return self._config.cluster.step_limit_s
 
-    def _fetched(self, share: Share, depots: Mapping[int, Any]) -> tuple[Share, Traffic]:
+    def _fetched(self, share: RankBatch, depots: Mapping[int, Any]) -> tuple[RankBatch, Traffic]:
         """The share with its tokens here."""
         start = time.perf_counter()
         samples = [sample for members in share.bins for sample in members]
@@ -197,7 +197,9 @@ class TrainerWorker:
         found: list[float] = []
         for rollout in canaries:
             sample = SampleRef(rollout.num_prompt_tokens, rollout.num_tokens, rollout.payload, 0.0, 0, 0).resolve()
-            ours = self._trainer.logprobs_on(Share(((sample,),), ((0,),), len(sample), sample.num_targets, 1))[0][0]
+            ours = self._trainer.logprobs_packed(RankBatch(((sample,),), ((0,),), len(sample), sample.num_targets, 1))[
+                0
+            ][0]
             found.append(float(np.abs(ours - sample.behaviour_logprobs)[sample.loss_mask].max()))
         return found
 

@@ -18,9 +18,9 @@ from pekoe.ray.store import Key, StoreRef
 from pekoe.ray.trainer_actor import Traffic, TrainerWorker
 from pekoe.run.hardware import describe
 from pekoe.train import StepStats
-from pekoe.train.trainer import Objective, Share, share_out
+from pekoe.train.trainer import Objective, RankBatch, pack_minibatch
 
-Asked = tuple[list[Share], list[Any]]
+Asked = tuple[list[RankBatch], list[Any]]
 """Shares, and the references of what each rank will answer."""
 
 
@@ -173,20 +173,20 @@ class ClusterTrainer:
         shares = self._shares(samples)
         return shares, self._send("logprobs", shares, self._depots.handles, reference)
 
-    def _found(self, shares: list[Share], refs: list[Any]) -> dict[Key, StoreRef]:
+    def _found(self, shares: list[RankBatch], refs: list[Any]) -> dict[Key, StoreRef]:
         found: dict[Key, StoreRef] = {}
         for share, (places, _) in zip(shares, self._receive(refs, "log-probs"), strict=True):
             for members, stored in zip(share.bins, places, strict=True):
                 found |= {key_of(sample): at for sample, at in zip(members, stored, strict=True)}
         return found
 
-    def _shares(self, samples: Sequence[AnySample]) -> list[Share]:
+    def _shares(self, samples: Sequence[AnySample]) -> list[RankBatch]:
         one = self._section
         data_ranks = one.ranks // (one.tp * one.cp)
         budget = self._config.train.token_budget * one.cp
-        return share_out(samples, budget, self._spec, data_ranks)
+        return pack_minibatch(samples, budget, self._spec, data_ranks)
 
-    def _send(self, method: str, shares: list[Share], *args: Any) -> list[Any]:
+    def _send(self, method: str, shares: list[RankBatch], *args: Any) -> list[Any]:
         """Call each rank with its share; the mesh is [replicas, shards, cp, tp], so neighbours have the same."""
         alike = self._section.tp * self._section.cp
         self._depots.count(*(share for share in shares for _ in range(alike)))

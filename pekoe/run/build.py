@@ -290,8 +290,9 @@ def make_trainer(config: RLConfig, model: Decoder, dtype: torch.dtype, layout: L
     updates, train = config.num_steps * config.algo.minibatches, config.train
     reference = None
     if config.algo.kl:
-        device = next(model.parameters()).device
-        reference = load_model(config.model.path, torch.float32, str(device)).requires_grad_(False)
+        # Where processes share it, it goes to the device layer by layer: no device ever holds it whole.
+        device = "cpu" if layout is not None else str(next(model.parameters()).device)
+        reference = load_model(config.model.path, dtype, device).requires_grad_(False)
     return Trainer(
         model,
         config.optim,

@@ -9,8 +9,9 @@ from pathlib import Path
 import psutil
 import torch
 
-from pekoe.config.cluster import ClusterSection
-from pekoe.config.recipes import RLConfig, SFTConfig, load_config, read_toml
+from pekoe.config.base import read_toml
+from pekoe.config.cluster import ClusterSection, ParallelSection
+from pekoe.config.recipes import RLConfig, SFTConfig, load_config
 from pekoe.core.errors import UserError
 from pekoe.core.progress import NoProgress, ProgressReporter
 from pekoe.core.spec import ModelSpec
@@ -113,9 +114,9 @@ def forecast(config: RLConfig | SFTConfig, processes: int = 1, memory_bytes: int
     cuda = config.model.device == "cuda" or (config.model.device == "auto" and torch.cuda.is_available())
     device = "cuda" if cuda else "cpu"
     available = memory_bytes or available_bytes(device) // (1 if cuda else processes)
-    beside = _beside(config, spec, cuda)
-    room = int(USABLE * available) - sum(beside.values())
     step = _step(config, spec, processes, device, config.train.token_budget)
+    beside = _beside(config, spec, cuda, step.weights)
+    room = int(USABLE * available) - sum(beside.values())
     parts = {
         "weights": step.weights,
         "gradients": step.gradients,
@@ -131,7 +132,8 @@ def forecast(config: RLConfig | SFTConfig, processes: int = 1, memory_bytes: int
     largest, advice = _largest(step, room, parts), ""
     if largest:  # chunks and padding make it less than linear: once more, where it matters
         largest = _largest(_step(config, spec, processes, device, largest), room, parts)
-    smallest = _longest(config, spec) // (config.parallel.cp if isinstance(config, SFTConfig) else 1)
+    parallel = _parallel(config)
+    smallest = -(-_longest(config, spec) // (parallel.cp if parallel else 1))
     if largest < smallest and not config.train.activation_checkpointing:
         less = config.train.model_copy(update={"activation_checkpointing": True})
         again = config.model_copy(update={"train": less})
@@ -149,11 +151,15 @@ def _largest(step: StepMemory, room: int, parts: dict[str, int]) -> int:
 
 
 def _step(config: RLConfig | SFTConfig, spec: ModelSpec, processes: int, device: str, budget: int) -> StepMemory:
-    parallel = config.parallel if isinstance(config, SFTConfig) else config.cluster and config.cluster.training
+    parallel = _parallel(config)
     tp, replicas = (parallel.tp, parallel.replicas) if parallel else (1, 1)
     longest = min(budget, _longest(config, spec))
     dtype, again = getattr(torch, config.model.dtype), config.train.activation_checkpointing
     return predict(spec, budget, longest, dtype, again, device, tp, processes // (tp * replicas))
+
+
+def _parallel(config: RLConfig | SFTConfig) -> ParallelSection | None:
+    return config.parallel if isinstance(config, SFTConfig) else config.cluster and config.cluster.training
 
 
 def _longest(config: RLConfig | SFTConfig, spec: ModelSpec) -> int:
@@ -162,15 +168,16 @@ def _longest(config: RLConfig | SFTConfig, spec: ModelSpec) -> int:
     return min(config.train.token_budget * config.parallel.cp, spec.max_positions)
 
 
-def _beside(config: RLConfig | SFTConfig, spec: ModelSpec, cuda: bool) -> dict[str, int]:
-    """What the process holds beside training."""
+def _beside(config: RLConfig | SFTConfig, spec: ModelSpec, cuda: bool, weights: int) -> dict[str, int]:
+    """What the process holds beside training, where it holds `weights` bytes of the trained ones."""
     beside = {"Python and torch": PROCESS}
     if isinstance(config, SFTConfig):
         return beside
+    if config.algo.kl:
+        beside["reference model"] = weights // (2 if config.model.dtype == "bfloat16" else 1)
     if config.cluster is not None:  # judges and engines are other processes
-        return beside | ({"reference model": 4 * spec.num_parameters} if config.algo.kl else {})
+        return beside
     beside["judges"] = 0 if cuda else config.verify.workers * JUDGE
-    beside["reference model"] = 4 * spec.num_parameters if config.algo.kl else 0
     engine = config.engine
     if engine.backend == "embedded":
         half = cuda and config.model.dtype == "bfloat16"

@@ -27,8 +27,8 @@ from datetime import date
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
-from pekoe.config.base import flatten
-from pekoe.config.recipes import TrainingConfig, dump_config, load_config, read_toml
+from pekoe.config.base import flatten, read_toml
+from pekoe.config.recipes import TrainingConfig, dump_config, load_config
 from pekoe.core.errors import RunError, UserError
 from pekoe.core.io import fsync
 from pekoe.core.journal import Journal, JsonLines, Listener

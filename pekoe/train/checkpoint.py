@@ -76,5 +76,5 @@ def read(path: Path, state: dict[str, Any], group: dist.ProcessGroup | None) -> 
 
 
 def _one_process_is_meant() -> None:
-    """Not a forgotten process group, of which DCP warns. For good, as a block of its own would not be thread-safe."""
+    """DCP warns of a process group that was forgotten; none is meant here. `catch_warnings` is not thread-safe."""
     warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")

@@ -1,7 +1,8 @@
-"""Context parallelism: a micro-batch whose row of tokens lies on several processes, for sequences too long for one.
+"""Context parallelism: the tokens of a micro-batch are split over several processes, for sequences too long for one.
 
-Ulysses (Jacobs et al., arXiv:2309.14509, section 3.1): each process computes everything but attention for its part of
-the row; around attention an all-to-all turns parts of the row with all heads into the whole row with part of the heads.
+Ulysses (Jacobs et al., arXiv:2309.14509, section 3.1): each process computes everything but attention for its shard of
+the tokens. Around attention an all-to-all turns shards of the tokens with all heads into all tokens with a shard of the
+heads.
 """
 
 from __future__ import annotations
@@ -20,32 +21,30 @@ from pekoe.model.attention import Attention
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
-    """What one process computes of a micro-batch: t of its T tokens (all of them, without context parallelism)."""
+class CPShard:
+    """What one process computes of a micro-batch: t of its T tokens, and n of its N targets."""
 
     tokens: Tensor  # [t]
     positions: Tensor  # [t]
     attention: Attention
-    rows: Tensor  # [n] which of the t positions predict a target
+    rows: Tensor  # [n] the positions, among the t, that predict a target
     targets: Tensor  # [n] the tokens predicted there
-    start: int = 0  # of these targets among the micro-batch's N
-    num_targets: int = 0  # N
-    group: dist.ProcessGroup | None = None
+    start: int  # index of the first of these targets among the micro-batch's N
+    num_targets: int  # N
+    group: dist.ProcessGroup
 
     @staticmethod
-    def of(batch: MicroBatch, group: dist.ProcessGroup | None = None) -> Part:
-        """This process's part: the row is cut into as many equal pieces as `group` has processes."""
-        size = 1 if group is None else group.size()
+    def of(batch: MicroBatch, group: dist.ProcessGroup) -> CPShard:
+        """This process's shard: the tokens are cut into as many equal pieces as `group` has processes."""
+        size = group.size()
         rows, targets, num = batch.targets - 1, batch.tokens[batch.targets], len(batch.targets)
-        if group is None or size == 1:
-            return Part(batch.tokens, batch.positions, PackedAttention(batch.cu_seqlens), rows, targets, 0, num)
-        bounds, missing = batch.cu_seqlens, -len(batch.tokens) % size
-        if missing:  # up to equal pieces by one more document, of which nothing is trained on
-            bounds = torch.cat([bounds, bounds[-1:] + missing])
-        piece = (len(batch.tokens) + missing) // size
+        bounds, missing = batch.bounds, -len(batch.tokens) % size
+        if missing:  # one more document, of which nothing is trained on, makes the pieces equal
+            bounds.append(bounds[-1] + missing)
+        piece = bounds[-1] // size
         first = group.rank() * piece
         start, stop = torch.searchsorted(rows, torch.tensor([first, first + piece], device=rows.device)).tolist()
-        return Part(
+        return CPShard(
             tokens=F.pad(batch.tokens, (0, missing))[first : first + piece],
             positions=F.pad(batch.positions, (0, missing))[first : first + piece],
             attention=_Ulysses(PackedAttention(bounds), group),
@@ -58,13 +57,11 @@ class Part:
 
     def gather(self, values: Tensor) -> Tensor:
         """[n] of each process -> [N], the same on all. The gradient goes back to where a value came from."""
-        if self.group is None:
-            return values
         return cast(Tensor, _Gather.apply(values, self.start, self.num_targets, self.group))
 
 
 class _Ulysses:
-    """Attention over the whole row, of which each process holds a piece and computes a share of the heads."""
+    """Attention over all tokens, of which each process holds a piece, for a shard of the heads."""
 
     def __init__(self, whole: PackedAttention, group: dist.ProcessGroup) -> None:
         self._whole, self._group, self._size = whole, group, group.size()

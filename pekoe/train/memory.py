@@ -1,4 +1,4 @@
-"""What a training step takes of a process's memory, measured; and an allocator that gives back what is freed."""
+"""The peak memory of a training step, measured; and a setting by which malloc returns freed memory to the system."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ _M_MMAP_THRESHOLD = -3  # malloc.h
 
 
 def limit_malloc_cache() -> None:
-    """Have glibc map what is larger than 1 MiB for itself, so that it goes back to the system when it is freed.
+    """Make glibc allocate blocks above 1 MiB by mmap, so that they return to the system when they are freed.
 
-    By default glibc learns to keep up to 32 MiB at a time, whose holes then fit nothing: a step of 8,192 tokens with
-    activation checkpointing had twice what it had in use. It is slower, as every page is new each time. Elsewhere than
-    on Linux nothing happens.
+    By default glibc raises this threshold to as much as 32 MiB and keeps freed blocks, whose gaps then fit no request:
+    a step of 8,192 tokens with activation checkpointing held twice the memory in use. Allocation is slower, as every
+    page is new. Does nothing on other systems than Linux.
     """
     if sys.platform == "linux":
         mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl has none
@@ -26,9 +26,9 @@ def limit_malloc_cache() -> None:
 
 
 class PeakMemory:
-    """The most memory since this was made: that torch allocated on a GPU, or that the process had (Linux).
+    """The most memory since this was made: allocated by torch on a GPU, or resident in the process (Linux).
 
-    Elsewhere `bytes` is None: a process's peak cannot be told apart from earlier ones.
+    On other systems `bytes` is None: they cannot reset a process's peak.
     """
 
     _clear, _status = Path("/proc/self/clear_refs"), Path("/proc/self/status")
@@ -48,6 +48,6 @@ class PeakMemory:
 
 
 def resident(name: str = "VmRSS") -> int:
-    """Bytes of this process in memory (Linux)."""
+    """Resident memory of this process in bytes (Linux)."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))

@@ -1,7 +1,7 @@
-"""What a training step will take of a process's memory.
+"""Predicts the memory that a training step takes.
 
-Found by the trainer's own code on fake tensors, which have sizes and no numbers, under torch's memory tracker: of
-models of one and of two layers, as what more layers and tokens take is linear in both.
+It runs the trainer's own code under torch's memory tracker on fake tensors, which have shapes and no data. Models of
+one and of two layers are enough, as memory is linear in layers and in tokens.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from pekoe.config.recipes import OptimSection
 from pekoe.core.spec import ModelSpec
 from pekoe.model import Decoder, PackedAttention
 from pekoe.model.attention import Attention
-from pekoe.train.context_parallel import Part
 from pekoe.train.trainer import Trainer
 
 _FLOAT = 4  # bytes of a weight, a gradient, each of Adam's moments
@@ -32,11 +31,11 @@ class StepMemory:
     gradients: int
     moments: int
     gathered: int
-    """Weights and gradients that FSDP has whole for a while: those of two layers, of embeddings and head."""
+    """Weights and gradients that FSDP holds unsharded for a time: those of two layers, embeddings and head."""
     fixed: int
-    """Of the forward and backward, whatever the micro-batch: chunks of logits, low-precision copies of weights."""
+    """Of forward and backward, independent of tokens: chunks of logits, low-precision copies of weights."""
     per_token: float
-    """Of the forward and backward, for each token of a micro-batch."""
+    """Of forward and backward, per token of a micro-batch."""
     token_budget: int
 
     @property
@@ -66,8 +65,8 @@ def predict(
 
     Args:
         longest: tokens of the longest sequence.
-        device: "cpu" or "cuda", as attention differs; nothing needs to be there.
-        tp, shards: processes that split each layer, and that share what is left of the weights.
+        device: "cpu" or "cuda", as their attention differs; the device need not exist.
+        tp, shards: processes that split each layer, and processes over which FSDP shards the weights.
     """
     own = replace(
         spec,
@@ -76,14 +75,14 @@ def predict(
         intermediate_size=spec.intermediate_size // tp,
     )
     tokens = (max(2, token_budget // 4), max(3, token_budget))
-    found = [
+    peaks = [
         [
-            _working(own, layers, count, longest, compute_dtype, activation_checkpointing, device == "cuda")
+            _peak_bytes(own, layers, count, longest, compute_dtype, activation_checkpointing, device == "cuda")
             for layers in (1, 2)
         ]
         for count in tokens
     ]
-    less, full = (one + (spec.num_layers - 1) * (two - one) for one, two in found)
+    less, full = (one + (spec.num_layers - 1) * (two - one) for one, two in peaks)
     per_token = (full - less) / (tokens[1] - tokens[0])
     held = own.num_parameters * _FLOAT
     gathered = 0
@@ -101,10 +100,10 @@ def predict(
     )
 
 
-def _working(
+def _peak_bytes(
     spec: ModelSpec, layers: int, tokens: int, longest: int, dtype: torch.dtype, checkpointing: bool, cuda: bool
 ) -> int:
-    """PeakMemory bytes of forward and backward beside weights, gradients and moments, with so many layers."""
+    """Peak of forward and backward, apart from weights, gradients and moments, of a model with so many layers."""
     attention: Attention = _flash
     if not cuda or dtype == torch.float32:
         attention = PackedAttention([*range(0, tokens, longest), tokens])
@@ -112,19 +111,18 @@ def _working(
         model = Decoder(replace(spec, num_layers=layers))
         trainer = Trainer(model, OptimSection(), tokens, 1, compute_dtype=dtype, activation_checkpointing=checkpointing)
         numbers = torch.arange(tokens)
-        part = Part(numbers, numbers, attention, numbers[:-1], numbers[1:], num_targets=tokens - 1)
         tracker = MemTracker()
         tracker.track_external(model, trainer.optimizer)
         with tracker:
             for parameter in model.parameters():
                 parameter.grad = torch.zeros_like(parameter)  # of the micro-batches before
-            trainer.forward(part)[0].sum().backward()
+            trainer.forward(model, numbers, numbers, attention, numbers[:-1], numbers[1:])[0].sum().backward()
         peak = sum(kinds["Total"] for kinds in tracker.get_tracker_snapshot("peak").values())
         state = 4 * sum(p.numel() * p.element_size() for p in model.parameters())
     return peak - state
 
 
 def _flash(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Stands in for torch's variable-length kernel on a GPU: keeps what that keeps, and pads nothing."""
+    """Saves for backward what torch's variable-length kernel saves on a GPU, and pads nothing."""
     q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)[0].transpose(0, 1)

@@ -20,8 +20,8 @@ def make_optimizer(model: nn.Module, optim: OptimSection) -> torch.optim.AdamW:
     groups = [group for group in groups if group["params"]]
     adamw = torch.optim.AdamW(groups, lr=optim.lr, betas=(optim.beta1, optim.beta2), eps=optim.eps, fused=True)
     for parameter in parameters:
-        # AdamW's own start, made now and not at the first step: a checkpoint is loaded into what is there, so a
-        # fresh optimizer without state would silently load none.
+        # AdamW's initial state, made now and not at the first step: a checkpoint is loaded into existing state, so an
+        # optimizer without any would silently load none.
         adamw.state[parameter] = {
             "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
             "exp_avg": torch.zeros_like(parameter),

@@ -1,8 +1,8 @@
-"""Training on more than one process: who holds which part of the weights, and which micro-batches are whose.
+"""Training on several processes: how they share weights and micro-batches.
 
 Sharded data parallelism by FSDP2 (`fully_shard`, replicated between groups of processes where asked: HSDP), context
-parallelism (see `context.py`) and tensor parallelism by DTensor, over one mesh [replicas, shards, cp, tp]. The decoder
-stays as it is; numbers stay as they are up to the order of sums (I2, I3).
+parallelism (`context_parallel.py`) and tensor parallelism by DTensor, over one mesh [replicas, shards, cp, tp]. The
+decoder stays as it is; numbers stay as they are up to the order of sums (I2, I3).
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Layout:
         spec: the model's shape.
         tp: processes that share each layer's heads and channels.
         cp: processes that share the tokens of each micro-batch, which may then be cp times as many.
-        replicas: groups of processes that each hold all weights; what is left of the processes shards them.
+        replicas: groups of processes that each hold all weights, sharded over the group's processes.
         device: "cpu" or "cuda".
 
     Raises:
@@ -58,7 +58,7 @@ class Layout:
                 f"or multiple of its {kv_heads} key/value heads, got {cp}"
             )
         shards = world // (tp * cp * replicas)
-        # Weights are sharded over processes that share a micro-batch too: the parts' gradients are summed alike.
+        # Weights are also sharded over the processes that share a micro-batch: gradients of its shards are summed, too.
         weights, work = (replicas, shards * cp, tp), (replicas * shards, cp, tp)
         self._weights: DeviceMesh = init_device_mesh(device, weights, mesh_dim_names=("replicas", "shards", "tp"))
         self._work: DeviceMesh = init_device_mesh(device, work, mesh_dim_names=("ranks", "cp", "tp"))
@@ -67,12 +67,13 @@ class Layout:
         """Data-parallel ranks: each has micro-batches of its own."""
         self.cp = cp
         self.context = self._work["cp"].get_group() if cp > 1 else None
-        """The processes that share this one's micro-batches; None where none does."""
+        """The processes that share this one's micro-batches; None without context parallelism."""
         self.writers = cast(dist.ProcessGroup, dist.new_group(backend="gloo"))
-        """All processes, for checkpoints: those are written beside training, whose own groups must not wait for it."""
+        """All processes, for checkpoints: they are written while training goes on, whose groups must not wait."""
 
     def apply(self, model: Decoder) -> None:
-        """Split the model's parameters, in place. They become DTensors; gradients are sums over all ranks."""
+        """Split the model's parameters in place, into DTensors; they move to the mesh's device layer by layer.
+        Gradients are sums over all ranks."""
         tp, replicated = self._weights["tp"], self._weights["replicas"].size() > 1
         data = self._weights["replicas", "shards"] if replicated else self._weights["shards"]
         for layer in model.model.layers:
@@ -102,7 +103,7 @@ class Layout:
         return bool(flags.item())
 
     def finish_gradients(self, model: nn.Module) -> None:
-        """After the last backward: norms of heads, which every tp process has whole, saw its own heads alone."""
+        """Sum, after the last backward, the gradients of q and k norms: each tp process saw its own heads alone."""
         if self._weights["tp"].size() == 1:
             return
         for name, parameter in model.named_parameters():
@@ -110,7 +111,7 @@ class Layout:
                 dist.all_reduce(_local(parameter.grad), group=self._group("tp"))
 
     def clip(self, model: nn.Module, limit: float) -> float:
-        """As `torch.nn.utils.clip_grad_norm_`, which does not take parameters of several meshes. Returns the norm."""
+        """As `torch.nn.utils.clip_grad_norm_`, which refuses parameters of several meshes. Returns the norm."""
         squares = torch.zeros(2, dtype=torch.float64, device=next(model.parameters()).device)  # whole, split by tp
         gradients = list(self._gradients(model))
         for gradient, split in gradients:

@@ -14,44 +14,51 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.fsdp import FSDPModule
 from torch.utils.checkpoint import checkpoint as recompute
 
-from pekoe.algo.allocation import allocate, assign
 from pekoe.algo.loss import Sums, chosen_logprobs
-from pekoe.algo.packing import MicroBatch, pack
+from pekoe.algo.packing import MicroBatch, allocate, assign, pack
 from pekoe.config.recipes import OptimSection
 from pekoe.core.loop import StepStats
 from pekoe.core.spec import ModelSpec
 from pekoe.core.types import AnySample, FloatArray
-from pekoe.model import Decoder
+from pekoe.model import Attention, Decoder, PackedAttention
 from pekoe.train import checkpoint
-from pekoe.train.context_parallel import Part
+from pekoe.train.context_parallel import CPShard
 from pekoe.train.memory import PeakMemory
 from pekoe.train.optim import learning_rate, make_optimizer
 from pekoe.train.parallel import Layout, compute_of
 
 Objective = Callable[[Tensor, Tensor, MicroBatch], tuple[Tensor, Sums]]
+"""(log-probs [N], entropies [N], micro-batch) -> (summed loss, statistics). Statistics have the same names for every
+micro-batch, also with N = 0: they are summed over ranks, and some may have no other."""
 
 
 @dataclass(frozen=True, slots=True)
-class Share:
-    """What one data-parallel rank computes of a minibatch, with the sums over all ranks."""
+class RankBatch:
+    """What one data-parallel rank computes of a mini-batch, with the sums over all ranks.
+
+    Two ranks, three samples a, b, c and a budget for two of them: bins ((a, c),) and ((b,),), indices ((0, 2),) and
+    ((1,),). A rank without work has empty bins, (()).
+    """
 
     bins: tuple[tuple[AnySample, ...], ...]  # its micro-batches
-    indices: tuple[tuple[int, ...], ...]  # the same, as places in the minibatch
-    num_tokens: int
+    indices: tuple[tuple[int, ...], ...]  # the same, as indices into the mini-batch
+    num_tokens: int  # of the mini-batch, as the rest
     num_targets: int
     num_bins: int
 
 
-def share_out(samples: Sequence[AnySample], token_budget: int, spec: ModelSpec, num_ranks: int) -> list[Share]:
-    """Pack a minibatch into micro-batches of at most `token_budget` tokens, as many for each rank, compute even."""
+def pack_minibatch(samples: Sequence[AnySample], token_budget: int, spec: ModelSpec, num_ranks: int) -> list[RankBatch]:
+    """Pack a mini-batch into micro-batches of at most `token_budget` tokens, the same number for each rank, with even
+    compute."""
     lengths = [len(sample) for sample in samples]
     bins = allocate(lengths, token_budget, num_ranks)
     costs = [sum(compute_of(lengths[i], spec) for i in members) for members in bins]
     total = sum(lengths), sum(sample.num_targets for sample in samples), len(bins)
     return [
-        Share(tuple(tuple(samples[i] for i in bins[b]) for b in mine), tuple(tuple(bins[b]) for b in mine), *total)
+        RankBatch(tuple(tuple(samples[i] for i in bins[b]) for b in mine), tuple(tuple(bins[b]) for b in mine), *total)
         for mine in assign(costs, num_ranks)
     ]
 
@@ -62,16 +69,16 @@ class Trainer:
     Args:
         model: the decoder; its parameters are updated in place, so an engine that shares them needs no copy.
         optim: optimizer settings.
-        token_budget: most tokens of a micro-batch at one process.
+        token_budget: the most tokens of a micro-batch at one process.
         total_updates: optimizer steps of the whole run (the schedule's length).
         temperature: log-probs are of the distribution at this temperature.
         compute_dtype: dtype of the matrix products (autocast); weights stay as they are.
-        activation_checkpointing: keep each layer's input alone for backward and compute the layer again there: a third
+        activation_checkpointing: keep only each layer's input for backward, and compute the layer again there: a third
             more compute for a fraction of the memory, and the same numbers.
-        compile: run layers through torch.compile. Numbers move in their last bits.
-        layout: where there are several processes, how they share weights and work. All call the same methods with the
-            same arguments (but for shares, which are their own), and get the same answers.
-        reference: a model that is not trained, for `logprobs`.
+        compile: run layers through torch.compile. Numbers change in their last bits.
+        layout: how several processes share weights and work. All of them call the same methods with the same arguments
+            (a `RankBatch` aside), and get the same results.
+        reference: a model that is not trained, for `logprobs`. It is sharded like the model.
     """
 
     def __init__(
@@ -93,14 +100,16 @@ class Trainer:
             if compile:
                 layer.with_gradient = torch.compile(layer.with_gradient, dynamic=True)
             if activation_checkpointing:
-                # Nothing in a layer is drawn at random, so there is no state to bring back.
+                # Layers draw no random numbers, so there is no generator state to restore.
                 again = partial(recompute, layer.with_gradient, use_reentrant=False, preserve_rng_state=False)
                 layer.with_gradient = again
         if layout is not None:
             layout.apply(model)
+            if reference is not None:
+                layout.apply(reference)
         self.optimizer = make_optimizer(model, optim)
         self.num_updates = 0
-        self.num_not_finite = 0  # optimizer steps in a row, the last ones, whose loss or gradient was not finite
+        self.num_not_finite = 0  # the last optimizer steps in a row whose loss or gradient was not finite
         self._optim, self._total = optim, total_updates
         self._token_budget, self.temperature, self.compute_dtype = token_budget, temperature, compute_dtype
         self._busy_s, self._num_tokens = 0.0, 0
@@ -110,7 +119,7 @@ class Trainer:
         self.num_updates += num_updates
 
     def counters(self) -> dict[str, float]:
-        """Seconds at work in `step` and `logprobs`, and tokens that all ranks computed in them, since it was made."""
+        """Seconds in `step` and `logprobs`, and tokens that all ranks computed in them, since this was made."""
         return {"busy_s": self._busy_s, "num_tokens": self._num_tokens}
 
     def any(self, flag: bool) -> bool:
@@ -119,7 +128,7 @@ class Trainer:
 
     @property
     def group(self) -> dist.ProcessGroup | None:
-        """Of all processes, for what is written beside training; None where there is one."""
+        """All processes that train, as a group for writing checkpoints; None for one process."""
         return None if self._layout is None else self._layout.writers
 
     @property
@@ -133,40 +142,40 @@ class Trainer:
         denominator: float | None = None,
         max_mean_ratio: float | None = None,
     ) -> StepStats:
-        """Make one optimizer step on a minibatch, in as many micro-batches as the token budget asks for.
+        """Make one optimizer step on a mini-batch, in as many micro-batches as the token budget asks for.
 
         Args:
-            samples: the minibatch.
+            samples: the mini-batch.
             objective: sum over tokens of the loss, and statistics (see `algo.loss`).
-            denominator: what the summed loss is divided by; by default the minibatch's trained tokens (I3).
+            denominator: what the summed loss is divided by; by default the mini-batch's trained tokens (I3).
             max_mean_ratio: with a mean importance ratio above this no update is made.
         """
-        return self.step_on(self._share(samples), objective, denominator, max_mean_ratio)
+        return self.step_packed(self._pack(samples), objective, denominator, max_mean_ratio)
 
-    def step_on(
+    def step_packed(
         self,
-        share: Share,
+        rank_batch: RankBatch,
         objective: Objective,
         denominator: float | None = None,
         max_mean_ratio: float | None = None,
     ) -> StepStats:
-        """As `step`, of a minibatch of which this process is given its own share alone."""
+        """As `step`, given what this process computes of the mini-batch."""
         start = time.perf_counter()
         peak = PeakMemory(self.device)
-        divisor = float(denominator or share.num_targets)
+        divisor = float(denominator or rank_batch.num_targets)
         self.optimizer.zero_grad(set_to_none=True)
-        loss_sum, sums = torch.zeros((), dtype=torch.float64), {}
-        for members in share.bins:
+        loss_sum, sums = torch.zeros((), dtype=torch.float64, device=self.device), {}
+        for members in rank_batch.bins:
             batch = pack([sample.resolve() for sample in members]).to(self.device)
             loss, parts = objective(*self._logprobs(batch), batch)
             (loss / divisor).backward()
-            loss_sum += loss.detach().double().cpu()
+            loss_sum += loss.detach().double()
             _accumulate(sums, parts)
         if self._layout is not None:
-            loss_sum = self._layout.sum(loss_sum.to(self.device))
+            loss_sum = self._layout.sum(loss_sum)
             for name in sorted(sums):
                 self._layout.sum(sums[name], largest=name.endswith("_max"))
-        means = {k: float(v) if k.endswith("_max") else float(v) / share.num_targets for k, v in sums.items()}
+        means = {k: float(v) if k.endswith("_max") else float(v) / rank_batch.num_targets for k, v in sums.items()}
         lr = learning_rate(self._optim, self.num_updates, self._total)
         grad_norm = self._clip()
         loss_mean = float(loss_sum) / divisor
@@ -182,20 +191,19 @@ class Trainer:
         self.num_updates += 1
         self.num_not_finite = self.num_not_finite + 1 if skipped and skipped.startswith("not finite") else 0
         self.optimizer.zero_grad(set_to_none=True)
-        self._count(share, start)
+        self._count(rank_batch, start)
         most = peak.bytes
         if self._layout is not None and most is not None:
             most = int(self._layout.sum(torch.tensor(most, dtype=torch.float64, device=self.device), largest=True))
-        return StepStats(
-            loss_mean, grad_norm, lr, share.num_tokens, share.num_targets, share.num_bins, means, skipped, most
-        )
+        num = rank_batch.num_tokens, rank_batch.num_targets, rank_batch.num_bins
+        return StepStats(loss_mean, grad_norm, lr, *num, means, skipped, most)
 
     def logprobs(self, samples: Sequence[AnySample], reference: bool = False) -> list[FloatArray]:
         """Log-probs [L] of each sample's trained tokens (0 elsewhere), by the trained or the reference model."""
-        share = self._share(samples)
+        rank_batch = self._pack(samples)
         out = [np.zeros(len(sample), np.float32) for sample in samples]
-        for members, found in zip(share.indices, self.logprobs_on(share, reference), strict=True):
-            for i, values in zip(members, found, strict=True):
+        for members, logprobs in zip(rank_batch.indices, self.logprobs_packed(rank_batch, reference), strict=True):
+            for i, values in zip(members, logprobs, strict=True):
                 out[i] = values
         if self._layout is not None and out:
             whole = self._layout.sum(torch.from_numpy(np.concatenate(out)).to(self.device)).cpu().numpy()
@@ -203,27 +211,29 @@ class Trainer:
         return out
 
     @torch.no_grad()
-    def logprobs_on(self, share: Share, reference: bool = False) -> list[list[FloatArray]]:
-        """As `logprobs`, of this process's share: for each micro-batch, those of its samples."""
+    def logprobs_packed(self, rank_batch: RankBatch, reference: bool = False) -> list[list[FloatArray]]:
+        """As `logprobs`, of what this process computes: for each micro-batch, those of its samples."""
         assert self.reference is not None or not reference, "no reference model was loaded"
-        start, found = time.perf_counter(), list[list[FloatArray]]()
-        for members in share.bins:
-            batch = pack([sample.resolve() for sample in members]).to(self.device)
+        start, out = time.perf_counter(), list[list[FloatArray]]()
+        for members in rank_batch.bins:
+            batch = pack([sample.resolve() for sample in members])
             flat = np.zeros(len(batch.tokens), np.float32)
-            logprobs = self._logprobs(batch, self.reference if reference else None)[0]
-            flat[batch.targets.cpu().numpy()] = logprobs.float().cpu().numpy()
-            found.append(np.split(flat, np.cumsum([len(sample) for sample in members])[:-1]))
-        self._count(share, start)
-        return found
+            logprobs = self._logprobs(batch.to(self.device), self.reference if reference else None)[0]
+            flat[batch.targets.numpy()] = logprobs.float().cpu().numpy()
+            out.append(np.split(flat, batch.bounds[1:-1]) if members else [])
+        if reference and isinstance(self.reference, FSDPModule):
+            self.reference.reshard()  # embeddings and head: no backward will
+        self._count(rank_batch, start)
+        return out
 
-    def _count(self, share: Share, start: float) -> None:
+    def _count(self, rank_batch: RankBatch, start: float) -> None:
         self._busy_s += time.perf_counter() - start
-        self._num_tokens += share.num_tokens
+        self._num_tokens += rank_batch.num_tokens
 
-    def _share(self, samples: Sequence[AnySample]) -> Share:
+    def _pack(self, samples: Sequence[AnySample]) -> RankBatch:
         layout = self._layout
         num_ranks, cp, rank = (1, 1, 0) if layout is None else (layout.num_ranks, layout.cp, layout.rank)
-        return share_out(samples, self._token_budget * cp, self.model.spec, num_ranks)[rank]
+        return pack_minibatch(samples, self._token_budget * cp, self.model.spec, num_ranks)[rank]
 
     def _clip(self) -> float:
         """Clip the gradients; returns their norm before."""
@@ -234,19 +244,27 @@ class Trainer:
 
     def _logprobs(self, batch: MicroBatch, model: Decoder | None = None) -> tuple[Tensor, Tensor]:
         """Log-probs and entropies [N] of the batch's targets."""
-        part = Part.of(batch, self._layout.context if self._layout is not None else None)
-        logprobs, entropy = self.forward(part, model)
-        return part.gather(logprobs), part.gather(entropy)
-
-    def forward(self, part: Part, model: Decoder | None = None) -> tuple[Tensor, Tensor]:
-        """Log-probs and entropies [n] of this process's part of a micro-batch."""
+        group = self._layout.context if self._layout is not None else None
         model = model or self.model
+        if group is None:
+            rows, targets = batch.targets - 1, batch.tokens[batch.targets]
+            return self.forward(model, batch.tokens, batch.positions, PackedAttention(batch.bounds), rows, targets)
+        shard = CPShard.of(batch, group)
+        logprobs, entropy = self.forward(
+            model, shard.tokens, shard.positions, shard.attention, shard.rows, shard.targets
+        )
+        return shard.gather(logprobs), shard.gather(entropy)
+
+    def forward(
+        self, model: Decoder, tokens: Tensor, positions: Tensor, attention: Attention, rows: Tensor, targets: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Log-probs and entropies [N] of `targets` [N], predicted at `rows` [N] of the tokens [T]."""
         mixed = self.compute_dtype is not torch.float32
         with torch.autocast(self.device.type, self.compute_dtype, enabled=mixed):
-            # Attention's plan is another for each micro-batch: compiled, it would be compiled for each.
-            attention = torch.compiler.disable(part.attention) if self._compile else part.attention
-            hidden = model(part.tokens, part.positions, attention)
-            return chosen_logprobs(hidden[part.rows], model.head_weight, part.targets, self.temperature)
+            # Attention's plan differs by micro-batch: compiled, it would be compiled again for each.
+            plain = torch.compiler.disable(attention) if self._compile else attention
+            hidden = model(tokens, positions, plain)
+            return chosen_logprobs(hidden[rows], model.head_weight, targets, self.temperature)
 
     def snapshot(self) -> checkpoint.Snapshot:
         """A copy of everything that decides the trainer's future. All processes call it together."""

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
+from pekoe.config.base import read_toml
 from pekoe.config.data import ProblemSection
-from pekoe.config.recipes import RLConfig, dump_config, load_config, read_toml
+from pekoe.config.recipes import RLConfig, dump_config, load_config
 from pekoe.core.errors import UserError
 from pekoe.core.types import Problem
 from pekoe.data import DataReport, Tokenizer, gather_problems

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from pekoe.model import PackedAttention
+from pekoe.model.attention import kernel_of
 
 LENGTHS = [1, 7, 8, 9, 30, 8, 2, 16]
 
@@ -88,6 +89,38 @@ def test_bad_bounds_are_refused(bounds: list[int]) -> None:
 def test_a_row_of_another_length_is_refused() -> None:
     with pytest.raises(ValueError, match="expected 9 tokens"):
         PackedAttention([0, 4, 9])(0, *draw_qkv(8, 2, 2))
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "kernel"),
+    [
+        ("cuda", torch.bfloat16, "flash"),
+        ("cuda", torch.float16, "flash"),
+        ("cuda", torch.float32, "sdpa_without_gqa"),
+        ("cuda", torch.float64, "sdpa"),
+        ("cpu", torch.float32, "sdpa"),
+        ("cpu", torch.bfloat16, "sdpa"),
+    ],
+)
+def test_the_kernel_of_a_device_and_dtype(device: str, dtype: torch.dtype, kernel: str) -> None:
+    assert kernel_of(device, dtype) == kernel
+
+
+def test_repeated_heads_are_the_definition(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pekoe.model.attention.kernel_of", lambda *_: "sdpa_without_gqa")
+    q, k, v = (x.detach() for x in draw_qkv(sum(LENGTHS), 6, 2))
+    got = PackedAttention(bounds_of(LENGTHS))(0, q, k, v)
+    torch.testing.assert_close(got, defined(LENGTHS, q, k, v), rtol=0, atol=1e-12)
+
+
+@pytest.mark.gpu
+def test_float32_takes_the_memory_efficient_kernel() -> None:
+    length, heads = 8192, 8
+    q, k, v = (x.detach().cuda().requires_grad_() for x in draw_qkv(length, heads, 2, 64, torch.float32))
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    PackedAttention([0, length])(0, q, k, v).sum().backward()
+    assert torch.cuda.max_memory_allocated() - before < heads * length**2  # a quarter of the scores
 
 
 @pytest.mark.gpu

@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from pekoe.engine.fingerprints import differing
 
 from pekoe.config import load_config
 from pekoe.core.types import Prompt, SamplingParams
-from pekoe.engine.fingerprints import differing
 from pekoe.model import load_model
 from pekoe.ray.member import EmbeddedMember
 

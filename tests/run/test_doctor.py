@@ -54,6 +54,7 @@ def test_every_part_of_a_recipe_counts(tree: dict[str, Any]):
     assert plain["KV cache"] == 512 * 64 * 256  # sequences, tokens, bytes
     assert "reference model" not in plain
     assert parts("algo.kl=0.1")["reference model"] == plain["weights"]
+    assert parts("algo.kl=0.1", "model.dtype=bfloat16")["reference model"] == plain["weights"] // 2
     assert "KV cache" not in parts("engine.backend='vllm'", "engine.server.urls=['http://127.0.0.1:1']")
     assert parts("verify.workers=3")["judges"] == 3 * doctor.JUDGE
     sft = {key: tree[key] for key in ("run", "model", "train")} | {"data": {"train": "demos.jsonl"}}

@@ -88,6 +88,18 @@ def test_two_processes_are_as_one_and_one_goes_on_where_they_stopped(recipe: Pat
     assert [json.loads(line)["step"] for line in journal.read_text().splitlines() if "resumed" in line] == [done]
 
 
+def test_a_last_batch_of_one_trains_on_two_processes(recipe: Path, tmp_path: Path):
+    alone, both = tmp_path / "alone", tmp_path / "both"
+    words = ["sft.batch_size=15", "sft.epochs=1"]  # of 16 demonstrations
+    run_sft(load_config(recipe, [f"run.dir={alone}", *words], SFTConfig), NoProgress())
+    process = torchrun(2, "sft", str(recipe), f"run.dir={both}", *words)
+    output = process.communicate(timeout=LIMIT_S)
+    assert process.returncode == 0, output
+    for key in ("loss", "grad_norm", "num_targets"):
+        np.testing.assert_allclose([s[key] for s in steps(both)], [s[key] for s in steps(alone)], rtol=1e-3)
+    torch.testing.assert_close(weights(both), weights(alone), rtol=0, atol=1e-4)
+
+
 def test_what_several_processes_do_not_do(recipe: Path, monkeypatch: pytest.MonkeyPatch):
     config = load_config(recipe, ["parallel.tp=2"], SFTConfig)
     with pytest.raises(

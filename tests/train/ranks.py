@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch.distributed.tensor import DTensor
 
 from pekoe.algo.loss import ppo
 from pekoe.config.recipes import AlgoSection, OptimSection
@@ -29,7 +31,11 @@ STEPS = 3
 
 
 def make_trainer(
-    shape: str, layout: dict[str, int] | None = None, recompute: bool = False, dtype: torch.dtype = torch.float64
+    shape: str,
+    layout: dict[str, int] | None = None,
+    recompute: bool = False,
+    dtype: torch.dtype = torch.float64,
+    reference: bool = False,
 ) -> Trainer:
     sizes: dict[str, Any] = {
         "vocab_size": 50,
@@ -46,8 +52,12 @@ def make_trainer(
     with torch.no_grad():
         for parameter in model.parameters():  # no bias 0, no norm 1
             parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)).to(dtype) * 0.05)
+    frozen = None
+    if reference:
+        frozen = Decoder(model.spec).to(dtype).requires_grad_(False)
+        frozen.init_weights(7)
     where = None if layout is None else Layout(model.spec, **layout)
-    return Trainer(model, OPTIM, 40, STEPS, layout=where, activation_checkpointing=recompute)
+    return Trainer(model, OPTIM, 40, STEPS, layout=where, activation_checkpointing=recompute, reference=frozen)
 
 
 def make_samples() -> list[Sample]:
@@ -74,6 +84,42 @@ def train(trainer: Trainer) -> dict[str, Any]:
         "logprob_diff_max": [s.means["logprob_diff_max"] for s in stats],
         "num_targets": [s.num_targets for s in stats],
     }
+
+
+def train_few(trainer: Trainer, number: int) -> dict[str, Any]:
+    """Steps on the `number` longest samples, with everything in the objective that there is."""
+    samples = sorted(make_samples(), key=len)[-number:]
+    proximal, reference = trainer.logprobs(samples), trainer.logprobs(samples, reference=True)
+    samples = [
+        replace(s, proximal_logprobs=p, reference_logprobs=r)
+        for s, p, r in zip(samples, proximal, reference, strict=True)
+    ]
+    algo = AlgoSection(proximal="recompute", correction="mask_sequence", correction_limit=10.0, kl=0.5)
+    stats = [trainer.step(samples, partial(ppo, algo=algo)) for _ in range(STEPS)]
+    weights = [p.full_tensor() if isinstance(p, DTensor) else p for p in trainer.model.parameters()]
+    return {
+        "proximal": np.concatenate(proximal),
+        "reference": np.concatenate(reference),
+        "loss": [s.loss for s in stats],
+        "grad_norm": [s.grad_norm for s in stats],
+        "means": [list(s.means.values()) for s in stats],
+        "weights": np.concatenate([w.detach().flatten().numpy() for w in weights]),
+    }
+
+
+def few_main(rank: int, world: int, folder: str, layouts: list[dict[str, int]], numbers: list[int]) -> None:
+    """Mini-batches that leave ranks without work."""
+    torch.set_num_threads(1)
+    os.environ["MASTER_ADDR"] = "127.0.0.1"
+    dist.init_process_group("gloo", init_method=f"file://{folder}/few-{world}", rank=rank, world_size=world)
+    try:
+        for place, layout in enumerate(layouts):
+            for number in numbers:
+                found = train_few(make_trainer("qwen3, untied", layout, reference=True), number)
+                if rank == 0:
+                    torch.save(found, f"{folder}/few-{world}-{place}-{number}.pt")
+    finally:
+        dist.destroy_process_group()
 
 
 def rank_main(rank: int, world: int, folder: str, layouts: list[dict[str, int]], shapes: list[str]) -> None:

@@ -15,7 +15,16 @@ import torch.multiprocessing as mp
 from pekoe.core.errors import UserError
 from pekoe.train import Layout
 from pekoe.train.parallel import compute_of
-from tests.train.ranks import SHAPES, kernels_main, make_trainer, rank_main, resume_main, train
+from tests.train.ranks import (
+    SHAPES,
+    few_main,
+    kernels_main,
+    make_trainer,
+    rank_main,
+    resume_main,
+    train,
+    train_few,
+)
 
 LAYOUTS: dict[int, list[dict[str, int]]] = {
     2: [{}, {"tp": 2}, {"cp": 2}],  # FSDP over 2; TP 2; context over 2
@@ -52,6 +61,21 @@ def test_numbers_do_not_depend_on_the_layout(world: int, tmp_path: Path):
                 for moment in ("exp_avg", "exp_avg_sq"):
                     a, b = again.optimizer.state[ours][moment], alone.optimizer.state[theirs][moment]
                     torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-12)
+
+
+@pytest.mark.parametrize(("world", "layouts"), [(2, [{}]), (4, [{}, {"cp": 2}, {"tp": 2}])])
+def test_a_rank_without_work_runs_an_empty_micro_batch(world: int, layouts: list[dict[str, int]], tmp_path: Path):
+    """One sequence, and three that each fill a micro-batch, over two or four ranks; so does a sharded reference."""
+    numbers = [1, 3]
+    mp.spawn(few_main, (world, str(tmp_path), layouts, numbers), nprocs=world)
+    for number in numbers:
+        expected = train_few(make_trainer("qwen3, untied", reference=True), number)
+        for place, layout in enumerate(layouts):
+            found: dict[str, Any] = torch.load(tmp_path / f"few-{world}-{place}-{number}.pt", weights_only=False)
+            for name, value in expected.items():
+                np.testing.assert_allclose(
+                    found[name], value, rtol=1e-6, atol=1e-9, err_msg=f"{name}, {number} over {layout}"
+                )
 
 
 def test_a_forward_on_kernels_leaves_fsdp_its_weights(tmp_path: Path):

@@ -4,6 +4,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ import torch
 from pekoe.algo.loss import cross_entropy, ppo
 from pekoe.config.recipes import AlgoSection, OptimSection
 from pekoe.core.types import Sample
-from pekoe.model import Decoder
+from pekoe.model import Decoder, load_model
 from pekoe.train import Trainer
 from pekoe.train.optim import learning_rate
 
@@ -191,6 +192,25 @@ def test_state_goes_round(make_model: MakeModel):
     assert b.num_updates == 1
     ours, theirs = (replace(trainer.step(samples, PPO), peak_bytes=None) for trainer in (a, b))
     assert ours == theirs
+
+
+def test_a_snapshot_is_of_its_moment_and_loads(make_model: MakeModel, tmp_path: Path):
+    samples = make_samples()
+    trainer = Trainer(make_model(seed=1), OPTIM, 1000, 10)
+    trainer.skip(3)
+    first = trainer.step(samples, PPO)
+    snapshot = trainer.snapshot()
+    second = replace(trainer.step(samples, PPO), peak_bytes=None)
+    snapshot.write(tmp_path / "trainer")
+    snapshot.export(tmp_path / "model")
+    other = Trainer(make_model(seed=2), OPTIM, 1000, 10)
+    other.load(tmp_path / "trainer")
+    assert other.num_updates == 4
+    exported = load_model(tmp_path / "model")
+    assert all(torch.equal(a, b) for a, b in zip(other.model.parameters(), exported.parameters(), strict=True))
+    assert replace(other.step(samples, PPO), peak_bytes=None) == second
+    assert trainer.counters()["num_tokens"] == first.num_tokens + second.num_tokens
+    assert trainer.counters()["busy_s"] > 0
 
 
 def saved_bytes(trainer: Trainer, samples: list[Sample]) -> int:

@@ -51,3 +51,10 @@ def test_its_defaults_are_one_of_each():
     cluster = load_config(RECIPE).cluster
     assert cluster is not None
     assert (cluster.generation.engines, cluster.training.ranks, cluster.sync) == (1, 1, "broadcast")
+
+
+def test_context_parallelism_lengthens_what_a_token_budget_holds():
+    words = ["cluster.training.ranks=4", "cluster.training.cp=4"]  # the longest sequence has 2048 tokens
+    assert load_config(RECIPE, [*words, "train.token_budget=512"]).train.token_budget == 512
+    with pytest.raises(UserError, match=r"= 2048 over cluster\.training\.cp = 4, got 511; nearest: 512"):
+        load_config(RECIPE, [*words, "train.token_budget=511"])

@@ -4,9 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from pekoe.config.recipes import KINDS, EvalConfig, RLConfig, SFTConfig, dump_config, load_config
+from pekoe.config import CurateConfig, EvalConfig, RLConfig, SFTConfig, dump_config, load_config
 from pekoe.engine.servers.vllm import check_args
 
+KINDS = {"rl": RLConfig, "sft": SFTConfig, "eval": EvalConfig, "curate": CurateConfig}
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 
 
