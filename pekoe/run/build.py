@@ -204,7 +204,7 @@ class ServerStarter:
 
     @property
     def name(self) -> str:
-        urls, label = self.config.engine.server.urls, _SERVERS[self.config.engine.backend].client_class.name
+        urls, label = self.config.engine.server.urls, _SERVERS[self.config.engine.backend].name
         return f"{label} at {urls[self.number]}" if urls else f"{label} server {self.number}"
 
     def start(self) -> ServerEngine:
@@ -254,7 +254,7 @@ def open_pool(
         _check_gpus(config, device, number)
         threads = max(1, (config.run.threads or os.cpu_count() or 1) // number)
         for params in planned:
-            _SERVERS[section.backend].client_class.check_params(params)
+            _SERVERS[section.backend].check_params(params)
         starters = [ServerStarter(config, model.spec, device, threads, longest, log_dir, i) for i in range(number)]
         view.say(
             f"{'attaching to' if server.urls else 'starting'} {number} {section.backend} server{'s' * (number > 1)}, "

@@ -56,8 +56,13 @@ class _Target:
 class Sender(Protocol):
     """The trainer's side of the channel."""
 
-    model: Decoder | None  # where it is in this process
-    compute_dtype: torch.dtype
+    @property
+    def model(self) -> Decoder | None:
+        """Where it is in this process."""
+        ...
+
+    @property
+    def compute_dtype(self) -> torch.dtype: ...
 
     def address(self) -> tuple[str, int]:
         """Where rank 0 of a broadcast group would listen: host and free port."""
