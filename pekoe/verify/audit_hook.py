@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Callable
 from types import CodeType
 from typing import Any
 
@@ -25,7 +26,7 @@ _DECIMAL = re.compile(r"-?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?")
 # The one maker of code that simplification needs: monomial arithmetic, from templates and a count alone.
 _TRUSTED_CALLER = "/sympy/polys/monomials.py"
 
-_REFUSED_ROOMS = ("os.", "subprocess.", "socket.", "ctypes.", "shutil.", "pty.", "signal.pthread_kill")
+_REFUSED = ("os.", "subprocess.", "socket.", "ctypes.", "shutil.", "pty.", "signal.pthread_kill")
 _ALLOWED = ("os.listdir", "os.scandir")  # a late import looks through its folder
 
 
@@ -33,55 +34,8 @@ class Refused(PermissionError):
     """Raised in a worker where an answer would have run code or acted on the machine."""
 
 
-def _refuse(event: str, args: tuple[Any, ...]) -> None:
-    if event == "exec":
-        if _of_text(args[0]):
-            raise Refused("a judge does not run code made of text")
-    else:
-        _refuse_acts(event, args)
-
-
-def _of_text(code: CodeType) -> bool:
-    from_text = code.co_filename.startswith("<") and not code.co_filename.startswith("<frozen ")
-    caller = sys._getframe(2).f_code.co_filename  # pyright: ignore[reportPrivateUsage]
-    return from_text and not caller.endswith(_TRUSTED_CALLER)
-
-
-def _refuse_acts(event: str, args: tuple[Any, ...]) -> None:
-    if event == "open":
-        mode, flags = args[1], args[2]
-        if (isinstance(mode, str) and set(mode) & set("wax+")) or (isinstance(flags, int) and flags & 3):
-            raise Refused("a judge does not write files")
-    elif event.startswith(_REFUSED_ROOMS) and event not in _ALLOWED:
-        raise Refused(f"a judge does not do {event}")
-
-
-def refuse_all_but_formulas() -> None:
-    """Refuse acts on the machine from now on, and code made of text but for formulas. For a worker only.
-
-    A formula names functions, numbers and symbols of sympy, or single letters; it holds no code of its own (`lambda`,
-    a comprehension) and no other attribute. For scorers that evaluate the answer where their own verdict is made: code
-    that ran there could write that verdict, and all later ones.
-    """
-    sympy: Any = sys.modules["sympy"]
-    known = {name for name, found in vars(sympy).items() if isinstance(found, sympy.FunctionClass)}
-    known |= {"sympy", "Integer", "Float", "Rational", "Symbol", "sqrt", "ln", "root", "cbrt", "pi", "oo"}
-
-    def refuse(event: str, args: tuple[Any, ...]) -> None:
-        if event == "exec":
-            code: CodeType = args[0]
-            formula = all(name in known or len(name) == 1 for name in code.co_names)
-            if _of_text(code) and not (formula and not any(isinstance(one, CodeType) for one in code.co_consts)):
-                raise Refused("a judge does not run code made of text, but for formulas")
-        else:
-            _refuse_acts(event, args)
-
-    sys.dont_write_bytecode = True
-    sys.addaudithook(refuse)
-
-
 def refuse_code_and_acts() -> None:
-    """Seal this process for good. For a worker only, after it has imported what it needs."""
+    """Refuse code made of text, and acts on the machine, from now on. For a worker that has imported what it needs."""
     sympy: Any = sys.modules["sympy"]
 
     def parse_number(text: str, *_: Any, **__: Any) -> Any:
@@ -94,5 +48,44 @@ def refuse_code_and_acts() -> None:
     for name, module in list(sys.modules.items()):
         if name.startswith(("sympy", "math_verify", "latex2sympy2_extended")) and "parse_expr" in vars(module):
             vars(module)["parse_expr"] = parse_number
+    _install(lambda _code: False)
+
+
+def refuse_all_but_formulas() -> None:
+    """As `refuse_code_and_acts`, but code that is a formula is allowed.
+
+    A formula names functions, numbers and symbols of sympy, or single letters; it holds no code of its own (`lambda`,
+    a comprehension) and no other attribute. For scorers that evaluate the answer where their own verdict is made: code
+    that ran there could write that verdict, and all later ones.
+    """
+    sympy: Any = sys.modules["sympy"]
+    known = {name for name, value in vars(sympy).items() if isinstance(value, sympy.FunctionClass)}
+    known |= {"sympy", "Integer", "Float", "Rational", "Symbol", "sqrt", "ln", "root", "cbrt", "pi", "oo"}
+
+    def is_formula(code: CodeType) -> bool:
+        names_known = all(name in known or len(name) == 1 for name in code.co_names)
+        return names_known and not any(isinstance(constant, CodeType) for constant in code.co_consts)
+
+    _install(is_formula)
+
+
+def _install(is_allowed: Callable[[CodeType], bool]) -> None:
+    def refuse(event: str, args: tuple[Any, ...]) -> None:
+        if event == "exec":
+            if _is_of_text(args[0]) and not is_allowed(args[0]):
+                raise Refused("a judge does not run code made of text")
+        elif event == "open":
+            mode, flags = args[1], args[2]
+            if (isinstance(mode, str) and set(mode) & set("wax+")) or (isinstance(flags, int) and flags & 3):
+                raise Refused("a judge does not write files")
+        elif event.startswith(_REFUSED) and event not in _ALLOWED:
+            raise Refused(f"a judge does not do {event}")
+
     sys.dont_write_bytecode = True
-    sys.addaudithook(_refuse)
+    sys.addaudithook(refuse)
+
+
+def _is_of_text(code: CodeType) -> bool:
+    from_text = code.co_filename.startswith("<") and not code.co_filename.startswith("<frozen ")
+    caller = sys._getframe(2).f_code.co_filename  # pyright: ignore[reportPrivateUsage]
+    return from_text and not caller.endswith(_TRUSTED_CALLER)

@@ -1,7 +1,7 @@
 r"""The second judgement: two answers compared by their structure, and their expressions by value at a few points.
 
-It says "equal", "different", or nothing (None): where a text cannot be read, where values agree at some points and not
-at others, or where the reference may be the rounding of an exact answer.
+The result is True, False, or None where neither is certain: a text cannot be read, values agree at some points and not
+at others, or the reference may be the rounding of an exact answer.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ POINTS = (0.3716, 0.8123, 0.1372, 1.4331, 2.9177, 5.3391, -0.6229, -1.7371)
 
 
 def compare(gold: str, answer: str) -> bool | None:
-    """Whether the two are the same answer; None where this reader cannot tell."""
+    """Return whether the two are the same answer; None where the parser or the comparison cannot decide."""
     try:
         return same(read(gold), read(answer))
     except (Unreadable, ArithmeticError, RecursionError):  # an overflow is an ArithmeticError
@@ -51,7 +51,7 @@ def same(gold: Tree, answer: Tree) -> bool | None:
 
 
 def _named(gold: Tree, answer: Tree) -> tuple[Tree, Tree]:
-    """Without `x =` (or `f(x) =`), where both have it for the same name or one alone has it."""
+    """Return both without `x =` (or `f(x) =`), where both have it for the same name or only one has it."""
     names: list[Tree | None] = []
     bare: list[Tree] = []
     for side in (gold, answer):
@@ -91,7 +91,7 @@ def _all(verdicts: Iterator[bool | None]) -> bool | None:
 
 
 def _same_relation(gold: Tree, answer: Tree) -> bool | None:
-    """Equations: one is a multiple of the other. Else nothing is said here."""
+    """Return True for two equations of which one is a multiple of the other; mostly None otherwise."""
     if gold[0] != "relation" or answer[0] != "relation" or gold[1] != ("=",) or answer[1] != ("=",):
         return None
     left, right = (("add", side[2][0], ("mul", ("number", Fraction(-1), False), side[2][1])) for side in (gold, answer))
@@ -109,7 +109,7 @@ def _same_relation(gold: Tree, answer: Tree) -> bool | None:
 
 
 def _same_many(gold: Tree, answer: Tree) -> bool | None:
-    """Tuples, intervals, sets and bare lists."""
+    """Compare tuples, intervals, sets and bare lists."""
     left, right = _expanded(gold), _expanded(answer)
     brackets = left[0], right[0]
     if "union" in (gold[0], answer[0]) or "minus" in (gold[0], answer[0]):
@@ -129,15 +129,15 @@ def _same_many(gold: Tree, answer: Tree) -> bool | None:
 
 
 def _same_set(gold: Sequence[Tree], answer: Sequence[Tree], as_set: bool) -> bool | None:
-    """Whether each has its partner."""
+    """Return whether the items match one to one, in any order."""
     if as_set:
         gold, answer = _distinct(gold), _distinct(answer)
     if len(gold) != len(answer):
         return False
     rest = list(answer)
     unsure = False
-    for one in gold:
-        verdicts = [same(one, other) for other in rest]
+    for item in gold:
+        verdicts = [same(item, other) for other in rest]
         if True in verdicts:
             rest.pop(verdicts.index(True))
         elif None in verdicts:
@@ -148,25 +148,25 @@ def _same_set(gold: Sequence[Tree], answer: Sequence[Tree], as_set: bool) -> boo
 
 
 def _distinct(items: Sequence[Tree]) -> list[Tree]:
-    found: list[Tree] = []
+    distinct: list[Tree] = []
     for item in items:
-        if not any(same(item, other) for other in found):
-            found.append(item)
-    return found
+        if not any(same(item, other) for other in distinct):
+            distinct.append(item)
+    return distinct
 
 
 def _expanded(tree: Tree) -> tuple[str, list[Tree]]:
-    """Its brackets ("" for a bare list) and items, each `\\pm` written out as two."""
+    """Return the brackets ("" for a bare list) and the items, each `\\pm` written out as two."""
     brackets, items = {"group": tree[1:], "list": ("", tree[1])}.get(tree[0], ("", (tree,)))
     if tree[0] == "group" and brackets != "{}" and len(signed := _both_signs(tree)) > 1:
         return "", signed
     if brackets in ("{}", ""):
-        items = [one for item in items for one in _both_signs(item)]
+        items = [signed for item in items for signed in _both_signs(item)]
     return brackets, list(items)
 
 
 def _both_signs(tree: Tree) -> list[Tree]:
-    """A tree with plus-minus as two; coordinates of a tuple take their signs independently."""
+    """Return a tree with plus-minus as two trees; coordinates of a tuple take their signs independently."""
     if tree[0] == "group":
         many = [_both_signs(item) for item in tree[2]]
         if math.prod(map(len, many)) > 64:
@@ -222,9 +222,9 @@ def _same_value(gold: Tree, answer: Tree) -> bool | None:
         return True
     if any(equal):
         return None
-    if _without_percent(gold) != gold or _without_percent(answer) != answer:
-        bare = _without_percent(gold), _without_percent(answer)
-        return None if bare != (gold, answer) and same(*bare) is not False else False
+    without_percent = [_rewritten(side, "percent", lambda percent: percent[1]) for side in (gold, answer)]
+    if without_percent != [gold, answer]:
+        return False if same(*without_percent) is False else None
     if bool(symbols_of(gold)) != bool(symbols_of(answer)):
         return None  # 10 cm, read as 10 times c times m, may be 10
     # A reference may be the rounding of what the answer has exactly; an answer that is rounded is another number.
@@ -246,10 +246,6 @@ def _close(left: complex, right: complex, tolerance: float = TOLERANCE) -> bool:
     return abs(left - right) <= tolerance * max(abs(left), abs(right))
 
 
-def _without_percent(tree: Tree) -> Tree:
-    return _rewritten(tree, "percent", lambda percent: percent[1])
-
-
 def _has_decimal(tree: Any) -> bool:
     if not isinstance(tree, tuple):
         return False
@@ -257,7 +253,7 @@ def _has_decimal(tree: Any) -> bool:
 
 
 def _points(symbols: frozenset[str]) -> Iterator[Values]:
-    """Values for the symbols: each has another at every point."""
+    """Yield values for the symbols: at every point each symbol has another value."""
     names = sorted(symbols)
     if not names:
         yield {}

@@ -23,7 +23,7 @@ class Undefined(ArithmeticError):
 
 
 def symbols_of(tree: Any) -> frozenset[str]:
-    """The names in `tree` that have no value of their own."""
+    """Return the names in `tree` that are no constants."""
     if not isinstance(tree, tuple):
         return frozenset()
     if tree[:1] == ("symbol",):
@@ -32,7 +32,7 @@ def symbols_of(tree: Any) -> frozenset[str]:
 
 
 def value_of(tree: Tree, values: Values) -> Number:
-    """The value of `tree`. Raises Undefined where it has none, and Unreadable where it is no expression."""
+    """Return the value of `tree`. Raises Undefined where it has none, and Unreadable where it is no expression."""
     match tree:
         case ("number", value, _):
             return value

@@ -3,8 +3,9 @@ r"""Finding the final answer: the last complete `\boxed{...}` (or `\fbox{...}`) 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 
-# One match takes a whole run of backslashes, so that no character is looked at twice and `\{` is told from `\\{`:
+# One match takes a whole run of backslashes, so that no character is looked at twice, and `\{` is not taken for `\\{`:
 # after an odd run a brace is escaped, after an even one it is a brace. `++` never gives back what it took.
 _TOKEN = re.compile(r"\\++(?:(?P<box>(?:boxed|fbox)\s*+\{)|(?P<brace>[{}]))?|[{}]")
 
@@ -20,6 +21,18 @@ _MATHS = re.compile(r"\$\$([^$]+)\$\$|\$([^$\n]+)\$|\\\(([^\n]+?)\\\)|\\\[(.+?)\
 _DENIES = re.compile(r"(?i)\b(?:cannot|can't|not|no|impossible)\b")
 _ANSWER = re.compile(r"(?i)\banswer\b")
 _CLOSING = re.compile(r"(?is)\s*(?:i hope (?:it|this) is correct.*|<\|im_(?:start|end)\|>.*)$")
+
+
+def rewriter(*rules: tuple[str, str]) -> Callable[[str], str]:
+    """Return a function that applies each rule (pattern, replacement) to a text, in their order."""
+    compiled = [(re.compile(pattern), replacement) for pattern, replacement in rules]
+
+    def rewrite(text: str) -> str:
+        for pattern, replacement in compiled:
+            text = pattern.sub(replacement, text)
+        return text
+
+    return rewrite
 
 
 def last_boxed(text: str) -> str | None:
@@ -90,11 +103,11 @@ def unboxed(text: str) -> str | None:
 
 def _last_sentence(text: str) -> str:
     text = _CLOSING.sub("", text[-2000:]).strip()
-    return next((one for one in reversed(_SENTENCE.split(text)) if one.strip(" .$")), "")
+    return next((sentence for sentence in reversed(_SENTENCE.split(text)) if sentence.strip(" .$")), "")
 
 
 def _boxes(text: str, first: int) -> list[tuple[int, int, int]]:
-    """The complete boxes from `first` on: where the command, the content and its closing brace begin."""
+    """Return the complete boxes from `first` on: where the command, the content and its closing brace begin."""
     stack: list[tuple[int, int]] = []  # of each open box; (-1, -1) for a plain brace
     boxes: list[tuple[int, int, int]] = []
     for match in _TOKEN.finditer(text, first):

@@ -1,6 +1,8 @@
 """Regions of the real line, of inequalities, intervals and their unions, for `pekoe.verify.equivalence`.
 
-A region is sorted, disjoint pieces (low, is low in it, high, is high in it), rounded so that equal regions are equal.
+A region is a sorted list of disjoint pieces (low, high), rounded so that equal regions are equal. An end is
+(value, side), which orders as the points beside a number do: (2, -1) is just below 2, (2, 0) is 2, (2, 1) just above.
+Example: [1, 2) is ((1.0, 0), (2.0, -1)).
 """
 
 from __future__ import annotations
@@ -13,7 +15,10 @@ from pekoe.verify.evaluator import symbols_of, value_of
 from pekoe.verify.latex_parser import Tree, Unreadable
 
 _INFINITY = ("symbol", "infinity")
-Piece = tuple[float, bool, float, bool]
+End = tuple[float, int]
+Piece = tuple[End, End]
+_LOWEST, _HIGHEST = (-math.inf, 1), (math.inf, -1)
+_MIRRORED = {"<": ">", "<=": ">=", ">": "<", ">=": "<="}
 
 
 def is_region(tree: Tree) -> bool:
@@ -28,14 +33,14 @@ def is_region(tree: Tree) -> bool:
 
 
 def region(tree: Tree) -> list[Piece] | None:
-    """The numbers that the tree describes, rounded so that equal regions are equal; None if it describes none."""
+    """Return the numbers that the tree describes; None if it describes none."""
     try:
         return _joined(_pieces(tree))
     except (Unreadable, ArithmeticError, ValueError):
         return None
 
 
-def _end(tree: Tree) -> float:
+def _bound(tree: Tree) -> float:
     if symbols_of(tree):
         raise Unreadable("a bound with a variable")
     if tree == _INFINITY:
@@ -50,12 +55,12 @@ def _end(tree: Tree) -> float:
 
 def _pieces(tree: Tree) -> list[Piece]:
     match tree:
+        case ("group", "{}", (("such_that", conditions),)):
+            return [piece for condition in conditions for piece in _pieces(condition)]
         case ("group", "{}", items):
-            if len(items) == 1 and items[0][0] == "such_that":
-                return [piece for item in items[0][1] for piece in _pieces(item)]
-            return [(end, True, end, True) for end in map(_end, items)]
+            return [((value, 0), (value, 0)) for value in map(_bound, items)]
         case ("group", brackets, (low, high)):
-            return [(_end(low), brackets[0] == "[", _end(high), brackets[1] == "]")]
+            return [((_bound(low), int(brackets[0] != "[")), (_bound(high), -int(brackets[1] != "]")))]
         case ("union", a, b):
             return _pieces(a) + _pieces(b)
         case ("or", parts):
@@ -65,7 +70,7 @@ def _pieces(tree: Tree) -> list[Piece]:
         case ("in", _, a):
             return _pieces(a)
         case ("symbol", "reals"):
-            return [(-math.inf, False, math.inf, False)]
+            return [(_LOWEST, _HIGHEST)]
         case ("relation", operators, sides):
             return _solved(operators, sides)
         case _:
@@ -77,63 +82,54 @@ def _solved(operators: tuple[str, ...], sides: tuple[Tree, ...]) -> list[Piece]:
     names = [index for index, side in enumerate(sides) if symbols_of(side)]
     if len(names) != 1:
         raise Unreadable("not one side with a variable")
-    middle = sides[names[0]]
-    result: list[Piece] = [(-math.inf, False, math.inf, False)]
-    for index, operator in enumerate(operators):
-        if names[0] not in (index, index + 1):
-            continue
-        end = _end(sides[index + 1] if names[0] == index else sides[index])
-        if names[0] == index + 1:
-            operator = {"<": ">", "<=": ">=", ">": "<", ">=": "<="}.get(operator, operator)
-        result = _intersection(result, _half(operator, end, middle))
+    [name] = names
+    result: list[Piece] = [(_LOWEST, _HIGHEST)]
+    if name < len(operators):
+        result = _intersection(result, _half(operators[name], _bound(sides[name + 1]), sides[name]))
+    if name > 0:
+        operator = operators[name - 1]
+        half = _half(_MIRRORED.get(operator, operator), _bound(sides[name - 1]), sides[name])
+        result = _intersection(result, half)
     return result
 
 
-def _half(operator: str, end: float, middle: Tree) -> list[Piece]:
-    match operator:
-        case "<" | "<=":
-            piece: list[Piece] = [(-math.inf, False, end, operator == "<=")]
-        case ">" | ">=":
-            piece = [(end, operator == ">=", math.inf, False)]
-        case "=":
-            piece = [(end, True, end, True)]
-        case _:
-            piece = _complement([(end, True, end, True)])
-    if middle[0] == "symbol":
+def _half(operator: str, value: float, variable: Tree) -> list[Piece]:
+    point = [((value, 0), (value, 0))]
+    pieces: dict[str, list[Piece]] = {
+        "<": [(_LOWEST, (value, -1))],
+        "<=": [(_LOWEST, (value, 0))],
+        ">": [((value, 1), _HIGHEST)],
+        ">=": [((value, 0), _HIGHEST)],
+        "=": point,
+        "!=": _complement(point),
+    }
+    piece = pieces[operator]
+    if variable[0] == "symbol":
         return piece
-    if middle[0] == "call" and middle[1] == "abs" and middle[2][0] == "symbol":
-        positive = _intersection(piece, [(0.0, True, math.inf, False)])
-        return positive + [(-high, has_high, -low, has_low) for low, has_low, high, has_high in positive]
+    if variable[0] == "call" and variable[1] == "abs" and variable[2][0] == "symbol":
+        positive = _intersection(piece, [((0.0, 0), _HIGHEST)])
+        return positive + [((-high, -high_side), (-low, -low_side)) for (low, low_side), (high, high_side) in positive]
     raise Unreadable("not solved for its variable")
 
 
 def _joined(pieces: list[Piece]) -> list[Piece]:
+    """Return them sorted, the empty ones left out, and those that overlap or touch made one."""
     result: list[Piece] = []
-    for piece in sorted(pieces, key=lambda p: (p[0], not p[1])):
-        low, has_low, high, has_high = piece
-        if low > high or (low == high and not (has_low and has_high)):
+    for low, high in sorted(pieces):
+        if low > high:
             continue
-        if result and (low < result[-1][2] or (low == result[-1][2] and (has_low or result[-1][3]))):
+        if result and low <= (result[-1][1][0], result[-1][1][1] + 1):
             before = result.pop()
-            end = max((before[2], before[3]), (high, has_high))
-            piece = (before[0], before[1], *end)
-        result.append(piece)
-    return [(low + 0.0, has_low, high + 0.0, has_high) for low, has_low, high, has_high in result]
+            low, high = before[0], max(before[1], high)
+        result.append((low, high))
+    return result
 
 
 def _complement(pieces: list[Piece]) -> list[Piece]:
-    result: list[Piece] = []
-    low, has_low = -math.inf, False
-    for piece in pieces:
-        result.append((low, has_low, piece[0], not piece[1]))
-        low, has_low = piece[2], not piece[3]
-    return _joined([*result, (low, has_low, math.inf, False)])
+    lows = [_LOWEST, *((value, side + 1) for _, (value, side) in pieces)]
+    highs = [*((value, side - 1) for (value, side), _ in pieces), _HIGHEST]
+    return _joined(list(zip(lows, highs, strict=True)))
 
 
 def _intersection(left: list[Piece], right: list[Piece]) -> list[Piece]:
-    result: list[Piece] = []
-    for a, b in itertools.product(left, right):
-        low = max((a[0], not a[1]), (b[0], not b[1]))
-        high = min((a[2], a[3]), (b[2], b[3]))
-        result.append((low[0], not low[1], high[0], high[1]))
-    return _joined(result)
+    return _joined([(max(a[0], b[0]), min(a[1], b[1])) for a, b in itertools.product(left, right)])

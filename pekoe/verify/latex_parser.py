@@ -1,4 +1,4 @@
-r"""The second reader of answers: LaTeX or plain text to a small tree. Its errors are independent of sympy's.
+r"""A parser of LaTeX or plain text to a small tree, beside math-verify's, whose errors are independent of this one's.
 
 A tree is a tuple whose head names its type:
 
@@ -16,6 +16,8 @@ from __future__ import annotations
 import re
 from fractions import Fraction
 from typing import Any
+
+from pekoe.verify.extract import rewriter
 
 MAX_CHARS, MAX_DEPTH = 1_000, 40
 
@@ -36,6 +38,7 @@ _RELATIONS = {sign: sign for sign in ("=", "<", ">", "<=", ">=", "!=")}
 _RELATIONS.update(leq="<=", le="<=", leqslant="<=", geq=">=", ge=">=", geqslant=">=", lt="<", gt=">", neq="!=", ne="!=")
 _SKIPPED = {"left", "right", "big", "Big", "bigl", "bigr", "Bigl", "Bigr", "displaystyle", "limits", "quad", "qquad"}
 _CONSTANTS = {"pi": "pi", "infty": "infinity", "R": "reals"}
+_FACTORS = {"*": "mul", "times": "mul", "cdot": "mul", "ast": "mul", "/": "div", "div": "div", ":": "div"}
 _NO_FACTORS = {"cup", "setminus", "in", "}", "pm", "mp", "\\", "%", "|", "vee", "lor", "rfloor", "rceil", "end"}
 _LINKS = (",", ";", "and", "or", "vee", "lor")
 _OPEN = {"(": ")", "[": "]", "{": "}", "|": "|", "lfloor": "rfloor", "lceil": "rceil"}
@@ -50,31 +53,26 @@ _TOKEN = re.compile(
     r"|(?P<symbol><=|>=|!=|.)"
 )
 _A_SET = r"\\[A-Za-z]+ ?(?:\{[A-Z]\})?(?:[_^](?:\{[^{}]*\}|\S))*"  # \mathbb{Q}_{>0}
-_REWRITES = [
-    (re.compile(pattern), new)
-    for pattern, new in (
-        (r"\\[dtc]frac", r"\\frac"),
-        (r"\\mathbb ?\{?R\}?", r"\\R "),
-        (r"\\(?:\^|degree|circ)|\^ ?\{? ?\\circ ?\}?", r"\\text{degrees}"),
-        (r"\\lbrace(?![a-z])", r"\\{"),
-        (r"\\rbrace(?![a-z])", r"\\}"),
-        (r"\\(?:mid|vert|lvert|rvert)(?![a-z])", "|"),
-        (r"\\(?:ldots|cdots|dots)(?![a-z])", r"\\text{dots}"),
-        (r"\\setminus|\\backslash", r"\\setminus "),
-        (r"\*\*", "^"),
-        (r"(?<=[0-9])(?:st|nd|rd|th)\b", ""),
-        (rf"\\text\s*\{{\s*for (?:all|any|every)\s*\}} ?[a-z](?:, ?[a-z])* ?\\in ?{_A_SET}", ""),
-    )
-]
+_rewritten = rewriter(
+    (r"\\[dtc]frac", r"\\frac"),
+    (r"\\mathbb ?\{?R\}?", r"\\R "),
+    (r"\\(?:\^|degree|circ)|\^ ?\{? ?\\circ ?\}?", r"\\text{degrees}"),
+    (r"\\lbrace(?![a-z])", r"\\{"),
+    (r"\\rbrace(?![a-z])", r"\\}"),
+    (r"\\(?:mid|vert|lvert|rvert)(?![a-z])", "|"),
+    (r"\\(?:ldots|cdots|dots)(?![a-z])", r"\\text{dots}"),
+    (r"\\setminus|\\backslash", r"\\setminus "),
+    (r"\*\*", "^"),
+    (r"(?<=[0-9])(?:st|nd|rd|th)\b", ""),
+    (rf"\\text\s*\{{\s*for (?:all|any|every)\s*\}} ?[a-z](?:, ?[a-z])* ?\\in ?{_A_SET}", ""),
+)
 Token = tuple[str, str]
 
 
 def tokens_of(text: str) -> list[Token]:
-    """The tokens of `text`: (kind, value) with kinds number, word, text, command, symbol."""
-    for pattern, new in _REWRITES:
-        text = pattern.sub(new, text)
+    """Return the tokens of `text`: (kind, value) with kinds number, word, text, command, symbol."""
     tokens: list[Token] = []
-    for match in _TOKEN.finditer(text):
+    for match in _TOKEN.finditer(_rewritten(text)):
         kind = match.lastgroup
         if kind is None or (kind == "command" and match[kind] in _SKIPPED):
             continue
@@ -91,7 +89,7 @@ def tokens_of(text: str) -> list[Token]:
 
 
 def read(text: str) -> Tree:
-    """The tree of a whole answer. Raises Unreadable."""
+    """Return the tree of a whole answer. Raises Unreadable."""
     if len(text) > MAX_CHARS:
         raise Unreadable("too long")
     plain = re.sub(r"\\(?:text[a-z]*|mathrm|mbox) ?\{([^{}]*)\}", r"\1", text).strip(" .$").lower()
@@ -144,7 +142,7 @@ class _Reader:
         return items[0] if len(items) == 1 else ("list", items)
 
     def _items(self) -> tuple[Tree, ...]:
-        """Items between commas, semicolons, "and" or "or"; one of kind "or" where nothing else stands between them."""
+        """Read items between commas, semicolons, "and" or "or"; one "or" tree where only "or" stands between them."""
         items = [self._relation()]
         only_or = True
         while (link := self._peek()[1]) in _LINKS and self._peek()[0] != "number":
@@ -181,8 +179,8 @@ class _Reader:
         self._depth += 1
         if self._depth > MAX_DEPTH:
             raise Unreadable("too deep")
-        tree = self._sign()
-        while self._peek()[1] in ("+", "-", "pm", "mp") and self._peek()[0] in ("symbol", "command"):
+        tree = _signed(self._next()[1], self._product()) if self._at_sign() else self._product()
+        while self._at_sign():
             sign = self._next()[1]
             right = self._product()
             if sign == "-" and tree[0] == "group" and right[0] == "group" and right[1] == "{}":
@@ -192,21 +190,16 @@ class _Reader:
         self._depth -= 1
         return tree
 
-    def _sign(self) -> Tree:
-        if self._peek()[1] in ("+", "-", "pm", "mp") and self._peek()[0] in ("symbol", "command"):
-            return _signed(self._next()[1], self._product())
-        return self._product()
+    def _at_sign(self) -> bool:
+        return self._peek()[1] in ("+", "-", "pm", "mp") and self._peek()[0] in ("symbol", "command")
 
     def _product(self) -> Tree:
         tree = self._power()
         while True:
             kind, value = self._peek()
-            if value in ("*", "times", "cdot", "ast") and kind != "word":
+            if value in _FACTORS and kind != "word":
                 self._at += 1
-                tree = ("mul", tree, self._signed_power())
-            elif value in ("/", "div", ":") and kind != "word":
-                self._at += 1
-                tree = ("div", tree, self._signed_power())
+                tree = (_FACTORS[value], tree, self._signed_power())
             elif self._starts_factor(kind, value):
                 before = self._tokens[self._at - 1]
                 right = self._power()
@@ -244,7 +237,7 @@ class _Reader:
                 return tree
 
     def _argument(self) -> Tree:
-        """What follows `^`, `\\frac` or `\\sqrt`: a brace, or one token (`\\frac12`, `x^2`)."""
+        """Read what follows `^`, `\\frac` or `\\sqrt`: a brace, or one token (`\\frac12`, `x^2`)."""
         if self._take("{"):
             return self._closed("}", self._sum)
         kind, value = self._peek()
@@ -270,7 +263,7 @@ class _Reader:
         if kind == "word":
             if _FUNCTION.fullmatch(value) or value == "sqrt":
                 return self._call(value)
-            return ("symbol", {"infinity": "infinity"}.get(value, value) + self._subscript())
+            return ("symbol", value + self._subscript())
         if kind == "text":
             return ("text", value.strip().lower())
         if kind == "command":
@@ -302,12 +295,14 @@ class _Reader:
             return ""
         if not self._take("{"):
             return "_" + self._next()[1]
+        return "_" + self._rest_of_brace()
+
+    def _rest_of_brace(self) -> str:
+        """Read the tokens up to the next closing brace, and return them joined."""
         parts: list[str] = []
         while not self._take("}"):
-            if self._peek()[0] == "end":
-                raise Unreadable("an open subscript")
             parts.append(self._next()[1])
-        return "_" + "".join(parts)
+        return "".join(parts)
 
     def _command(self, name: str) -> Tree:
         if name == "frac":
@@ -336,8 +331,7 @@ class _Reader:
                 root = self._closed("]", self._sum)
             inner = self._argument()
             return ("pow", inner, ("div", ("number", Fraction(1), False), root))
-        base = None
-        power = None
+        base = power = None
         for _ in range(2):
             if name == "log" and self._take("_"):
                 base = self._argument()
@@ -383,7 +377,7 @@ class _Reader:
         if opener == "{" and not is_set:
             return items[0] if len(items) == 1 else ("list", items)
         if len(items) == 1 and opener + closer in ("()", "[]"):
-            return items[0] if items[0][0] not in ("text",) else ("group", "()", items)
+            return items[0] if items[0][0] != "text" else ("group", "()", items)
         return ("group", opener + closer, items)
 
     def _matrix(self) -> Tree:
@@ -407,12 +401,7 @@ class _Reader:
 
     def _environment(self) -> str:
         self._need("{")
-        name = ""
-        while not self._take("}"):
-            if self._peek()[0] == "end":
-                raise Unreadable("an open brace")
-            name += self._next()[1]
-        return name
+        return self._rest_of_brace()
 
 
 def _signed(sign: str, tree: Tree) -> Tree:

@@ -96,13 +96,13 @@ class JudgePool:
                 verdict = Verdict(self._memo[key][0], prepared, self._memo[key][1])
                 self._num_memo_hits += 1
                 self._count([future], verdict)
-            elif key in self._in_flight:
-                self._num_memo_hits += 1
-                self._in_flight[key].futures.append(future)
-                return future
             else:
-                self._in_flight[key] = task = Task(key, kind, prepared, gold, [future])
-                self._group(verifier).submit(task)
+                if task := self._in_flight.get(key):
+                    self._num_memo_hits += 1
+                    task.futures.append(future)
+                else:
+                    self._in_flight[key] = task = Task(key, kind, prepared, gold, [future])
+                    self._group(verifier).submit(task)
                 return future
         future.set_result(verdict)
         return future

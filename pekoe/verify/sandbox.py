@@ -4,8 +4,8 @@
 
 It forks a child for each byte that comes in (start-up is paid once, not for each test): "t" runs the program, "a" its
 asserts too. It reports lines: "up"; then for each child "ready" once the answer may begin (or "failed: why"), and
-"EXIT_STATUS PASSED", where PASSED is 1 if the asserts held. At SIGTERM it kills and buries the child, and ends. PROGRAM
-is JSON, {"code", "asserts", "cpu_s", "memory_bytes", "file_bytes"}.
+"EXIT_STATUS PASSED", where PASSED is 1 if the asserts held. At SIGTERM it kills the child, waits for it, and ends.
+PROGRAM is JSON, {"code", "asserts", "cpu_s", "memory_bytes", "file_bytes"}.
 
 What it keeps out. By limits: CPU time, memory, file size, open files. By Linux's own means, put on before the answer's
 first line: no capability, root's neither (so no change of the clock, the host's name, the user); a seccomp filter that
@@ -85,20 +85,20 @@ def _program() -> bytes:
         (equal, 0, 1, _CLONE3),  # the C library falls back to clone, whose flags can be seen
         (done, 0, 0, _ABSENT),
     ]
-    for number, argument, bits, wanted in ((_CLONE, 0, _CLONE_THREAD, True), (_OPEN, 1, _WRITES, False)):
-        code += _if_argument(number, argument, bits, wanted)
+    for number, argument, bits, allowed in ((_CLONE, 0, _CLONE_THREAD, True), (_OPEN, 1, _WRITES, False)):
+        code += _if_argument(number, argument, bits, allowed)
     code += _if_argument(_OPENAT, 2, _WRITES, False)
     code += [(equal, 0, 6, _FCNTL), (load, 0, 0, 24)]
     code += [(equal, 3 - place, 0, command) for place, command in enumerate(_SIGNALLING)]
     code += [(done, 0, 0, _ALLOW), (done, 0, 0, _REFUSE)]
     for number in _FORBIDDEN:
         code += [(equal, 0, 1, number), (done, 0, 0, _REFUSE)]
-    return b"".join(struct.pack("HBBI", *one) for one in [*code, (done, 0, 0, _ALLOW)])
+    return b"".join(struct.pack("HBBI", *instruction) for instruction in [*code, (done, 0, 0, _ALLOW)])
 
 
-def _if_argument(number: int, argument: int, bits: int, wanted: bool) -> list[tuple[int, int, int, int]]:
-    """Allow call `number` if its argument has any of `bits` (`wanted`), or none of them; refuse it otherwise."""
-    yes, no = (_ALLOW, _REFUSE) if wanted else (_REFUSE, _ALLOW)
+def _if_argument(number: int, argument: int, bits: int, allowed: bool) -> list[tuple[int, int, int, int]]:
+    """Allow call `number` if its argument has any of `bits` (`allowed`), or none of them; refuse it otherwise."""
+    yes, no = (_ALLOW, _REFUSE) if allowed else (_REFUSE, _ALLOW)
     return [
         (0x15, 0, 4, number),
         (0x20, 0, 0, 16 + 8 * argument),
@@ -109,7 +109,7 @@ def _if_argument(number: int, argument: int, bits: int, wanted: bool) -> list[tu
 
 
 def _call(function: Any, *arguments: Any) -> int:
-    result = function(*[ctypes.c_ulong(one) if isinstance(one, int) else one for one in arguments])
+    result = function(*[ctypes.c_ulong(value) if isinstance(value, int) else value for value in arguments])
     if result < 0:
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
     return result
@@ -137,7 +137,7 @@ def _only_read(libc: Any) -> None:
 def _confine(parent_pid: int) -> None:
     libc = ctypes.CDLL(None, use_errno=True)
     _call(libc.capset, struct.pack("II", 0x20080522, 0), bytes(24))
-    _die_with(libc, parent_pid)
+    die_with(parent_pid)
     _call(libc.prctl, 38, 1, 0, 0, 0)  # PR_SET_NO_NEW_PRIVS
     _only_read(libc)
     with open(json.__file__, "rb"):  # if it cannot read the library now, that is no answer's fault
@@ -147,9 +147,8 @@ def _confine(parent_pid: int) -> None:
     _call(libc.prctl, 22, 2, head, 0, 0)  # PR_SET_SECCOMP, by a filter
 
 
-def _limit(task: dict[str, Any]) -> None:
-    limits = {resource.RLIMIT_CPU: task["cpu_s"], resource.RLIMIT_AS: task["memory_bytes"], resource.RLIMIT_CORE: 0}
-    limits |= {resource.RLIMIT_FSIZE: task["file_bytes"], resource.RLIMIT_NOFILE: MAX_FILES}
+def set_limits(limits: dict[int, int]) -> None:
+    """Set resource limits of this process, by `resource.RLIMIT_*`; a limit that it already has is never raised."""
     for which, limit in limits.items():
         hard = resource.getrlimit(which)[1]
         limit = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
@@ -159,7 +158,8 @@ def _limit(task: dict[str, Any]) -> None:
 def _run(task: dict[str, Any], asserts: bool, nonce: bytes, began: int, passed: int, parent_pid: int) -> None:
     """Run the answer in this process. An exception, or an exit of the answer's own, leaves the nonce unwritten."""
     try:
-        _limit(task)
+        limits = {resource.RLIMIT_CPU: task["cpu_s"], resource.RLIMIT_AS: task["memory_bytes"], resource.RLIMIT_CORE: 0}
+        set_limits(limits | {resource.RLIMIT_FSIZE: task["file_bytes"], resource.RLIMIT_NOFILE: MAX_FILES})
         _confine(parent_pid)
     except BaseException as error:
         os.write(began, f"{type(error).__name__}: {error}".encode()[:200])
@@ -174,16 +174,18 @@ def _run(task: dict[str, Any], asserts: bool, nonce: bytes, began: int, passed: 
         os.write(passed, nonce)
 
 
-def _die_with(libc: Any, parent_pid: int) -> None:
-    _call(libc.prctl, 1, 9)  # PR_SET_PDEATHSIG
-    if os.getppid() != parent_pid:  # it went before we asked
+def die_with(parent_pid: int) -> None:
+    """Have Linux's kernel kill this process when its parent dies. End it at once if the parent is dead already."""
+    if sys.platform == "linux":
+        _call(ctypes.CDLL(None, use_errno=True).prctl, 1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    if os.getppid() != parent_pid:  # it died before the call
         os._exit(1)
 
 
 def main() -> None:
     """Fork until the commands end. In a child it returns as the program ends, and the interpreter with it."""
     parent, program, commands, reports = map(int, sys.argv[1:])
-    _die_with(ctypes.CDLL(None, use_errno=True), parent)
+    die_with(parent)
     with os.fdopen(program, "rb") as file:
         task = json.loads(file.read())
     sys.argv = ["answer.py"]
@@ -197,7 +199,7 @@ def main() -> None:
             for fd in (commands, reports, begins, passes):
                 os.close(fd)
             return _run(task, command == b"a", nonce, began, passed, pid)
-        signal.signal(signal.SIGTERM, _burying(child))
+        signal.signal(signal.SIGTERM, _kill_first(child))
         os.close(began)
         os.close(passed)
         word = os.read(begins, 200)
@@ -210,13 +212,15 @@ def main() -> None:
     return None
 
 
-def _burying(child: int) -> Any:
-    def bury(*_: object) -> None:
+def _kill_first(child: int) -> Any:
+    """Return a signal handler that kills the child, waits for it, and ends this process."""
+
+    def handle(*_: object) -> None:
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
         os._exit(0)
 
-    return bury
+    return handle
 
 
 if __name__ == "__main__":

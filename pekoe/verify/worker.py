@@ -8,13 +8,12 @@ KIND names a verifier of the worker group (see `Verifier`); without it the group
 
 in:  {"id", "kind", "answer", "gold", "check": "answer" | "reference"}
 out: {"ready"} once, or {"failed": why}; then for each item one of {"id", "label", "why"}, {"id", "limit": which} or
-     {"id", "error": what}; each with "tired": true if the worker has grown so large that the pool should replace it.
+     {"id", "error": what}; each with "oversized": true if the worker has grown so much that the pool should replace it.
 """
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import json
 import os
 import resource
@@ -25,24 +24,7 @@ from typing import Any
 from pekoe.verify.audit_hook import refuse_all_but_formulas, refuse_code_and_acts
 from pekoe.verify.kinds import VERIFIERS, find_verifier
 from pekoe.verify.kinds.base import Verifier
-
-_PR_SET_PDEATHSIG = 1
-
-
-def _set_limits(memory_limit_bytes: int) -> None:
-    limits = {resource.RLIMIT_AS: memory_limit_bytes, resource.RLIMIT_CORE: 0}
-    for which, limit in limits.items():
-        hard = resource.getrlimit(which)[1]
-        limit = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
-        resource.setrlimit(which, (limit, limit))
-
-
-def _die_with(parent_pid: int) -> None:
-    """Ask the kernel to kill this process when its parent dies; elsewhere, the end of stdin ends it."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent_pid:  # it died before the call
-        os._exit(1)
+from pekoe.verify.sandbox import die_with, set_limits
 
 
 def _verifier(kind: str) -> Verifier:
@@ -85,8 +67,8 @@ def main() -> int:
             data = data[os.write(protocol, data) :]
 
     try:
-        _die_with(parent_pid)
-        _set_limits(memory_limit_bytes)
+        die_with(parent_pid)  # where the system has no such thing, the end of stdin ends it
+        set_limits({resource.RLIMIT_AS: memory_limit_bytes, resource.RLIMIT_CORE: 0})
         verifier = _verifier(sys.argv[1] if len(sys.argv) > 3 else "math")
         for other in (verifier, *VERIFIERS.values()):
             if other.worker_group == verifier.worker_group:
@@ -103,7 +85,7 @@ def main() -> int:
         request = json.loads(line)
         verdict = _judge(request)
         # sympy's caches grow. Replace a worker that is half full, before it blames one answer for the memory of others.
-        send({"id": request["id"], "tired": _size_bytes() > memory_limit_bytes / 2} | verdict)
+        send({"id": request["id"], "oversized": _size_bytes() > memory_limit_bytes / 2} | verdict)
     return 0
 
 

@@ -22,7 +22,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, get_args
+from typing import IO, Any, cast, get_args
 
 from pekoe.core.errors import RunError
 from pekoe.core.types import Label, Verdict
@@ -58,8 +58,7 @@ class Limits:
 
 
 class Worker:
-    """One worker process: starting, idle or busy with `task`. `deadline` bounds its current state. No method waits,
-    except `kill`."""
+    """A worker process: starting, idle or busy with `task`, until `deadline` at the latest. Only `kill` waits."""
 
     def __init__(self, command: Sequence[str], memory_limit_bytes: int, start_limit_s: float) -> None:
         # Its output before it is ready goes to a file, because a full pipe would block it.
@@ -77,8 +76,8 @@ class Worker:
         except OSError:
             self._log.close()
             raise
-        self._received = b""
-        self._unsent = b""
+        self.stdin, self.stdout = cast(IO[bytes], self._process.stdin), cast(IO[bytes], self._process.stdout)
+        self._received = self._unsent = b""
         self.pid = self._process.pid
         self.ready = False
         self.task: Task | None = None
@@ -90,16 +89,6 @@ class Worker:
     @property
     def idle(self) -> bool:
         return self.ready and self.task is None
-
-    @property
-    def stdin(self) -> IO[bytes]:
-        assert self._process.stdin is not None
-        return self._process.stdin
-
-    @property
-    def stdout(self) -> IO[bytes]:
-        assert self._process.stdout is not None
-        return self._process.stdout
 
     def send(self, message: dict[str, Any]) -> bool:
         """Queue one message, and return what `flush` returns."""
@@ -185,9 +174,7 @@ class WorkerPool:
             self._thread.join()
 
     def _wake_up(self) -> None:
-        with contextlib.suppress(
-            BlockingIOError, OSError
-        ):  # a full pipe wakes it anyway; a closed one means that it has ended
+        with contextlib.suppress(OSError):  # a full pipe wakes it anyway; a closed one means that it has ended
             os.write(self._wake, b".")
 
     def _run(self) -> None:
@@ -207,6 +194,7 @@ class WorkerPool:
         os.close(self._wake)
 
     def _poll(self) -> None:
+        """Start workers that are missing, hand out tasks, and wait for the next message or deadline."""
         while len(self._workers) < self._limits.num_workers:
             worker = Worker(self._command, self._limits.memory_limit_bytes, self._limits.start_limit_s)
             self._workers.append(worker)
@@ -263,7 +251,7 @@ class WorkerPool:
                 return self._retire(worker, str(message["limit"]))
             else:
                 self._finish(worker, message)
-                if message.get("tired"):
+                if message.get("oversized"):
                     return self._retire(worker, "")
         return None
 

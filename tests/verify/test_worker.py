@@ -56,7 +56,7 @@ def test_protocol(start: Callable[..., Process]):
     worker = start()
     assert hear(worker) == {"ready": True}
     answer = ask(worker, id=5, answer=r"\frac12", gold="0.5")
-    assert answer == {"id": 5, "label": "correct", "why": "", "tired": False}
+    assert answer == {"id": 5, "label": "correct", "why": "", "oversized": False}
     assert ask(worker, answer="", gold="0.5", check="reference")["label"] == "correct"
     assert ask(worker, answer="", gold="x + }{", check="reference")["label"] == "fault"
     assert ask(worker, answer=r"\operatorname{zeros}(100000,100000)", gold="7")["limit"] == "memory"
@@ -88,7 +88,7 @@ def test_what_libraries_print_does_not_reach_the_protocol(start: Callable[..., P
     worker = start(command=(sys.executable, "-c", chatty))
     assert worker.stdout.readline() == b"early\n"  # before main(): nobody's fault, and the pool would say so
     assert hear(worker) == {"ready": True}
-    assert ask(worker, answer="1", gold="2") == {"id": 1, "tired": False, "error": "ValueError: a bug"}
+    assert ask(worker, answer="1", gold="2") == {"id": 1, "oversized": False, "error": "ValueError: a bug"}
 
 
 def test_too_little_memory_to_start(start: Callable[..., Process]):
@@ -96,11 +96,11 @@ def test_too_little_memory_to_start(start: Callable[..., Process]):
     assert "failed" in hear(worker) or worker.wait(20) != 0
 
 
-def test_a_tired_worker_says_so(start: Callable[..., Process]):
+def test_an_oversized_worker_says_so(start: Callable[..., Process]):
     worker = start(memory=500 << 20)
     assert hear(worker) == {"ready": True}
-    assert ask(worker, answer="0.50", gold="1/2")["tired"] is False
-    assert ask(worker, answer=r"\operatorname{zeros}(5000,5000)", gold="7")["tired"] is True  # 200 MB, in a cache
+    assert ask(worker, answer="0.50", gold="1/2")["oversized"] is False
+    assert ask(worker, answer=r"\operatorname{zeros}(5000,5000)", gold="7")["oversized"] is True  # 200 MB, in a cache
 
 
 def test_started_by_a_parent_that_is_gone(start: Callable[..., Process]):

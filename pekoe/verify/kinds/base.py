@@ -10,6 +10,10 @@ from pekoe.core.types import Verdict
 from pekoe.verify.extract import boxed_or_tagged
 
 
+def _never(_answer: str, _gold: Any) -> Verdict:
+    raise AssertionError("`prepare` returned a text, and the verifier has no `decide`")
+
+
 @dataclass(frozen=True, slots=True)
 class Verifier:
     """Judges the responses to problems of one kind.
@@ -26,7 +30,7 @@ class Verifier:
 
     name: str
     prepare: Callable[[str, Any], Verdict | str]
-    decide: Callable[[str, Any], Verdict]
+    decide: Callable[[str, Any], Verdict] = _never  # where `prepare` always decides
     check_reference: Callable[[Any], Verdict] = lambda _gold: Verdict("correct")  # a limit is the response's fault
     warm_up: Callable[[], object] = lambda: None
     worker_group: str = "math"
@@ -41,12 +45,3 @@ def tagged_answer(response: str, max_chars: int) -> Verdict | str:
     if len(answer) > max_chars:
         return Verdict("unparsed", answer[:200] + "…", f"the answer holds {len(answer):,} characters")
     return answer
-
-
-def decided_at_once(name: str, prepare: Callable[[str, Any], Verdict]) -> Verifier:
-    """Return a verifier whose `prepare` always returns the verdict, so that it needs no worker."""
-
-    def never(*_: Any) -> Verdict:
-        raise AssertionError(f"{name}: decided by `prepare`")
-
-    return Verifier(name, prepare, never, never)

@@ -4,10 +4,10 @@ the standard library.
 
 gold: {"tests": [{"stdin", "stdout"}, ...]}, or {"inputs": [...], "outputs": [...]} as APPS has it, or {"asserts":
 text}; perhaps "time_limit_s" (of one test, 2) and "memory_bytes" (512 MiB; the pool's own limit at most). Output is
-compared line by line, spaces at the ends of lines and empty lines at the end aside; it may be 1 MiB longer than the one
-that is wanted. All of it must be done within 4 s. Asserts run in the answer's own process, after it; an answer that
+compared line by line, spaces at the ends of lines and empty lines at the end aside; it may be 1 MiB longer than the
+expected one. All of it must be done within 4 s. Asserts run in the answer's own process, after it; an answer that
 looks for them there can find them, say that they held, or return what equals everything: tests of input and output are
-the safer ones (what is wanted never enters the sandbox). A sandbox that cannot be put on gives FAULT, and says why.
+safer (the expected output never enters the sandbox). A sandbox that cannot be put on gives FAULT, and says why.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from pekoe.core.types import Verdict
 from pekoe.verify import sandbox
 from pekoe.verify.kinds.base import Verifier
 
-MAX_CODE_CHARS, MAX_TESTS, MAX_OUTPUT_BYTES = 50_000, 200, 1 << 20  # of output beyond the one that is wanted
+MAX_CODE_CHARS, MAX_TESTS, MAX_OUTPUT_BYTES = 50_000, 200, 1 << 20  # of output beyond the expected one
 TOTAL_LIMIT_S = 4.0  # below the pool's own limit: a slow answer is WRONG, and no limit of the worker's
 START_LIMIT_S = 60.0  # of our own process; the pool's limit comes first
 _PYTHON = ("", "python", "python3", "py")
@@ -40,7 +40,7 @@ class _Tests(NamedTuple):
 
 
 def _tests(gold: Any) -> _Tests | None:
-    """The reference, or None where it has another shape."""
+    """Return the reference, or None where it has another shape."""
     try:
         if "inputs" in gold:
             pairs = [(str(a), str(b)) for a, b in zip(gold["inputs"], gold["outputs"], strict=True)]
@@ -57,18 +57,18 @@ def _tests(gold: Any) -> _Tests | None:
 
 
 def _last_block(response: str) -> str | None:
-    """The last complete fenced block of Python. Linear: a line opens a block, or closes the open one."""
-    found, block, language, indent = None, None, "", ""
+    """Return the last complete fenced block of Python. Linear: a line opens a block, or closes the open one."""
+    last, block, language, indent = None, None, "", ""
     for line in response.split("\n"):
         mark = line.strip()
         if block is not None and mark == "```":
-            found, block = ("\n".join(block) if language in _PYTHON else found), None
+            last, block = ("\n".join(block) if language in _PYTHON else last), None
         elif mark.startswith("```") and "`" not in mark[3:]:  # one that follows an unclosed one begins anew
             language, indent = (mark[3:].split() or [""])[0].lower(), line[: line.index("`")]
             block = list[str]()
         elif block is not None:
             block.append(line.removeprefix(indent))
-    return found
+    return last
 
 
 def prepare(response: str, gold: Any) -> Verdict | str:
@@ -76,7 +76,7 @@ def prepare(response: str, gold: Any) -> Verdict | str:
     if not sandbox.supported():
         return Verdict("fault", None, "code is judged on Linux x86_64 alone, where its sandbox knows the system calls")
     if _tests(gold) is None:
-        return Verdict("fault", None, f"the reference must have tests or asserts: found {str(gold)[:80]!r}")
+        return Verdict("fault", None, f"the reference must have tests or asserts, got {str(gold)[:80]!r}")
     block = _last_block(response)
     if block is None:
         return Verdict("unparsed", None, "no complete ``` block")
@@ -91,14 +91,14 @@ def decide(answer: str, gold: Any) -> Verdict:
     assert tests is not None
     with _Sandbox(answer, tests) as box:
         deadline = time.monotonic() + TOTAL_LIMIT_S
-        for number, (given, wanted) in enumerate(tests.pairs, 1):
-            ended, _ = box.run(given, False, deadline)
-            if ended or _lines(box.output()) != _lines(wanted):
-                return Verdict("wrong", None, f"test {number}: {ended or 'another output'}")
+        for number, (stdin, expected) in enumerate(tests.pairs, 1):
+            failure, _ = box.run(stdin, False, deadline)
+            if failure or _lines(box.output()) != _lines(expected):
+                return Verdict("wrong", None, f"test {number}: {failure or 'another output'}")
         if tests.asserts:
-            ended, passed = box.run("", True, deadline)
-            if ended or not passed:
-                return Verdict("wrong", None, f"asserts: {ended or 'ended early'}")
+            failure, passed = box.run("", True, deadline)
+            if failure or not passed:
+                return Verdict("wrong", None, f"asserts: {failure or 'ended early'}")
     return Verdict("correct")
 
 
@@ -107,11 +107,11 @@ def _lines(text: str) -> list[str]:
 
 
 class _Sandbox:
-    """The process that forks one for each test. What fails here and is not the answer's doing raises: FAULT."""
+    """A process that forks a child for each test. An error that the answer did not cause raises, which makes FAULT."""
 
     def __init__(self, code: str, tests: _Tests) -> None:
         self._limit_s = tests.time_limit_s
-        self._max_bytes = MAX_OUTPUT_BYTES + max((len(wanted.encode()) for _, wanted in tests.pairs), default=0)
+        self._max_bytes = MAX_OUTPUT_BYTES + max((len(expected.encode()) for _, expected in tests.pairs), default=0)
         task = {"code": code, "asserts": tests.asserts, "cpu_s": max(1, round(self._limit_s + 0.5))}
         task |= {"memory_bytes": tests.memory_bytes, "file_bytes": self._max_bytes}
         self._stack = contextlib.ExitStack()
@@ -122,22 +122,22 @@ class _Sandbox:
             (commands, self._commands), (self._reports, reports) = os.pipe(), os.pipe()
             for fd in (self._commands, self._reports):
                 stack.callback(os.close, fd)
-            given = program, commands, reports
+            child_fds = program, commands, reports
             try:
                 process = subprocess.Popen(
-                    [sys.executable, "-I", "-S", "-B", sandbox.__file__, str(os.getpid()), *map(str, given)],
+                    [sys.executable, "-I", "-S", "-B", sandbox.__file__, str(os.getpid()), *map(str, child_fds)],
                     stdin=stdin,
                     stdout=stdout,
                     stderr=subprocess.DEVNULL,
                     cwd=place,
                     env={"PATH": "/usr/bin:/bin", "PYTHONHASHSEED": "0"},
-                    pass_fds=given,
+                    pass_fds=child_fds,
                 )
             finally:
                 os.close(commands)
                 os.close(reports)
             stack.callback(_end, process)
-            self._stdin, self._stdout, self._heard = stdin, stdout, b""
+            self._stdin, self._stdout, self._received = stdin, stdout, b""
             self._expect("up")
             self._stack = stack.pop_all()
 
@@ -147,12 +147,12 @@ class _Sandbox:
     def __exit__(self, *_: object) -> None:
         self._stack.close()
 
-    def run(self, given: str, asserts: bool, deadline: float) -> tuple[str, bool]:
-        """How the answer failed (empty: it did not), and whether the asserts held."""
+    def run(self, stdin: str, asserts: bool, deadline: float) -> tuple[str, bool]:
+        """Return how the answer failed (empty: it did not), and whether the asserts held."""
         for fd in (self._stdin, self._stdout):  # the child's own: it shares their offsets
             os.ftruncate(fd, 0)
             os.lseek(fd, 0, os.SEEK_SET)
-        _put(self._stdin, given)
+        _put(self._stdin, stdin)
         os.write(self._commands, b"a" if asserts else b"t")
         self._expect("ready")
         line = self._line(min(self._limit_s, deadline - time.monotonic()))
@@ -164,20 +164,20 @@ class _Sandbox:
     def output(self) -> str:
         return os.pread(self._stdout, self._max_bytes, 0).decode(errors="replace")
 
-    def _expect(self, wanted: str) -> None:
-        if (line := self._line(START_LIMIT_S)) != wanted:
+    def _expect(self, expected: str) -> None:
+        if (line := self._line(START_LIMIT_S)) != expected:
             raise RuntimeError(f"the sandbox did not start: {line}")
 
     def _line(self, limit_s: float) -> str | None:
-        """The next line of its reports; None where it takes longer than `limit_s`."""
+        """Return the next line of the sandbox's reports; None where it takes longer than `limit_s`."""
         end = time.monotonic() + limit_s
-        while b"\n" not in self._heard:
+        while b"\n" not in self._received:
             if not select.select([self._reports], [], [], max(0.0, end - time.monotonic()))[0]:
                 return None
             if not (data := os.read(self._reports, 100)):
                 raise RuntimeError("the sandbox died")
-            self._heard += data
-        line, _, self._heard = self._heard.partition(b"\n")
+            self._received += data
+        line, _, self._received = self._received.partition(b"\n")
         return line.decode()
 
 
@@ -188,7 +188,7 @@ def _put(fd: int, text: str) -> None:
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    process.terminate()  # it takes its child along
+    process.terminate()  # the sandbox kills its child first
     with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(2.0)
     process.kill()  # then the kernel kills what it forked

@@ -9,28 +9,25 @@ from __future__ import annotations
 
 import ast
 import operator
-import re
 from collections import Counter
 from collections.abc import Callable
 from fractions import Fraction
 from typing import Any
 
 from pekoe.core.types import Verdict
-from pekoe.verify.kinds.base import decided_at_once, tagged_answer
+from pekoe.verify.extract import rewriter
+from pekoe.verify.kinds.base import Verifier, tagged_answer
 
 MAX_ANSWER_CHARS, MAX_DEPTH = 500, 50
-_REWRITES = [
-    (re.compile(pattern), new)
-    for pattern, new in (
-        (r"\\(?:times|cdot)(?![a-z])|×|·", "*"),
-        (r"\\div(?![a-z])|÷", "/"),
-        (r"−|–", "-"),
-        (r"\\[dt]?frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}", r"((\1)/(\2))"),
-        (r"\\(?:left|right|,|;|!| )|\$", ""),
-        (r"\[", "("),
-        (r"\]", ")"),
-    )
-]
+_rewritten = rewriter(
+    (r"\\(?:times|cdot)(?![a-z])|×|·", "*"),
+    (r"\\div(?![a-z])|÷", "/"),
+    (r"−|–", "-"),
+    (r"\\[dt]?frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}", r"((\1)/(\2))"),
+    (r"\\(?:left|right|,|;|!| )|\$", ""),
+    (r"\[", "("),
+    (r"\]", ")"),
+)
 _OPERATIONS: dict[type[ast.operator], Callable[[Fraction, Fraction], Fraction]] = {
     ast.Add: operator.add,
     ast.Sub: operator.sub,
@@ -61,10 +58,7 @@ def _value(node: ast.AST, used: Counter[int], depth: int = 0) -> Fraction:
 
 
 def _judge(text: str, numbers: Counter[int], target: Fraction, use_all: bool) -> Verdict:
-    plain = text
-    for pattern, new in _REWRITES:
-        plain = pattern.sub(new, plain)
-    expression, equals, claimed = plain.partition("=")
+    expression, equals, claimed = _rewritten(text).partition("=")
     used: Counter[int] = Counter()
     try:
         value = _value(ast.parse(expression.strip(), mode="eval").body, used)
@@ -84,11 +78,11 @@ def prepare(response: str, gold: Any) -> Verdict:
         numbers, target = Counter(int(number) for number in gold["numbers"]), Fraction(gold["target"])
         use_all = bool(gold.get("use_all", False))
     except (TypeError, ValueError, KeyError, AttributeError):
-        return Verdict("fault", None, f"the reference must have numbers and a target: found {str(gold)[:80]!r}")
+        return Verdict("fault", None, f"the reference must have numbers and a target, got {str(gold)[:80]!r}")
     text = tagged_answer(response, MAX_ANSWER_CHARS)
     if isinstance(text, Verdict):
         return text
     return _judge(text, numbers, target, use_all)
 
 
-VERIFIER = decided_at_once("countdown", prepare)
+VERIFIER = Verifier("countdown", prepare)

@@ -28,7 +28,7 @@ _NONSENSE = "no answer at all 0x"
 
 def prepare(response: str, gold: Any) -> Verdict | str:
     if not isinstance(gold, dict) or not {"question", "answer"} <= gold.keys():
-        return Verdict("fault", None, f"the reference must be an entry of reasoning-gym: found {str(gold)[:80]!r}")
+        return Verdict("fault", None, f"the reference must be an entry of reasoning-gym, got {str(gold)[:80]!r}")
     return tagged_answer(response, MAX_ANSWER_CHARS)
 
 

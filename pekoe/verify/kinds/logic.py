@@ -13,7 +13,7 @@ import re
 from typing import Any, cast
 
 from pekoe.core.types import Verdict
-from pekoe.verify.kinds.base import decided_at_once, tagged_answer
+from pekoe.verify.kinds.base import Verifier, tagged_answer
 
 MAX_ANSWER_CHARS = 20_000
 _STATEMENT = re.compile(r"(?<![\w'-])([\w'-]++)\s*+(?:\bis\b(?:\s+an?\b)?|[:=])\s*([\w'-]+)", re.IGNORECASE)
@@ -25,7 +25,7 @@ Solution = dict[str, Any]  # normalised: text to text, or text to such an object
 def _plain(value: Any) -> Any:
     """Names and values without case, and with single spaces. Raises TypeError for what is neither object nor scalar."""
     if isinstance(value, dict):
-        roles = {_plain(str(key)): _plain(one) for key, one in cast(dict[Any, Any], value).items()}
+        roles = {_plain(str(key)): _plain(role) for key, role in cast(dict[Any, Any], value).items()}
         if len(roles) < len(cast(dict[Any, Any], value)):
             raise TypeError("two keys that are one")
         return roles
@@ -46,8 +46,8 @@ def _solution(gold: Any) -> Solution | None:
         return None
 
 
-def _answer(text: str, wanted: Solution) -> Solution | None:
-    """What the text says, in the reference's shape; None where it cannot be read or contradicts itself."""
+def _answer(text: str, gold: Solution) -> Solution | None:
+    """Return what the text says, in the reference's shape; None where it cannot be read or contradicts itself."""
     start, end = text.find("{"), text.rfind("}")
     for source in (text, text[start : end + 1] if 0 <= start < end else ""):
         try:
@@ -57,7 +57,7 @@ def _answer(text: str, wanted: Solution) -> Solution | None:
         if isinstance(value, dict):
             value = cast(dict[str, Any], value).get("solution", cast(dict[str, Any], value))
             return (_solution(value) or {}) if isinstance(value, dict) else None
-    if any(isinstance(one, dict) for one in wanted.values()):
+    if any(isinstance(role, dict) for role in gold.values()):
         return None
     roles: Solution = {}
     for name, role in _STATEMENT.findall(_MARKUP.sub(" ", text)):
@@ -68,19 +68,19 @@ def _answer(text: str, wanted: Solution) -> Solution | None:
 
 
 def prepare(response: str, gold: Any) -> Verdict:
-    wanted = _solution(gold)
-    if wanted is None:
-        return Verdict("fault", None, f"the reference must be an object, name to value: found {str(gold)[:80]!r}")
+    solution = _solution(gold)
+    if solution is None:
+        return Verdict("fault", None, f"the reference must be an object, name to value, got {str(gold)[:80]!r}")
     text = tagged_answer(response, MAX_ANSWER_CHARS)
     if isinstance(text, Verdict):
         return text
-    roles = _answer(text, wanted)
+    roles = _answer(text, solution)
     if not roles:
         return Verdict("unparsed", text, "cannot read it as names and values, one to each")
-    if not wanted.keys() <= roles.keys():
-        missing = sorted(wanted.keys() - roles.keys())
+    if not solution.keys() <= roles.keys():
+        missing = sorted(solution.keys() - roles.keys())
         return Verdict("wrong", text, f"nothing about {', '.join(missing)}"[:300])
-    return Verdict("correct" if {name: roles[name] for name in wanted} == wanted else "wrong", text)
+    return Verdict("correct" if {name: roles[name] for name in solution} == solution else "wrong", text)
 
 
-VERIFIER = decided_at_once("logic", prepare)
+VERIFIER = Verifier("logic", prepare)

@@ -15,11 +15,12 @@ import functools
 import importlib
 import logging
 import re
+from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
 from pekoe.core.types import Label, Verdict
 from pekoe.verify import equivalence
-from pekoe.verify.extract import conclusion, is_prose, last_boxed, linked_boxes, unboxed
+from pekoe.verify.extract import conclusion, is_prose, last_boxed, linked_boxes, rewriter, unboxed
 from pekoe.verify.kinds.base import Verifier
 
 MAX_ANSWER_CHARS = 10_000  # no answer is this long; a list of 40,000 numbers would only buy time in the parser
@@ -30,23 +31,20 @@ _UNICODE = str.maketrans(
     | {"\x0c": r"\f", "\x08": r"\b", "€": "", "£": "", "¥": ""}  # \frac and \binom, read as escapes; currencies
     | {"\N{UNION}": r"\cup ", "∩": r"\cap ", "∅": r"\emptyset ", "½": r"\frac{1}{2}", "¾": r"\frac{3}{4}"}
 )
-_REWRITES = [
-    (re.compile(pattern), new)
-    for pattern, new in (
-        (r"\s+", " "),
-        (r"√ ?([0-9]+|[a-zA-Z])", r"\\sqrt{\1}"),
-        (r"√", r"\\sqrt"),
-        (r"(^|[(\[,] ?)\+(?= ?\\infty)", r"\1"),
-        (r"(?<![A-Za-z\\])pi(?![A-Za-z])", r"\\pi "),
-        (r"\^\s*$", ""),
-        (r"\\varnothing", r"\\emptyset"),
-        (r" (\\?%)", r"\1"),
-        (r"(?<=[0-9])(?: |\\,|\\ )(?=[0-9]{3}(?![0-9]))", ""),  # 1 000
-        (r"^(-?[0-9]+) ([0-9]+)/([0-9]+)$", r"\1\\frac{\2}{\3}"),  # 1 3/4
-        (r"(?<![\w.])([0-9]+(?:\.[0-9]+)?)[eE]([+-]?[0-9]{1,3})(?!\w)", r"\1 \\times 10^{\2}"),
-        (r"(?<=[0-9A-Za-z})\]])\. ?$", ""),
-    )
-]
+_rewritten = rewriter(
+    (r"\s+", " "),
+    (r"√ ?([0-9]+|[a-zA-Z])", r"\\sqrt{\1}"),
+    (r"√", r"\\sqrt"),
+    (r"(^|[(\[,] ?)\+(?= ?\\infty)", r"\1"),
+    (r"(?<![A-Za-z\\])pi(?![A-Za-z])", r"\\pi "),
+    (r"\^\s*$", ""),
+    (r"\\varnothing", r"\\emptyset"),
+    (r" (\\?%)", r"\1"),
+    (r"(?<=[0-9])(?: |\\,|\\ )(?=[0-9]{3}(?![0-9]))", ""),  # 1 000
+    (r"^(-?[0-9]+) ([0-9]+)/([0-9]+)$", r"\1\\frac{\2}{\3}"),  # 1 3/4
+    (r"(?<![\w.])([0-9]+(?:\.[0-9]+)?)[eE]([+-]?[0-9]{1,3})(?!\w)", r"\1 \\times 10^{\2}"),
+    (r"(?<=[0-9A-Za-z})\]])\. ?$", ""),
+)
 _TEXT_GROUP = re.compile(r"\\(?:text[a-z]*|mbox|math(?:rm|it|bf)) ?\{[^{}]*\}")
 _PLAIN = re.compile(r"[+-]?(?:[0-9]{1,40}|[0-9]{1,3}(?:,[0-9]{3}){1,12})")
 _PARTS, _BRACKETS = re.compile(r",(?![0-9]{3})|;|\band\b"), re.compile(r"\([^()]*\)|\[[^\[\]]*\]")
@@ -73,10 +71,17 @@ def _library() -> tuple[Any, Any]:
 
 
 def _tidy(text: str) -> str:
-    text = text.strip().translate(_UNICODE)
-    for pattern, new in _REWRITES:
-        text = pattern.sub(new, text)
-    return text.strip()
+    return _rewritten(text.strip().translate(_UNICODE)).strip()
+
+
+def _attempt(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Return the function's result, or None where math-verify or sympy gives up, with an exception of any class."""
+    try:
+        return function(*arguments)
+    except (MemoryError, RecursionError):  # limits
+        raise
+    except Exception:
+        return None
 
 
 def _read(text: str, take_unit: bool = True) -> _Read:
@@ -90,12 +95,7 @@ def _read(text: str, take_unit: bool = True) -> _Read:
     bare = parser.normalize_latex(plain, config(boxed="none", units=True)) if cut else plain
     unit = plain[len(bare) :] if plain.startswith(bare) else ""
     whole = parser.normalize_latex(bare, config(boxed="none", malformed_operators=True, nits=True))
-    try:
-        return _Read(whole, unit, parser.parse_latex_cached(whole))
-    except (MemoryError, RecursionError):
-        raise
-    except Exception:  # the parser raises plain Exception for a syntax error, and what it likes for nonsense
-        return _Read(whole, unit, None)
+    return _Read(whole, unit, _attempt(parser.parse_latex_cached, whole))
 
 
 def _unit_name(unit: str) -> str:
@@ -139,7 +139,7 @@ def _contradicts(reference: _Read, response: _Read) -> bool:
 def _golds(gold: Any) -> list[str]:
     """Return the references, or an empty list where `gold` is not text or a list of texts."""
     golds: list[Any] = cast(list[Any], gold) if isinstance(gold, (list, tuple)) else [gold]
-    return golds if all(isinstance(one, str) and one.strip() for one in golds) else []
+    return golds if all(isinstance(text, str) and text.strip() for text in golds) else []
 
 
 def _plain(text: str) -> int | None:
@@ -151,7 +151,7 @@ def prepare(response: str, gold: Any) -> Verdict | str:
     """Return the boxed answer, or the verdict where the text alone decides. Linear in the length of `response`."""
     golds = _golds(gold)
     if not golds:
-        return Verdict("fault", None, f"the reference must be text, or a list of texts: found {str(gold)[:80]!r}")
+        return Verdict("fault", None, f"the reference must be text, or a list of texts, got {str(gold)[:80]!r}")
     answer = last_boxed(response)
     if answer is None:
         return Verdict("unparsed", None, r"no complete \boxed{...}")
@@ -178,10 +178,10 @@ def _prepared(answer: str, golds: list[str]) -> Verdict | str:
     answer = answer.strip()
     if not answer:
         return Verdict("unparsed", answer, "the box is empty")
-    golds = [one.strip() for one in golds]
+    golds = [text.strip() for text in golds]
     if answer in golds:
         return Verdict("correct", answer)
-    if (number := _plain(answer)) is not None and None not in (plain := [_plain(one) for one in golds]):
+    if (number := _plain(answer)) is not None and None not in (plain := [_plain(text) for text in golds]):
         return Verdict("correct" if number in plain else "wrong", answer)
     if len(answer) > MAX_ANSWER_CHARS:
         return Verdict("unparsed", answer[:200] + "…", f"the box holds {len(answer):,} characters")
@@ -191,13 +191,7 @@ def _prepared(answer: str, golds: list[str]) -> Verdict | str:
 def _check_alone(value: Any, text: str) -> None:
     if equivalence.compare(_tidy(text), _tidy(text)):
         return
-    try:
-        sound = value is not None and _verify(value, value)
-    except (MemoryError, RecursionError):
-        raise
-    except Exception:  # as math-verify does of 0/0
-        sound = False
-    if not sound:
+    if value is None or not _attempt(_verify, value, value):  # math-verify raises for 0/0
         raise _BadReference(f"the reference {text[:80]!r} cannot be {'parsed' if value is None else 'compared'}")
 
 
@@ -229,14 +223,14 @@ def _compare_once(gold: str, answer: str) -> Label:
         _check_alone(reference.value, gold)
     if response.value is None:
         return "unparsed"
-    try:
-        same = _verify(reference.value, response.value) and not _contradicts(reference, response)
-    except (MemoryError, RecursionError):
-        raise
-    except Exception:  # sympy gave up: by whose doing? If not the reference's, nothing shows that the two are equal.
+    equal = _attempt(_equal, reference, response)
+    if equal is None:  # if the reference is not the cause, nothing shows that the two are equal
         _check_alone(reference.value, gold)
-        same = False
-    return "correct" if same else "wrong"
+    return "correct" if equal else "wrong"
+
+
+def _equal(reference: _Read, response: _Read) -> bool:
+    return _verify(reference.value, response.value) and not _contradicts(reference, response)
 
 
 def decide(answer: str, gold: Any) -> Verdict:

@@ -288,7 +288,8 @@ def test_an_answer_ends_with_its_judge(tmp_path: Path, repository: Path):
     wait_until(lambda: not any(alive(pid) for pid in family))
 
 
-def test_all_tests_share_one_limit():
+def test_all_tests_share_one_limit(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(code, "TOTAL_LIMIT_S", 1.2)
     start = time.monotonic()
     slow = {"tests": [{"stdin": "", "stdout": ""}] * 100, "time_limit_s": 1}
     verdict = judge("import time\ntime.sleep(0.5)", slow)

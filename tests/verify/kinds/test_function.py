@@ -40,7 +40,7 @@ def test_what_it_returns_is_the_verdict(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.syspath_prepend(str(tmp_path))
     names = ["length", "share", "verdict", "broken", "odd", "bomb"]
     functions = [f"my_rewards:{name}" for name in names]
-    with JudgePool(num_workers=1, time_limit_s=2, functions=functions) as pool:
+    with JudgePool(num_workers=1, time_limit_s=1, functions=functions) as pool:
         cases = [
             ("abc", 3, "length", "correct"),
             ("abc", 4, "length", "wrong"),
