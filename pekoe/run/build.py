@@ -262,7 +262,7 @@ def open_pool(
         )
     pool = EnginePool(
         starters,
-        start_limit_s=server.start_limit_s,
+        start_limit_s=server.start_limit_s + 30,  # a server that does not start says more itself
         restart=section.backend != "embedded",
         on_event=view.say,
         serving_at_once=True,
