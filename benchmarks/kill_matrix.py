@@ -61,7 +61,7 @@ def make_inputs(folder: Path, reward: str = "kill_matrix:parity") -> dict[str, A
         "optim": {"lr": 1e-3},
         "algo": {"minibatches": 2},
         "train": {"token_budget": 512, "save_every": 1},
-        "verify": {"workers": 2},
+        "verify": {"workers": 2, "functions": [reward]},
         "cluster": {"generation": {"engines": 2}, "training": {"ranks": 2}, "silence_limit_s": 30, "sync_limit_s": 60},
     }
 

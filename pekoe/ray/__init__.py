@@ -1,12 +1,12 @@
-"""The same loop on a cluster of machines, by Ray: the only place that knows it.
+"""The loop of `run.rl` on a cluster of machines: the only room that imports Ray.
 
-nodes.py            Ray itself, placement, the depots
-depot.py            what was sampled on a node, until it is trained on
-engine_worker.py    an engine with its judges; engines.py: all of them, as the controller sees them
-trainer_worker.py   a rank; trainer.py: all of them
-sampler.py, sync.py what the loop calls in place of `run.rollout` and `run.sync`
-weights.py          weights from ranks to engines
-build.py            puts them together
+placement.py          Ray itself, placement groups, errors of remote calls
+store.py              what was sampled on a node: kept, judged and written there, until it is trained on
+engine_actor.py       an engine in an actor, and its proxy, which is an `engine.base.Engine`
+trainer_actor.py      a rank
+trainer.py            all ranks as one `core.loop.Trainer`; their side of the weight channel
+logprob_prefetch.py   log-probs while sampling goes on
+run.py                builds the parts of the loop, and runs it
 """
 
 from pekoe.ray.placement import plan

@@ -1,228 +1,313 @@
-"""An engine with its judges, in a process of its own: problems in, lengths and verdicts out. Tokens go to the depot."""
+"""An engine in a Ray actor: the actor, its proxy in the controller, and what starts it.
+
+What is sampled goes to the store of the actor's node before the controller hears of it, with its length alone.
+"""
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import os
-import queue
-import threading
-import time
-from collections import deque
-from collections.abc import Sequence
+import pickle
+from collections.abc import AsyncIterator, Iterable, Sequence
 from concurrent.futures import Future
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import ray
 import torch
+from ray.exceptions import RayError
+from ray.util.placement_group import PlacementGroup
 
 from pekoe.config.recipes import RLConfig
-from pekoe.core.errors import RunError
-from pekoe.core.types import Payload, Problem, Prompt, Rollout, SamplingParams, Verdict
-from pekoe.data.tokenizer import Tokenizer
-from pekoe.engine.fingerprints import Fingerprints
-from pekoe.engine.transfer import Group
-from pekoe.ray.member import EmbeddedMember, Member, ServerMember
-from pekoe.ray.store import StoreRef
-from pekoe.ray.weights import use_interface
-from pekoe.run.judging import make_judge
+from pekoe.core.errors import RunError, UserError
+from pekoe.core.types import Completion, Request, SamplingParams
+from pekoe.engine.async_thread import AsyncThread
+from pekoe.engine.base import (
+    Checksums,
+    Engine,
+    EngineKind,
+    EngineLost,
+    EngineStats,
+    NoPlace,
+    WeightSource,
+    validate,
+)
+from pekoe.engine.embedded import EmbeddedEngine
+from pekoe.model import load_model, read_spec
+from pekoe.ray.placement import ByteCount, WorkerLost, first_line, node_of, ray_get, within
+from pekoe.ray.store import StoreRef, StoreRegistry
+from pekoe.run.build import ServerStarter
+from pekoe.weights import Receiver
+from pekoe.weights.groups import use_interface
 
-_LOOK_S = 0.05  # between looks at verdicts that are awaited
-_DEPOT_LIMIT_S = 60.0
-Awaited = deque[tuple[int, Rollout, Future[Verdict]]]
+_ANSWER_LIMIT_S = 10.0  # of what an engine answers at once
+_CALL_LIMIT_S = 120.0  # of what may take an engine a moment
+_CLOSE_LIMIT_S = 20.0  # then it is killed
 
 
 @dataclass(frozen=True, slots=True)
-class Result:
-    """A rollout, judged. Its payload is `StoreRef`."""
+class EngineInfo:
+    """What of an engine does not change."""
 
-    row: int  # of the batch
-    rollout: Rollout
-    verdict: Verdict
-
-
-@dataclass(frozen=True, slots=True)
-class Report:
-    """What an engine did since it was last asked."""
-
-    batch: int
-    results: tuple[Result, ...]
-    signs_of_life: int  # grows while it gets on
-    busy_s: float  # that it worked since it started
-    error: str = ""
+    pid: int
+    max_sequence_tokens: int
+    max_requests: int | None
+    num_workers: int
+    vocab_size: int
 
 
-class EngineWorker:
-    """The actor. `sample` only begins; `poll` tells what is finished.
+class EngineActor:
+    """The actor: one engine, embedded with weights of its own, or one server.
 
     Args:
         config: the recipe.
-        number: which of the engines.
-        mark: of this process, in the names of what it samples: two may sample the same prompt.
-        node: of the depot.
-        depot: of this node.
-        longest: tokens of the longest prompt with its response.
-        asked: every kind of sampling that it will be asked for.
+        number: of the engine among the run's.
+        incarnation: of this process, for the keys of its records.
+        node: the number of this node's store.
+        store: this node's store.
+        max_sequence_tokens: of the longest prompt with its response.
     """
 
     def __init__(
-        self,
-        config: RLConfig,
-        number: int,
-        mark: int,
-        node: int,
-        depot: Any,
-        longest: int,
-        asked: Sequence[SamplingParams],
+        self, config: RLConfig, number: int, incarnation: int, node: int, store: Any, max_sequence_tokens: int
     ) -> None:
         assert config.cluster is not None
-        self._config, self._number, self._node, self._depot = config, number, node, depot
         generation = config.cluster.generation
-        torch.set_num_threads(max(1, int(generation.cpus_per_engine)))
-        device = "cuda" if generation.gpus_per_engine else "cpu"
+        threads = max(1, int(generation.cpus_per_engine))
+        torch.set_num_threads(threads)
         use_interface(ray.util.get_node_ip_address())
-        self._stack = ExitStack()
-        self._tokenizer = Tokenizer.load(Path(config.model.path)).with_template(config.model.template)
-        logs = Path(config.run.dir).resolve() / "logs" / f"engine-{number}"
-        kind = EmbeddedMember if config.kind_of_engine(number) == "embedded" else ServerMember
-        self._member: Member = kind(config.engine_config(number), device, longest, asked, logs)
-        self._stack.callback(self._member.engine.close)
-        each = max(1, config.verify.workers // generation.engines)
-        self._judge = make_judge(config.verify.model_copy(update={"workers": each}), self._tokenizer, config.run.seed)
-        self._stack.callback(self._judge.close)
-        self._jobs: queue.SimpleQueue[tuple[int, list[tuple[int, Problem, int]], SamplingParams]] = queue.SimpleQueue()
-        self._told = threading.Condition()
-        self._results: list[Result] = []
-        self._error, self._batch = "", -1
-        self._mark = mark
-        self._num_given, self._num_done = 0, 0
-        self._looks, self._busy_s, self._busy_since = 0, 0.0, 0.0
-        threading.Thread(target=self._work, name="sampling", daemon=True).start()
+        self._incarnation, self._node, self._store = incarnation, node, store
+        spec, _ = read_spec(Path(config.model.path))
+        self._vocab_size = spec.vocab_size
+        device = "cuda" if generation.gpus_per_engine else "cpu"
+        colocate, config = config.cluster.colocate, config.engine_config(number)
+        if config.engine.backend == "embedded":
+            self._engine: Engine = self._open_embedded(config, device, max_sequence_tokens)
+        else:
+            logs = Path(config.run.dir).resolve() / "logs" / f"engine-{number}"
+            self._engine = ServerStarter(
+                config, spec, device, threads, max_sequence_tokens, logs, offloads=colocate
+            ).start()
+
+    @staticmethod
+    def _open_embedded(config: RLConfig, device: str, max_sequence_tokens: int) -> EmbeddedEngine:
+        model = load_model(config.model.path, torch.float32, device).requires_grad_(False)
+        dtype: torch.dtype = getattr(torch, config.model.dtype)
+        # One group more than runs at once, so that room which comes free is taken without a word to the controller.
+        most = config.engine.max_running + config.rollout.samples_per_prompt
+        return EmbeddedEngine(
+            model, config.engine, max_sequence_tokens, dtype, owns_model=True, max_requests=most, receive=Receiver()
+        )
+
+    async def info(self) -> EngineInfo:
+        engine = self._engine
+        limits = engine.max_sequence_tokens, engine.max_requests, engine.num_workers
+        return EngineInfo(os.getpid(), *limits, self._vocab_size)
+
+    async def sample(self, packed: bytes) -> AsyncIterator[bytes]:
+        """Sample these requests, which are scheduled together; gives (index, Completion or RunError) as they end."""
+        requests: list[Request] = pickle.loads(packed)
+        futures = self._engine.submit(requests)
+        tasks = [
+            asyncio.ensure_future(self._keep(index, request, future))
+            for index, (request, future) in enumerate(zip(requests, futures, strict=True))
+        ]
+        for task in asyncio.as_completed(tasks):
+            yield pickle.dumps(await task)
+
+    async def _keep(
+        self, index: int, request: Request, future: Future[Completion]
+    ) -> tuple[int, Completion | RunError]:
+        """Bring a completion's record to the store."""
+        try:
+            completion = await asyncio.wrap_future(future)
+        except RunError as error:
+            return index, RunError(str(error))
+        key = request.uid, request.draw, request.sample, self._incarnation
+        await self._store.put.remote({key: completion.handle.resolve()})
+        return index, replace(completion, handle=StoreRef(self._node, key))
+
+    async def call(self, method: str, *args: Any) -> Any:
+        """Call a method of the engine in a thread of its own, so that others are answered meanwhile."""
+        return await asyncio.to_thread(getattr(self._engine, method), *args)
+
+    async def close(self) -> None:
+        await asyncio.to_thread(self._engine.close)
+
+
+class RayEngine(Engine):
+    """The proxy of an EngineActor. One remote call carries the requests of a `submit`, and streams completions.
+
+    Args:
+        actor: the EngineActor.
+        info: as the actor gave it.
+        update_limit_s: of an update of the weights.
+    """
+
+    def __init__(
+        self, actor: Any, kind: EngineKind, info: EngineInfo, update_limit_s: float, bytes_passed: ByteCount
+    ) -> None:
+        self.kind: EngineKind = kind
+        self.info = info
+        self._actor, self._update_limit_s, self._bytes = actor, update_limit_s, bytes_passed
+        self._version, self._closed, self._stats = 0, False, EngineStats()
+        self._lock = Lock()
+        self._following: set[asyncio.Task[None]] = set()
+        self._thread = AsyncThread("engine proxy")  # Ray calls back in a thread that must not block; here it may
+
+    @property
+    def version(self) -> int:
+        return self._version
+
+    @property
+    def max_sequence_tokens(self) -> int:
+        return self.info.max_sequence_tokens
+
+    @property
+    def max_requests(self) -> int | None:
+        return self.info.max_requests
+
+    @property
+    def num_workers(self) -> int:
+        return self.info.num_workers
+
+    def check(self, params: SamplingParams) -> None:
+        self._call("check", _ANSWER_LIMIT_S, params)
+
+    def submit(self, requests: Sequence[Request]) -> list[Future[Completion]]:
+        """See `Engine.submit`. Whatever fails in the actor is EngineLost: another process may do better."""
+        validate(requests, self.info.vocab_size, self.info.max_sequence_tokens, "the engine's room")
+        if self._closed:
+            raise RunError("the engine is closed")
+        futures: list[Future[Completion]] = [Future() for _ in requests]
+        if requests:
+            stream = self._actor.sample.options(num_returns="streaming").remote(self._bytes.pack(list(requests)))
+            self._thread.soon(self._follow_soon, stream, futures)
+        return futures
+
+    def _follow_soon(self, stream: Any, futures: list[Future[Completion]]) -> None:
+        task = self._thread.loop.create_task(self._follow(stream, futures))
+        self._following.add(task)  # the loop alone would not keep it
+        task.add_done_callback(self._following.discard)
+
+    async def _follow(self, stream: Any, futures: list[Future[Completion]]) -> None:
+        """Resolve futures as the stream gives completions; those that are left when it breaks off are lost."""
+        error: Exception = EngineLost("it left requests unanswered")
+        try:
+            async for ref in stream:
+                index, outcome = self._bytes.unpack(await ref)
+                if isinstance(outcome, RunError):
+                    futures[index].set_exception(EngineLost(str(outcome)))
+                else:
+                    futures[index].set_result(outcome)
+        except RayError as broken:
+            error = EngineLost(first_line(broken))
+        finally:
+            if self._closed:
+                error = RunError("the engine was closed while requests were unfinished")
+            for future in futures:
+                if not future.done():
+                    future.set_exception(error)
+
+    def abort(self, uids: Iterable[str] | None = None) -> None:
+        self._call("abort", _CALL_LIMIT_S, None if uids is None else list(uids))
+
+    def update_weights(self, source: WeightSource, version: int) -> None:
+        self._call("update_weights", self._update_limit_s, source, version)
+        self._version = version
+
+    def flush_cache(self) -> None:
+        self._call("flush_cache", _CALL_LIMIT_S)
+
+    def checksums(self) -> Checksums | None:
+        return self._call("checksums", self._update_limit_s)
+
+    def offload(self) -> None:
+        self._call("offload", self._update_limit_s)
+
+    def onload(self) -> None:
+        self._call("onload", self._update_limit_s)
+
+    def health(self) -> bool:
+        try:
+            return self._call("health", _ANSWER_LIMIT_S)
+        except RunError:
+            return False
+
+    def stats(self) -> EngineStats:
+        """As the engine counted, or as it last could tell."""
+        with contextlib.suppress(RunError):
+            self._stats = self._call("stats", _ANSWER_LIMIT_S)
+        return self._stats
+
+    def _call(self, method: str, limit_s: float, *args: Any) -> Any:
+        """EngineLost where the actor died or does not answer; other errors as the engine raised them."""
+        try:
+            return ray_get(self._actor.call.remote(method, *args), limit_s, f"the engine's {method}")
+        except WorkerLost as error:
+            raise EngineLost(str(error)) from None
 
     def close(self) -> None:
-        """Stop its server and its judges."""
-        self.cancel()
-        self._stack.close()
-
-    def ready(self) -> tuple[int, int]:
-        """Its process id, once everything is there, and how many members of the group for weights it is."""
-        return os.getpid(), self._member.num_workers
-
-    # Sampling
-
-    def sample(self, batch: int, drawn: list[tuple[int, Problem, int]], params: SamplingParams) -> None:
-        """Begin to sample these (row, problem, draw), after what it was given before. Another `batch` drops that."""
-        with self._told:
-            if batch != self._batch:
-                self._batch, self._results = batch, []
-            self._num_given += 1
-        self._jobs.put((batch, drawn, params))
-
-    def cancel(self) -> None:
-        """Drop what is unfinished."""
-        with self._told:
-            self._batch, self._results = -1, []
-
-    def poll(self, limit_s: float) -> Report:
-        """Wait until something is finished, at most `limit_s`."""
-        with self._told:
-            self._told.wait_for(lambda: self._results or self._error, limit_s)
-            results, self._results = self._results, []
-            batch, error = self._batch, self._error
-        life = self._looks + (0 if results else self._member.signs_of_life())
-        busy = self._busy_s + (time.monotonic() - self._busy_since if self._busy_since else 0.0)
-        return Report(batch, tuple(results), life, busy, error)
-
-    def _work(self) -> None:
-        while True:
-            batch, drawn, params = self._jobs.get()
-            self._busy_since = time.monotonic()
-            try:
-                self._sample(batch, drawn, params)
-            except BaseException as error:  # told at the next poll: whatever it is, this engine serves no longer
-                with self._told:
-                    self._error = f"{type(error).__name__}: {error}"
-                    self._told.notify_all()
+        with self._lock:
+            if self._closed:
                 return
-            self._busy_s, self._busy_since = self._busy_s + time.monotonic() - self._busy_since, 0.0
-            with self._told:
-                self._num_done += 1
-                self._told.notify_all()
+            self._closed = True
+        ray.wait([self._actor.close.remote()], timeout=_CLOSE_LIMIT_S)
+        ray.kill(self._actor)
+        self._thread.stop()
 
-    def _wait_idle(self) -> None:
-        """What was cancelled ends at its next response; until then, weights and KV are in use."""
-        assert self._config.cluster is not None
-        limit_s = self._config.cluster.sync_limit_s
-        with self._told:
-            if not self._told.wait_for(lambda: self._num_done == self._num_given or self._error, limit_s):
-                raise RunError(f"waited {limit_s:g} s for engine {self._number} to end what was cancelled")
 
-    def _sample(self, batch: int, drawn: list[tuple[int, Problem, int]], params: SamplingParams) -> None:
-        rows = {(problem.uid, draw): (row, problem) for row, problem, draw in drawn}
-        prompts = [Prompt(p.uid, draw, self._tokenizer.encode_prompt(p.messages)) for _, p, draw in drawn]
-        awaited: Awaited = deque()
-        for rollout in self._member.engine.generate(prompts, params):
-            if batch != self._batch:
-                return
-            row, problem = rows[rollout.uid, rollout.draw]
-            awaited.append((row, rollout, self._judge.submit(problem, rollout)))
-            self._deliver(batch, awaited, params)
-        while awaited and batch == self._batch:
-            end = time.monotonic() + self._judge.limit_s
-            while not awaited[0][2].done():
-                assert time.monotonic() < end, "the judge pool does not answer"
-                self._looks += 1
-                time.sleep(_LOOK_S)
-            self._deliver(batch, awaited, params)
+@dataclass(frozen=True, slots=True)
+class RayStarter:
+    """Places and starts one engine of a cluster (implements `engine.pool.Starter`).
 
-    def _deliver(self, batch: int, awaited: Awaited, params: SamplingParams) -> None:
-        """Tell of what is judged; its payload is at the depot before."""
-        done: list[Result] = []
-        values: dict[Any, Payload] = {}
-        while awaited and awaited[0][2].done():
-            row, rollout, verdict = awaited.popleft()
-            key = rollout.uid, rollout.draw, rollout.sample_index, self._mark
-            values[key] = rollout.payload.resolve()
-            done.append(Result(row, replace(rollout, payload=StoreRef(self._node, key)), verdict.result()))
-        if not done:
-            return
-        if params.stream == "train":  # of an evaluation, nobody asks for the tokens
-            ray.get(self._depot.put.remote(values), timeout=_DEPOT_LIMIT_S)
-        with self._told:
-            if batch == self._batch:
-                self._results += done
-                self._told.notify_all()
+    Example: RayStarter(config, 0, group, 0, stores, bytes_passed, max_sequence_tokens=8192).
+    """
 
-    # Weights
+    config: RLConfig
+    number: int
+    group: PlacementGroup
+    bundle: int  # of the placement group
+    stores: StoreRegistry
+    bytes_passed: ByteCount
+    max_sequence_tokens: int
+    devices: str | None = None  # CUDA_VISIBLE_DEVICES, where its ranks have the same in turn (colocate)
 
-    def join(self, group: Group) -> None:
-        self._wait_idle()
-        self._member.join(group)
+    @property
+    def name(self) -> str:
+        return f"engine {self.number}"
 
-    def receive(self, version: int, max_bytes: int) -> None:
-        self._wait_idle()
-        self._member.receive(version, max_bytes)
+    @property
+    def kind(self) -> EngineKind:
+        return self.config.kind_of_engine(self.number)
 
-    def load(self, directory: str, version: int) -> None:
-        self._wait_idle()
-        self._member.load(Path(directory), version)
-
-    def probe(self, canary: Prompt, params: SamplingParams) -> tuple[int, list[Rollout]]:
-        """Its version, and a short response, tokens and all."""
-        return self._member.engine.version, self._member.probe(canary, params)
-
-    def fingerprints(self) -> Fingerprints | None:
-        return self._member.fingerprints()
-
-    def alive(self) -> bool:
-        return self._member.alive()
-
-    # Turns with the ranks of the same devices
-
-    def release(self) -> None:
-        self._wait_idle()
-        self._member.release()
-
-    def restore(self) -> None:
-        self._member.restore()
+    def start(self) -> RayEngine:
+        """See `Starter`; NoPlace while its node is lost and no other has room."""
+        cluster = self.config.cluster
+        assert cluster is not None
+        node_id = node_of(self.group, self.bundle)
+        if node_id is None:
+            raise NoPlace(f"the node of {self.name} is lost, and no other has room for it yet")
+        one = cluster.generation
+        node, store = self.stores.on(node_id)
+        env = {} if self.devices is None else {"CUDA_VISIBLE_DEVICES": self.devices}
+        actor: Any = (
+            ray.remote(EngineActor)
+            .options(
+                num_cpus=one.cpus_per_engine,
+                num_gpus=0 if self.devices is not None else one.gpus_per_engine,
+                runtime_env={"env_vars": env},
+                scheduling_strategy=within(self.group, self.bundle),
+                max_concurrency=10_000,
+            )
+            .remote(self.config, self.number, self.stores.new_incarnation(), node, store, self.max_sequence_tokens)
+        )
+        try:
+            info = ray_get(actor.info.remote(), cluster.start_limit_s, f"{self.name} to start")
+        except (RunError, UserError):
+            ray.kill(actor)
+            raise
+        return RayEngine(actor, self.kind, info, cluster.sync_limit_s, self.bytes_passed)

@@ -4,49 +4,70 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from typing import Protocol
 
-from pekoe.core.types import SampleRef
-from pekoe.ray.trainer_proxy import Asked, ClusterTrainer
+from pekoe.core.types import FloatArray, SampleRef, Trajectory
+from pekoe.ray.store import Key, StoreRef
+
+LogprobRefs = dict[Key, StoreRef[FloatArray]]
+"""Where log-probs are, by the key of the record that they belong to."""
+
+
+class PendingLogprobs(Protocol):
+    """Log-probs that the ranks were asked for."""
+
+    def wait(self) -> tuple[LogprobRefs, float]:
+        """Also returns for how long a rank worked on them, on average."""
+        ...
+
+
+class Ranks(Protocol):
+    def begin_logprobs(self, samples: Sequence[SampleRef], reference: bool) -> PendingLogprobs: ...
 
 
 class LogprobPrefetcher:
-    """For `algo.proximal = "recompute"`.
+    """For `algo.proximal = "recompute"`. Its `add` is the `on_group` of `run.rollouts.Rollouts`.
 
-    Groups are taken in their order in the batch, in chunks that fill a micro-batch of each rank: what is computed
-    together does not depend on which group was finished first.
+    Groups come in the order in which they were put, and are computed in chunks that fill a micro-batch of each rank:
+    what is computed together does not depend on which group was finished first.
 
     Args:
-        trainer: the ranks; it keeps what is found, and does not compute it again.
+        ranks: compute.
         chunk_tokens: of a chunk, at least.
     """
 
-    def __init__(self, trainer: ClusterTrainer, chunk_tokens: int) -> None:
-        self._trainer, self._chunk_tokens = trainer, chunk_tokens
+    def __init__(self, ranks: Ranks, chunk_tokens: int) -> None:
+        self._ranks, self._chunk_tokens = ranks, chunk_tokens
         self.saved_s = 0.0
-        """Seconds of the ranks' work that took place while there was still sampling to do; whoever tells resets it."""
-        self.begin()
+        """Seconds of the ranks' work that took place while there was still sampling to do."""
+        self.reset()
 
-    def begin(self) -> None:
-        """A batch begins."""
-        self._whole: dict[int, Sequence[SampleRef]] = {}
-        self._next, self._chunk, self._size = 0, list[SampleRef](), 0
-        self._asked: list[Asked] = []
+    def reset(self) -> None:
+        """Forget the batch in hand: its records are of no use any more."""
+        self._chunk: list[SampleRef] = []
+        self._pending: list[PendingLogprobs] = []
 
-    def add(self, row: int, samples: Sequence[SampleRef]) -> None:
-        """All samples of the batch's group `row`."""
-        self._whole[row] = samples
-        while self._next in self._whole:
-            samples = self._whole.pop(self._next)
-            self._next += 1
-            self._chunk += samples
-            self._size += sum(len(sample) for sample in samples)
-            if self._size >= self._chunk_tokens and self._trainer.can_share(self._chunk):
-                self._asked.append(self._trainer.ask_ahead(self._chunk))
-                self._chunk, self._size = [], 0
+    def add(self, trajectories: Sequence[Trajectory]) -> None:
+        """All trajectories of a group."""
+        self._chunk += [_sample_of(trajectory) for trajectory in trajectories if trajectory.num_tokens]
+        if sum(map(len, self._chunk)) >= self._chunk_tokens:
+            self._pending.append(self._ranks.begin_logprobs(self._chunk, False))
+            self._chunk = []
 
-    def end(self) -> None:
-        """All is sampled. What is left of the last chunk is computed with the others that are missing."""
-        start = time.perf_counter()
-        worked = sum(self._trainer.keep_ahead(asked) for asked in self._asked)
+    def collect(self) -> LogprobRefs:
+        """Everything is sampled: wait for what was begun. The rest of the last chunk is not computed here."""
+        start, worked = time.perf_counter(), 0.0
+        refs: LogprobRefs = {}
+        for pending in self._pending:
+            some, busy_s = pending.wait()
+            refs |= some
+            worked += busy_s
         self.saved_s += max(0.0, worked - (time.perf_counter() - start))
-        self.begin()
+        self.reset()
+        return refs
+
+
+def _sample_of(trajectory: Trajectory) -> SampleRef:
+    """A sample for its log-probs, which do not depend on the reward."""
+    t = trajectory
+    return SampleRef(t.num_prompt_tokens + t.num_tokens, t.num_tokens, t.handle, 0.0, 0, t.sample)

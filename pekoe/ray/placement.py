@@ -1,4 +1,4 @@
-"""Where a cluster's processes are: Ray itself, the nodes with their depots, and placement groups."""
+"""Ray itself: connection, nodes, placement groups, and the errors and sizes of remote calls."""
 
 from __future__ import annotations
 
@@ -7,30 +7,31 @@ import os
 import pickle
 import time
 from contextlib import ExitStack
-from typing import Any, cast
+from threading import Lock
+from typing import Any
 
 import ray
 import torch
 from ray.exceptions import GetTimeoutError, RayError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from pekoe.config.cluster import ClusterSection
 from pekoe.core.errors import RunError, UserError
+from pekoe.core.loop import Counters
 from pekoe.core.progress import ProgressReporter
-from pekoe.ray.store import RolloutStore
 
 _LOCAL_STORE_BYTES = 512 << 20
 _LOOK_S = 1.0  # between looks at what is lost
-_CLEAR_LIMIT_S = 10.0
 Bundle = dict[str, float]
 
 
 def connect(section: ClusterSection, view: ProgressReporter, stack: ExitStack) -> None:
-    """Join the Ray cluster that the recipe names, or start one here; left, or stopped, with `stack`."""
+    """Join the Ray cluster that the recipe names, or start one here; `stack` leaves or stops it."""
     quiet: dict[str, Any] = {"log_to_driver": False, "configure_logging": False, "include_dashboard": False}
     logging.getLogger("ray").setLevel(logging.ERROR)
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # an actor of 0 GPUs sees none
+    # Ray leaves CUDA_VISIBLE_DEVICES of an actor of 0 GPUs as we set it: with `colocate` an engine has its ranks' GPUs.
+    os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"
     try:
         if section.address is None:
             ray.init(address="local", num_cpus=_local_cores(section), object_store_memory=_LOCAL_STORE_BYTES, **quiet)
@@ -77,13 +78,15 @@ def plan(section: ClusterSection, view: ProgressReporter) -> list[str]:
 
 
 def _local_cores(section: ClusterSection) -> int:
-    """Ray's count for this machine: more processes than cores are slow, but right."""
-    needed = sum(bundle["CPU"] for bundle in (*engine_bundles(section), *rank_bundles(section)))  # shared: as many
+    """The number of cores that Ray is told of: more processes than cores are slow, but right."""
+    needed = sum(
+        bundle["CPU"] for bundle in (*engine_bundles(section), *rank_bundles(section))
+    )  # with colocate: as many
     return max(os.cpu_count() or 1, int(needed + 0.999))
 
 
 def engine_bundles(section: ClusterSection) -> list[Bundle]:
-    """What each engine takes: one bundle, so that its devices are on one node."""
+    """The resources of each engine: one bundle, so that its devices are on one node."""
     one = section.generation
     return [_bundle(one.cpus_per_engine, one.gpus_per_engine)] * one.engines
 
@@ -94,7 +97,7 @@ def rank_bundles(section: ClusterSection) -> list[Bundle]:
 
 
 def shared_bundles(section: ClusterSection) -> list[Bundle]:
-    """What each engine takes with the ranks that have the same devices in turn."""
+    """The resources of each engine together with the ranks that take turns with it on the same devices."""
     engine, rank = section.generation, section.training
     each = rank.ranks // engine.engines
     return [_bundle(engine.cpus_per_engine + each * rank.cpus_per_rank, engine.gpus_per_engine)] * engine.engines
@@ -113,7 +116,7 @@ def _total(resource: str) -> float:
 
 
 def place(bundles: list[Bundle], strategy: str, what: str, limit_s: float, stack: ExitStack) -> PlacementGroup:
-    """Room for these, once Ray has found it; given back with `stack`."""
+    """Reserve these bundles; returns when Ray has found room. `stack` gives it back."""
     for name in ("CPU", "GPU"):
         asked = sum(bundle.get(name, 0.0) for bundle in bundles)
         if asked > _total(name):
@@ -141,64 +144,68 @@ def nodes_of(group: PlacementGroup, limit_s: float, what: str) -> list[str]:
     """The ids of the nodes that all bundles are on; waits for nodes that are lost, or others with room."""
     end = time.monotonic() + limit_s
     while True:
-        nodes = [node_of(group, bundle) for bundle in range(group.bundle_count)]
-        if None not in nodes:
-            return cast("list[str]", nodes)
+        nodes = [node for bundle in range(group.bundle_count) if (node := node_of(group, bundle)) is not None]
+        if len(nodes) == group.bundle_count:
+            return nodes
         if time.monotonic() > end:
             raise RunError(f"waited {limit_s:g} s for Ray to place {what} again: a node is lost, and no other has room")
         time.sleep(_LOOK_S)
 
 
-class StoreRegistry:
-    """One depot on each node, by number; started when the node is first asked for. Counts, too, what passes through
-    this process in its place: names, lengths, verdicts, problems."""
-
-    def __init__(self) -> None:
-        self.num_bytes = 0
-        self.handles: dict[int, Any] = {}
-        self._numbers: dict[str, int] = {}
-
-    def on(self, node_id: str) -> tuple[int, Any]:
-        """Number and handle of the depot of this node."""
-        if node_id not in self._numbers:
-            number = len(self._numbers)
-            here = NodeAffinitySchedulingStrategy(node_id, soft=False)
-            # One that dies comes back empty; what it had is missed when it is fetched: training begins again.
-            options: dict[str, Any] = {"max_restarts": -1, "max_task_retries": 3}
-            self.handles[number] = (
-                ray.remote(RolloutStore).options(num_cpus=0, scheduling_strategy=here, **options).remote()
-            )
-            self._numbers[node_id] = number
-        number = self._numbers[node_id]
-        return number, self.handles[number]
-
-    def count(self, *values: Any) -> None:
-        """These are sent or were received."""
-        self.num_bytes += sum(len(pickle.dumps(value)) for value in values)
-
-    def clear(self) -> None:
-        """Forget everything: the step is done. A depot that does not answer has nothing to forget."""
-        cleared = [handle.clear.remote() for handle in self.handles.values()]
-        if cleared:  # before anything of the next step arrives
-            ray.wait(cleared, num_returns=len(cleared), timeout=_CLEAR_LIMIT_S)
+class WorkerLost(RunError):
+    """A process of the cluster died, hangs, or failed: training starts again from the last checkpoint."""
 
 
-def get(refs: Any, limit_s: float, what: str) -> Any:
-    """ray.get with a limit; RunError (Lost) says what was waited for, or what broke."""
+def ray_get(refs: Any, limit_s: float, what: str) -> Any:
+    """`ray.get` with a limit, and errors of ours.
+
+    Raises:
+        UserError, RunError, OSError: as the remote method raised it.
+        WorkerLost: everything else. `what` says what was waited for.
+    """
     try:
         return ray.get(refs, timeout=limit_s)
     except GetTimeoutError:
-        raise Lost(f"waited {limit_s:g} s for {what}") from None
+        raise WorkerLost(f"waited {limit_s:g} s for {what}") from None
     except RayError as error:
-        raise Lost(f"{what}: {reason(error)}") from error
+        raise translated(error, what) from error
 
 
-class Lost(RunError):
-    """A process of the cluster died, hangs, or broke off."""
+def translated(error: BaseException, what: str) -> Exception:
+    """The error that a remote method raised where it is one of ours, else WorkerLost."""
+    cause = getattr(error, "cause", None)
+    if isinstance(cause, (UserError, RunError, OSError)):
+        return cause
+    return WorkerLost(f"{what}: {first_line(error)}")
 
 
-def reason(error: BaseException) -> str:
-    """The first line that says something."""
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message that is not empty, after the error's type."""
     cause = getattr(error, "cause", None) or error
     text = str(cause).strip() or type(cause).__name__
     return f"{type(cause).__name__}: {text.splitlines()[0]}"
+
+
+class ByteCount:
+    """Bytes that pass through the controller: requests, lengths, verdicts, problems. Thread-safe."""
+
+    def __init__(self) -> None:
+        self._num_bytes, self._lock = 0, Lock()
+
+    def pack(self, value: object) -> bytes:
+        """Pickle what is sent, and count it: Ray copies bytes as they are."""
+        packed = pickle.dumps(value)
+        self._add(len(packed))
+        return packed
+
+    def unpack(self, packed: bytes) -> Any:
+        """What was received, counted."""
+        self._add(len(packed))
+        return pickle.loads(packed)
+
+    def _add(self, number: int) -> None:
+        with self._lock:
+            self._num_bytes += number
+
+    def counters(self) -> Counters:
+        return {"controller_bytes": self._num_bytes}

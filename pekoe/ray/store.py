@@ -1,73 +1,242 @@
-"""The data plane: one depot a node keeps what engines there sampled until the ranks that train on it fetch it.
+"""The data plane: one store a node keeps what engines there sampled, until the ranks that train on it fetch it.
 
-Tokens and log-probs go from a depot to a rank directly, by Ray's transfer from node to node. The controller knows names
-and lengths alone. A depot is a process of its own, so that what an engine finished outlives the engine.
+Tokens and log-probs go from a store to a rank directly, by Ray's transfer from node to node; responses are judged, and
+rollouts written, at the store. The controller knows names, lengths and verdicts alone. A store is a process of its own,
+so that what an engine finished outlives the engine.
 """
 
 from __future__ import annotations
 
+import asyncio
 import os
+import pickle
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from concurrent.futures import Future
+from dataclasses import dataclass, replace
+from functools import cache, partial
+from itertools import count
 from pathlib import Path
-from typing import Any, NoReturn
+from threading import Lock
+from typing import Any, Generic, TypeVar
 
+import numpy as np
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from pekoe.config.recipes import ModelSection
+from pekoe.config.recipes import RLConfig
+from pekoe.core.types import FloatArray, Problem, Record, Trajectory, Verdict
 from pekoe.data.tokenizer import Tokenizer
-from pekoe.run.rollouts import RolloutLine
-from pekoe.run.run_dir import write_lines
+from pekoe.ray.placement import ByteCount, ray_get, translated
+from pekoe.run.judging import Judge, make_judge
+from pekoe.run.records import RecordLine, write_lines
 
-Key = tuple[Any, ...]
-"""Of a rollout: (problem uid, draw, sample index, mark of the engine); of log-probs: that, and which."""
+_FETCH_LIMIT_S = 600.0
+_WRITE_LIMIT_S = 3600.0
+_CLOSE_LIMIT_S = 10.0
+_KEPT_STEPS = 2  # what was put before the last so many writes is of no use: evaluations, and what lost engines sampled
+
+Key = tuple[str | int, ...]
+"""Of a record: (uid, draw, sample, incarnation of the engine's process), as two processes may sample the same request;
+of log-probs: that, and "proximal" or "reference"."""
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
-class StoreRef:
-    """Where a value lies."""
+class StoreRef(Generic[T]):
+    """Refers to a value in a node's store: a record (implements `core.types.Handle`), or log-probs [L].
+
+    Example: StoreRef(node=0, key=("gsm8k/17", 0, 3, 2)).
+    """
 
     node: int
     key: Key
 
-    def resolve(self) -> NoReturn:
-        raise AssertionError(f"{self.key} lies at node {self.node}: only the ranks fetch it")
+    def resolve(self) -> T:
+        return fetch([self])[self]
 
 
-class RolloutStore:
-    """The actor. Values are payloads of rollouts, and log-probs."""
+def fetch(refs: Iterable[StoreRef[Any]]) -> dict[StoreRef[Any], Any]:
+    """Get values from their stores, from each store in one piece, from all at once."""
+    wanted: dict[int, list[StoreRef[Any]]] = {}
+    for ref in dict.fromkeys(refs):
+        wanted.setdefault(ref.node, []).append(ref)
+    job = ray.get_runtime_context().get_job_id()
+    parts = [_actor(job, node).get.remote([ref.key for ref in some]) for node, some in wanted.items()]
+    values = ray_get(parts, _FETCH_LIMIT_S, "tokens from their store")
+    pairs = zip(wanted.values(), values, strict=True)
+    return {ref: value for some, part in pairs for ref, value in zip(some, part, strict=True)}
 
-    def __init__(self) -> None:
-        self._values: dict[Key, Any] = {}
+
+@cache
+def _actor(job: str, node: int) -> Any:
+    """The store of a node in this Ray job."""
+    return ray.get_actor(f"store-{node}")
+
+
+class StoreActor:
+    """Values of one node. A record that is missing raises KeyError: the store died, and came back empty.
+
+    Args:
+        config: the recipe.
+        num_judges: processes that judge here.
+    """
+
+    def __init__(self, config: RLConfig, num_judges: int) -> None:
+        self._config, self._num_judges = config, num_judges
+        self._values: dict[Key, tuple[int, Any]] = {}  # with the number of writes before it was put
+        self._num_writes = 0
         self._tokenizer: Tokenizer | None = None
+        self._judge: Judge | None = None
 
-    def put(self, values: Mapping[Key, Any]) -> None:
-        self._values.update(values)
+    async def put(self, values: Mapping[Key, Record | FloatArray]) -> None:
+        self._values |= {key: (self._num_writes, value) for key, value in values.items()}
 
-    def get(self, keys: Sequence[Key]) -> list[Any]:
-        return [self._values[key] for key in keys]
+    async def get(self, keys: Sequence[Key]) -> list[Record | FloatArray]:
+        return [self._values[key][1] for key in keys]
 
-    def write(self, file: str, lines: Sequence[tuple[dict[str, Any], Key]], model: ModelSection) -> None:
-        """Write a part of a rollouts file: what the loop says of each response, and what lies here."""
+    async def judge(self, packed: bytes) -> bytes:
+        """The verdict of (problem, trajectory), whose record is here."""
+        problem, trajectory = pickle.loads(packed)
+        if self._judge is None:
+            verify = self._config.verify.model_copy(update={"workers": self._num_judges})
+            self._judge = make_judge(verify, self._open_tokenizer(), self._config.run.seed)
+        trajectory = replace(trajectory, handle=self._values[trajectory.handle.key][1])
+        return pickle.dumps(await asyncio.wrap_future(self._judge.submit(problem, trajectory)))
+
+    async def write(self, stem: str, packed: bytes) -> None:
+        """Write a node's part of a step's rollouts. The records of the lines are dropped, and what is older."""
+        lines: list[tuple[dict[str, Any], Key]] = pickle.loads(packed)
+        records = [RecordLine(fields, self._values[key][1]) for fields, key in lines]
+        self._num_writes += 1
+        written, oldest = {key for _, key in lines}, self._num_writes - _KEPT_STEPS
+        self._values = {
+            key: value for key, value in self._values.items() if key[:4] not in written and value[0] >= oldest
+        }
+        if lines:
+            await asyncio.to_thread(write_lines, Path(stem), records, self._open_tokenizer())
+
+    def _open_tokenizer(self) -> Tokenizer:
         if self._tokenizer is None:
+            model = self._config.model
             self._tokenizer = Tokenizer.load(Path(model.path)).with_template(model.template)
-        tokenizer = self._tokenizer
-        found = ((said, self._values[key]) for said, key in lines)
-        write_lines(Path(file), (RolloutLine(said, payload).complete(payload, tokenizer) for said, payload in found))
+        return self._tokenizer
 
-    def pid(self) -> int:
+    async def pid(self) -> int:
         return os.getpid()
 
-    def clear(self) -> None:
-        self._values.clear()
+    async def close(self) -> None:
+        if self._judge is not None:
+            await asyncio.to_thread(self._judge.close)
 
 
-def fetch(stored: Iterable[StoreRef], depots: Mapping[int, Any], limit_s: float) -> dict[StoreRef, Any]:
-    """Bring values here, from each depot in one piece, from all at once."""
-    wanted: dict[int, list[StoreRef]] = {}
-    for each in dict.fromkeys(stored):
-        wanted.setdefault(each.node, []).append(each)
-    parts = [depots[node].get.remote([each.key for each in some]) for node, some in wanted.items()]
-    found = ray.get(parts, timeout=limit_s)
-    pairs = zip(wanted.values(), found, strict=True)
-    return {each: value for some, part in pairs for each, value in zip(some, part, strict=True)}
+class StoreRegistry:
+    """The stores, by number; each is started when its node is first asked for."""
+
+    def __init__(self, config: RLConfig) -> None:
+        self._config = config
+        self.num_judges = 1  # processes of each store that judge
+        self._lock = Lock()
+        self._numbers: dict[str, int] = {}  # by the node's id
+        self._incarnations = count()
+        self.actors: dict[int, Any] = {}
+
+    def on(self, node_id: str) -> tuple[int, Any]:
+        """Number and actor of the store of this node."""
+        with self._lock:
+            if node_id not in self._numbers:
+                number = self._numbers[node_id] = len(self._numbers)
+                here = NodeAffinitySchedulingStrategy(node_id, soft=False)
+                # One that dies comes back empty: training starts again when a record is missed.
+                options: dict[str, Any] = {"max_restarts": -1, "max_task_retries": 3, "max_concurrency": 100_000}
+                actor = ray.remote(StoreActor).options(
+                    name=f"store-{number}", num_cpus=0, scheduling_strategy=here, **options
+                )
+                self.actors[number] = actor.remote(self._config, self.num_judges)
+            number = self._numbers[node_id]
+            return number, self.actors[number]
+
+    def new_incarnation(self) -> int:
+        """A number for a process that samples, which none had before."""
+        with self._lock:
+            return next(self._incarnations)
+
+    def close(self) -> None:
+        """Stop the judges."""
+        closing = [actor.close.remote() for actor in self.actors.values()]
+        if closing:
+            ray.wait(closing, num_returns=len(closing), timeout=_CLOSE_LIMIT_S)
+
+
+class RayJudge:
+    """Judges at the store that has the record (implements `run.judging.Judge`)."""
+
+    def __init__(self, stores: StoreRegistry, time_limit_s: float, bytes_passed: ByteCount) -> None:
+        self._stores, self._time_limit_s, self._bytes = stores, time_limit_s, bytes_passed
+        self._pending: set[Future[Verdict]] = set()
+
+    @property
+    def limit_s(self) -> float:
+        return 180 + 4 * self._time_limit_s * len(self._pending)  # see `run.judging.PoolJudge`
+
+    def submit(self, problem: Problem, trajectory: Trajectory) -> Future[Verdict]:
+        """WorkerLost where the store or the record is lost."""
+        ref = _ref_of(trajectory.handle)
+        verdict: Future[Verdict] = Future()
+        self._pending.add(verdict)
+        verdict.add_done_callback(self._pending.discard)
+        work = self._bytes.pack((replace(problem, messages=()), trajectory))
+        answer = self._stores.actors[ref.node].judge.remote(work)
+        answer.future().add_done_callback(partial(self._settle, verdict))
+        return verdict
+
+    def _settle(self, verdict: Future[Verdict], answer: Future[bytes]) -> None:
+        """Runs in a thread of Ray's."""
+        error = answer.exception()
+        if error is None:
+            verdict.set_result(self._bytes.unpack(answer.result()))
+        else:
+            verdict.set_exception(translated(error, "a verdict"))
+
+    def close(self) -> None:
+        self._stores.close()
+
+
+class RayRecords:
+    """Each node's store writes its own file (implements `run.records.RecordWriter`)."""
+
+    def __init__(self, run_dir: Path, stores: StoreRegistry, bytes_passed: ByteCount) -> None:
+        self._folder, self._stores, self._bytes = (run_dir / "rollouts").resolve(), stores, bytes_passed
+        self._writing: list[Any] = []
+
+    def write(self, step: int, lines: Sequence[RecordLine]) -> None:
+        """See `RecordWriter`. A store takes the records out at once, so that the next step's may arrive."""
+        self.settle()
+        by_node: dict[int, list[tuple[dict[str, Any], Key]]] = {node: [] for node in self._stores.actors}
+        for line in lines:
+            ref = _ref_of(line.handle)
+            by_node[ref.node].append((line.fields, ref.key))
+        self._writing = [
+            self._stores.actors[node].write.remote(str(self._folder / f"step-{step:06d}.{node}"), self._bytes.pack(its))
+            for node, its in by_node.items()
+        ]
+
+    def settle(self) -> None:
+        writing, self._writing = self._writing, []
+        ray_get(writing, _WRITE_LIMIT_S, "the rollouts to be written")
+
+    def forget(self) -> None:
+        """Wait for what is being written, and ignore the outcome: the steps are made again."""
+        if self._writing:
+            ray.wait(self._writing, num_returns=len(self._writing), timeout=_WRITE_LIMIT_S)
+        self._writing = []
+
+
+def _ref_of(handle: object) -> StoreRef[Record]:
+    assert isinstance(handle, StoreRef), "every record of a cluster is in a store"
+    return handle
+
+
+def bytes_of(value: Record | FloatArray) -> int:
+    if isinstance(value, np.ndarray):
+        return value.nbytes
+    return value.tokens.nbytes + value.loss_mask.nbytes + value.logprobs.nbytes

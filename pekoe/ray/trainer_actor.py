@@ -3,34 +3,33 @@
 from __future__ import annotations
 
 import os
+import pickle
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import ray
 import torch
 
 from pekoe.config.recipes import RLConfig
-from pekoe.core.types import AnySample, Rollout, Sample, SampleRef
-from pekoe.engine.fingerprints import Kind, Prints, prints_for
-from pekoe.engine.transfer import Group, buckets, close_group, open_group
-from pekoe.model import save_model
-from pekoe.ray.store import StoreRef, fetch
-from pekoe.ray.weights import send, use_interface
+from pekoe.core.loop import Snapshot, StepStats
+from pekoe.core.types import AnySample, FloatArray, Sample, SampleRef
+from pekoe.engine.base import BroadcastGroup, Checksums, EngineKind
+from pekoe.ray.placement import ray_get
+from pekoe.ray.store import Key, StoreRef, bytes_of, fetch
 from pekoe.run.build import make_trainer, open_model
 from pekoe.run.distributed import joined, make_layout
 from pekoe.run.hardware import describe
-from pekoe.train import StepStats
-from pekoe.train.checkpoint import whole_weights
-from pekoe.train.trainer import Objective, RankBatch
+from pekoe.train.trainer import RankBatch, pack_minibatch
+from pekoe.weights import LocalSender
+from pekoe.weights.groups import free_port, use_interface
 
 
 @dataclass(frozen=True, slots=True)
 class Traffic:
-    """What a rank fetched from depots, and how long it worked."""
+    """What a rank fetched from stores, and how long it worked. Sums over ranks and calls."""
 
     seconds: float = 0.0
     num_bytes: int = 0
@@ -40,32 +39,27 @@ class Traffic:
         return Traffic(self.seconds + other.seconds, self.num_bytes + other.num_bytes, self.busy_s + other.busy_s)
 
 
-class TrainerWorker:
+class RankActor:
     """The actor. All ranks are called together, with the same arguments but for their shares.
 
     Args:
         config: the recipe.
         rank: which.
-        node: of the depot.
-        depot: of this node.
+        node: the number of this node's store.
+        store: this node's store.
     """
 
-    def __init__(self, config: RLConfig, rank: int, node: int, depot: Any) -> None:
+    def __init__(self, config: RLConfig, rank: int, node: int, store: Any) -> None:
         assert config.cluster is not None
-        self._config, self._rank, self._node, self._depot = config, rank, node, depot
-        self._section = config.cluster.training
+        self._config, self._rank, self._node, self._store = config, rank, node, store
+        self._section, self._limit_s = config.cluster.training, config.cluster.step_limit_s
         torch.set_num_threads(max(1, int(self._section.cpus_per_rank)))
         self._address = ray.util.get_node_ip_address()
-        self._snapshot: Any = None
-        self._groups: dict[Kind, Any] = {}  # our ends of those by which weights go
-        self._prints: dict[Kind, Prints] = {}
+        self._snapshot: Snapshot | None = None
 
-    def meeting_point(self) -> tuple[str, int]:
+    def address(self) -> tuple[str, int]:
         """An address of this node with a port that is free."""
-        import socket
-
-        with socket.create_server((self._address, 0)) as probe:
-            return self._address, probe.getsockname()[1]
+        return self._address, free_port(self._address)
 
     def devices(self) -> str:
         """Its GPUs, as CUDA_VISIBLE_DEVICES names them."""
@@ -78,9 +72,10 @@ class TrainerWorker:
         os.environ |= {"WORLD_SIZE": str(self._section.ranks)}
         self._joined = joined()
         self._joined.__enter__()
-        model, _, dtype = open_model(self._config.model)
+        model, _, dtype = open_model(self._config.model.model_copy(update={"device": device_of(self._config)}))
         layout = make_layout(model.spec, self._section, next(model.parameters()).device)
         self._trainer = make_trainer(self._config, model, dtype, layout)
+        self._sender = LocalSender(model, dtype, self._canary_logprobs, self._address)
         return os.getpid()
 
     def measure(self) -> dict[str, Any]:
@@ -89,49 +84,32 @@ class TrainerWorker:
 
     # Training
 
-    def step(
-        self,
-        share: RankBatch,
-        depots: Mapping[int, Any],
-        objective: Objective,
-        denominator: float | None,
-        max_mean_ratio: float | None,
-    ) -> tuple[StepStats, Traffic]:
+    def step(self, packed: bytes) -> bytes:
+        """`Trainer.step_packed` of (share, objective, denominator, max_mean_ratio); returns (StepStats, Traffic)."""
         start = time.perf_counter()
-        fetched, traffic = self._fetched(share, depots)
-        stats = self._trainer.step_packed(fetched, objective, denominator, max_mean_ratio)
-        return stats, replace(traffic, busy_s=time.perf_counter() - start)
+        share, *rest = pickle.loads(packed)
+        share, traffic = _fetched(share)
+        stats: StepStats = self._trainer.step_packed(share, *rest)
+        return pickle.dumps((stats, replace(traffic, busy_s=time.perf_counter() - start)))
 
-    def logprobs(
-        self, share: RankBatch, depots: Mapping[int, Any], reference: bool
-    ) -> tuple[list[list[StoreRef]], Traffic]:
-        """Log-probs of its share go to its depot; returns where they lie."""
+    def logprobs(self, packed: bytes) -> bytes:
+        """Log-probs of (share, whether by the reference model) go to this node's store.
+
+        Returns (for each micro-batch references to those of its samples, Traffic).
+        """
         start = time.perf_counter()
-        fetched, traffic = self._fetched(share, depots)
-        found = self._trainer.logprobs_packed(fetched, reference)
+        share, reference = pickle.loads(packed)
+        local, traffic = _fetched(share)
+        arrays = self._trainer.logprobs_packed(local, reference)
         name = "reference" if reference else "proximal"
-        places: list[list[StoreRef]] = []
-        values: dict[Any, Any] = {}
-        for members, arrays in zip(share.bins, found, strict=True):
-            keys = [(*_payload(sample).key, name) for sample in members]
-            values |= dict(zip(keys, arrays, strict=True))
-            places.append([StoreRef(self._node, key) for key in keys])
-        ray.get(self._depot.put.remote(values), timeout=self._limit_s)
-        return places, replace(traffic, busy_s=time.perf_counter() - start)
-
-    @property
-    def _limit_s(self) -> float:
-        assert self._config.cluster is not None
-        return self._config.cluster.step_limit_s
-
-    def _fetched(self, share: RankBatch, depots: Mapping[int, Any]) -> tuple[RankBatch, Traffic]:
-        """The share with its tokens here."""
-        start = time.perf_counter()
-        samples = [sample for members in share.bins for sample in members]
-        found = fetch((place for sample in samples for place in _places(sample)), depots, self._limit_s)
-        bins = tuple(tuple(_resolved(sample, found) for sample in members) for members in share.bins)
-        size = sum(_bytes_of(value) for value in found.values())
-        return replace(share, bins=bins), Traffic(time.perf_counter() - start, size)
+        values: dict[Key, FloatArray] = {}
+        refs: list[list[StoreRef[FloatArray]]] = []
+        for members, some in zip(share.bins, arrays, strict=True):
+            keys = [(*record_of(sample).key, name) for sample in members]
+            values |= dict(zip(keys, some, strict=True))
+            refs.append([StoreRef(self._node, key) for key in keys])
+        ray_get(self._store.put.remote(values), self._limit_s, "the store to take log-probs")
+        return pickle.dumps((refs, replace(traffic, busy_s=time.perf_counter() - start)))
 
     def skip(self, num_updates: int) -> None:
         self._trainer.skip(num_updates)
@@ -139,110 +117,88 @@ class TrainerWorker:
     def counts(self) -> tuple[int, int]:
         return self._trainer.num_updates, self._trainer.num_not_finite
 
-    # Weights
-
-    def join(self, kind: Kind, group: Group) -> None:
-        """Open the group by which weights go to engines of this kind. The first rank alone."""
-        close_group(self._groups.pop(kind, None))
-        self._groups[kind] = open_group(group)
-
-    def send(self, kind: Kind, max_bytes: int, look: bool) -> tuple[int, str]:
-        """Bring the weights to the group, whose engines are of one kind. All ranks call it: each has a part. Returns
-        the bytes that were sent, and what went wrong on the way to the engines."""
-        self._show([kind] if look else [])
-        server = kind != "embedded"
-        parts = buckets(self._trainer.model, max_bytes, self._dtype(kind) if server else None)
-        return send(self._groups.get(kind), parts, self._see if look else None, one_by_one=server)
-
-    def save(self, path: str, kinds: Sequence[Kind]) -> None:
-        """Write the weights as a Hugging Face directory. All ranks call it; the first one writes, and looks at them
-        as these kinds of engines would."""
-        whole = whole_weights(self._trainer.model)
-        self._show(kinds)
-        if self._rank == 0:
-            for name, tensor in whole.items():
-                self._see(name, tensor)
-            save_model(self._trainer.model, Path(path), weights=whole)
-
-    def prints(self, kind: Kind) -> dict[str, str | int] | None:
-        """What engines of this kind should say of what `send` sent, or `save` wrote. None: they would speak of
-        something else."""
-        return self._prints[kind].values() if kind in self._prints else None
-
-    def _show(self, kinds: Sequence[Kind]) -> None:
-        device, spec = self._trainer.device.type, self._trainer.model.spec
-        self._prints = {}
-        for kind in kinds:
-            if (prints := prints_for(kind, spec, self._dtype(kind), device)) is not None:
-                self._prints[kind] = prints
-
-    def _see(self, name: str, tensor: torch.Tensor) -> None:
-        for prints in self._prints.values():
-            prints.see(name, tensor)
-
-    def _dtype(self, kind: Kind) -> torch.dtype:
-        """Of the weights that an engine holds."""
-        return torch.float32 if kind == "embedded" else self._trainer.compute_dtype
-
-    def idle(self) -> None:
-        """Answered when all that was asked before is done."""
-
-    def spare(self) -> None:
+    def empty_cache(self) -> None:
         """Give back what the allocator keeps: engines take their turn on this device."""
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
-    def difference(self, canaries: Sequence[Rollout]) -> list[float]:
-        """For each response, the largest difference between its log-probs and the trainer's."""
-        found: list[float] = []
-        for rollout in canaries:
-            sample = SampleRef(rollout.num_prompt_tokens, rollout.num_tokens, rollout.payload, 0.0, 0, 0).resolve()
-            ours = self._trainer.logprobs_packed(RankBatch(((sample,),), ((0,),), len(sample), sample.num_targets, 1))[
-                0
-            ][0]
-            found.append(float(np.abs(ours - sample.behaviour_logprobs)[sample.loss_mask].max()))
-        return found
+    # Weights: see `weights.LocalSender`
+
+    def open(self, kind: EngineKind, group: BroadcastGroup) -> None:
+        """The first rank alone."""
+        self._sender.open(kind, group)
+
+    def broadcast(self, kind: EngineKind, bucket_bytes: int, checksum: bool) -> int:
+        """All ranks gather; the first sends."""
+        return self._sender.broadcast(kind, bucket_bytes, checksum)
+
+    def write_weights(self, place: Path, kinds: Sequence[EngineKind], checksum: bool) -> int:
+        """All ranks gather; the first writes."""
+        return self._sender.write(place, kinds, checksum)
+
+    def checksums(self, kind: EngineKind) -> Checksums | None:
+        return self._sender.checksums(kind)
+
+    def canary_logprobs(self, samples: Sequence[Sample]) -> list[FloatArray]:
+        return self._canary_logprobs(samples)
+
+    def _canary_logprobs(self, samples: Sequence[Sample]) -> list[FloatArray]:
+        """Every rank computes all: too few to share out."""
+        budget = max(self._config.train.token_budget * self._section.cp, *map(len, samples))
+        (share,) = pack_minibatch(samples, budget, self._trainer.model.spec, 1)
+        places = [place for members in share.indices for place in members]
+        arrays = [array for some in self._trainer.logprobs_packed(share) for array in some]
+        return [array for _, array in sorted(zip(places, arrays, strict=True), key=lambda pair: pair[0])]
 
     # Checkpoints
 
     def snapshot(self) -> None:
         self._snapshot = self._trainer.snapshot()
 
-    def write(self, path: str) -> None:
+    def write(self, path: Path) -> None:
         """Runs beside training."""
-        self._snapshot.write(Path(path))
+        assert self._snapshot is not None
+        self._snapshot.write(path)
 
-    def export(self, path: str) -> None:
+    def export(self, path: Path) -> None:
         """The first rank alone."""
-        self._snapshot.export(Path(path))
+        assert self._snapshot is not None
+        self._snapshot.export(path)
 
-    def load(self, path: str) -> None:
-        self._trainer.load(Path(path))
+    def load(self, path: Path) -> None:
+        self._trainer.load(path)
 
 
-def _payload(sample: AnySample) -> StoreRef:
+def device_of(config: RLConfig) -> str:
+    """The device that each rank trains on. Never "auto": a rank without a GPU of its own may see those of others."""
+    assert config.cluster is not None
+    return "cuda" if config.cluster.training.gpus_per_rank else "cpu"
+
+
+def record_of(sample: AnySample) -> StoreRef[Any]:
+    """Where the tokens of a cluster's sample are."""
     assert isinstance(sample, SampleRef)
-    assert isinstance(sample.payload, StoreRef)
-    return sample.payload
+    assert isinstance(sample.handle, StoreRef)
+    return sample.handle
 
 
-def _places(sample: AnySample) -> Iterable[StoreRef]:
-    assert isinstance(sample, SampleRef)
-    all_of_it = sample.payload, sample.proximal_logprobs, sample.reference_logprobs
-    return (at for at in all_of_it if isinstance(at, StoreRef))
+def _fetched(share: RankBatch) -> tuple[RankBatch, Traffic]:
+    """The share with its tokens here."""
+    start = time.perf_counter()
+    samples = [sample for members in share.bins for sample in members if isinstance(sample, SampleRef)]
+    parts = (part for s in samples for part in (s.handle, s.proximal_logprobs, s.reference_logprobs))
+    values = fetch(part for part in parts if isinstance(part, StoreRef))
 
+    def local(sample: AnySample) -> Sample:
+        if isinstance(sample, Sample):
+            return sample
+        handle, *more = (
+            values[part] if isinstance(part, StoreRef) else part
+            for part in (sample.handle, sample.proximal_logprobs, sample.reference_logprobs)
+        )
+        here = replace(sample, handle=handle, proximal_logprobs=more[0], reference_logprobs=more[1])
+        return here.resolve()
 
-def _resolved(sample: AnySample, found: Mapping[StoreRef, Any]) -> Sample:
-    assert isinstance(sample, SampleRef)
-    here = {
-        name: found[at]
-        for name in ("payload", "proximal_logprobs", "reference_logprobs")
-        if isinstance(at := getattr(sample, name), StoreRef)
-    }
-    return replace(sample, **here).resolve()
-
-
-def _bytes_of(value: Any) -> int:
-    if isinstance(value, np.ndarray):
-        return value.nbytes
-    return value.prompt_tokens.nbytes + value.tokens.nbytes + value.logprobs.nbytes
+    bins = tuple(tuple(local(sample) for sample in members) for members in share.bins)
+    size = sum(map(bytes_of, values.values()))
+    return replace(share, bins=bins), Traffic(time.perf_counter() - start, size)

@@ -60,7 +60,8 @@ class Rollouts:
         params: how training samples.
         timer: is given the phases "rollout" and "verify".
         while_waiting: called about once a second while `take` waits, when the trainer is idle.
-        on_group: called with each group of training as soon as it is sampled, with its place among those put.
+        on_group: called with each group of training, in the order in which they were put, as soon as it and those
+            before it are sampled.
         offloads: whether engines and trainer take turns on the same devices.
     """
 
@@ -81,6 +82,7 @@ class Rollouts:
         self._timer, self._view, self._stop = timer, view, stop
         self._while_waiting, self._on_group, self._offloads = while_waiting, on_group, offloads
         self._groups: deque[_Group] = deque()  # in the order in which they were put
+        self._unreported: deque[_Group] = deque()  # those that `on_group` was not called with yet
         self._finished: _Finished = SimpleQueue()
         self._waited = 0.0  # when `while_waiting` was last called
 
@@ -91,6 +93,8 @@ class Rollouts:
         requests = [self._requests(draw, params) for draw in draws]
         futures = iter(self._pool.submit([request for group in requests for request in group]))
         self._groups += groups
+        if self._on_group is not None and params.stream == "train":
+            self._unreported += groups
         for group, its_requests in zip(groups, requests, strict=True):
             for request in its_requests:
                 next(futures).add_done_callback(partial(_hand_over, self._finished, group, request))
@@ -138,8 +142,9 @@ class Rollouts:
         group.trajectories[request.sample] = trajectory
         group.verdicts[request.sample] = self._judge.submit(group.draw.problem, trajectory)
         self._view.advance()
-        if group.sampled and self._on_group is not None and request.params.stream == "train":
-            self._on_group([group.trajectories[i] for i in range(group.size)])
+        while self._on_group is not None and self._unreported and self._unreported[0].sampled:
+            first = self._unreported.popleft()
+            self._on_group([first.trajectories[i] for i in range(first.size)])
 
     def _pop(self) -> JudgedGroup:
         """The first group, when it is judged."""
@@ -155,6 +160,7 @@ class Rollouts:
     def cancel(self) -> None:
         """See `core.loop.Rollouts`. What the engines still finish is ignored."""
         self._groups.clear()
+        self._unreported.clear()
         self._finished = SimpleQueue()
         self._pool.abort()
 

@@ -7,7 +7,7 @@ import fcntl
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from pekoe.core.types import FloatArray, Sample
 from pekoe.engine.base import Broadcast, BroadcastGroup, Checksums, EngineKind
 from pekoe.engine.buckets import buckets
 from pekoe.model import Decoder, save_model
+from pekoe.train.checkpoint import whole_weights
 from pekoe.weights.checksums import ChecksumBuilder, checksum_builder_for, checksums_of
 from pekoe.weights.groups import close_group, free_port, open_group, wait_for
 
@@ -158,6 +159,9 @@ def _remove_orphans() -> None:
 class LocalSender:
     """The trainer's side where trainer and channel are in one process (implements `channel.Sender`).
 
+    Where the model is sharded each process has a sender; all call `broadcast` and `write` together, and that which
+    opened the group sends.
+
     Args:
         model: the weights; in process, an embedded engine samples from this very object.
         compute_dtype: of servers' weights.
@@ -186,7 +190,7 @@ class LocalSender:
         self._handles[kind] = open_group(group), group.limit_s
 
     def broadcast(self, kind: EngineKind, bucket_bytes: int, checksum: bool) -> int:
-        handle, limit_s = self._handles[kind]
+        handle, limit_s = self._handles.get(kind, (None, 0.0))
         self._builders = {kind: self._builder(kind)} if checksum else {}
         builder = self._builders.get(kind)
         dtype = None if kind == "embedded" else self.compute_dtype
@@ -195,15 +199,23 @@ class LocalSender:
 
     def write(self, place: Path, kinds: Sequence[EngineKind], checksum: bool) -> int:
         """Weights in the engines' dtype as a Hugging Face directory; returns its bytes."""
+        whole: Mapping[str, Tensor] = dict(self.model.named_parameters())
+        sharded = any(isinstance(tensor, DTensor) for tensor in whole.values())
+        if sharded:
+            whole = whole_weights(self.model)
+            if not whole:  # the first process writes
+                return 0
+        dtype = torch.float32 if "embedded" in kinds else self.compute_dtype
         try:
-            save_model(self.model, place, dtype=self.compute_dtype)
+            save_model(self.model, place, weights=whole if sharded else None, dtype=dtype)
         except (OSError, SafetensorError) as error:  # a full disk, mostly
             raise RunError(f"weight update: cannot write {place}: {error}") from error
         self._builders = {}
         for kind in kinds if checksum else ():
             builder = self._builders[kind] = self._builder(kind)
             if builder is not None:
-                checksums_of(self.model, builder)
+                for name, tensor in whole.items():
+                    builder.add(name, tensor)
         return sum(file.stat().st_size for file in place.glob("*.safetensors"))
 
     def checksums(self, kind: EngineKind) -> Checksums | None:
