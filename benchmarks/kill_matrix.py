@@ -20,7 +20,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-KINDS = ("controller", "engine", "first rank", "other rank", "judge", "depot")
+KINDS = ("controller", "engine", "first rank", "other rank", "judge", "store")
 PHASES = ("rollout", "verify", "train", "sync", "save")
 STEPS, LIMIT_S, TOLERANCE = 4, 300, 1e-3
 
@@ -68,33 +68,40 @@ def make_inputs(folder: Path, reward: str = "kill_matrix:parity") -> dict[str, A
 
 def life(recipe: dict[str, Any], kind: str, phase: str) -> None:
     """One run, in this process; `kind` dies in step 2's `phase`."""
+    from contextlib import ExitStack
+
     import psutil
     import ray
 
     from pekoe.config.recipes import load_config
     from pekoe.core.progress import NoProgress
-    from pekoe.ray import run_cluster
-    from pekoe.ray.engines import Engines
-    from pekoe.ray.sync import ClusterSync
-    from pekoe.ray.trainer_proxy import ClusterSnapshot, ClusterTrainer
+    from pekoe.ray.run import RayChannel, build_cluster, run_with_restarts
+    from pekoe.ray.store import RayJudge
+    from pekoe.ray.trainer import RaySnapshot, RayTrainer
     from pekoe.run.interrupt import Stop
+    from pekoe.run.rollouts import Rollouts
 
-    class Said(NoProgress):
+    class Printed(NoProgress):
         def say(self, text: str) -> None:
             print(text, flush=True)
 
-    alive: dict[str, Any] = {}
-
     def pid() -> int:
-        engine, ranks = alive["engines"].all[0].pid, alive["trainer"].pids
+        store = ray.get(cluster.stores.actors[0].pid.remote())
         if kind == "judge":
-            children = psutil.Process(engine).children(recursive=True)
+            children = psutil.Process(store).children(recursive=True)
             return next(child.pid for child in children if "pekoe.verify.worker" in child.cmdline())
-        if kind == "depot":
-            return ray.get(next(iter(alive["engines"]._depots.handles.values())).pid.remote())
-        return {"controller": os.getpid(), "engine": engine, "first rank": ranks[0], "other rank": ranks[1]}[kind]
+        ranks = cluster.trainer.pids
+        return {
+            "controller": os.getpid(),
+            "engine": cluster.pool.members[0].engine.info.pid,
+            "first rank": ranks[0],
+            "other rank": ranks[1],
+            "store": store,
+        }[kind]
 
-    def strike(target: int, after_s: float) -> None:
+    def strike(after_s: float) -> None:
+        target = pid()
+
         def work() -> None:
             time.sleep(after_s)
             print(f"killed {kind} in {phase}", flush=True)
@@ -107,45 +114,25 @@ def life(recipe: dict[str, Any], kind: str, phase: str) -> None:
         function, calls = getattr(owner, name), [0]
 
         def wrapped(self: Any, *args: Any, **more: Any) -> Any:
-            alive.setdefault(owner.__name__, self)
             calls[0] += 1
             mine = where == phase and calls[0] == call
             if mine and not late:
-                strike(pid(), after_s)
+                strike(after_s)
             result = function(self, *args, **more)
             if mine and late:
-                strike(pid(), after_s)
+                strike(after_s)
             return result
 
         setattr(owner, name, wrapped)
 
-    def keeping(owner: type, name: str) -> None:
-        init = owner.__init__
-
-        def made(self: Any, *args: Any, **more: Any) -> None:
-            alive[name] = self
-            init(self, *args, **more)
-
-        owner.__init__ = made  # type: ignore[method-assign]
-
-    keeping(Engines, "engines")
-    keeping(ClusterTrainer, "trainer")
-    at(Engines, "begin", 2, 0.0, "rollout", late=True)
-    seen: list[int] = []
-    poll = Engines.poll
-
-    def polled(self: Engines) -> Any:
-        reports = poll(self)
-        if phase == "verify" and self._batch == 2 and any(r.results for _, r in reports) and not seen:
-            seen.append(1)
-            strike(pid(), 0.0)
-        return reports
-
-    Engines.poll = polled  # type: ignore[method-assign]
-    at(ClusterTrainer, "step", 4, 0.02, "train")
-    at(ClusterSync, "_send", 3, 0.01, "sync")
-    at(ClusterSnapshot, "write", 2, 0.01, "save")
-    run_cluster(load_config(recipe), Said(), Stop())
+    at(Rollouts, "put", 2, 0.0, "rollout", late=True)
+    at(RayJudge, "submit", 64 + 4, 0.0, "verify", late=True)  # of step 2's 64 responses, the fourth
+    at(RayTrainer, "step", 4, 0.02, "train")
+    at(RayChannel, "publish", 3, 0.01, "sync")
+    at(RaySnapshot, "write", 2, 0.01, "save")
+    with ExitStack() as stack:
+        cluster = build_cluster(load_config(recipe), Printed(), Stop(), stack)
+        run_with_restarts(cluster)
 
 
 def attempt(folder: Path, name: str, kind: str, phase: str) -> tuple[int, str]:

@@ -13,7 +13,7 @@ import pickle
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import partial
 from itertools import count
 from pathlib import Path
 from threading import Lock
@@ -60,17 +60,16 @@ def fetch(refs: Iterable[StoreRef[Any]]) -> dict[StoreRef[Any], Any]:
     wanted: dict[int, list[StoreRef[Any]]] = {}
     for ref in dict.fromkeys(refs):
         wanted.setdefault(ref.node, []).append(ref)
-    job = ray.get_runtime_context().get_job_id()
-    parts = [_actor(job, node).get.remote([ref.key for ref in some]) for node, some in wanted.items()]
+    stores: dict[int, Any] = {node: ray.get_actor(_name_of(node)) for node in wanted}
+    parts = [stores[node].get.remote([ref.key for ref in some]) for node, some in wanted.items()]
     values = ray_get(parts, _FETCH_LIMIT_S, "tokens from their store")
     pairs = zip(wanted.values(), values, strict=True)
     return {ref: value for some, part in pairs for ref, value in zip(some, part, strict=True)}
 
 
-@cache
-def _actor(job: str, node: int) -> Any:
-    """The store of a node in this Ray job."""
-    return ray.get_actor(f"store-{node}")
+def _name_of(node: int) -> str:
+    """By which Ray finds a store within the run's job."""
+    return f"store-{node}"
 
 
 class StoreActor:
@@ -149,7 +148,7 @@ class StoreRegistry:
                 # One that dies comes back empty: training starts again when a record is missed.
                 options: dict[str, Any] = {"max_restarts": -1, "max_task_retries": 3, "max_concurrency": 100_000}
                 actor = ray.remote(StoreActor).options(
-                    name=f"store-{number}", num_cpus=0, scheduling_strategy=here, **options
+                    name=_name_of(number), num_cpus=0, scheduling_strategy=here, **options
                 )
                 self.actors[number] = actor.remote(self._config, self.num_judges)
             number = self._numbers[node_id]

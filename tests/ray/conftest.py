@@ -13,6 +13,7 @@ from pekoe.core.journal import read_lines
 from pekoe.core.progress import NoProgress
 from pekoe.ray import run_cluster
 from pekoe.run.interrupt import Stop
+from tests.run.conftest import recipe, tiny_dir  # noqa: F401  fixtures
 
 Say = Callable[[str], None]
 
@@ -28,7 +29,7 @@ class Ears(NoProgress):
 
 
 @pytest.fixture
-def cluster(recipe: dict[str, Any]) -> Callable[..., RLConfig]:
+def cluster(recipe: dict[str, Any]) -> Callable[..., RLConfig]:  # noqa: F811
     """`cluster(*overrides)` gives a config of two engines and two ranks."""
 
     def make(*overrides: str) -> RLConfig:

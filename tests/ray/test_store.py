@@ -1,0 +1,85 @@
+"""A node's store, as the object that it is without Ray."""
+
+from __future__ import annotations
+
+import asyncio
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pekoe.config import load_config
+from pekoe.core.errors import RunError, UserError
+from pekoe.core.records import read_records
+from pekoe.core.types import Problem, Record, Trajectory
+from pekoe.ray.placement import WorkerLost, translated
+from pekoe.ray.store import StoreActor, StoreRef
+
+
+@pytest.fixture
+def store(recipe: dict[str, Any]) -> StoreActor:
+    return StoreActor(load_config(recipe | {"cluster": {}}, ()), 1)
+
+
+def record(first: int = 4) -> Record:
+    return Record.of(np.arange(2), np.arange(first, first + 3), np.float32([-0.1, -0.2, -0.3]))
+
+
+def key(uid: str, sample: int = 0) -> tuple[str | int, ...]:
+    return uid, 0, sample, 7
+
+
+def run(work: Any) -> Any:
+    return asyncio.run(work)
+
+
+def test_a_record_that_is_missing_is_an_error(store: StoreActor):
+    run(store.put({key("a"): record()}))
+    assert run(store.get([key("a")]))[0].tokens.tolist() == [0, 1, 4, 5, 6]
+    with pytest.raises(KeyError):
+        run(store.get([key("a"), key("b")]))
+
+
+def test_a_response_is_judged_where_it_is(store: StoreActor):
+    run(store.put({key("a"): record()}))
+    trajectory = Trajectory("a", 0, 0, 2, 3, "stop", ((0, 0),), StoreRef(0, key("a")))
+    packed = pickle.dumps((Problem("a", (), "1"), trajectory))
+    assert pickle.loads(run(store.judge(packed))).label in ("correct", "wrong")
+    run(store.close())
+
+
+def test_written_records_are_dropped_at_once_and_others_after_two_steps(store: StoreActor, tmp_path: Path):
+    run(store.put({key("a"): record(), key("eval"): record(), (*key("a"), "proximal"): np.zeros(5, np.float32)}))
+    lines = [({"uid": "a", "group": 0, "sample": 0}, key("a"))]
+    run(store.write(str(tmp_path / "rollouts" / "step-000001.0"), pickle.dumps(lines)))
+    (line,) = read_records(tmp_path, 1)
+    assert line["tokens"].tolist() == [4, 5, 6]
+    assert line["logprobs"].tolist() == np.float32([-0.1, -0.2, -0.3]).tolist()
+    for gone in (key("a"), (*key("a"), "proximal")):
+        with pytest.raises(KeyError):
+            run(store.get([gone]))
+    run(store.get([key("eval")]))
+    run(store.put({key("next"): record()}))  # sampled while the file was being written
+    for step in (2, 3):
+        run(store.write(str(tmp_path / "rollouts" / f"step-{step:06d}.0"), pickle.dumps([])))
+    run(store.get([key("next")]))
+    with pytest.raises(KeyError):
+        run(store.get([key("eval")]))
+    assert not read_records(tmp_path, 2)
+
+
+@pytest.mark.parametrize("cause", [UserError("wrong"), RunError("broke off"), OSError("disk full")])
+def test_errors_of_ours_come_through(cause: Exception):
+    remote = Exception("remote")
+    remote.cause = cause  # type: ignore[attr-defined]
+    assert translated(remote, "a step") is cause
+
+
+def test_other_errors_are_a_worker_that_is_lost():
+    remote = Exception("remote")
+    remote.cause = KeyError(("a", 0))  # type: ignore[attr-defined]
+    lost = translated(remote, "a step")
+    assert isinstance(lost, WorkerLost)
+    assert str(lost) == "a step: KeyError: ('a', 0)"
