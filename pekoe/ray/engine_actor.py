@@ -12,8 +12,8 @@ import pickle
 from collections.abc import AsyncIterator, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
+from itertools import count
 from pathlib import Path
-from threading import Lock
 from typing import Any
 
 import ray
@@ -80,6 +80,7 @@ class EngineActor:
         torch.set_num_threads(threads)
         use_interface(ray.util.get_node_ip_address())
         self._incarnation, self._node, self._store = incarnation, node, store
+        self._numbers = count()  # of the requests
         spec, _ = read_spec(Path(config.model.path))
         self._vocab_size = spec.vocab_size
         device = "cuda" if generation.gpus_per_engine else "cpu"
@@ -121,12 +122,12 @@ class EngineActor:
     async def _keep(
         self, index: int, request: Request, future: Future[Completion]
     ) -> tuple[int, Completion | RunError]:
-        """Bring a completion's record to the store."""
+        """Put a completion's record into the store."""
         try:
             completion = await asyncio.wrap_future(future)
         except RunError as error:
             return index, RunError(str(error))
-        key = request.uid, request.draw, request.sample, self._incarnation
+        key = request.uid, request.draw, request.sample, self._incarnation, next(self._numbers)
         await self._store.put.remote({key: completion.handle.resolve()})
         return index, replace(completion, handle=StoreRef(self._node, key))
 
@@ -154,7 +155,6 @@ class RayEngine(Engine):
         self.info = info
         self._actor, self._update_limit_s, self._bytes = actor, update_limit_s, bytes_passed
         self._version, self._closed, self._stats = 0, False, EngineStats()
-        self._lock = Lock()
         self._following: set[asyncio.Task[None]] = set()
         self._thread = AsyncThread("engine proxy")  # Ray calls back in a thread that must not block; here it may
 
@@ -251,10 +251,9 @@ class RayEngine(Engine):
             raise EngineLost(str(error)) from None
 
     def close(self) -> None:
-        with self._lock:
-            if self._closed:
-                return
-            self._closed = True
+        closed, self._closed = self._closed, True
+        if closed:
+            return
         ray.wait([self._actor.close.remote()], timeout=_CLOSE_LIMIT_S)
         ray.kill(self._actor)
         self._thread.stop()

@@ -24,6 +24,7 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pekoe.config.recipes import RLConfig
+from pekoe.core.errors import RunError
 from pekoe.core.types import FloatArray, Problem, Record, Trajectory, Verdict
 from pekoe.data.tokenizer import Tokenizer
 from pekoe.ray.placement import ByteCount, ray_get, translated
@@ -36,8 +37,9 @@ _CLOSE_LIMIT_S = 10.0
 _KEPT_STEPS = 2  # what was put before the last so many writes is of no use: evaluations, and what lost engines sampled
 
 Key = tuple[str | int, ...]
-"""Of a record: (uid, draw, sample, incarnation of the engine's process), as two processes may sample the same request;
-of log-probs: that, and "proximal" or "reference"."""
+"""Of a record: (uid, draw, sample, incarnation of the engine's process, number of the request there), as two processes
+may sample the same request, and one twice; of log-probs: that, and "proximal" or "reference"."""
+_RECORD = slice(5)  # the part of a key that is the record's
 T = TypeVar("T")
 
 
@@ -45,7 +47,7 @@ T = TypeVar("T")
 class StoreRef(Generic[T]):
     """Refers to a value in a node's store: a record (implements `core.types.Handle`), or log-probs [L].
 
-    Example: StoreRef(node=0, key=("gsm8k/17", 0, 3, 2)).
+    Example: StoreRef(node=0, key=("gsm8k/17", 0, 3, 2, 57)).
     """
 
     node: int
@@ -109,7 +111,7 @@ class StoreActor:
         self._num_writes += 1
         written, oldest = {key for _, key in lines}, self._num_writes - _KEPT_STEPS
         self._values = {
-            key: value for key, value in self._values.items() if key[:4] not in written and value[0] >= oldest
+            key: value for key, value in self._values.items() if key[_RECORD] not in written and value[0] >= oldest
         }
         if lines:
             await asyncio.to_thread(write_lines, Path(stem), records, self._open_tokenizer())
@@ -214,14 +216,18 @@ class RayRecords:
         for line in lines:
             ref = _ref_of(line.handle)
             by_node[ref.node].append((line.fields, ref.key))
-        self._writing = [
-            self._stores.actors[node].write.remote(str(self._folder / f"step-{step:06d}.{node}"), self._bytes.pack(its))
-            for node, its in by_node.items()
-        ]
+        for node, its in by_node.items():
+            stem = str(self._folder / f"step-{step:06d}.{node}")
+            ref = self._stores.actors[node].write.remote(stem, self._bytes.pack(its))
+            if its:  # else it only drops what is old, and its node may be gone
+                self._writing.append(ref)
 
     def settle(self) -> None:
         writing, self._writing = self._writing, []
-        ray_get(writing, _WRITE_LIMIT_S, "the rollouts to be written")
+        try:
+            ray_get(writing, _WRITE_LIMIT_S, "the rollouts to be written")
+        except OSError as error:
+            raise RunError(f"the rollouts of a step could not be written: {error}") from None
 
     def forget(self) -> None:
         """Wait for what is being written, and ignore the outcome: the steps are made again."""

@@ -28,7 +28,7 @@ def record(first: int = 4) -> Record:
 
 
 def key(uid: str, sample: int = 0) -> tuple[str | int, ...]:
-    return uid, 0, sample, 7
+    return uid, 0, sample, 7, 57
 
 
 def run(work: Any) -> Any:
