@@ -129,6 +129,8 @@ class RayTrainer:
             return ray_get(refs, limit_s, what)
         except WorkerLost as error:
             self._lost = error
+            for rank in self.ranks:  # now, so that engines in a group with the first do not wait for it
+                ray.kill(rank)
             raise
 
     # As `core.loop.Trainer`
