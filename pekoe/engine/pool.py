@@ -2,18 +2,23 @@
 
 Engines may be in this process, behind HTTP or in Ray actors. A member is `starting` until its engine is ready, `stale`
 until it holds the current weights, then `serving`; `gone` once it is given up. What a lost engine was asked for is
-asked of another one. Futures are resolved, and engines called, outside the lock.
+asked of another one.
+
+An unfinished request is in one place, under the lock: it waits in `_units`, or is among a member's `items` with the
+engine that it is asked of. Who takes it out of there ends its future, so each future ends once. Futures are ended, and
+engines called, outside the lock.
 """
 
 from __future__ import annotations
 
 import contextlib
+import heapq
+import itertools
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import Future
-from dataclasses import dataclass, field
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Literal, Protocol
 
@@ -24,8 +29,11 @@ from pekoe.core.progress import NoProgress, ProgressReporter, track
 from pekoe.core.types import Completion, Record, Request, SamplingParams
 from pekoe.engine.base import Engine, EngineKind, EngineLost, EngineStats, NoPlace, generate
 
-_LOOK_S = 1.0  # between looks of the supervisor
+_LOOK_S = 1.0  # between looks of the supervisor, and between attempts to start an engine again
+_PLACED_S = 5.0  # a start that takes longer than this has found a place
 _CLOSE_LIMIT_S = 20.0
+_CLOSED = "the engine pool is closed"
+_NOT_CURRENT = "it does not hold the current weights yet"
 
 State = Literal["starting", "stale", "serving", "gone"]
 
@@ -42,7 +50,7 @@ class Starter(Protocol):
     def kind(self) -> EngineKind: ...
 
     def start(self) -> Engine:
-        """Block until the engine is ready. UserError or RunError where it cannot start; NoPlace where it cannot yet."""
+        """Block until a new engine is ready. UserError or RunError where it cannot start, NoPlace where not yet."""
         ...
 
 
@@ -51,8 +59,15 @@ class _Item:
     """A request on its way to a completion."""
 
     request: Request
-    future: Future[Completion]
+    order: int  # of submission
+    future: Future[Completion] = field(default_factory=Future[Completion])
+    engine: Engine | None = None  # that it is asked of
+    inner: Future[Completion] | None = None  # that engine's, once it has the request
     aborted: bool = False
+
+    def detach(self) -> Future[Completion] | None:
+        inner, self.engine, self.inner = self.inner, None, None
+        return inner
 
 
 @dataclass(eq=False, slots=True)
@@ -62,14 +77,17 @@ class Member:
     number: int
     starter: Starter
     state: State = "starting"
-    why: str = "not started"  # why it does not serve
+    why: str = "it has not started yet"  # why it does not serve
     current: Engine | None = None
     items: set[_Item] = field(default_factory=set[_Item])  # asked of it, not finished
     failures: int = 0  # losses and failed starts since its last completion
     offloaded: bool = False
     error: Exception | None = None  # of the last start
-    done: EngineStats = field(default_factory=EngineStats)  # of its engines that were lost
-    progress: int = -1  # response tokens when it was last seen to get on
+    since: float = field(default_factory=time.monotonic)  # when the last attempt to start it began
+    unplaced: bool = False  # the last attempt ended with NoPlace
+    last: EngineStats = field(default_factory=EngineStats)  # of its engine, when it was last asked
+    before: EngineStats = field(default_factory=EngineStats)  # of its engines that were lost
+    progress: int = -1  # tokens computed when it was last seen to get on
     seen: float = 0.0  # when that was
 
     @property
@@ -82,12 +100,11 @@ class Member:
 
     @property
     def engine(self) -> Engine:
-        assert self.current is not None, f"{self.name} is {self.state}"
-        return self.current
-
-    def room(self) -> float:
-        most = self.engine.max_requests
-        return float("inf") if most is None else most - len(self.items)
+        """EngineLost where it has none now."""
+        engine = self.current
+        if engine is None:
+            raise EngineLost(f"{self.name} is {self.state}: {self.why}")
+        return engine
 
 
 class EnginePool:
@@ -95,13 +112,15 @@ class EnginePool:
 
     Args:
         starters: make the engines; all start at once, in threads.
-        start_limit_s: how long a start may take, and how long requests wait for an engine that can serve.
-        silence_limit_s: an engine with unfinished requests that samples nothing and fails its health check for so long
-            is lost. None: only its futures tell.
+        start_limit_s: how long the first starts may take, and how long requests wait where no engine serves or starts.
+        silence_limit_s: an engine with unfinished requests that computes nothing for so long is lost; a server only
+            where its health check fails too, since its tokens are counted at the ends of responses. None: only its
+            futures tell.
         restart: whether lost engines are started again.
         max_failures: losses or failed starts of a member, without a completion between them, after which it is gone.
         on_event: is told of each engine that is lost or comes back; may be called from any thread.
-        serving_at_once: whether engines serve when they have started, without a publish before.
+        serving_at_once: whether engines serve when they have started, without a publish before. After a loss they wait
+            for one in any case.
     """
 
     def __init__(
@@ -121,26 +140,29 @@ class EnginePool:
         self._restart, self._max_failures, self._on_event = restart, max_failures, on_event
         self._lock = threading.RLock()
         self._changed = threading.Condition(self._lock)
-        self._units: deque[list[_Item]] = deque()  # wait for an engine; each is a group, or a part of one
-        self._idle_since: float | None = None  # since when no member serves
-        self._closed = False
+        self._units: list[tuple[int, int, list[_Item]]] = []  # a heap: (-priority, order, a group or a part of one)
+        self._orders = itertools.count()
+        self._hopeless_since: float | None = None
+        self._closed = threading.Event()
         self._first_state: State = "serving" if serving_at_once else "stale"
         for member in self.members:
-            self._begin_start(member, self._first_state)
-        self._supervisor = threading.Thread(target=self._supervise, name="engine pool", daemon=True)
-        self._supervisor.start()
+            _in_thread(f"start {member.name}", self._start, member, None)
+        _in_thread("engine pool", self._supervise)
 
     # Members
 
     def wait_started(self, view: ProgressReporter | None = None) -> None:
         """Until all have started. Raises the error of the first that cannot, or RunError after `start_limit_s`."""
+        end = time.monotonic() + self._start_limit_s
         for member in track(view or NoProgress(), "engines", self.members):
             with self._changed:
-                ended = lambda m=member: m.state in ("stale", "serving", "gone") or m.error is not None  # noqa: E731
-                if not self._changed.wait_for(ended, self._start_limit_s):
-                    raise RunError(f"{member.name} did not start within {self._start_limit_s:g} s")
-                if member.error is not None:
-                    raise member.error
+                while member.state == "starting" and not any(other.error for other in self.members):
+                    if not self._changed.wait(end - time.monotonic()):
+                        raise RunError(f"{member.name} did not start within {self._start_limit_s:g} s: {member.why}")
+                self._check_open()
+                for other in self.members:
+                    if other.error is not None:
+                        raise other.error
 
     def in_state(self, *states: State) -> list[Member]:
         return [member for member in self.members if member.state in states]
@@ -150,110 +172,97 @@ class EnginePool:
         with self._changed:
             for member in self.members if members is None else members:
                 if member.state == "serving":
-                    member.state, member.why = "stale", "does not hold the current weights yet"
+                    member.state, member.why = "stale", _NOT_CURRENT
 
-    def serve(self, member: Member) -> None:
-        """It holds the current weights."""
+    def serve(self, member: Member, engine: Engine | None = None) -> None:
+        """It holds the current weights; nothing happens where it has another engine than `engine` by now."""
         with self._changed:
-            if member.state == "stale":
-                member.state, member.why = "serving", ""
-            self._changed.notify_all()
+            if member.state == "stale" and engine in (None, member.current):
+                member.state, member.why, member.seen = "serving", "", time.monotonic()
         self._dispatch()
 
-    def lose(self, member: Member, why: str) -> None:
-        """It serves no longer: its requests go to others, and it is started again in the background."""
+    def lose(self, member: Member, why: str, engine: Engine | None = None) -> None:
+        """Give its requests to others, and start it again; nothing happens where it has another engine by now."""
         with self._changed:
-            engine = member.current
-            if engine is None or member.state in ("starting", "gone"):
+            lost = member.current
+            if lost is None or self._closed.is_set() or engine not in (None, lost):
                 return
-            with contextlib.suppress(Exception):  # the last that it tells
-                member.done = _sum(member.done, engine.stats())
             member.current, member.offloaded = None, False
+            member.before, member.last = member.before.plus(**asdict(member.last)), EngineStats()
             self.num_lost += 1
-            self._fail(member, why)
+            again = self._fail(member, why)
             aborted = [item for item in member.items if item.aborted]
-            orphans = sorted(member.items.difference(aborted), key=lambda item: item.request.sample)
-            for group in _grouped(orphans):
-                self._units.appendleft(group)
+            for item in member.items:
+                item.detach()
+            self._enqueue(member.items.difference(aborted))
             member.items.clear()
-            again = member.state != "gone"
-            self._changed.notify_all()
         for item in aborted:
-            item.future.set_result(_nothing(item.request))
-        self._on_event(f"{member.name} is lost: {why}" + ("; it is started again" if again else "; it is given up"))
-        threading.Thread(target=_close_quietly, args=(engine,), name="close a lost engine", daemon=True).start()
-        if again:
-            self._begin_start(member, "stale")
+            _end_empty(item)
+        self._on_event(f"{member.name} is lost: {why}; it is {'started again' if again else 'given up'}")
+        _in_thread(f"start {member.name}", self._start, member, lost)
         self._dispatch()
 
-    def _fail(self, member: Member, why: str) -> None:
+    def _fail(self, member: Member, why: str, may_restart: bool = True) -> bool:
+        """Count a failure; returns whether the member is tried again. With the lock held."""
         member.failures += 1
-        member.why = why
-        given_up = not self._restart or member.failures >= self._max_failures
-        member.state = "gone" if given_up else "starting"
+        again = may_restart and self._restart and member.failures < self._max_failures
+        member.state, member.why = ("starting" if again else "gone"), why
+        self._changed.notify_all()
+        return again
 
-    def _begin_start(self, member: Member, then: State) -> None:
-        work = partial(self._start, member, then)
-        threading.Thread(target=work, name=f"start {member.name}", daemon=True).start()
-
-    def _start(self, member: Member, then: State) -> None:
-        first = then == self._first_state and member.why == "not started"
-        while True:
+    def _start(self, member: Member, lost: Engine | None) -> None:
+        """Close the engine that was lost, which may hold the place, and start one until that succeeds."""
+        if lost is not None:
+            _close([lost])
+        while member.state == "starting" and not self._closed.is_set():
+            member.since = time.monotonic()
             try:
                 engine = member.starter.start()
-                break
+            except NoPlace as error:
+                member.unplaced, member.why = True, str(error)
             except Exception as error:
                 with self._changed:
-                    if not isinstance(error, NoPlace):
-                        member.error = error
-                        self._fail(member, str(error))
-                        self._changed.notify_all()
-                    ends = self._closed or member.state == "gone" or (first and member.error is not None)
-                if ends:
-                    self._dispatch()
-                    return
-            time.sleep(_LOOK_S)
+                    member.unplaced, member.error = False, error
+                    again = self._fail(member, str(error), lost is not None)  # the user mends what never started
+                if lost is not None:
+                    again = "tried again" if again else "given up"
+                    self._on_event(f"{member.name} did not start: {error}; it is {again}")
+            else:
+                self._take(member, engine, lost is None)
+                break
+            self._closed.wait(_LOOK_S if member.state == "starting" else 0)
+        self._dispatch()
+
+    def _take(self, member: Member, engine: Engine, first: bool) -> None:
         with self._changed:
-            late = self._closed
+            late = self._closed.is_set()
             if not late:
-                member.current, member.state, member.error = engine, then, None
-                member.why = "" if then == "serving" else "holds no current weights yet"
+                member.current, member.error, member.unplaced = engine, None, False
+                member.state, member.why = (self._first_state if first else "stale"), _NOT_CURRENT
                 member.progress, member.seen = -1, time.monotonic()
             self._changed.notify_all()
         if late:
-            _close_quietly(engine)
-            return
-        if not first:
+            _close([engine])
+        elif not first:
             self._on_event(f"{member.name} came back")
-        self._dispatch()
 
     # Sampling
 
-    @property
-    def version(self) -> int:
-        """The oldest version that a serving engine samples from."""
-        return min((member.engine.version for member in self.in_state("serving")), default=0)
-
-    @property
-    def max_sequence_tokens(self) -> int:
-        return min(member.engine.max_sequence_tokens for member in self.in_state("stale", "serving"))
-
-    def check(self, params: SamplingParams) -> None:
-        """UserError for sampling that an engine cannot do."""
-        for member in self.in_state("stale", "serving"):
-            member.engine.check(params)
-
     def submit(self, requests: Sequence[Request]) -> list[Future[Completion]]:
         """See `Engine.submit`. Requests of one group that are submitted together stay together."""
-        items = [_Item(request, Future()) for request in requests]
-        with self._changed:
-            if self._closed:
-                raise RunError("the engine pool is closed")
-            for group in _grouped(items):
-                self._units.append(group)
-        rejected = self._dispatch()
-        if rejected is not None and rejected[1] <= {item.future for item in items}:
-            raise rejected[0]
+        with self._lock:
+            self._check_open()
+            items = [_Item(request, next(self._orders)) for request in requests]
+            for item in items:
+                item.future.set_running_or_notify_cancel()  # only `abort` ends it early
+            self._enqueue(items)
+        for error, refused in self._dispatch():
+            if not refused.isdisjoint(items):
+                with self._lock:
+                    others = self._remove(items)  # nobody waits for them
+                for future in others:
+                    future.cancel()
+                raise error
         return [item.future for item in items]
 
     def generate(self, prompts: Sequence[Sequence[int]], params: SamplingParams) -> list[list[Completion]]:
@@ -263,91 +272,113 @@ class EnginePool:
     def abort(self, uids: Iterable[str] | None = None) -> None:
         """See `Engine.abort`; also of what waits for an engine."""
         wanted = None if uids is None else set(uids)
-        hit = lambda item: wanted is None or item.request.uid in wanted  # noqa: E731
-        with self._changed:
-            dropped = [item for unit in self._units for item in unit if hit(item)]
-            left = ([item for item in unit if not hit(item)] for unit in self._units)
-            self._units = deque(unit for unit in left if unit)
-            for member in self.members:
-                for item in member.items:
-                    item.aborted |= hit(item)
-            engines = [member.current for member in self.members if member.current is not None and member.items]
-        for item in dropped:
-            item.future.set_result(_nothing(item.request))
-        for engine in engines:
-            with contextlib.suppress(EngineLost):  # its futures tell
-                engine.abort(wanted)
+        with self._lock:
+            hit = [item for item in self._unfinished() if wanted is None or item.request.uid in wanted]
+            asked = {item for item in hit if item.inner is not None}
+            for item in asked:
+                item.aborted = True
+            members = [member for member in self.members if not asked.isdisjoint(member.items)]
+            ended = [item for item in hit if item not in asked]
+            self._remove(ended)
+        for item in ended:
+            _end_empty(item)
+        self._each(members, "abort", lambda engine: engine.abort(wanted))
 
-    def _dispatch(self) -> tuple[Exception, set[Future[Completion]]] | None:
-        """Give waiting requests to engines with room, the highest priority first, each to the least loaded engine.
+    def _unfinished(self) -> list[_Item]:
+        waiting = [item for _, _, unit in self._units for item in unit]
+        return waiting + [item for member in self.members for item in member.items]
 
-        Returns the error of an engine that refused requests as wrong, with their futures.
-        """
-        with self._changed:
-            given = self._assign()
-            dead = self._obituary()
-            failed = [item for unit in self._units for item in unit] if dead else []
-            if dead:
-                self._units.clear()
+    def _remove(self, items: Iterable[_Item]) -> list[Future[Completion]]:
+        """Take items from where they are; returns the engines' futures of those that engines have. Lock held."""
+        gone = set(items)
+        if not gone:
+            return []
+        left = ([item for item in unit if item not in gone] for _, _, unit in self._units)
+        self._units = [_entry(unit) for unit in left if unit]
+        heapq.heapify(self._units)
+        for member in self.members:
+            member.items -= gone
+        return [inner for item in gone if (inner := item.detach()) is not None]
+
+    def _enqueue(self, items: Iterable[_Item]) -> None:
+        """Have items wait, those of one group together. In the order of submission: what was lost is first in line."""
+        groups: dict[tuple[str, int, int], list[_Item]] = {}
+        for item in sorted(items, key=lambda item: item.order):
+            request = item.request
+            groups.setdefault((request.uid, request.draw, request.priority), []).append(item)
+        for group in groups.values():
+            heapq.heappush(self._units, _entry(group))
+
+    def _dispatch(self) -> list[tuple[Exception, set[_Item]]]:
+        """Give waiting requests to engines with room. Returns what engines refused, with their errors."""
+        with self._lock:
+            given, hopeless = self._assign(), self._hopeless()
+            failed = self._unfinished() if hopeless else []
+            self._remove(failed)
         for item in failed:
-            item.future.set_exception(RunError(dead))
-        rejected = None
+            item.future.set_exception(RunError(hopeless))
+        refused: list[tuple[Exception, set[_Item]]] = []
         for member, engine, items in given:
             try:
-                inner = engine.submit([item.request for item in items])
+                futures = engine.submit([item.request for item in items])
             except EngineLost as error:
-                self.lose(member, str(error))
-                continue
+                self.lose(member, str(error), engine)
             except Exception as error:  # UserError: nothing of the call is sampled
-                with self._changed:
-                    member.items.difference_update(items)
-                for item in items:
+                with self._lock:
+                    ours = {item for item in items if item.engine is engine}
+                    self._remove(ours)
+                for item in ours:
                     item.future.set_exception(error)
-                rejected = error, {item.future for item in items}
-                continue
-            for item, future in zip(items, inner, strict=True):
-                future.add_done_callback(partial(self._finish, member, engine, item))
-        return rejected
+                refused.append((error, ours))
+            else:
+                for item, future in zip(items, futures, strict=True):
+                    with self._lock:
+                        kept = item.engine is engine
+                        item.inner = future if kept else item.inner
+                    if kept:
+                        future.add_done_callback(partial(self._finish, member, engine, item))
+                    else:  # aborted or lost on its way
+                        future.cancel()
+        return refused
 
     def _assign(self) -> list[tuple[Member, Engine, list[_Item]]]:
-        """Choose a member for each waiting unit while there is room. With the lock held."""
+        """Choose the least loaded engine with room for each waiting unit, the highest priority first. Lock held."""
         given: dict[int, list[_Item]] = {}
-        serving = self.in_state("serving")
-        if any(unit[0].request.priority for unit in self._units):
-            ordered = sorted(self._units, key=lambda unit: -unit[0].request.priority)  # stable
-            self._units = deque(ordered)
-        while self._units and serving:
-            unit = self._units[0]
-            member = min(serving, key=lambda m: (len(m.items), m.number))
-            room = member.room()
-            if room < len(unit) and member.items:
-                break  # the least loaded has no room for all of it; it goes out as others end
-            size = len(unit) if room >= len(unit) else max(1, int(room))  # larger than any engine's room: in parts
-            part, rest = unit[:size], unit[size:]
-            self._units.popleft()
-            if rest:
-                self._units.appendleft(rest)
+        free = {member.number: _most(member) - len(member.items) for member in self.in_state("serving")}
+        while self._units:
+            unit = self._units[0][2]  # it waits for room for all of it, or for a free engine and is split
+            fitting = [self.members[i] for i in free if free[i] >= min(len(unit), _most(self.members[i]))]
+            if not fitting:
+                break
+            member = min(fitting, key=lambda member: (len(member.items), member.number))
+            heapq.heappop(self._units)
+            size = int(min(len(unit), _most(member)))
+            if unit[size:]:
+                heapq.heappush(self._units, _entry(unit[size:]))
             if not member.items:
                 member.seen = time.monotonic()
-            member.items.update(part)
-            given.setdefault(member.number, []).extend(part)
-        return [(self.members[number], self.members[number].engine, items) for number, items in given.items()]
+            for item in unit[:size]:
+                item.engine = member.current
+            member.items.update(unit[:size])
+            free[member.number] -= size
+            given.setdefault(member.number, []).extend(unit[:size])
+        chosen = [(self.members[number], items) for number, items in given.items()]
+        return [(member, member.engine, sorted(items, key=lambda item: item.order)) for member, items in chosen]
 
     def _finish(self, member: Member, engine: Engine, item: _Item, future: Future[Completion]) -> None:
         """A request ended at `engine`. Runs in a thread of the engine's."""
-        error = future.exception()
+        with self._lock:
+            if item.engine is not engine:
+                return
+            error = EngineLost("it dropped a request") if future.cancelled() else future.exception()
+            if not isinstance(error, EngineLost):
+                member.items.discard(item)
+                item.detach()
+                if error is None:
+                    member.failures, member.seen = 0, time.monotonic()
         if isinstance(error, EngineLost):
-            if member.current is engine:
-                self.lose(member, str(error))
-            return
-        with self._changed:
-            ours = item in member.items  # else the engine was lost meanwhile, and the request is asked of another
-            member.items.discard(item)
-            if ours and error is None:
-                member.failures, member.seen = 0, time.monotonic()
-        if not ours:
-            return
-        if error is not None:
+            self.lose(member, str(error), engine)
+        elif error is not None:
             item.future.set_exception(error)
         else:
             item.future.set_result(future.result())
@@ -356,8 +387,7 @@ class EnginePool:
     # Watching
 
     def _supervise(self) -> None:
-        while not self._closed:
-            time.sleep(_LOOK_S)
+        while not self._closed.wait(_LOOK_S):
             for member in self.in_state("serving"):
                 self._look_at(member)
             self._dispatch()
@@ -366,130 +396,167 @@ class EnginePool:
         """Lose an engine that is silent for too long."""
         limit, engine = self._silence_limit_s, member.current
         if limit is None or engine is None or not member.items:
-            member.seen = time.monotonic()
             return
-        with contextlib.suppress(EngineLost):
-            progress = engine.stats().num_decode_tokens
-            if progress != member.progress or engine.health():
-                member.progress, member.seen = progress, time.monotonic()
-        if time.monotonic() - member.seen > limit:
-            self.lose(member, f"silent for {limit:g} s")
+        stats, now = self._stats_of(member), time.monotonic()
+        progress = stats.num_prefill_tokens + stats.num_decode_tokens
+        silent = progress == member.progress and now - member.seen > limit
+        if silent and (member.kind == "embedded" or not engine.health()):
+            self.lose(member, f"silent for {limit:g} s", engine)
+        elif silent or progress != member.progress:
+            member.progress, member.seen = progress, now
 
-    def _obituary(self) -> str:
-        """Why what waits waits in vain; empty while an engine serves or may come. With the lock held."""
-        if self.in_state("serving"):
-            self._idle_since = None
+    def _hopeless(self) -> str:
+        """Why what waits waits in vain; empty while an engine serves or may come. With the lock held.
+
+        A stale engine may come however long it takes: a publish makes it serve, or ends the run.
+        """
+        now, limit, starting = time.monotonic(), self._start_limit_s, self.in_state("starting")
+        in_time = [member for member in starting if now - member.since < limit]
+        placed = [member for member in in_time if not member.unplaced or now - member.since > _PLACED_S]
+        if placed or self.in_state("stale", "serving"):
+            self._hopeless_since = None
             return ""
-        now = time.monotonic()
-        self._idle_since = self._idle_since or now
-        waited = now - self._idle_since
-        if self.in_state("stale") or (self.in_state("starting") and waited < self._start_limit_s):
+        self._hopeless_since = self._hopeless_since or now
+        if now - self._hopeless_since < limit and any(member.unplaced for member in starting):
             return ""
         lines = "\n".join(f"{member.name} is {member.state}: {member.why}" for member in self.members)
         return f"expected an engine that serves, got none of {len(self.members)}:\n{lines}"
 
     def check_alive(self) -> None:
         """RunError where no member serves, and none can come back."""
-        with self._changed:
-            dead = self._obituary()
-        if dead:
-            raise RunError(dead)
+        with self._lock:
+            self._check_open()
+            hopeless = self._hopeless()
+        if hopeless:
+            raise RunError(hopeless)
 
     # As an engine
 
+    @property
+    def version(self) -> int:
+        """The oldest version that a serving engine samples from."""
+        return min((m.current.version for m in self.in_state("serving") if m.current is not None), default=0)
+
+    @property
+    def max_sequence_tokens(self) -> int:
+        """The longest prompt with response that fits every engine that has started; 0 where none has."""
+        return min((m.current.max_sequence_tokens for m in self.members if m.current is not None), default=0)
+
+    def check(self, params: SamplingParams) -> None:
+        """UserError for sampling that an engine cannot do."""
+        self._each(self.in_state("stale", "serving"), "check", lambda engine: engine.check(params))
+
     def flush_cache(self) -> None:
-        for member in self.in_state("stale", "serving"):
-            with contextlib.suppress(EngineLost):  # a request will tell
-                member.engine.flush_cache()
+        """See `Engine.flush_cache`. Of those that serve: others get new weights, which flush it, before they do."""
+        self._each(self.in_state("serving"), "flush", lambda engine: engine.flush_cache())
 
     def offload(self) -> None:
         """Give the devices to the trainer. An engine that does not let go is lost."""
-        for member in self.in_state("stale", "serving"):
-            if not member.offloaded:
-                self._switch(member, True)
         self.stale()
+        members = [member for member in self.in_state("stale") if not member.offloaded]
+        self._each(members, "offload", lambda engine: engine.offload(), True)
 
     def onload(self) -> None:
         """Take them back; weights must be published before anything is sampled."""
-        for member in self.members:
-            if member.offloaded:
-                self._switch(member, False)
+        self._each([m for m in self.members if m.offloaded], "onload", lambda engine: engine.onload(), False)
 
-    def _switch(self, member: Member, off: bool) -> None:
-        try:
-            if off:
-                member.engine.offload()
+    def _each(
+        self, members: list[Member], what: str, call: Callable[[Engine], None], offloaded: bool | None = None
+    ) -> None:
+        """Call each member's engine, all at once. One that fails is lost; the others are `offloaded` afterwards."""
+
+        def one(member: Member) -> None:
+            engine = member.current
+            if engine is None:
+                return
+            try:
+                call(engine)
+            except RunError as error:
+                self.lose(member, f"{what}: {error}", engine)
             else:
-                member.engine.onload()
-            member.offloaded = off
-        except RunError as error:
-            self.lose(member, f"{'offload' if off else 'onload'}: {error}")
+                with self._lock:
+                    if offloaded is not None and member.current is engine:
+                        member.offloaded = offloaded
+
+        if len(members) == 1:
+            one(members[0])
+        elif members:
+            with ThreadPoolExecutor(len(members), what) as threads:
+                list(threads.map(one, members))
 
     def health(self) -> bool:
         """Whether an engine serves, and all that serve answer."""
         serving = self.in_state("serving")
-        return bool(serving) and all(member.engine.health() for member in serving)
+        return bool(serving) and all(m.current is not None and m.current.health() for m in serving)
 
     def stats(self) -> EngineStats:
         """Sums over all engines, lost ones too."""
-        total = EngineStats()
         for member in self.members:
-            total = _sum(total, member.done)
-            if member.current is not None:
-                with contextlib.suppress(EngineLost):
-                    total = _sum(total, member.current.stats())
-        return total
+            self._stats_of(member)
+        with self._lock:
+            total = EngineStats()
+            for member in self.members:
+                total = total.plus(**asdict(member.before)).plus(**asdict(member.last))
+            return total
+
+    def _stats_of(self, member: Member) -> EngineStats:
+        """Its engine's, or the last that it could give: counters only grow."""
+        with contextlib.suppress(RunError):
+            engine = member.engine
+            stats = engine.stats()
+            with self._lock:
+                member.last = stats if member.current is engine else member.last
+        return member.last
+
+    def _check_open(self) -> None:
+        if self._closed.is_set():
+            raise RunError(_CLOSED)
 
     def close(self) -> None:
         """Close all engines; what is unfinished ends with RunError."""
         with self._changed:
-            if self._closed:
+            if self._closed.is_set():
                 return
-            self._closed = True
-            waiting = [item for unit in self._units for item in unit]
-            self._units.clear()
+            self._closed.set()
+            unfinished = self._unfinished()
+            self._remove(unfinished)
             engines = [member.current for member in self.members if member.current is not None]
-            self._changed.notify_all()
-        for item in waiting:
-            item.future.set_exception(RunError("the engine pool is closed"))
-        threads = [threading.Thread(target=_close_quietly, args=(engine,), daemon=True) for engine in engines]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join(_CLOSE_LIMIT_S)
-        with self._changed:
-            left = [item for member in self.members for item in member.items]
             for member in self.members:
-                member.items.clear()
-        for item in left:
-            item.future.set_exception(RunError("the engine pool is closed"))
+                member.current, member.state, member.why = None, "gone", _CLOSED
+            self._changed.notify_all()
+        for item in unfinished:
+            item.future.set_exception(RunError(_CLOSED))
+        _close(engines)
 
 
-def _grouped(items: Iterable[_Item]) -> list[list[_Item]]:
-    """Neighbours of the same (uid, draw) and priority together."""
-    groups: dict[tuple[str, int, int], list[_Item]] = {}
-    for item in items:
-        groups.setdefault((item.request.uid, item.request.draw, item.request.priority), []).append(item)
-    return list(groups.values())
+def _entry(unit: list[_Item]) -> tuple[int, int, list[_Item]]:
+    return -unit[0].request.priority, unit[0].order, unit
 
 
-def _nothing(request: Request) -> Completion:
-    """Of a request that was aborted before an engine had it."""
-    return Completion(0, "abort", (), Record.of(request.tokens, np.empty(0, np.int64), np.empty(0, np.float32)))
+def _most(member: Member) -> float:
+    most = member.engine.max_requests
+    return float("inf") if most is None else most
 
 
-def _sum(a: EngineStats, b: EngineStats) -> EngineStats:
-    return a.plus(
-        num_prefill_tokens=b.num_prefill_tokens,
-        num_cached_tokens=b.num_cached_tokens,
-        num_shared_tokens=b.num_shared_tokens,
-        num_decode_tokens=b.num_decode_tokens,
-        num_forwards=b.num_forwards,
-        num_preemptions=b.num_preemptions,
-        busy_s=b.busy_s,
-    )
+def _end_empty(item: _Item) -> None:
+    """The request was aborted before an engine sampled anything that counts."""
+    record = Record.of(item.request.tokens, np.empty(0, np.int64), np.empty(0, np.float32))
+    item.future.set_result(Completion(0, "abort", (), record))
 
 
-def _close_quietly(engine: Engine) -> None:
-    with contextlib.suppress(Exception):  # it is lost, or we are going
-        engine.close()
+def _in_thread(name: str, work: Callable[..., None], *args: object) -> threading.Thread:
+    thread = threading.Thread(target=work, args=args, name=name, daemon=True)
+    thread.start()
+    return thread
+
+
+def _close(engines: Iterable[Engine]) -> None:
+    """Close engines, all at once; one that hangs is left."""
+
+    def close(engine: Engine) -> None:
+        with contextlib.suppress(Exception):  # it is lost, or nobody needs it any more
+            engine.close()
+
+    threads = [_in_thread("close an engine", close, engine) for engine in engines]
+    for thread in threads:
+        thread.join(_CLOSE_LIMIT_S)
