@@ -1,8 +1,9 @@
-"""An engine under the contract: how to make one, what is its own, and how to take what it yields."""
+"""An engine under the contract: how to make one, what is its own, and how its completions are looked at."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -10,10 +11,10 @@ import numpy as np
 import pytest
 
 from pekoe.core.errors import UserError
-from pekoe.core.types import Prompt, Rollout, SamplingParams
-from pekoe.engine import Generator
+from pekoe.core.types import Completion, Request, SamplingParams
+from pekoe.engine.base import EngineStats, WeightSource, requests_of
 from pekoe.model import Decoder
-from tests.engine.reference import worst_difference
+from tests.engine.reference import Pair, worst_difference
 
 VOCAB = 48
 SHAPE: dict[str, Any] = {  # heads of 32: vLLM knows no smaller ones; tied embeddings: what updates forget
@@ -32,14 +33,32 @@ RARE_STOP = 30
 """Comes some 6 times in a thousand tokens, under both weights."""
 LONG = SamplingParams(n=16, max_new_tokens=400, stop_token_ids=(RARE_STOP,))
 """Of 16 responses the first ends soon, and most are then far from their ends: the fastest server is met in flight."""
-Key = tuple[str, int, int]  # uid, draw, sample index
-Rollouts = dict[Key, Rollout]
+LIMIT_S = 120.0
+Key = tuple[str, int, int]  # uid, draw, sample
+Sampled = dict[Key, Pair]
+Futures = list[Future[Completion]]
 
 
-class Open(Protocol):
-    def __call__(self, room: int | None = None) -> Generator:
-        """A new engine at version 0 of `Harness.model`. `room`: responses that it may hold at once."""
-        ...
+class Engine(Protocol):
+    """What the contract asks of an Engine, and of a pool of them."""
+
+    @property
+    def version(self) -> int: ...
+    @property
+    def max_sequence_tokens(self) -> int: ...
+    def submit(self, requests: Sequence[Request]) -> Futures: ...
+    def generate(self, prompts: Sequence[Sequence[int]], params: SamplingParams) -> list[list[Completion]]: ...
+    def abort(self, uids: list[str] | None = None) -> None: ...
+    def flush_cache(self) -> None: ...
+    def offload(self) -> None: ...
+    def onload(self) -> None: ...
+    def health(self) -> bool: ...
+    def stats(self) -> EngineStats: ...
+    def close(self) -> None: ...
+
+
+def update_engine(engine: Any, source: WeightSource, version: int) -> None:
+    engine.update_weights(source, version)
 
 
 @dataclass(frozen=True)
@@ -47,96 +66,99 @@ class Harness:
     """An engine and what is its own.
 
     Args:
-        model: the weights that it starts with, float32 on CPU.
+        model: the weights that it starts with, float32 on CPU, as version 0.
         other: other weights of that shape.
-        open: makes an engine; the test closes it.
+        open: makes an engine; the test closes it. `room`: requests that it may sample at once.
         launch: makes one that starts whatever it needs itself, and must end it.
+        update: gives the engine weights.
         refuses: sampling that it refuses with UserError, by name, and why.
-        cannot: what it does not do, by name, and why; its tests are skipped.
+        cannot: what it does not do, by name, and why; its tests are skipped: "seeds", "refuse whole calls".
         prompt_tokens_again: how many tokens of a prompt of that length each further sample computes once more.
         reusable: how many tokens of such a prompt are found when it is asked for again.
-        check: proves the engine's accounts, after every response.
-        num_held: responses in flight or finished and not taken yet; None: it works only while it is asked for the next.
+        check: proves the engine's accounts.
+        has_processes: whether a launched one has processes and ports.
         num_draws: for statistics of first tokens.
     """
 
     model: Decoder
     other: Decoder
-    open: Open
-    launch: Callable[[], Generator]
+    open: Callable[..., Any]
+    launch: Callable[[], Any]
+    update: Callable[[Any, WeightSource, int], None] = update_engine
     tolerance: float = 1e-4
     refuses: dict[str, str] = field(default_factory=dict)
     cannot: dict[str, str] = field(default_factory=dict)
     prompt_tokens_again: Callable[[int], int] = lambda length: 0
     reusable: Callable[[int], int] = lambda length: 0
     check: Callable[[Any], None] = lambda engine: None
-    num_held: Callable[[Any], int] | None = None
+    has_processes: bool = False
     num_draws: int = 3000
 
     def need(self, ability: str) -> None:
         if ability in self.cannot:
             pytest.skip(self.cannot[ability])
 
-    def accepts(self, name: str, engine: Generator, prompts: list[Prompt], params: SamplingParams) -> bool:
+    def accepts(self, name: str, engine: Engine, params: SamplingParams) -> bool:
         """False where the engine refuses such sampling, which it then must do at the call."""
         if name in self.refuses:
             with pytest.raises(UserError, match=r"expected .* got"):
-                engine.generate(prompts, params)
+                engine.submit(prompt("p", 9, params))
         return name not in self.refuses
 
-    def drain(self, engine: Generator, stream: Iterator[Rollout], into: Rollouts | None = None) -> Rollouts:
-        """Take all that comes, each looked at by itself."""
-        rollouts = {} if into is None else into
-        for rollout in stream:
-            self.take(engine, rollout, rollouts)
-        return rollouts
+    def collect(self, engine: Engine, requests: Sequence[Request]) -> Sampled:
+        """Submit together, and wait for all: none is aborted."""
+        sampled = self.drain(engine, requests, engine.submit(requests))
+        assert {completion.finish for _, completion in sampled.values()} <= {"stop", "length"}
+        return sampled
 
-    def take(self, engine: Generator, rollout: Rollout, into: Rollouts) -> Rollout:
+    def drain(self, engine: Engine, requests: Sequence[Request], futures: Futures) -> Sampled:
+        """Wait for all, and look at each."""
+        assert len(futures) == len(requests)
+        sampled = {key_of(r): (r, f.result(LIMIT_S)) for r, f in zip(requests, futures, strict=True)}
+        assert len(sampled) == len(requests)
+        for pair in sampled.values():
+            self.check_form(*pair)
         self.check(engine)
-        key = (rollout.uid, rollout.draw, rollout.sample_index)
-        assert key not in into, f"{key} was yielded twice"
-        payload = rollout.payload.resolve()
-        assert payload.tokens.dtype == np.int64
-        assert payload.logprobs.dtype == np.float32
-        assert payload.logprobs.shape == payload.tokens.shape == (rollout.num_tokens,)
-        assert rollout.num_prompt_tokens == len(payload.prompt_tokens)
-        assert np.isfinite(payload.logprobs).all()
-        assert (payload.logprobs <= self.tolerance).all()
-        assert ((payload.tokens >= 0) & (payload.tokens < VOCAB)).all()
-        assert rollout.num_tokens > 0 or rollout.finish_reason == "abort"
-        versions, starts = [v for v, _ in rollout.versions], [start for _, start in rollout.versions]
-        assert starts[:1] == ([0] if rollout.num_tokens else [])
+        return sampled
+
+    def check_form(self, request: Request, completion: Completion) -> None:
+        record, size = completion.handle.resolve(), completion.num_tokens
+        assert record.tokens[: len(request.tokens)].tolist() == request.tokens.tolist()
+        assert record.loss_mask.tolist() == [False] * len(request.tokens) + [True] * size
+        assert completion.tokens.dtype == np.int64
+        assert completion.logprobs.dtype == np.float32
+        assert np.isfinite(completion.logprobs).all()
+        assert (completion.logprobs <= self.tolerance).all()
+        assert ((completion.tokens >= 0) & (completion.tokens < VOCAB)).all()
+        assert size > 0 or completion.finish == "abort"
+        versions, starts = [v for v, _ in completion.versions], [start for _, start in completion.versions]
+        assert starts[:1] == ([0] if size else [])
         assert starts == sorted(set(starts))
         assert versions == sorted(set(versions))
-        assert all(start < rollout.num_tokens for start in starts)
-        into[key] = rollout
-        return rollout
+        assert all(start < size for start in starts)
+        assert_ended_rightly(completion, request.params)
 
-    def collect(self, engine: Generator, prompts: list[Prompt], params: SamplingParams) -> Rollouts:
-        """Generate to the end: every response comes once, with its own prompt, within its bounds."""
-        rollouts = self.drain(engine, engine.generate(prompts, params))
-        asked = {(p.uid, p.draw): p for p in prompts}
-        assert set(rollouts) == {(*name, i) for name in asked for i in range(params.n)}
-        for (uid, draw, _), rollout in rollouts.items():
-            payload = rollout.payload.resolve()
-            assert payload.prompt_tokens.tolist() == asked[uid, draw].tokens.tolist()
-            assert rollout.finish_reason in ("stop", "length")
-            assert_ended_rightly(rollout, params)
-        return rollouts
-
-    def assert_true(self, rollouts: Rollouts, models: dict[int, Decoder] | None = None, temperature: float = 1.0):
+    def assert_true(self, sampled: Sampled, models: dict[int, Decoder] | None = None):
         """Each token's log-prob is that of its own version's weights, over all that truly came before it."""
-        assert worst_difference(models or {0: self.model}, rollouts.values(), temperature) <= self.tolerance
+        models = models or {0: self.model}
+        assert {v for _, completion in sampled.values() for v, _ in completion.versions} <= set(models)
+        assert worst_difference(models, sampled.values()) <= self.tolerance
 
 
-def assert_ended_rightly(rollout: Rollout, params: SamplingParams) -> None:
+def wait_for_one(futures: Futures) -> Completion:
+    """The first completion: others are well under way then."""
+    ended, _ = wait(futures, LIMIT_S, FIRST_COMPLETED)
+    return next(iter(ended)).result()
+
+
+def assert_ended_rightly(completion: Completion, params: SamplingParams) -> None:
     """A stop token ends a response, as its last token, beyond `min_new_tokens`; without one it is of full length."""
-    tokens = rollout.payload.resolve().tokens
+    tokens = completion.tokens
     stops = np.isin(tokens, params.stop_token_ids)
     assert not stops[:-1].any()
     assert not stops[: params.min_new_tokens].any()
     assert len(tokens) <= params.max_new_tokens
-    match rollout.finish_reason:
+    match completion.finish:
         case "stop":
             assert stops[-1]
         case "length":
@@ -146,19 +168,19 @@ def assert_ended_rightly(rollout: Rollout, params: SamplingParams) -> None:
             assert len(tokens) < params.max_new_tokens
 
 
-def tokens_of(rollouts: Rollouts) -> dict[Key, list[int]]:
-    return {key: rollout.payload.resolve().tokens.tolist() for key, rollout in rollouts.items()}
+def key_of(request: Request) -> Key:
+    return request.uid, request.draw, request.sample
 
 
-def first_tokens(rollouts: Rollouts) -> np.ndarray:
-    """By sample index, [n]."""
-    return np.array([rollouts[key].payload.resolve().tokens[0] for key in sorted(rollouts)])
+def tokens_of(sampled: Sampled) -> dict[Key, list[int]]:
+    return {key: completion.tokens.tolist() for key, (_, completion) in sampled.items()}
 
 
-def prompt(uid: str, length: int, draw: int = 0) -> Prompt:
-    """Random tokens; the same arguments but for `draw` give the same ones."""
-    return Prompt(uid, draw, np.random.default_rng([length, *uid.encode()]).integers(0, VOCAB, length))
+def prompt(uid: str, length: int, params: SamplingParams, draw: int = 0, priority: int = 0) -> list[Request]:
+    """A group on random tokens; the same uid and length give the same ones."""
+    tokens = np.random.default_rng([length, *uid.encode()]).integers(0, VOCAB, length)
+    return requests_of(uid, draw, tokens, params, priority)
 
 
-def total(rollouts: Rollouts) -> int:
-    return sum(rollout.num_tokens for rollout in rollouts.values())
+def total(sampled: Sampled) -> int:
+    return sum(completion.num_tokens for _, completion in sampled.values())

@@ -13,9 +13,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from pekoe.core.types import Rollout, SamplingParams
+from pekoe.core.types import Completion, Request, SamplingParams
 from pekoe.model import Decoder, PackedAttention
 
+Pair = tuple[Request, Completion]
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
@@ -33,40 +34,39 @@ def logits_of(model: Decoder, sequences: Sequence[Ints]) -> list[Floats]:
     return [logits[start:end] for start, end in pairwise(bounds)]
 
 
-def response_logits(model: Decoder, rollouts: Sequence[Rollout]) -> list[Floats]:
+def response_logits(model: Decoder, pairs: Sequence[Pair]) -> list[Floats]:
     """The logits that each response token was drawn from, given the true tokens before it: [R, V] each."""
-    payloads = [rollout.payload.resolve() for rollout in rollouts]
-    logits = logits_of(model, [np.concatenate([p.prompt_tokens, p.tokens]) for p in payloads])
-    return [each[len(p.prompt_tokens) - 1 : -1] for each, p in zip(logits, payloads, strict=True)]
+    logits = logits_of(model, [np.concatenate([r.tokens, c.tokens]) for r, c in pairs])
+    return [each[len(r.tokens) - 1 : -1] for each, (r, _) in zip(logits, pairs, strict=True)]
 
 
-def logprobs_of(model: Decoder, rollouts: Sequence[Rollout], temperature: float) -> list[Floats]:
-    """The log-prob [R] of each response token at the temperature (0: at 1), before any truncation."""
-    found: list[Floats] = []
-    for rollout, logits in zip(rollouts, response_logits(model, rollouts), strict=True):
-        scaled = logits / (temperature or 1.0)
-        chosen = np.take_along_axis(scaled, rollout.payload.resolve().tokens[:, None], -1)[:, 0]
-        found.append(chosen - np.logaddexp.reduce(scaled, -1))
-    return found
+def logprobs_of(model: Decoder, pairs: Sequence[Pair]) -> list[Floats]:
+    """The log-prob [R] of each response token at its temperature (0: at 1), before any truncation."""
+    logprobs: list[Floats] = []
+    for (request, completion), logits in zip(pairs, response_logits(model, pairs), strict=True):
+        scaled = logits / (request.params.temperature or 1.0)
+        chosen = np.take_along_axis(scaled, completion.tokens[:, None], -1)[:, 0]
+        logprobs.append(chosen - np.logaddexp.reduce(scaled, -1))
+    return logprobs
 
 
-def versions_by_token(rollout: Rollout) -> Ints:
+def versions_by_token(completion: Completion) -> Ints:
     """The policy version of every response token, [R]."""
-    starts = [start for _, start in rollout.versions]
-    lengths = np.diff([*starts, rollout.num_tokens])
-    return np.repeat([version for version, _ in rollout.versions], lengths)
+    starts = [start for _, start in completion.versions]
+    lengths = np.diff([*starts, completion.num_tokens])
+    return np.repeat([version for version, _ in completion.versions], lengths)
 
 
-def worst_difference(models: Mapping[int, Decoder], rollouts: Iterable[Rollout], temperature: float = 1.0) -> float:
+def worst_difference(models: Mapping[int, Decoder], pairs: Iterable[Pair]) -> float:
     """The largest difference between a token's log-prob and that of the model of the token's own version."""
-    rollouts, worst = [r for r in rollouts if r.num_tokens], 0.0
+    pairs, worst = [(r, c) for r, c in pairs if c.num_tokens], 0.0
     for version, model in models.items():
-        crossing = [r for r in rollouts if version in dict(r.versions)]
+        crossing = [(r, c) for r, c in pairs if version in dict(c.versions)]
         if not crossing:
             continue
-        for rollout, expected in zip(crossing, logprobs_of(model, crossing, temperature), strict=True):
-            mine = versions_by_token(rollout) == version
-            worst = max(worst, float(np.abs(rollout.payload.resolve().logprobs - expected)[mine].max()))
+        for (_, completion), expected in zip(crossing, logprobs_of(model, crossing), strict=True):
+            mine = versions_by_token(completion) == version
+            worst = max(worst, float(np.abs(completion.logprobs - expected)[mine].max()))
     return worst
 
 
