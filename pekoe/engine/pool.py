@@ -147,7 +147,7 @@ class EnginePool:
         self._first_state: State = "serving" if serving_at_once else "stale"
         for member in self.members:
             _in_thread(f"start {member.name}", self._start, member, None)
-        _in_thread("engine pool", self._supervise)
+        self._supervisor = _in_thread("engine pool", self._supervise)
 
     # Members
 
@@ -527,6 +527,8 @@ class EnginePool:
         for item in unfinished:
             item.future.set_exception(RunError(_CLOSED))
         _close(engines)
+        if self._supervisor is not threading.current_thread():
+            self._supervisor.join(_CLOSE_LIMIT_S)  # it would free the engines while the interpreter ends
 
 
 def _entry(unit: list[_Item]) -> tuple[int, int, list[_Item]]:

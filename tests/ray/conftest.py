@@ -13,7 +13,8 @@ from pekoe.core.journal import read_lines
 from pekoe.core.progress import NoProgress
 from pekoe.ray import run_cluster
 from pekoe.run.interrupt import Stop
-from tests.run.conftest import recipe, tiny_dir  # noqa: F401  fixtures
+from tests.run.conftest import recipe as recipe
+from tests.run.conftest import tiny_dir as tiny_dir
 
 Say = Callable[[str], None]
 
