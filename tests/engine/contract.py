@@ -131,7 +131,7 @@ class Contract:
         kinds = [
             short(3, temperature=0.5),
             short(2, temperature=0, max_new_tokens=3),
-            LONG,
+            short(4, max_new_tokens=100),
             short(4, stop_token_ids=STOPS, max_new_tokens=30, seed=5),
         ]
         requests = [r for i, params in enumerate(kinds) for r in prompt(f"p{i}", 7 + i, params)]

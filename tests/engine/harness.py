@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -114,10 +114,13 @@ class Harness:
     def drain(self, engine: Engine, requests: Sequence[Request], futures: Futures) -> Sampled:
         """Wait for all, and look at each."""
         assert len(futures) == len(requests)
-        sampled = {key_of(r): (r, f.result(LIMIT_S)) for r, f in zip(requests, futures, strict=True)}
+        sampled: Sampled = {}
+        for request, future in zip(requests, futures, strict=True):
+            completion = future.result(LIMIT_S)
+            completion = replace(completion, handle=completion.handle.resolve())  # fetched once
+            self.check_form(request, completion)
+            sampled[key_of(request)] = request, completion
         assert len(sampled) == len(requests)
-        for pair in sampled.values():
-            self.check_form(*pair)
         self.check(engine)
         return sampled
 
