@@ -30,7 +30,7 @@ class Ears(NoProgress):
 
 
 @pytest.fixture
-def cluster(recipe: dict[str, Any]) -> Callable[..., RLConfig]:  # noqa: F811
+def cluster(recipe: dict[str, Any]) -> Callable[..., RLConfig]:
     """`cluster(*overrides)` gives a config of two engines and two ranks."""
 
     def make(*overrides: str) -> RLConfig:
