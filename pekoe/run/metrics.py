@@ -99,7 +99,7 @@ def step_work(
         for group in batch.everything()
     ]
     work = {"rollout_flops": sampling_flops(spec, groups).total}
-    if num_forwards:
+    if num_forwards and config.cluster is None:  # engines of a cluster sample on devices that are not measured
         work["rollout_bytes"] = sampling_bytes(spec, groups, int(num_forwards), dtype)
     if stats:
         num_targets, num_microbatches = sum(s.num_targets for s in stats), sum(s.num_microbatches for s in stats)
