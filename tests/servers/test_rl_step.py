@@ -21,12 +21,13 @@ import torch
 
 from pekoe.config.engine import EngineSection
 from pekoe.core.journal import read_lines
+from pekoe.core.records import read_records
 from pekoe.core.types import Problem
 from pekoe.data.problems import write_problems
 from pekoe.demo.char_tokenizer import make_char_tokenizer
 from pekoe.engine import SGLangEngine
 from pekoe.model import Decoder, load_model, save_model
-from pekoe.run.run_dir import read_rollouts
+from pekoe.weights.checksums import SGLangChecksums, checksums_of
 from tests.servers.test_sglang_server import SHAPE as SGLANG_SHAPE
 from tests.servers.test_sglang_server import group_members
 from tests.servers.vllm_fixture import START_LIMIT_S, vllm_python
@@ -90,7 +91,7 @@ def assert_proven(recipe: Path, route: str, num_steps: int = 2) -> list[dict[str
         assert step["sync_canary_diff"] <= 5e-4  # I4
         assert step["sync_route"] == route
         assert step["sync_bytes"] > 100_000
-        lines = read_rollouts(run, step["step"])
+        lines = read_records(run, step["step"])
         assert len(lines) == 16
         assert {tuple(map(tuple, line["versions"])) for line in lines} == {((step["step"] - 1, 0),)}
     before, after = (load_model(place / "model").get_parameter("model.norm.weight") for place in (recipe.parent, run))
@@ -103,7 +104,7 @@ def assert_nothing_left() -> None:
     """No process that this test's commands started, or that those started. (Servers' own shared memory: see their
     engines' tests.)"""
     mark = f"PEKOE_TEST_RUN={OURS}".encode()
-    end = time.monotonic() + 15  # of a server that was killed, the keeper takes down the rest
+    end = time.monotonic() + 15  # of a server that was killed, the guard takes down the rest
     while left := [process for process in Path("/proc").glob("[0-9]*") if mark in environment(process)]:
         assert time.monotonic() < end, [(process / "cmdline").read_bytes() for process in left]
         time.sleep(0.2)
@@ -133,18 +134,17 @@ def test_sglang_attached_by_disk_and_evaluated(
 ):
     """A server that runs already, on other weights: it is given the run's, and goes on afterwards."""
     launched = sglang_launched(make_model(seed=5, scale=2.0, **SGLANG_SHAPE))
-    server = launched.servers[0]
-    recipe = lay_out(sglang_section(urls=(server.url,), sync="disk"), SGLANG_SHAPE)
+    recipe = lay_out(sglang_section(urls=(launched.url,), sync="disk"), SGLANG_SHAPE)
     assert "attaching to 1 sglang server, weights by disk" in pekoe("rl", str(recipe))
     assert_proven(recipe, "disk")
-    assert server.process is not None
-    assert group_members(server.process.pid)
+    assert launched.process is not None
+    assert group_members(launched.process.pid)
     words = ["eval.samples=2", "eval.max_new_tokens=12", "max_prompt_tokens=8", "engine.backend=sglang"]
-    words += [f'engine.server.urls=["{server.url}"]', "run.threads=1"]
+    words += [f'engine.server.urls=["{launched.url}"]', "run.threads=1"]
     model, data = recipe.parent / "run" / "model", recipe.parent / "train.jsonl"
     printed = pekoe("eval", *words, "--model", str(model), "--data", str(data))
     assert json.loads(printed[printed.index("{") :])["num_problems"] == 8
-    assert launched.holds(load_model(model)) is True
+    assert launched.checksums() == checksums_of(load_model(model), SGLangChecksums(torch.float32))
 
 
 def test_vllm_launched_by_broadcast(lay_out: Callable[..., Path]):
@@ -201,7 +201,7 @@ def kill_once_there(recipe: Path) -> None:
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
             command = " ".join(process.cmdline())
-            if "keeper.py" in command and str(recipe.parent) in command:
+            if "process_guard.py" in command and str(recipe.parent) in command:
                 for child in process.children():
-                    if "keeper.py" not in " ".join(child.cmdline()):
+                    if "process_guard.py" not in " ".join(child.cmdline()):
                         child.kill()
