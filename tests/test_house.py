@@ -16,8 +16,8 @@ PACKAGE = Path(__file__).resolve().parent.parent / "pekoe"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 # Lines that a room may have, with docstrings and blank ones. A feature that needs more says what it costs and why.
 BUDGETS = {
-    "core": 930,
-    "config": 800,
+    "core": 850,
+    "config": 770,
     "kernels": 800,
     "algo": 510,
     "model": 1000,
