@@ -20,8 +20,7 @@ def make_optimizer(model: nn.Module, optim: OptimSection) -> torch.optim.AdamW:
     groups = [group for group in groups if group["params"]]
     adamw = torch.optim.AdamW(groups, lr=optim.lr, betas=(optim.beta1, optim.beta2), eps=optim.eps, fused=True)
     for parameter in parameters:
-        # AdamW's initial state, made now and not at the first step: a checkpoint is loaded into existing state, so an
-        # optimizer without any would silently load none.
+        # AdamW's initial state, before the first step: a checkpoint loads into existing state alone, silently.
         adamw.state[parameter] = {
             "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
             "exp_avg": torch.zeros_like(parameter),
@@ -31,7 +30,7 @@ def make_optimizer(model: nn.Module, optim: OptimSection) -> torch.optim.AdamW:
 
 
 def learning_rate(optim: OptimSection, update: int, total: int) -> float:
-    """The rate of optimizer step `update` (from 0) of `total`: linear warm-up, then constant or cosine."""
+    """The rate at optimizer step `update` (from 0) of `total`: linear warm-up, then constant or cosine."""
     warmup = math.ceil(optim.warmup_fraction * total)
     if update < warmup:
         return optim.lr * (update + 1) / warmup
