@@ -24,7 +24,7 @@ BUDGETS = {
     "data": 1440,
     "verify": 2950,
     "engine": 4600,  # base, pool and sampling 1,000; embedded 1,900; servers 1,700
-    "train": 840,
+    "train": 820,
     "weights": 930,
     "run": 2950,
     "report": 1240,

@@ -6,11 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from pekoe.algo.advantage import ADVANTAGES
 from pekoe.config.recipes import AlgoSection
-from pekoe.core.types import IntArray, JudgedGroup, SampleRef, Trajectory, Verdict
+from pekoe.core.types import JudgedGroup, SampleRef, Trajectory, Verdict
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,12 +74,9 @@ def score(groups: Sequence[JudgedGroup], algo: AlgoSection) -> Scored:
     )
     for position in set(positions.tolist()) - {sample.group for sample in samples}:
         dropped[position] = "all responses truncated, and algo.mask_truncated is on"
-    return Scored(samples, dropped, _no_signal(rewards, positions, algo))
-
-
-def _no_signal(rewards: NDArray[np.float64], positions: IntArray, algo: AlgoSection) -> str:
-    """Compare rewards, as the advantages of equal rewards may be rounding errors and not 0."""
-    if algo.advantage == "global":
-        return "all rewards are equal" if len(set(rewards.tolist())) == 1 else ""
-    distinct = set(zip(positions.tolist(), rewards.tolist(), strict=True))
-    return "all rewards of each group are equal" if len(distinct) == len(set(positions.tolist())) else ""
+    # Compare rewards, as the advantages of equal rewards may be rounding errors and not 0.
+    whole_batch = algo.advantage == "global"
+    pools = [0 if whole_batch else position for position, _, _ in kept]
+    if len(set(zip(pools, rewards.tolist(), strict=True))) > len(set(pools)):
+        return Scored(samples, dropped)
+    return Scored(samples, dropped, f"all rewards {'' if whole_batch else 'of each group '}are equal")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -27,7 +28,6 @@ from pekoe.model import Attention, Decoder, PackedAttention
 from pekoe.train import checkpoint
 from pekoe.train.context_parallel import CPShard
 from pekoe.train.memory import PeakMemory
-from pekoe.train.optim import learning_rate, make_optimizer
 from pekoe.train.parallel import Layout, compute_of
 
 Objective = Callable[[Tensor, Tensor, MicroBatch], tuple[Tensor, Sums]]
@@ -106,7 +106,7 @@ class Trainer:
         if layout is not None:
             for decoder in [model] if reference is None else [model, reference]:
                 layout.apply(decoder)
-        self.optimizer = make_optimizer(model, optim)
+        self.optimizer = _make_optimizer(model, optim)
         self.num_updates = 0
         self.num_not_finite = 0
         self._optim, self._total = optim, total_updates
@@ -135,7 +135,7 @@ class Trainer:
 
     def step(
         self,
-        samples: Sequence[AnySample],
+        samples: Sequence[AnySample] | RankBatch,
         objective: Objective,
         denominator: float | None = None,
         max_mean_ratio: float | None = None,
@@ -143,19 +143,11 @@ class Trainer:
         """Make one optimizer step on a mini-batch, in micro-batches within the token budget.
 
         Args:
+            samples: the mini-batch, or this process's part of it.
             denominator: divides the summed loss; by default the mini-batch's trained tokens (I3).
             max_mean_ratio: with a mean importance ratio above this no update is made.
         """
-        return self.step_packed(self._pack(samples), objective, denominator, max_mean_ratio)
-
-    def step_packed(
-        self,
-        rank_batch: RankBatch,
-        objective: Objective,
-        denominator: float | None = None,
-        max_mean_ratio: float | None = None,
-    ) -> StepStats:
-        """As `step`, given this process's part of the mini-batch."""
+        rank_batch = samples if isinstance(samples, RankBatch) else self._pack(samples)
         start = time.perf_counter()
         peak = PeakMemory(self.device)
         divisor = float(denominator or rank_batch.num_targets)
@@ -278,3 +270,33 @@ class Trainer:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         set_state_dict(self.model, self.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
         self.num_updates, self.num_not_finite = state["num_updates"], state["num_not_finite"]
+
+
+def _make_optimizer(model: Decoder, optim: OptimSection) -> torch.optim.AdamW:
+    """AdamW; weight decay on matrices only, none on biases and norms (the vectors)."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": optim.weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    adamw = torch.optim.AdamW(groups, lr=optim.lr, betas=(optim.beta1, optim.beta2), eps=optim.eps, fused=True)
+    for parameter in parameters:
+        # AdamW's initial state, before the first step: a checkpoint loads into existing state alone, silently.
+        adamw.state[parameter] = {
+            "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
+            "exp_avg": torch.zeros_like(parameter),
+            "exp_avg_sq": torch.zeros_like(parameter),
+        }
+    return adamw
+
+
+def learning_rate(optim: OptimSection, update: int, total: int) -> float:
+    """The rate at optimizer step `update` (from 0) of `total`: linear warm-up, then constant or cosine."""
+    warmup = math.ceil(optim.warmup_fraction * total)
+    if update < warmup:
+        return optim.lr * (update + 1) / warmup
+    if optim.schedule == "constant":
+        return optim.lr
+    progress = (update - warmup) / max(1, total - warmup)
+    return optim.lr * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
