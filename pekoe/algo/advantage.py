@@ -15,10 +15,9 @@ Ints = NDArray[np.int64]
 
 
 def global_normalised(rewards: Floats, lengths: Ints, groups: Ints) -> Floats:
-    """The release: A = R at every response token, normalised over all response tokens of the whole batch.
+    """AReaL v0.2 (PPO `adv_norm`): (R - mean) / (std + 1e-5) over all response tokens of the batch. Returns [N].
 
-    mean and (biased) variance weigh each response by its tokens; (A - mean) / (std + 1e-5). AReaL v0.2, PPO
-    `adv_norm`. Groups play no part. Returns [N].
+    The mean and the (biased) variance weigh each response by its tokens. Groups are ignored.
     """
     weights = lengths / lengths.sum()
     mean = (weights * rewards).sum()

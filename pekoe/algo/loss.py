@@ -1,7 +1,6 @@
 """Losses over the N trained tokens of a micro-batch. Each returns sums, never means.
 
-The trainer divides by one denominator for the whole optimizer step, summed over every micro-batch and rank (I3),
-so a loss here must not know how many tokens there are.
+The trainer divides by one denominator for the whole optimizer step, summed over all micro-batches and ranks (I3).
 """
 
 from __future__ import annotations
@@ -21,10 +20,9 @@ CHUNK_VALUES = 1 << 24  # logits held at once: 64 MiB in float32
 
 
 def chosen_logprobs(hidden: Tensor, head: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """Log-probability of each target at the sampling temperature, and the entropy of its distribution.
+    """Log-probability of each target at the sampling temperature, as engines return it (I1), and the entropy.
 
-    Engines return the same quantity (I1). Where the logits are too many to hold, they are computed in chunks of tokens
-    and recomputed in backward.
+    Where the logits are too many to hold, they are computed in chunks of tokens and recomputed in backward.
 
     Args:
         hidden: [N, C] at the positions that predict; head: [V, C] the output embedding; targets: [N].
@@ -55,22 +53,22 @@ def chosen_logprobs(hidden: Tensor, head: Tensor, targets: Tensor, temperature: 
 def importance_weights(batch: MicroBatch, algo: AlgoSection) -> tuple[Tensor, Tensor]:
     """Weights that correct for sampling from the engine's policy in place of the proximal one.
 
-    w = exp(log pi_proximal - log pi_behaviour) separates the proximal policy, around which the ratio is clipped, from
-    the policy that sampled: decoupled PPO (Hilton et al., arXiv:2110.00641, eq. 3; AReaL, arXiv:2505.24298, eq. 5).
-    Bounds on it, at a limit C: "truncate" min(w, C), truncated importance sampling (Ionides 2008; for engines that
-    differ from the trainer, Yao et al. 2025, "Your efficient RL framework secretly brings you off-policy RL training");
-    "mask_token" 0 outside [1/C, C] (IcePop: arXiv:2510.18855); "mask_sequence" 0 for sequences whose geometric
-    mean of w is outside it (Liu et al. 2025, "When speed kills stability").
+    w = exp(log pi_proximal - log pi_behaviour): decoupled PPO (Hilton et al., arXiv:2110.00641, eq. 3; AReaL,
+    arXiv:2505.24298, eq. 5). Bounds at a limit C: "truncate" min(w, C) (Ionides 2008; Yao et al. 2025, "Your efficient
+    RL framework secretly brings you off-policy RL training"); "mask_token" 0 outside [1/C, C] (IcePop:
+    arXiv:2510.18855); "mask_sequence" 0 for sequences whose geometric mean of w is outside it (Liu et al. 2025, "When
+    speed kills stability").
 
     Returns weights [N], without gradient, and [N] whether a bound changed them. Masked tokens still count in the loss's
-    denominator, which must not depend on the policy (I3).
+    denominator (I3).
     """
+    unbounded = torch.zeros_like(batch.targets, dtype=torch.bool)
     if algo.correction == "off" or batch.proximal_logprobs is None:
-        return torch.ones_like(batch.behaviour_logprobs), torch.zeros_like(batch.targets, dtype=torch.bool)
+        return torch.ones_like(batch.behaviour_logprobs), unbounded
     log_weights, limit = batch.proximal_logprobs - batch.behaviour_logprobs, math.log(algo.correction_limit)
     weights = log_weights.exp()
     if algo.correction == "weight":
-        return weights, torch.zeros_like(batch.targets, dtype=torch.bool)
+        return weights, unbounded
     if algo.correction == "truncate":
         return weights.clamp(max=algo.correction_limit), log_weights > limit
     if algo.correction == "mask_sequence":
@@ -78,7 +76,7 @@ def importance_weights(batch: MicroBatch, algo: AlgoSection) -> tuple[Tensor, Te
         num = len(batch.cu_seqlens) - 1
         sums = log_weights.new_zeros(num).index_add_(0, sequence, log_weights)
         log_weights = (sums / torch.bincount(sequence, minlength=num).clamp(min=1))[sequence]
-    # Weights that are not finite are beyond any limit, and 0 times them would not be 0.
+    # Infinite or NaN weights are beyond any limit too; 0 times them would not be 0.
     beyond = ~(log_weights.abs() <= limit)
     return torch.where(beyond, torch.zeros_like(weights), weights), beyond
 
@@ -86,10 +84,9 @@ def importance_weights(batch: MicroBatch, algo: AlgoSection) -> tuple[Tensor, Te
 def ppo(logprobs: Tensor, entropy: Tensor, batch: MicroBatch, algo: AlgoSection) -> tuple[Tensor, Sums]:
     """Sum over tokens of w max(-A r, -A clip(r, 1 - clip_low, 1 + clip_high)) (+ kl x k3), with its statistics.
 
-    r = exp(log pi - log pi_old), pi_old the engine's log-probs (AReaL v0.2), or the trainer's recomputed ones where
-    the batch carries them. PPO: arXiv:1707.06347, eq. 7. Asymmetric clip: DAPO, arXiv:2503.14476, eq. 8.
-    w: see `importance_weights`. KL: the k3 estimator exp(d) - d - 1 with d = log pi_ref - log pi (Schulman 2020;
-    GRPO eq. 4).
+    r = exp(log pi - log pi_old), pi_old the engine's log-probs (AReaL v0.2), or the trainer's where the batch has them.
+    PPO: arXiv:1707.06347, eq. 7. Asymmetric clip: DAPO, arXiv:2503.14476, eq. 8. w: see `importance_weights`. KL: the
+    k3 estimator exp(d) - d - 1 with d = log pi_ref - log pi (Schulman 2020; GRPO eq. 4).
     """
     old = batch.behaviour_logprobs if batch.proximal_logprobs is None else batch.proximal_logprobs
     log_ratio = logprobs - old

@@ -1,7 +1,6 @@
 """Packing: which sequences share a micro-batch, which rank gets which, and how they lie end to end in 1-D tensors.
 
-Tokens decide the micro-batches, for memory is what a budget bounds. Estimated compute, in which attention is quadratic,
-assigns them to ranks. There is no padding.
+Tokens, which take the memory, decide the micro-batches. Estimated compute assigns them to ranks. There is no padding.
 """
 
 from __future__ import annotations
@@ -27,11 +26,11 @@ _EVEN = 1.01  # largest bin over the lowest possible, from which capacities are 
 
 
 def allocate(lengths: Sequence[int], token_budget: int, num_bins_multiple_of: int = 1) -> Bins:
-    """Share sequences out to few micro-batches under a token budget, the largest of them as small as can be.
+    """Divide sequences among few micro-batches within a token budget, the largest of them as small as possible.
 
-    Both are NP-hard. Best-fit-decreasing gives the number of bins. They are filled longest first, each sequence into
-    the emptiest bin (LPT: Graham 1969); where that is uneven or too much, by best-fit-decreasing at the smallest
-    capacity that does (MULTIFIT: Coffman, Garey, Johnson 1978). n log n for n sequences.
+    Both aims are NP-hard. Best-fit-decreasing gives the number of bins. They are filled longest first, each sequence
+    into the emptiest bin (LPT: Graham 1969); where that is uneven or too much, by best-fit-decreasing at the smallest
+    capacity that suffices (MULTIFIT: Coffman, Garey, Johnson 1978). n log n for n sequences. Deterministic.
 
     Args:
         lengths: tokens of each sequence, each >= 1.
@@ -40,7 +39,7 @@ def allocate(lengths: Sequence[int], token_budget: int, num_bins_multiple_of: in
 
     Returns:
         Bins of indices into `lengths`, each index in exactly one bin. Bins are empty only where there are fewer
-        sequences than bins. Deterministic.
+        sequences than bins.
 
     Raises:
         UserError: a length that the budget cannot hold.
@@ -77,15 +76,15 @@ def allocate(lengths: Sequence[int], token_budget: int, num_bins_multiple_of: in
 
 
 def assign(costs: Sequence[float], num_ranks: int) -> Bins:
-    """Share micro-batches out to ranks, the same number to each, so that their costs are even.
+    """Divide micro-batches among ranks, the same number for each, with even costs.
 
-    In rounds: the heaviest micro-batches that are left, one a rank, go to the ranks in ascending order of their load.
+    In each round the heaviest that are left, one a rank, go to the ranks in ascending order of load.
 
     Args:
         costs: estimated compute of each micro-batch; their number is a multiple of `num_ranks`.
 
     Returns:
-        for each rank, the indices of its micro-batches, ascending.
+        For each rank, the indices of its micro-batches, ascending.
     """
     assert len(costs) % num_ranks == 0, f"{len(costs)} micro-batches for {num_ranks} ranks"
     order = sorted(range(len(costs)), key=lambda i: (-costs[i], i))
@@ -116,8 +115,8 @@ def _longest_first(sizes: list[int], count: int) -> Bins:
 def _best_fit(sizes: list[int], capacity: int, most: int) -> Bins | None:
     """Each size into the fullest bin that still takes it, else into a new one; None where that needs more than `most`.
 
-    `by_room` has the bins by the room that is left in them, and `rooms` a bit for each room that some bin has: the
-    least room that is large enough is then the lowest bit.
+    `by_room` maps free room to bins, and `rooms` has a bit for each room in it: the lowest bit from `size` on is the
+    smallest room that suffices.
     """
     bins: Bins = []
     by_room: dict[int, list[int]] = {}
@@ -144,16 +143,14 @@ def _best_fit(sizes: list[int], capacity: int, most: int) -> Bins | None:
 class MicroBatch:
     """Sequences laid end to end: T tokens, B sequences, N tokens that are trained on.
 
-    Two sequences of 3 and 2 tokens, of which all but the first token are trained on: tokens [9, 4, 7, 9, 5], positions
-    [0, 1, 2, 0, 1], lengths (3, 2), cu_seqlens [0, 3, 5], targets [1, 2, 4].
-
-    The token at `targets[i]` is predicted from position `targets[i] - 1`, which lies in the same sequence.
+    Example: two sequences trained on all but their first tokens: tokens [9, 4, 7, 9, 5], positions [0, 1, 2, 0, 1],
+    lengths (3, 2), cu_seqlens [0, 3, 5], targets [1, 2, 4]. Position `targets[i] - 1` predicts the token `targets[i]`.
     """
 
     tokens: Tensor  # [T] int64
     positions: Tensor  # [T] int64, from 0 in each sequence
     cu_seqlens: Tensor  # [B + 1] int32, cumulative lengths from 0 to T
-    lengths: tuple[int, ...]  # [B], on the host whatever the device: kernels plan by them without waiting for it
+    lengths: tuple[int, ...]  # [B], on the host: kernels plan by them without waiting for the device
     targets: Tensor  # [N] int64, indices into tokens
     behaviour_logprobs: Tensor  # [N]
     advantages: Tensor  # [N]
@@ -172,9 +169,11 @@ class MicroBatch:
 
 
 def pack(samples: Sequence[Sample]) -> MicroBatch:
-    """Lay samples end to end. None at all: one padding token, of which nothing is trained on (N = 0)."""
-    if not samples:
-        return _empty()
+    """Lay samples end to end. Without samples: one padding token that is not trained on (N = 0), as a rank without
+    work must take part in each forward and backward."""
+    if not samples:  # with all log-probs, so that its statistics have the names of every other rank's
+        zero = np.zeros(1, np.float32)
+        samples = [Sample(np.zeros(1, np.int64), np.zeros(1, np.bool_), zero, zero, 0, zero, zero)]
     lengths = [len(sample) for sample in samples]
     mask = np.concatenate([sample.loss_mask for sample in samples])
     targets = np.flatnonzero(mask)
@@ -199,26 +198,10 @@ def pack(samples: Sequence[Sample]) -> MicroBatch:
     )
 
 
-def _empty() -> MicroBatch:
-    """What a rank without work computes, as all ranks must take part in each forward and backward. Its loss is 0."""
-    token, none = torch.zeros(1, dtype=torch.int64), torch.zeros(0)
-    return MicroBatch(
-        tokens=token,
-        positions=token,
-        cu_seqlens=torch.tensor([0, 1], dtype=torch.int32),
-        lengths=(1,),
-        targets=torch.zeros(0, dtype=torch.int64),
-        behaviour_logprobs=none,
-        advantages=none,
-        proximal_logprobs=none,
-        reference_logprobs=none,
-    )
-
-
 def split_minibatches(samples: Sequence[S], num: int, rng: np.random.Generator) -> list[list[S]]:
     """Split a batch into at most `num` mini-batches: a seeded shuffle of whole groups, sizes differing by at most one.
 
-    Made before ranks are assigned, so that it does not depend on how many there are.
+    The split does not depend on the number of ranks.
     """
     by_group: dict[int, list[S]] = {}
     for sample in samples:

@@ -1,4 +1,4 @@
-"""From verdicts to samples: reward, advantage, loss mask. The only place where a label becomes a number."""
+"""From verdicts to samples: reward and advantage. The only place where a label becomes a number."""
 
 from __future__ import annotations
 
@@ -6,24 +6,23 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from pekoe.algo.advantage import ADVANTAGES
 from pekoe.config.recipes import AlgoSection
-from pekoe.core.types import IntArray, JudgedGroup, SampleRef, Trajectory, Verdict
+from pekoe.core.types import JudgedGroup, SampleRef, Trajectory, Verdict
 
 
 @dataclass(frozen=True, slots=True)
 class Scored:
-    """A batch ready for training, and what became of each group."""
+    """A batch ready for training, and the groups that were dropped."""
 
     samples: tuple[SampleRef, ...]
     dropped: dict[int, str]  # position of a dropped group -> reason
-    no_signal: str = ""  # why the batch teaches nothing, though there are samples; the step is then skipped
+    no_signal: str = ""  # why the step is skipped though there are samples
 
 
 def reward_of(verdict: Verdict, reward: float) -> float:
-    """+reward for CORRECT, -reward for WRONG and UNPARSED. A FAULT has no reward: it never gets here (I9)."""
+    """+reward for CORRECT, -reward for WRONG and UNPARSED. A FAULT has no reward (I9)."""
     assert verdict.label != "fault", "a FAULT has no reward"
     return reward if verdict.label == "correct" else -reward
 
@@ -39,8 +38,8 @@ def uninformative(verdicts: Sequence[Verdict]) -> str | None:
 def score(groups: Sequence[JudgedGroup], algo: AlgoSection) -> Scored:
     """Make the training samples of a rollout batch.
 
-    FAULT and aborted trajectories leave their group before advantages; a group left with fewer than two trajectories
-    of more than one is dropped, with the reason. Truncated ones leave after advantages where `mask_truncated` is on.
+    FAULT and aborted trajectories leave their group before advantages, truncated ones after it where `mask_truncated`
+    is on. A group with fewer than two trajectories left, of more than one, is dropped.
     """
     kept: list[tuple[int, Trajectory, float]] = []
     dropped: dict[int, str] = {}
@@ -75,14 +74,9 @@ def score(groups: Sequence[JudgedGroup], algo: AlgoSection) -> Scored:
     )
     for position in set(positions.tolist()) - {sample.group for sample in samples}:
         dropped[position] = "all responses truncated, and algo.mask_truncated is on"
-    return Scored(samples, dropped, _no_signal(rewards, positions, algo))
-
-
-def _no_signal(rewards: NDArray[np.float64], positions: IntArray, algo: AlgoSection) -> str:
-    """Told by the rewards: advantages of equal rewards may be rounding errors, not 0."""
-    if algo.advantage == "global":
-        return "all rewards are equal" if len(set(rewards.tolist())) == 1 else ""
-    by_group: dict[int, set[float]] = {}
-    for position, reward in zip(positions.tolist(), rewards.tolist(), strict=True):
-        by_group.setdefault(position, set()).add(reward)
-    return "all rewards of each group are equal" if all(len(some) == 1 for some in by_group.values()) else ""
+    # Compare rewards, as the advantages of equal rewards may be rounding errors and not 0.
+    whole_batch = algo.advantage == "global"
+    pools = [0 if whole_batch else position for position, _, _ in kept]
+    if len(set(zip(pools, rewards.tolist(), strict=True))) > len(set(pools)):
+        return Scored(samples, dropped)
+    return Scored(samples, dropped, f"all rewards {'' if whole_batch else 'of each group '}are equal")

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from pekoe.core.errors import UserError, nearest
-
-S = TypeVar("S", bound="ConfigSection")
 
 
 class ConfigSection(BaseModel):
@@ -29,24 +26,15 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def load(source: str | Path | Mapping[str, Any], overrides: Sequence[str], kind: type[S]) -> S:
-    """See `load_config`."""
-    where = "recipe" if isinstance(source, Mapping) else str(source)
-    tree = json.loads(json.dumps(source)) if isinstance(source, Mapping) else read_toml(Path(source))
-    for override in overrides:
-        _apply(tree, override)
-    try:
-        return kind.model_validate(tree)
-    except ValidationError as error:
-        raise UserError(_explain(error, kind, where)) from None
-
-
-def nearest_multiple(value: int, of: int) -> int:
-    return max(of, round(value / of) * of)
+def check_multiple(key: str, value: int, of: int, description: str) -> None:
+    """Raise ValueError unless `value` is a multiple of `of`."""
+    if value % of:
+        near = max(of, round(value / of) * of)
+        raise ValueError(f"{key}: expected a multiple of {description}, got {value}; nearest: {near}")
 
 
 def read_toml(path: Path) -> dict[str, Any]:
-    """What a recipe says, not yet validated."""
+    """The content of a recipe, not yet validated."""
     if not path.is_file():
         siblings = [p.name for p in path.parent.glob("*.toml")] if path.parent.is_dir() else []
         raise UserError(f"{path}: expected a recipe (a TOML file), found none.{nearest(path.name, siblings)}")
@@ -56,7 +44,8 @@ def read_toml(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: expected TOML, got something else: {error}") from None
 
 
-def _apply(tree: dict[str, Any], override: str) -> None:
+def apply_override(tree: dict[str, Any], override: str) -> None:
+    """Set the key that `section.key=value` names, in place."""
     key, equals, text = override.partition("=")
     if not equals or not key.strip():
         raise UserError(f"override {override!r}: expected section.key=value")
@@ -72,21 +61,19 @@ def _apply(tree: dict[str, Any], override: str) -> None:
         node[last] = text
 
 
-def _explain(error: ValidationError, kind: type[ConfigSection], where: str) -> str:
+def explain(error: ValidationError, kind: type[ConfigSection], where: str) -> str:
+    """A line for each mistake: where, expected, got, and the nearest valid name."""
     lines: list[str] = []
     for problem in error.errors():
         path = [str(part) for part in problem["loc"]]
         name, got = ".".join(path), problem.get("input")
         match problem["type"]:
             case "extra_forbidden":
-                valid = _keys(kind, path[:-1])
-                lines.append(f"{where}: unknown key {name!r}.{nearest(path[-1], valid)}")
+                lines.append(f"{where}: unknown key {name!r}.{nearest(path[-1], _keys(kind, path[:-1]))}")
             case "missing":
                 lines.append(f"{where}: missing key {name!r}.")
             case "value_error":
-                lines.append(
-                    f"{where}: {problem['ctx']['error']}" if "ctx" in problem else f"{where}: {problem['msg']}"
-                )
+                lines.append(f"{where}: {problem['msg'].removeprefix('Value error, ')}")
             case _:
                 expected = problem["msg"].removeprefix("Input should be ")
                 shown = type(got).__name__ + " (a section)" if isinstance(got, dict) else repr(got)
@@ -98,7 +85,7 @@ def _keys(kind: type[ConfigSection], path: list[str]) -> list[str]:
     """The valid keys of the section at `path`."""
     section: Any = kind
     for part in path:
-        if part.isdigit():  # the place in an array of sections, which `get_args` below has gone into
+        if part.isdigit():  # an index into an array of sections, whose item type `get_args` below has taken
             continue
         annotation = section.model_fields[part].annotation
         section = next((a for a in (annotation, *get_args(annotation)) if hasattr(a, "model_fields")), None)

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from pekoe.config.base import ConfigSection, nearest_multiple
+from pekoe.config.base import ConfigSection, check_multiple
 
 
 class ParallelSection(ConfigSection):
@@ -79,11 +79,7 @@ class ClusterSection(ConfigSection):
     @model_validator(mode="after")
     def _possible(self) -> ClusterSection:
         ranks, split = self.training.ranks, self.training.tp * self.training.cp * self.training.replicas
-        if ranks % split:
-            raise ValueError(
-                f"cluster.training.ranks: expected a multiple of tp x cp x replicas = {split}, got {ranks}; "
-                f"nearest: {nearest_multiple(ranks, split)}"
-            )
+        check_multiple("cluster.training.ranks", ranks, split, f"tp x cp x replicas = {split}")
         engines, servers = self.generation.engines, self.generation.num_servers
         if servers > engines:
             raise ValueError(
@@ -91,20 +87,12 @@ class ClusterSection(ConfigSection):
                 f"nearest: {engines}"
             )
         if self.colocate:
-            self._check_turns()
+            same = f"cluster.generation.engines = {engines} with colocate (as many ranks on each engine's devices)"
+            check_multiple("cluster.training.ranks", ranks, engines, same)
+            gpus = ranks // engines * self.training.gpus_per_rank
+            if gpus != self.generation.gpus_per_engine:
+                raise ValueError(
+                    f"cluster.generation.gpus_per_engine: expected the {gpus} GPUs of the {ranks // engines} ranks "
+                    f"that take turns with an engine (colocate), got {self.generation.gpus_per_engine}; nearest: {gpus}"
+                )
         return self
-
-    def _check_turns(self) -> None:
-        engines, ranks = self.generation.engines, self.training.ranks
-        if ranks % engines:
-            raise ValueError(
-                f"cluster.training.ranks: expected a multiple of cluster.generation.engines = {engines} with colocate "
-                f"(as many ranks on each engine's devices), got {ranks}; "
-                f"nearest: {nearest_multiple(ranks, engines)}"
-            )
-        theirs = ranks // engines * self.training.gpus_per_rank
-        if theirs != self.generation.gpus_per_engine:
-            raise ValueError(
-                f"cluster.generation.gpus_per_engine: expected the {theirs} GPUs of the {ranks // engines} ranks that "
-                f"take turns with an engine (colocate), got {self.generation.gpus_per_engine}; nearest: {theirs}"
-            )

@@ -45,13 +45,9 @@ class ServerSection(ConfigSection):
     """How long a weight update, a pause or a flush may take."""
 
     @model_validator(mode="after")
-    def _launched(self) -> ServerSection:
+    def _possible(self) -> ServerSection:
         if self.gpus and len(self.gpus) != self.count:
             raise ValueError(f"engine.server.gpus: expected one for each of {self.count} servers, got {len(self.gpus)}")
-        return self
-
-    @model_validator(mode="after")
-    def _addresses(self) -> ServerSection:
         for url in self.urls:
             try:
                 parts = urlsplit(url)
@@ -79,11 +75,11 @@ class EngineSection(ConfigSection):
     """Tokens of one forward: what the running sequences leave of it goes to chunks of waiting prompts."""
 
     def kv_room(self, longest: int, bytes_per_token: int) -> int:
-        """Tokens that the KV cache holds, for sequences of at most `longest`."""
+        """Tokens that the KV cache holds, for sequences of at most `longest` tokens."""
         return self.kv_tokens or min(self.max_running * longest, int(self.kv_gib * 2**30 / bytes_per_token))
 
     def server_kv(self, longest: int, values_per_token: int, dtype: str, device: str) -> int | None:
-        """As `kv_room`, of a server. None: on a GPU, unless it is set, servers take their share of what is there."""
+        """As `kv_room`, for a server. None: servers on a GPU take a share of its memory, unless kv_tokens is set."""
         if self.kv_tokens or device != "cpu":
             return self.kv_tokens
         return self.kv_room(longest, values_per_token * (4 if dtype == "float32" else 2))

@@ -1,22 +1,20 @@
-"""Recipes as frozen, closed, validated objects: one for each command.
-
-The docstring under each key is its documentation.
-A key that is absent in TOML has its default; absent with default None means None.
-"""
+"""Recipes as frozen, closed, validated objects, one for each command. The docstring under a key documents it."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import tomli_w
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationError, model_validator
 
-from pekoe.config.base import ConfigSection, load, nearest_multiple
+from pekoe.config.base import ConfigSection, apply_override, check_multiple, explain, read_toml
 from pekoe.config.cluster import ClusterSection, ParallelSection
 from pekoe.config.data import DataSection, ProblemSection, TemplateSection
 from pekoe.config.engine import EngineSection
+from pekoe.core.errors import UserError
 
 
 class Process(ConfigSection):
@@ -222,12 +220,9 @@ class RLConfig(TrainingConfig):
     @model_validator(mode="after")
     def _possible(self) -> RLConfig:
         rollout, algo = self.rollout, self.algo
-        if rollout.prompts_per_step % algo.minibatches and not rollout.dynamic_rounds:
-            near = nearest_multiple(rollout.prompts_per_step, algo.minibatches)
-            raise ValueError(
-                f"rollout.prompts_per_step: expected a multiple of algo.minibatches ({algo.minibatches}), "
-                f"got {rollout.prompts_per_step}; nearest: {near}"
-            )
+        if not rollout.dynamic_rounds:
+            minibatches = f"algo.minibatches ({algo.minibatches})"
+            check_multiple("rollout.prompts_per_step", rollout.prompts_per_step, algo.minibatches, minibatches)
         if rollout.min_new_tokens > rollout.max_new_tokens:
             raise ValueError(
                 f"rollout.min_new_tokens: expected at most rollout.max_new_tokens ({rollout.max_new_tokens}), "
@@ -273,18 +268,18 @@ class RLConfig(TrainingConfig):
             )
 
     def kind_of_engine(self, number: int) -> Literal["embedded", "sglang", "vllm"]:
-        """The kind of one of a cluster's engines."""
+        """The backend of one of a cluster's engines."""
         assert self.cluster is not None
         generation = self.cluster.generation
         return self.engine.backend if number >= generation.engines - generation.num_servers else "embedded"
 
     def engine_config(self, number: int) -> RLConfig:
-        """This config as one of a cluster's engines should see it."""
+        """This config for one of a cluster's engines."""
         assert self.cluster is not None
         kind, server = self.kind_of_engine(number), self.engine.server
         if kind != "embedded" and server.urls:
-            place = number - self.cluster.generation.engines
-            server = server.model_copy(update={"urls": (server.urls[place],)})
+            url = server.urls[number - self.cluster.generation.engines]
+            server = server.model_copy(update={"urls": (url,)})
         return self.model_copy(update={"engine": self.engine.model_copy(update={"backend": kind, "server": server})})
 
 
@@ -363,7 +358,14 @@ def load_config(source: str | Path | Mapping[str, Any], overrides: Sequence[str]
     Raises:
         UserError: with where, expected, got, and the nearest valid name.
     """
-    return load(source, overrides, kind)
+    mapping = isinstance(source, Mapping)
+    tree = json.loads(json.dumps(source)) if mapping else read_toml(Path(source))
+    for override in overrides:
+        apply_override(tree, override)
+    try:
+        return kind.model_validate(tree)
+    except ValidationError as error:
+        raise UserError(explain(error, kind, "recipe" if mapping else str(source))) from None
 
 
 def dump_config(config: Config) -> str:

@@ -9,23 +9,21 @@ from collections.abc import Iterable
 class UserError(ValueError):
     """Something the user can mend: a wrong key, a missing file, an impossible shape.
 
-    The command line prints the message alone, without a traceback, and exits with 2.
-    The message says where, what was expected, what was found, and the nearest valid value.
+    The message says where, expected, got, and the nearest valid value. The command line prints it and exits with 2.
     """
 
 
 class RunError(RuntimeError):
-    """A run that was well asked for and failed. The command line exits with 1."""
+    """A valid run failed. The command line exits with 1."""
 
 
 class Interrupted(RuntimeError):
-    """The user pressed Ctrl-C. The command line prints how to go on and exits with 130."""
+    """The user pressed Ctrl-C. The command line prints how to continue and exits with 130."""
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:
     """Return `" Did you mean 'x'?"` for the valid name closest to `name`, or all valid names if none is close."""
     names = sorted(valid)
-    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-    if close:
+    if close := difflib.get_close_matches(name, names, n=1, cutoff=0.5):
         return f" Did you mean {close[0]!r}?"
     return f" Valid: {', '.join(names)}." if names else ""

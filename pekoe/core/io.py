@@ -1,11 +1,11 @@
-"""What several rooms know of files."""
+"""Files of a model directory, and fsync."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
 
-# Of a model directory in Hugging Face format, beside config.json and the weights.
+# In a Hugging Face model directory, beside config.json and the weights.
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -20,7 +20,7 @@ TOKENIZER_FILES = (
 
 
 def fsync(path: Path) -> None:
-    """Bring a file, or the names in a directory, to disk."""
+    """Write a file, or the names in a directory, through to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

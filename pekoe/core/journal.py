@@ -1,7 +1,7 @@
 """The journal and the ledger: append-only JSON lines, one object an event.
 
 A run killed in mid-write leaves at most one torn last line. Readers drop it; a resumed run cuts the file back to the
-byte offset its checkpoint recorded, so that what follows is exactly what an unbroken run would have written.
+byte offset in its checkpoint, so that it goes on as an unbroken run would.
 """
 
 from __future__ import annotations
@@ -18,10 +18,7 @@ Listener = Callable[[Event], None]
 
 
 class JsonLines:
-    """An append-only file of JSON objects. Each line is flushed when written, and on disk after `sync`.
-
-    `path` None: nothing is kept; for processes beside the one that writes.
-    """
+    """An append-only file of JSON objects, flushed at each line and on disk after `sync`. `path` None keeps nothing."""
 
     def __init__(self, path: Path | None) -> None:
         self.path = path
@@ -34,7 +31,7 @@ class JsonLines:
         self._file.flush()
 
     def sync(self) -> int:
-        """Bring everything to disk and return the file's length in bytes."""
+        """Write everything through to disk and return the file's length in bytes."""
         self._file.flush()
         if self.path is not None:
             os.fsync(self._file.fileno())
@@ -50,8 +47,8 @@ class JsonLines:
             tail = file.read()
             if tail:
                 discarded.parent.mkdir(parents=True, exist_ok=True)
-                with discarded.open("ab") as bin_:
-                    bin_.write(tail)
+                with discarded.open("ab") as kept:
+                    kept.write(tail)
                 file.truncate(offset)
                 file.flush()
                 os.fsync(file.fileno())
@@ -63,7 +60,7 @@ class JsonLines:
 
 
 class Journal(JsonLines):
-    """The run's log of events. Listeners (the live view, trackers) hear each event as it is written."""
+    """The run's log of events. Listeners (the live view, trackers) get each event as it is written."""
 
     def __init__(self, path: Path | None, listeners: tuple[Listener, ...] = ()) -> None:
         super().__init__(path)

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from pekoe.core.types import AnySample, Draw, FloatArray, JudgedGroup, LogprobsHandle, Record, SamplingParams
+from pekoe.core.types import AnySample, Draw, FloatArray, Handle, JudgedGroup, SamplingParams
 
 Counters = Mapping[str, float]
-"""What a part has counted since it was made. Counters only grow; the journal takes differences."""
+"""Totals since a part was made. They only grow; the journal takes differences."""
 
 Route = Literal["alias", "copy", "shm", "disk", "broadcast"]
 """How weights reach engines. alias: the engine samples from the trainer's own parameters."""
@@ -22,11 +22,7 @@ class Rollouts(Protocol):
     """Draws in, judged groups out."""
 
     def put(self, draws: Sequence[Draw], params: SamplingParams | None = None) -> None:
-        """Begin to sample groups of these problems.
-
-        Args:
-            params: how to sample, `params.n` responses each; None: as the run trains.
-        """
+        """Begin to sample groups of these problems, `params.n` responses each; None: as the run trains."""
         ...
 
     def take(self, n: int) -> list[JudgedGroup]:
@@ -34,7 +30,7 @@ class Rollouts(Protocol):
         ...
 
     def in_flight(self) -> list[Draw]:
-        """What was put and not taken yet."""
+        """Draws that were put and not taken yet."""
         ...
 
     def cancel(self) -> None:
@@ -42,12 +38,11 @@ class Rollouts(Protocol):
         ...
 
     def flush_cache(self) -> None:
-        """Forget cached KV, so that what is sampled next does not depend on what was sampled before."""
+        """Drop cached KV, so that later samples do not depend on earlier ones."""
         ...
 
     def offload(self) -> None:
-        """Give the engines' device memory to the trainer, where both use the same devices. `Weights.publish` takes it
-        back."""
+        """Free the engines' memory on devices that the trainer shares. `Weights.publish` takes it back."""
         ...
 
     def counters(self) -> Counters: ...
@@ -65,14 +60,14 @@ class StepStats:
     num_microbatches: int
     means: dict[str, float]
     skipped: str | None = None
-    peak_bytes: int | None = None  # the most memory meanwhile, of the process that had most
+    peak_bytes: int | None = None  # the largest peak memory of any process
 
 
 class Snapshot(Protocol):
     """A trainer's state at one moment, copied, so that training goes on while it is written."""
 
     def write(self, path: Path) -> None:
-        """Write the state to the directory `path`. OSError where a file cannot be written."""
+        """Write the state to the directory `path`. Raises OSError where a file cannot be written."""
         ...
 
     def export(self, path: Path) -> None:
@@ -85,7 +80,7 @@ class Trainer(Protocol):
 
     @property
     def num_updates(self) -> int:
-        """Optimizer steps so far, skipped ones too: the place in the learning-rate schedule."""
+        """Optimizer steps so far, skipped ones too: the position in the learning-rate schedule."""
         ...
 
     @property
@@ -104,17 +99,19 @@ class Trainer(Protocol):
         denominator: float | None = None,
         max_mean_ratio: float | None = None,
     ) -> StepStats:
-        """Make one optimizer step on a mini-batch; see `train.Trainer.step`."""
+        """See `train.Trainer.step`."""
         ...
 
-    def logprobs(self, samples: Sequence[AnySample], reference: bool = False) -> Sequence[FloatArray | LogprobsHandle]:
+    def logprobs(
+        self, samples: Sequence[AnySample], reference: bool = False
+    ) -> Sequence[FloatArray | Handle[FloatArray]]:
         """Log-probs [L] of each sample's trained tokens (0 elsewhere), by the trained or the reference model."""
         ...
 
     def snapshot(self) -> Snapshot: ...
 
     def load(self, path: Path) -> None:
-        """Go back to the state that `Snapshot.write` wrote."""
+        """Restore the state that `Snapshot.write` wrote."""
         ...
 
     def counters(self) -> Counters: ...
@@ -151,24 +148,7 @@ class Weights(Protocol):
     """Brings the trainer's weights to the engines."""
 
     def publish(self, version: int) -> SyncReport:
-        """Make every engine sample from the trainer's weights as `version`, and prove it (I4).
-
-        RunError where an engine does not hold them afterwards.
-        """
+        """Make every engine sample from the trainer's weights as `version`, and prove it (I4), or raise RunError."""
         ...
 
     def counters(self) -> Counters: ...
-
-
-class Store(Protocol):
-    """Keeps records where they were sampled. In one process a record is its own handle."""
-
-    def put(self, records: Sequence[Record]) -> Sequence[Any]:
-        """Keep records; returns a handle of each."""
-        ...
-
-    def get(self, handles: Sequence[Any]) -> list[Record]: ...
-
-    def clear(self) -> None:
-        """Forget everything: the step that needed it is committed."""
-        ...

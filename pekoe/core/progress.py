@@ -1,4 +1,4 @@
-"""What a run tells whoever watches it. The rooms that work know this protocol; `report.terminal` draws it."""
+"""The protocol by which a run reports its progress; `report.terminal` draws it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Protocol, TypeVar
 from pekoe.core.journal import Event
 
 T = TypeVar("T")
-_TOLD = 200  # how often `track` tells, at the most
+_MAX_UPDATES = 200  # of one `track`
 
 
 class ProgressReporter(Protocol):
@@ -26,18 +26,8 @@ class ProgressReporter(Protocol):
     def say(self, text: str) -> None: ...
 
 
-class NoProgress:
-    """Watches nothing."""
-
-    def begin(self, phase: str, total: int | None, done: int = 0) -> None: ...
-
-    def advance(self, done: int = 1) -> None: ...
-
-    def end(self) -> None: ...
-
-    def event(self, event: Event) -> None: ...
-
-    def say(self, text: str) -> None: ...
+class NoProgress(ProgressReporter):
+    """Shows nothing."""
 
 
 @contextmanager
@@ -51,10 +41,10 @@ def phase(view: ProgressReporter, name: str, total: int | None = None, done: int
 
 
 def track(view: ProgressReporter, name: str, items: Sequence[T]) -> Iterator[T]:
-    """The items, with a progress bar while they are gone through."""
-    some = max(1, len(items) // _TOLD)
+    """Iterate over the items with a progress bar."""
+    stride = max(1, len(items) // _MAX_UPDATES)
     with phase(view, name, len(items)):
         for number, item in enumerate(items, 1):
             yield item
-            if number % some == 0:
-                view.advance(some)
+            if number % stride == 0:
+                view.advance(stride)

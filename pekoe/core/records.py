@@ -24,7 +24,7 @@ LINES, ARRAYS = ".jsonl.zst", ".npz.zst"
 
 
 def write_records(stem: Path, lines: Sequence[Mapping[str, Any]], records: Sequence[Record]) -> None:
-    """Write `stem`.jsonl.zst and `stem`.npz.zst; the lines last, so that where they are, the arrays are too."""
+    """Write `stem`.jsonl.zst and `stem`.npz.zst; the lines last, so that lines never lack their arrays."""
     stem.parent.mkdir(exist_ok=True)
     responses = [record.loss_mask for record in records]
     columns = {
@@ -50,18 +50,18 @@ def write_records(stem: Path, lines: Sequence[Mapping[str, Any]], records: Seque
 def read_records(run_dir: Path, step: int) -> list[dict[str, Any]]:
     """The lines of a step, group by group, each with its arrays `prompt_tokens`, `tokens` and `logprobs`.
 
-    Empty where the step has no records. ValueError where lines and arrays do not fit one another.
+    Empty where the step has no records. Raises ValueError where lines and arrays do not match.
     """
     lines: list[dict[str, Any]] = []
     for file in sorted((run_dir / "rollouts").glob(f"step-{step:06d}*{LINES}")):
         text = zstandard.ZstdDecompressor().decompress(file.read_bytes())
-        some = [json.loads(line) for line in text.splitlines()]
+        rows = [json.loads(line) for line in text.splitlines()]
         stem = file.name.removesuffix(LINES)
         data = zstandard.ZstdDecompressor().decompress(file.with_name(stem + ARRAYS).read_bytes())
         with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
             prompts = np.split(arrays["prompt_tokens"], arrays["prompt_offsets"][1:-1])
             tokens, logprobs = (np.split(arrays[name], arrays["offsets"][1:-1]) for name in ("tokens", "logprobs"))
-        for line, prompt, response, values in zip(some, prompts, tokens, logprobs, strict=bool(some)):
+        for line, prompt, response, values in zip(rows, prompts, tokens, logprobs, strict=bool(rows)):
             lines.append(line | {"prompt_tokens": prompt, "tokens": response, "logprobs": values})
     return sorted(lines, key=lambda line: (line["group"], line["sample"]))
 

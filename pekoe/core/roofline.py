@@ -1,9 +1,8 @@
-"""Floating-point operations and bytes that a phase cannot do without, and how near to a machine's ceilings it came.
+"""The fewest floating-point operations and bytes that a phase needs, and how near to a machine's ceilings it came.
 
-Counts after the mathematics: 2 operations for each multiply-add of each matrix product, twice as many backward,
-attention within each sequence's causal triangle alone; whatever is computed again is not counted again. Bytes are a
-least: weights once a pass, KV as often as attention reads it, activations not at all. The idea is Williams, Waterman
-and Patterson's (Roofline, 2009): what is done cannot take less time than either its operations or its bytes do.
+A multiply-add of a matrix product counts 2 operations, and twice as many backward; attention counts each sequence's
+causal triangle; recomputation counts nothing. Bytes are a lower bound: weights once a pass, KV whenever attention reads
+it, no activations. No phase is faster than its operations or its bytes allow (Williams et al. 2009, Roofline).
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from dataclasses import dataclass
 from pekoe.core.spec import ModelSpec
 
 ITEM_BYTES = {"float32": 4, "bfloat16": 2}
-_OPTIMIZER_BYTES = 7 * 4  # of a parameter: itself, its gradient and two moments read, all but the gradient written
+_OPTIMIZER_BYTES = 7 * 4  # a parameter: itself, its gradient and two moments read, all but the gradient written
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,40 +35,40 @@ class Flops:
 
 @dataclass(frozen=True, slots=True)
 class Ceilings:
-    """What a machine was measured to do: operations of a matrix product, and bytes of memory, in a second."""
+    """Measured rates of a machine, a second: operations of a matrix product, and bytes of memory."""
 
     flop_s: float
     byte_s: float
 
     def reached(self, flops: float, num_bytes: float, seconds: float) -> tuple[float, str]:
-        """The least time that this can take, as a share of `seconds`, and which of the two bounds it."""
+        """The least possible time as a share of `seconds`, and which of the two bounds it."""
         arithmetic, memory = flops / self.flop_s, num_bytes / self.byte_s
         return max(arithmetic, memory) / seconds, "arithmetic" if arithmetic >= memory else "memory"
 
 
 def training_flops(spec: ModelSpec, lengths: Iterable[int], num_targets: int) -> Flops:
-    """Of a forward and backward over sequences of `lengths` tokens, of which `num_targets` are predicted."""
+    """FLOPs of a forward and backward over sequences of `lengths` tokens, of which `num_targets` are predicted."""
     return _flops(spec, list(lengths), num_targets, 3)
 
 
 def training_bytes(spec: ModelSpec, num_microbatches: int, num_steps: int, dtype: str) -> float:
     """Weights forward and backward and the gradient for each micro-batch, and AdamW in float32 for each step."""
-    each = 3 * ITEM_BYTES[dtype] * num_microbatches + _OPTIMIZER_BYTES * num_steps
-    return float(each * spec.num_parameters)
+    per_parameter = 3 * ITEM_BYTES[dtype] * num_microbatches + _OPTIMIZER_BYTES * num_steps
+    return float(per_parameter * spec.num_parameters)
 
 
 def sampling_flops(spec: ModelSpec, groups: Sequence[tuple[int, Sequence[int]]]) -> Flops:
-    """Of groups, each a prompt's length with those of its responses: the prompt once, then a pass for each token."""
-    found = Flops(0.0, 0.0, 0.0)
+    """FLOPs of groups (prompt length, response lengths): the prompt once, then a pass for each token."""
+    total = Flops(0.0, 0.0, 0.0)
     for prompt, lengths in groups:
-        whole = _flops(spec, [prompt + max(0, n - 1) for n in lengths], sum(lengths), 1)  # the last is only chosen
-        again, saved = max(0, len(lengths) - 1), _flops(spec, [prompt], 0, 1)  # the others share the first's
-        found = Flops(
-            found.linear + whole.linear - again * saved.linear,
-            found.head + whole.head,
-            found.attention + whole.attention - again * saved.attention,
+        whole = _flops(spec, [prompt + max(0, n - 1) for n in lengths], sum(lengths), 1)  # the last has no pass
+        shared, saved = max(0, len(lengths) - 1), _flops(spec, [prompt], 0, 1)
+        total = Flops(
+            total.linear + whole.linear - shared * saved.linear,
+            total.head + whole.head,
+            total.attention + whole.attention - shared * saved.attention,
         )
-    return found
+    return total
 
 
 def sampling_bytes(

@@ -58,10 +58,10 @@ class ModelSpec:
 
     @property
     def num_layer_parameters(self) -> int:
-        c, q, kv, m = self.hidden_size, self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim, 0
-        m = c * (q + 2 * kv) + q * c + 3 * c * self.intermediate_size + 2 * c
-        m += (q + 2 * kv) * self.qkv_bias + c * self.out_bias + (2 * self.intermediate_size + c) * self.mlp_bias
-        return m + 2 * self.head_dim * self.qk_norm
+        c, q, kv = self.hidden_size, self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        matrices = c * (q + 2 * kv) + q * c + 3 * c * self.intermediate_size
+        biases = (q + 2 * kv) * self.qkv_bias + c * self.out_bias + (2 * self.intermediate_size + c) * self.mlp_bias
+        return matrices + biases + 2 * c + 2 * self.head_dim * self.qk_norm
 
     @property
     def num_parameters(self) -> int:

@@ -1,16 +1,14 @@
 """The types of Pekoe, in the order in which they are made. Each arrow of the flow makes a new value.
 
-Draw of a Problem -> Request -> Completion -> Trajectory -> Verdict -> reward -> advantage -> Sample -> MicroBatch (in
-`algo.packing`)
+Draw -> Request -> Completion -> Trajectory -> Verdict -> reward -> advantage -> Sample -> `algo.packing.MicroBatch`
 
-Shapes: [P] prompt tokens, [R] response tokens, [L] = [P + R] one whole sequence.
-Arrays are numpy (host memory), so that nothing on this floor needs torch.
+Shapes: [P] prompt tokens, [R] response tokens, [L] = [P + R] one whole sequence. Arrays are numpy, in host memory.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +20,7 @@ BoolArray = NDArray[np.bool_]
 FinishReason = Literal["stop", "length", "abort"]
 Label = Literal["correct", "wrong", "unparsed", "fault"]
 Stream = Literal["train", "eval"]
+T_co = TypeVar("T_co", covariant=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,10 +36,7 @@ class Problem:
 
 @dataclass(frozen=True, slots=True)
 class Draw:
-    """A problem drawn for sampling. `number` counts how often it was drawn before.
-
-    Example: Draw(Problem("gsm8k/17", ...), 0) in the first epoch.
-    """
+    """A problem drawn for sampling. `number` counts earlier draws: Draw(Problem("gsm8k/17", ...), 0) is the first."""
 
     problem: Problem
     number: int
@@ -50,8 +46,7 @@ class Draw:
 class SamplingParams:
     """How to sample. Log-probs are always of the distribution at `temperature`, before top-p and top-k.
 
-    `temperature = 0` is greedy; its log-probs are those at temperature 1.
-    `top_k = 0` and `top_p = 1` switch truncation off.
+    `temperature = 0` is greedy; its log-probs are those at temperature 1. `top_k = 0` and `top_p = 1` truncate nothing.
     `seed` and `stream` key the random numbers (I8): training and evaluation never share any.
     """
 
@@ -66,37 +61,32 @@ class SamplingParams:
     stream: Stream = "train"
 
     def __post_init__(self) -> None:
-        checks = [
-            (self.n >= 1, "n", ">= 1", self.n),
-            (self.temperature >= 0, "temperature", ">= 0", self.temperature),
-            (0 < self.top_p <= 1, "top_p", "in (0, 1]", self.top_p),
-            (self.top_k >= 0, "top_k", ">= 0", self.top_k),
-            (self.max_new_tokens >= 1, "max_new_tokens", ">= 1", self.max_new_tokens),
-            (
-                0 <= self.min_new_tokens <= self.max_new_tokens,
-                "min_new_tokens",
-                "in [0, max_new_tokens]",
-                self.min_new_tokens,
-            ),
-        ]
-        for ok, name, expected, got in checks:
-            if not ok:
-                raise ValueError(f"sampling {name}: expected {expected}, got {got}")
+        checks = {
+            "n": (self.n >= 1, ">= 1"),
+            "temperature": (self.temperature >= 0, ">= 0"),
+            "top_p": (0 < self.top_p <= 1, "in (0, 1]"),
+            "top_k": (self.top_k >= 0, ">= 0"),
+            "max_new_tokens": (self.max_new_tokens >= 1, ">= 1"),
+            "min_new_tokens": (0 <= self.min_new_tokens <= self.max_new_tokens, "in [0, max_new_tokens]"),
+        }
+        for name, (valid, expected) in checks.items():
+            if not valid:
+                raise ValueError(f"sampling {name}: expected {expected}, got {getattr(self, name)}")
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
     """Asks an engine for one response.
 
-    Example: Request("gsm8k/17", 0, 3, array([1, 734, 29]), params) is the fourth response to the first draw of a
-    problem. Requests of one group that are submitted together should share one `tokens` array.
+    Example: Request("gsm8k/17", 0, 3, array([1, 734, 29]), params) asks for the fourth response to a problem's first
+    draw. Requests of one group that are submitted together should share one `tokens` array.
     """
 
     uid: str
     draw: int
     sample: int  # index in the group
     tokens: IntArray  # [P] the context that the response continues
-    params: SamplingParams  # of this response; `params.n` says nothing here
+    params: SamplingParams  # `params.n` has no meaning here
     priority: int = 0  # among requests that wait, higher ones are sampled first
 
 
@@ -124,24 +114,23 @@ class Record:
         return self
 
 
-class Handle(Protocol):
-    """Refers to a record, which may be in another process. Only who needs tokens resolves it."""
+class Handle(Protocol[T_co]):
+    """Refers to a value (a record, or log-probs [L]) that may be in another process. Only its user resolves it."""
 
-    def resolve(self) -> Record: ...
+    def resolve(self) -> T_co: ...
 
 
 @dataclass(frozen=True, slots=True)
 class Completion:
     """One response. `versions` lists (policy version, index of the first response token sampled under it).
 
-    Example: 40 tokens, of which the weights were updated from version 7 to 8 before the 25th:
-    Completion(40, "stop", ((7, 0), (8, 24)), record).
+    Example: Completion(40, "stop", ((7, 0), (8, 24)), record): weights went from version 7 to 8 before the 25th token.
     """
 
     num_tokens: int
     finish: FinishReason
     versions: tuple[tuple[int, int], ...]
-    handle: Handle
+    handle: Handle[Record]
     num_cached_tokens: int = 0  # of the context, found in a prefix cache
 
     @property
@@ -159,7 +148,7 @@ class Completion:
 
 @dataclass(frozen=True, slots=True)
 class Trajectory:
-    """One attempt at a problem, as the loop knows it: lengths, and where the tokens are.
+    """One attempt at a problem: lengths, and a handle of the tokens.
 
     Example: Trajectory("gsm8k/17", 0, 3, num_prompt_tokens=12, num_tokens=40, "stop", ((7, 0),), record).
     """
@@ -171,7 +160,7 @@ class Trajectory:
     num_tokens: int  # of the response
     finish: FinishReason
     versions: tuple[tuple[int, int], ...]
-    handle: Handle
+    handle: Handle[Record]
 
     @classmethod
     def of(cls, request: Request, completion: Completion) -> Trajectory:
@@ -181,7 +170,7 @@ class Trajectory:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What a judge says of one trajectory. `why` explains everything but a plain CORRECT or WRONG."""
+    """A judge's verdict on one trajectory. `why` explains all but a plain CORRECT or WRONG."""
 
     label: Label
     extracted: str | None = None
@@ -200,7 +189,7 @@ class JudgedGroup:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """What training sees of one sequence. Everything is aligned to `tokens`: entry t speaks of token t."""
+    """One sequence to train on. All arrays are aligned to `tokens`: entry t belongs to token t."""
 
     tokens: IntArray  # [L]
     loss_mask: BoolArray  # [L] true where the token is trained on (never at t = 0: nothing predicts it)
@@ -222,27 +211,21 @@ class Sample:
         return self
 
 
-class LogprobsHandle(Protocol):
-    """Refers to log-probs [L], which may be in another process."""
-
-    def resolve(self) -> FloatArray: ...
-
-
 @dataclass(frozen=True, slots=True)
 class SampleRef:
-    """A sample as the loop knows it: lengths, advantage, where the tokens are. Only who trains on it resolves it.
+    """A sample as the loop has it: lengths, advantage, a handle of the tokens. Only the trainer resolves it.
 
     Example: SampleRef(num_tokens=52, num_targets=40, record, advantage=0.8, group=5, index=3).
     """
 
     num_tokens: int  # [L] of the whole sequence
     num_targets: int
-    handle: Handle
+    handle: Handle[Record]
     advantage: float  # of every trained token
     group: int
     index: int  # of the trajectory in its group
-    proximal_logprobs: FloatArray | LogprobsHandle | None = None
-    reference_logprobs: FloatArray | LogprobsHandle | None = None
+    proximal_logprobs: FloatArray | Handle[FloatArray] | None = None
+    reference_logprobs: FloatArray | Handle[FloatArray] | None = None
 
     def __len__(self) -> int:
         return self.num_tokens

@@ -9,7 +9,9 @@ For use in `jit.kernel` functions only.
 # pyright: reportAttributeAccessIssue=false, reportUnknownLambdaType=false
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from llvmlite import ir
@@ -28,17 +30,9 @@ _ANY = ("contract", "reassoc", "nsz", "arcp")
 class Float8(types.Type):
     """The numba type of a vector."""
 
-    def __init__(self) -> None:
-        super().__init__(name="Float8")
 
-
-float8 = Float8()
-
-
-@register_model(Float8)
-class _Float8Model(models.PrimitiveModel):
-    def __init__(self, manager: Any, type_: Any) -> None:
-        super().__init__(manager, type_, _VECTOR)
+float8 = Float8("Float8")
+register_model(Float8)(lambda manager, type_: models.PrimitiveModel(manager, type_, _VECTOR))
 
 
 def _splat(builder: Any, value: Any) -> Any:
@@ -88,34 +82,14 @@ def store(typing: Any, array: Any, offset: Any, value: Any):
     return types.void(array, types.intp, float8), generate
 
 
-@intrinsic
-def splat(typing: Any, value: Any):
-    """One float, eight times."""
+def _operation(build: Callable[..., Any], doc: str, takes: Any = float8, gives: Any = float8) -> Any:
+    """An intrinsic whose arguments are all of one type; `build(builder, a, ...)` makes its instructions."""
 
-    def generate(context: Any, builder: Any, signature: Any, args: Any):
-        return _splat(builder, args[0])
+    def typed(typing: Any, *args: Any):
+        return gives(*[takes] * len(args)), lambda context, builder, signature, values: build(builder, *values)
 
-    return float8(types.float32), generate
-
-
-def _elementwise(arity: int, build: Callable[..., Any], doc: str) -> Any:
-    """An intrinsic from vectors to a vector."""
-
-    def generate(context: Any, builder: Any, signature: Any, args: Any):
-        return build(builder, *args)
-
-    def one(typing: Any, a: Any):
-        return float8(float8), generate
-
-    def two(typing: Any, a: Any, b: Any):
-        return float8(float8, float8), generate
-
-    def three(typing: Any, a: Any, b: Any, c: Any):
-        return float8(float8, float8, float8), generate
-
-    function = (one, two, three)[arity - 1]
-    function.__doc__ = doc
-    return intrinsic(function)
+    typed.__doc__, typed.__signature__ = doc, inspect.signature(build)
+    return intrinsic(typed)
 
 
 def _fma(builder: Any, a: Any, b: Any, c: Any) -> Any:
@@ -140,40 +114,32 @@ def _exp(builder: Any, x: Any) -> Any:
     whole = builder.call(floor, [builder.fadd(bounded, _constant(0.5))])
     y = builder.fsub(y, whole)
     p = _constant(1.535336188319500e-4)
-    for c in (1.339887440266574e-3, 9.618437357674640e-3, 5.550332471162809e-2, 2.402264791363012e-1):
+    terms = (1.339887440266574e-3, 9.618437357674640e-3, 5.550332471162809e-2, 2.402264791363012e-1)
+    for c in (*terms, 6.931472028550421e-1, 1.0):
         p = _fma(builder, p, y, _constant(c))
-    for c in (6.931472028550421e-1, 1.0):
-        p = _fma(builder, p, y, _constant(c))
-    bits = builder.shl(
-        builder.add(builder.fptosi(whole, _INTS), ir.Constant(_INTS, [127] * LANES)), ir.Constant(_INTS, [23] * LANES)
-    )
+    exponent = builder.add(builder.fptosi(whole, _INTS), ir.Constant(_INTS, [127] * LANES))
+    bits = builder.shl(exponent, ir.Constant(_INTS, [23] * LANES))
     return builder.fmul(p, builder.bitcast(bits, _VECTOR))
 
 
-add = _elementwise(2, lambda builder, a, b: builder.fadd(a, b, flags=_ANY), "a + b.")
-mul = _elementwise(2, lambda builder, a, b: builder.fmul(a, b, flags=_ANY), "a * b.")
-div = _elementwise(2, lambda builder, a, b: builder.fdiv(a, b), "a / b.")
-fma = _elementwise(3, _fma, "a * b + c, in one instruction where the machine has it.")
-larger = _elementwise(2, _larger, "The larger of each pair; b where one is NaN.")
-smaller = _elementwise(2, _smaller, "The smaller of each pair; b where one is NaN.")
-exp = _elementwise(1, _exp, "exp(x) for x < 88, down to 2^-126; relative error below 3e-7 + |x| / 2^23.")
+def _reduce(combine: Callable[..., Any], builder: Any, a: Any) -> Any:
+    result = builder.extract_element(a, _INT(0))
+    for lane in range(1, LANES):
+        result = combine(builder, result, builder.extract_element(a, _INT(lane)))
+    return result
 
 
-def _horizontal(build: Callable[[Any, Any, Any], Any], doc: str) -> Any:
-    """An intrinsic from a vector to a float."""
-
-    def reduce(typing: Any, a: Any):
-        def generate(context: Any, builder: Any, signature: Any, args: Any):
-            result = builder.extract_element(args[0], _INT(0))
-            for lane in range(1, LANES):
-                result = build(builder, result, builder.extract_element(args[0], _INT(lane)))
-            return result
-
-        return types.float32(float8), generate
-
-    reduce.__doc__ = doc
-    return intrinsic(reduce)
+def _add(builder: Any, a: Any, b: Any) -> Any:
+    return builder.fadd(a, b, flags=_ANY)
 
 
-sum_of = _horizontal(lambda builder, a, b: builder.fadd(a, b, flags=_ANY), "The sum of the eight.")
-largest_of = _horizontal(_larger, "The largest of the eight.")
+splat = _operation(_splat, "One float, eight times.", takes=types.float32)
+add = _operation(_add, "a + b.")
+mul = _operation(lambda builder, a, b: builder.fmul(a, b, flags=_ANY), "a * b.")
+div = _operation(lambda builder, a, b: builder.fdiv(a, b), "a / b.")
+fma = _operation(_fma, "a * b + c, in one instruction where the machine has it.")
+larger = _operation(_larger, "The larger of each pair; b where one is NaN.")
+smaller = _operation(_smaller, "The smaller of each pair; b where one is NaN.")
+exp = _operation(_exp, "exp(x) for x < 88, down to 2^-126; relative error below 3e-7 + |x| / 2^23.")
+sum_of = _operation(partial(_reduce, _add), "The sum of the eight.", gives=types.float32)
+largest_of = _operation(partial(_reduce, _larger), "The largest of the eight.", gives=types.float32)

@@ -17,20 +17,17 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention.varlen import varlen_attn
 
-# Documents are padded to a multiple of this and batched with others of the same padded length. Larger wastes work on
-# padding, smaller leaves more calls; and as a document's padded length depends on nothing but its own length, the CPU
-# kernel computes the same bits for it whatever is packed beside it.
+# Documents are padded to a multiple of this and batched with others of that length. A larger multiple wastes work,
+# a smaller one makes more calls. As the padded length depends on the document's length alone, the CPU kernel computes
+# the same bits whatever is packed beside it.
 _LENGTH_STEP = 8
 
-# torch 2.11's varlen_attn takes fewer key/value heads without being told; later ones want to be told.
+# Later versions of varlen_attn than torch 2.11's need this flag for fewer key/value heads.
 _VARLEN_GQA: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 
 
 class Attention(Protocol):
-    """How the tokens of one forward see each other. The decoder calls it once per layer, in order.
-
-    It may read and write a cache of its own (an engine's paged KV), unknown to the decoder.
-    """
+    """The attention of one forward, called once per layer, in order. It may keep a cache (an engine's paged KV)."""
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attend with q [T, H, D], already rotated, over k and v [T, K, D]. Returns [T, H, D]."""
@@ -40,12 +37,9 @@ class Attention(Protocol):
 class PackedAttention:
     """Causal attention within each of the B documents that `cu_seqlens` [B + 1] delimits in a packed row.
 
-    Query heads share key/value heads in order: head h reads key/value head h // (H / K).
-    `kernel_of` says which kernel computes it: torch's variable-length flash kernel, or SDPA with one call for all
-    documents of similar length. Nothing is kept between calls but index tensors, so one object serves every layer,
-    forward and backward, of its micro-batch.
-
-    Raises ValueError unless `cu_seqlens` starts with 0 and increases.
+    Query head h reads key/value head h // (H / K). `kernel_of` chooses the kernel: torch's variable-length flash
+    kernel, or SDPA with one call for all documents of similar length. One object serves all layers of a micro-batch,
+    forward and backward. Raises ValueError unless `cu_seqlens` starts with 0 and increases.
     """
 
     def __init__(self, cu_seqlens: Tensor | Sequence[int]) -> None:
@@ -99,8 +93,8 @@ class PackedAttention:
 def kernel_of(device: str, dtype: torch.dtype) -> Literal["flash", "sdpa", "sdpa_without_gqa"]:
     """The kernel for q, k and v of this dtype on a device of this type.
 
-    float32 on CUDA needs as many key/value heads as query heads (sdpa_without_gqa): SDPA's memory-efficient kernel
-    takes no fewer, and the one that does (math) holds all scores, 4 H L^2 bytes a document. float64 has math alone.
+    float32 on CUDA repeats key/value heads (sdpa_without_gqa): SDPA's memory-efficient kernel takes no fewer than query
+    heads, and its math kernel holds all scores, 4 H L^2 bytes a document. float64 has the math kernel alone.
     """
     if device == "cuda" and dtype in (torch.bfloat16, torch.float16):
         return "flash"

@@ -1,9 +1,8 @@
 """One decoder for training and decoding: Qwen2, Qwen3 and Llama, on packed rows of tokens.
 
-It differs from the textbook in three places. There is no batch dimension and no padding: the tokens of many documents
-form one row [T], and only attention knows where each ends. Attention is an argument, so the trainer's packed kernel and
-an engine's paged cache run the same weights through the same code (invariant I1). And module names are those of Hugging
-Face checkpoints, so that `state_dict()` is the file format.
+There is no batch dimension and no padding: many documents form one row [T], and only attention knows where each ends.
+Attention is an argument, so the trainer's packed kernel and an engine's paged cache share this code (invariant I1).
+Modules have the names of Hugging Face checkpoints, so that `state_dict()` is the file format.
 
 Shapes: [T] packed tokens, [C] hidden size, [H] query heads, [K] key/value heads, [D] head dimension, [V] vocabulary.
 """
@@ -55,18 +54,15 @@ class SelfAttention(nn.Module):
         self.k_norm = RMSNorm(d, spec.norm_eps) if spec.qk_norm else None
 
     def forward(self, layer: int, x: Tensor, cos: Tensor, sin: Tensor, attention: Attention) -> Tensor:
-        q = self.q_proj(x).unflatten(-1, (-1, self.head_dim))  # [T, H, D]
-        k = self.k_proj(x).unflatten(-1, (-1, self.head_dim))  # [T, K, D]
-        v = self.v_proj(x).unflatten(-1, (-1, self.head_dim))  # [T, K, D]
+        # [T, H, D], [T, K, D], [T, K, D]
+        q, k, v = (p(x).unflatten(-1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj))
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         if decoder_ops.usable(q):
             decoder_ops.rope_(q, k, cos, sin)
-            return self.o_proj(attention(layer, q, k, v).flatten(1))
-        # Under autocast the norms and the rotation are in float32; the kernels want one dtype.
-        q, k = apply_rope(q, cos, sin).to(v.dtype), apply_rope(k, cos, sin).to(v.dtype)
-        out = attention(layer, q, k, v)
-        return self.o_proj(out.flatten(1))
+        else:  # under autocast the norms and the rotation are in float32; the kernels want one dtype
+            q, k = apply_rope(q, cos, sin).to(v.dtype), apply_rope(k, cos, sin).to(v.dtype)
+        return self.o_proj(attention(layer, q, k, v).flatten(1))
 
 
 class MLP(nn.Module):
@@ -114,8 +110,8 @@ class Backbone(nn.Module):
 class Decoder(nn.Module):
     """A decoder-only language model. `load_model` makes one from a checkpoint; `init_weights` fills a fresh one.
 
-    `hf_config` is what the checkpoint's config.json held, and `assets` its tokenizer and generation files by name;
-    both are empty for a model made from scratch, and `save_model` writes both back.
+    `hf_config` is the checkpoint's config.json, `assets` its tokenizer and generation files by name; `save_model`
+    writes both back.
     """
 
     def __init__(self, spec: ModelSpec) -> None:
@@ -131,15 +127,11 @@ class Decoder(nn.Module):
     def forward(self, tokens: Tensor, positions: Tensor, attention: Attention) -> Tensor:
         """Hidden states [T, C] after the final norm, of int64 tokens [T] at positions [T] in their documents.
 
-        On CPU, raises ValueError for a position at or beyond `spec.max_positions`. On CUDA that check would wait for
-        the device, so whoever makes the batch keeps to the bound.
+        Raises ValueError for a position at or beyond `spec.max_positions`, on CPU: on CUDA the check would wait for
+        the device.
         """
-        if (
-            positions.device.type == "cpu"
-            and type(positions) is Tensor
-            and len(positions)
-            and int(positions.max()) >= self.spec.max_positions
-        ):
+        on_host = positions.device.type == "cpu" and type(positions) is Tensor  # fake tensors have no values
+        if on_host and len(positions) and int(positions.max()) >= self.spec.max_positions:
             raise ValueError(f"position: expected < {self.spec.max_positions}, got {int(positions.max())}")
         x = self.model.embed_tokens(tokens)
         self._inv_freq = self._inv_freq.to(x.device)
@@ -165,10 +157,9 @@ class Decoder(nn.Module):
     def init_weights(self, seed: int) -> None:
         """Fill every parameter: matrices normal, norms 1, biases 0. The same seed gives the same values anywhere.
 
-        Projections that write to the residual stream are scaled by 1 / sqrt(2 * num_layers), so that its variance
-        does not grow with depth (Radford et al. 2019, GPT-2, section 2.3).
+        Projections into the residual stream are scaled by 1 / sqrt(2 * num_layers) (GPT-2, section 2.3).
         """
-        generator = torch.Generator("cpu").manual_seed(seed)  # on CPU in float32, whatever the parameter's home
+        generator = torch.Generator("cpu").manual_seed(seed)  # on CPU, wherever the parameters are
         residual_std = _INIT_STD / (2 * self.spec.num_layers) ** 0.5
         for name, parameter in self.named_parameters():
             if name.endswith("norm.weight"):

@@ -26,8 +26,6 @@ from pekoe.core.spec import ModelSpec
 from pekoe.model.decoder import Decoder
 from pekoe.model.hf_config import hf_config_to_spec, spec_to_hf_config
 
-MAX_SHARD_BYTES = 5_000_000_000
-
 _CONFIG, _WEIGHTS, _INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 _EMBED, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _FLOAT_TYPES = ("F64", "F32", "F16", "BF16")
@@ -35,7 +33,7 @@ _FLOAT_TYPES = ("F64", "F32", "F16", "BF16")
 
 @dataclass(frozen=True, slots=True)
 class _Stored:
-    """Where one tensor lies, and what its file's header says of it."""
+    """A tensor's file, and its entry in the file's header."""
 
     file: Path
     name: str
@@ -52,14 +50,13 @@ def load_model(
 ) -> Decoder:
     """Load the checkpoint directory `path`, one tensor at a time, converting to `dtype` on `device`.
 
-    The model keeps the directory's config (`hf_config`) and tokenizer files (`assets`), so that `save_model` writes
-    a complete directory. Raises UserError for whatever is missing, malformed, mismatched or not supported.
+    Raises UserError for whatever is missing, malformed, mismatched or not supported.
     """
     directory = Path(path)
     spec, config = read_spec(directory)
     stored = _headers(_weight_files(directory))
     last_layer = f"model.layers.{spec.num_layers - 1}.input_layernorm.weight"
-    if last_layer not in stored:  # before a config's absurd depth costs us memory
+    if last_layer not in stored:  # before a config's absurd depth costs memory
         raise UserError(f"{directory}: lacks tensor {last_layer} (num_hidden_layers = {spec.num_layers})")
 
     with torch.device("meta"):
@@ -78,24 +75,29 @@ def load_model(
 
 def read_spec(directory: Path) -> tuple[ModelSpec, dict[str, Any]]:
     """The shape of a checkpoint directory's model, and its config.json. Raises UserError as `load_model`."""
-    config = _read_json(_existing_directory(directory) / _CONFIG)
+    if not directory.is_dir():
+        parent = directory.parent
+        siblings = [p.name for p in parent.iterdir() if (p / _CONFIG).is_file()] if parent.is_dir() else []
+        got = "a file" if directory.exists() else "nothing there"
+        raise UserError(f"{directory}: expected a model directory, got {got}.{nearest(directory.name, siblings)}")
+    config = _read_json(directory / _CONFIG)
     return hf_config_to_spec(config, str(directory / _CONFIG)), config
 
 
 def save_model(
     model: Decoder,
     path: str | os.PathLike[str],
-    max_shard_bytes: int = MAX_SHARD_BYTES,
+    max_shard_bytes: int = 5_000_000_000,
     dtype: torch.dtype | None = None,
     weights: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Write `model` as a Hugging Face checkpoint directory, in `dtype` (by default its own), whole or not at all.
 
-    `weights` are written in place of the model's own: an earlier copy of them, or what processes hold in parts.
+    Everything is synced under a temporary name, then renamed. A model directory that is there is replaced; a crash
+    between the two renames leaves it as `.<name>.old`. Raises UserError if `path` holds anything else.
 
-    Everything is written and synced under a temporary name beside `path`, then renamed into place. A model directory
-    that is already there is replaced; a crash between the two renames leaves it as `.<name>.old`.
-    Raises UserError if `path` is anything else that exists, or holds files that this function does not write.
+    Args:
+        weights: written in place of the model's own (a copy, or the whole of sharded ones).
     """
     target = Path(os.path.abspath(path))
     _check_replaceable(target)
@@ -116,14 +118,6 @@ def save_model(
 
 
 # Reading
-
-
-def _existing_directory(path: Path) -> Path:
-    if path.is_dir():
-        return path
-    siblings = [p.name for p in path.parent.iterdir() if (p / _CONFIG).is_file()] if path.parent.is_dir() else []
-    got = "a file" if path.exists() else "nothing there"
-    raise UserError(f"{path}: expected a model directory, got {got}.{nearest(path.name, siblings)}")
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -218,28 +212,22 @@ def _check_tensors(model: Decoder, stored: Mapping[str, _Stored], directory: Pat
 
 
 def _check_replaceable(target: Path) -> None:
-    if not target.exists() and not target.is_symlink():
-        return
-    if target.is_symlink() or not target.is_dir():
-        raise UserError(f"{target}: expected a new name or a model directory to replace, got a file or link")
-    entries = sorted(p.name for p in target.iterdir())
-    foreign = [name for name in entries if not _is_ours(target / name)]
-    if foreign or (entries and _CONFIG not in entries):
+    expected, ours = "expected a new name or a model directory to replace", (_CONFIG, _INDEX, *TOKENIZER_FILES)
+    if target.is_symlink() or (target.exists() and not target.is_dir()):
+        raise UserError(f"{target}: {expected}, got a file or link")
+    paths = sorted(target.iterdir()) if target.exists() else []
+    foreign = [p for p in paths if not p.is_file() or (p.name not in ours and p.suffix != ".safetensors")]
+    if foreign or (paths and target / _CONFIG not in paths):
         raise UserError(
-            f"{target}: expected a new name or a model directory to replace, "
-            f"got a directory with {', '.join((foreign or entries)[:4])}"
+            f"{target}: {expected}, got a directory with {', '.join(p.name for p in (foreign or paths)[:4])}"
         )
-
-
-def _is_ours(path: Path) -> bool:
-    return path.is_file() and (path.name in (_CONFIG, _INDEX, *TOKENIZER_FILES) or path.suffix == ".safetensors")
 
 
 def _write_directory(
     model: Decoder, state: Mapping[str, Tensor], directory: Path, max_shard_bytes: int, dtype: torch.dtype
 ) -> None:
-    called = str(dtype).removeprefix("torch.")
-    config = {**model.hf_config, **spec_to_hf_config(model.spec), "dtype": called, "torch_dtype": called}
+    dtype_name = str(dtype).removeprefix("torch.")
+    config = {**model.hf_config, **spec_to_hf_config(model.spec), "dtype": dtype_name, "torch_dtype": dtype_name}
     (directory / _CONFIG).write_text(json.dumps(config, indent=2) + "\n")
     for name, content in model.assets.items():
         (directory / name).write_bytes(content)
@@ -251,7 +239,7 @@ def _write_directory(
         tensors = {name: state[name].detach().to("cpu", dtype).contiguous() for name in names}
         try:
             save_file(tensors, directory / file, metadata={"format": "pt"})
-        except SafetensorError as error:  # of the disk, which it does not say by an OSError
+        except SafetensorError as error:  # such as a full disk
             raise OSError(f"{directory / file}: {error}") from None
         weight_map |= dict.fromkeys(names, file)
     if len(shards) > 1:

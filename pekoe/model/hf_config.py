@@ -1,13 +1,13 @@
 """config.json of a Hugging Face checkpoint, to a ModelSpec and back.
 
-Read: `transformers` 4 (`rope_theta`, `rope_scaling`) and 5 (`rope_parameters`). Written: both, so that either version,
-vLLM and SGLang load it. What we do not implement is refused here rather than computed wrongly.
+It reads `transformers` 4 (`rope_theta`, `rope_scaling`) and 5 (`rope_parameters`), and writes both, so that either
+version, vLLM and SGLang load it. Whatever the decoder does not compute is refused.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, cast, get_args
 
@@ -24,31 +24,22 @@ _QWEN3_HEAD_DIM = 128  # Qwen3's head_dim does not follow from its width; this i
 
 @dataclass(frozen=True, slots=True)
 class _Fields:
-    """Typed reading of a JSON object. null counts as absent, as it does in transformers."""
+    """Reads typed values of a JSON object. null counts as absent, as in transformers."""
 
     values: Mapping[str, Any]
     where: str
 
     def integer(self, key: str, default: int | None = None) -> int:
-        value = self._get(key, default)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise self.wrong(key, "a positive integer")
-        return value
+        return self._checked(key, default, "a positive integer", lambda v: type(v) is int and v >= 1)
 
     def number(self, key: str, default: float | None = None) -> float:
-        value = self._get(key, default)
-        if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value) or value <= 0:
-            raise self.wrong(key, "a positive number")
-        return float(value)
+        return float(self._checked(key, default, "a positive number", _is_positive_number))
 
     def optional_number(self, key: str) -> float | None:
         return None if self.values.get(key) is None else self.number(key)
 
     def flag(self, key: str, default: bool = False) -> bool:
-        value = self._get(key, default)
-        if not isinstance(value, bool):
-            raise self.wrong(key, "true or false")
-        return value
+        return self._checked(key, default, "true or false", lambda v: type(v) is bool)
 
     def choice(self, key: str, valid: tuple[str, ...], default: str | None = None) -> str:
         value = self._get(key, default)
@@ -66,12 +57,21 @@ class _Fields:
             raise UserError(f"{self.where}: lacks {key!r}")
         return value
 
+    def _checked(self, key: str, default: Any, expected: str, valid: Callable[[Any], bool]) -> Any:
+        value = self._get(key, default)
+        if not valid(value):
+            raise self.wrong(key, expected)
+        return value
+
+
+def _is_positive_number(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value) and value > 0
+
 
 def hf_config_to_spec(config: Mapping[str, Any], where: str) -> ModelSpec:
     """Read the parsed config.json found at `where`.
 
-    Raises UserError for a missing or ill-typed key, and for what the decoder does not compute: another model type or
-    rope kind, sliding windows, quantized weights, activations other than SiLU.
+    Raises UserError for a missing or ill-typed key, and for whatever the decoder does not compute.
     """
     fields = _Fields(config, where)
     family = cast(Family, fields.choice("model_type", get_args(Family)))
@@ -89,7 +89,7 @@ def hf_config_to_spec(config: Mapping[str, Any], where: str) -> ModelSpec:
             hidden_size=hidden,
             num_layers=fields.integer("num_hidden_layers"),
             num_heads=heads,
-            # Absent in the first Llama configs. A wrong guess here shows as a wrong tensor shape.
+            # Absent in the first Llama configs. A wrong guess leads to a wrong tensor shape.
             num_kv_heads=fields.integer("num_key_value_heads", heads),
             head_dim=fields.integer("head_dim", _QWEN3_HEAD_DIM if family == "qwen3" else hidden // heads),
             intermediate_size=fields.integer("intermediate_size"),
@@ -111,7 +111,7 @@ def hf_config_to_spec(config: Mapping[str, Any], where: str) -> ModelSpec:
 def spec_to_hf_config(spec: ModelSpec) -> dict[str, Any]:
     """The config.json keys that follow from `spec`; token ids and dtypes are not among them.
 
-    Raises UserError where the family's config has no way to say what the spec says (a Qwen2 without QKV bias).
+    Raises UserError where the family's config cannot express the spec (a Qwen2 without QKV bias).
     """
     config: dict[str, Any] = {
         "architectures": [_ARCHITECTURES[spec.family]],
@@ -128,22 +128,18 @@ def spec_to_hf_config(spec: ModelSpec) -> dict[str, Any]:
         "rms_norm_eps": spec.norm_eps,
         "tie_word_embeddings": spec.tied_embeddings,
     }
-    if spec.family == "llama":
-        config |= {"attention_bias": spec.out_bias, "mlp_bias": spec.mlp_bias}
-    else:
-        config |= {"use_sliding_window": False}
-    if spec.family == "qwen3":
-        config |= {"attention_bias": spec.out_bias}
-
+    config |= {"mlp_bias": spec.mlp_bias} if spec.family == "llama" else {"use_sliding_window": False}
+    if spec.family != "qwen2":
+        config["attention_bias"] = spec.out_bias
     scaling = _rope_scaling(spec.rope, spec.max_positions)
     config["rope_theta"] = spec.rope.theta
     config["rope_scaling"] = None if spec.rope.kind == "default" else scaling  # transformers 4
     config["rope_parameters"] = {"rope_theta": spec.rope.theta, **scaling}  # transformers 5
 
-    said = hf_config_to_spec(config, "spec")
+    read = hf_config_to_spec(config, "spec")
     for name in ("qkv_bias", "out_bias", "mlp_bias", "qk_norm"):
-        if getattr(said, name) != getattr(spec, name):
-            raise UserError(f"{name}: a {spec.family} config means {getattr(said, name)}, got {getattr(spec, name)}")
+        if getattr(read, name) != getattr(spec, name):
+            raise UserError(f"{name}: a {spec.family} config means {getattr(read, name)}, got {getattr(spec, name)}")
     return config
 
 
@@ -152,7 +148,7 @@ def _refuse_unsupported(fields: _Fields) -> None:
     fields.choice("hidden_act", ("silu",), "silu")
     if config.get("quantization_config"):
         raise UserError(f"{where}: quantization_config: expected unquantized weights; use the original checkpoint")
-    layer_types = config.get("layer_types")  # where present, it says layer by layer what use_sliding_window sums up
+    layer_types = config.get("layer_types")  # where present, it decides layer by layer; use_sliding_window does not
     windowed = fields.flag("use_sliding_window") and config.get("sliding_window") is not None
     if any(kind != "full_attention" for kind in layer_types) if isinstance(layer_types, list) else windowed:
         raise UserError(f"{where}: use_sliding_window: expected false (full attention in every layer)")
@@ -172,9 +168,10 @@ def _rope_spec(fields: _Fields, max_positions: int) -> RopeSpec:
     kind_key = "rope_type" if values.get("rope_type") is not None else "type"
     kind = cast(RopeKind, rope.choice(kind_key, get_args(RopeKind), "default"))
     theta = rope.number("rope_theta", fields.number("rope_theta", 10_000.0))
-    if kind in ("default", "dynamic", "linear"):
-        return RopeSpec(theta=theta, kind=kind, factor=1.0 if kind == "default" else rope.number("factor"))
-
+    if kind == "default":
+        return RopeSpec(theta)
+    if kind in ("dynamic", "linear"):
+        return RopeSpec(theta, kind, rope.number("factor"))
     inner = rope.integer("original_max_position_embeddings", max_positions)
     original = fields.integer("original_max_position_embeddings", inner)  # at the top it wins
     if kind == "llama3":
@@ -197,7 +194,7 @@ def _rope_spec(fields: _Fields, max_positions: int) -> RopeSpec:
 
 
 def _rope_scaling(rope: RopeSpec, max_positions: int) -> dict[str, Any]:
-    """What both `rope_scaling` and `rope_parameters` say. A field at None is left out."""
+    """The content of both `rope_scaling` and `rope_parameters`. Fields that are None are left out."""
     scaling: dict[str, Any] = {"rope_type": rope.kind}
     if rope.kind != "default":
         scaling["factor"] = rope.factor

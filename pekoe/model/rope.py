@@ -1,7 +1,7 @@
 """Rotary position embedding: the frequencies of each kind of context extension, and the rotation.
 
-Everything here is computed in float32, whatever the model's dtype, as `transformers` does (bf16 cannot even count
-to 300). The order of operations is also theirs: at position 32,768 one last bit of a frequency is 0.002 radian.
+Everything is computed in float32, whatever the model's dtype, and in the order of `transformers`: at position 32,768
+one last bit of a frequency is 0.002 radian.
 
 Shapes: [T] packed tokens, [H] heads, [D] head dimension.
 """
@@ -19,10 +19,10 @@ from pekoe.core.spec import RopeSpec
 def inverse_frequencies(rope: RopeSpec, head_dim: int, max_positions: int) -> tuple[Tensor, float]:
     """Return the angle per position of each rotated pair [D / 2] (float32, CPU), and the factor on cos and sin.
 
-    `max_positions` stands in for `rope.original_max_positions` where that is None.
+    `max_positions` replaces a `rope.original_max_positions` of None.
 
     default: Su et al. 2021, "RoFormer", section 3.4.2. linear: Chen et al. 2023, "Position Interpolation".
-    dynamic (NTK-aware): equal to default within the original length, beyond which we never go.
+    dynamic (NTK-aware): equal to default within the original length, the longest that the decoder takes.
     llama3: Meta's Llama 3.1 reference code. yarn: Peng et al. 2023, "YaRN", sections 3.2 to 3.4.
     """
     # The device is named because models are built under torch.device("meta").
@@ -38,7 +38,6 @@ def inverse_frequencies(rope: RopeSpec, head_dim: int, max_positions: int) -> tu
             return _llama3(base, rope, original), 1.0
         case "yarn":
             return _yarn(rope, exponents, original), _yarn_attention_factor(rope)
-    raise AssertionError(f"rope kind {rope.kind!r}")
 
 
 def cos_sin(positions: Tensor, inv_freq: Tensor, scaling: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -73,7 +72,7 @@ def _yarn(rope: RopeSpec, exponents: Tensor, original: int) -> Tensor:
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, head_dim - 1)
     if low == high:
-        high += 0.001  # as the reference does; the ramp becomes a step
+        high += 0.001  # as in the reference; the ramp becomes a step
     ramp = ((torch.arange(head_dim // 2, dtype=torch.float32, device="cpu") - low) / (high - low)).clamp(0, 1)
     keep = 1 - ramp
     periods = rope.theta**exponents

@@ -85,11 +85,11 @@ class RankActor:
     # Training
 
     def step(self, packed: bytes) -> bytes:
-        """`Trainer.step_packed` of (share, objective, denominator, max_mean_ratio); returns (StepStats, Traffic)."""
+        """`Trainer.step` of (share, objective, denominator, max_mean_ratio); returns (StepStats, Traffic)."""
         start = time.perf_counter()
         share, *rest = pickle.loads(packed)
         share, traffic = _fetched(share)
-        stats: StepStats = self._trainer.step_packed(share, *rest)
+        stats: StepStats = self._trainer.step(share, *rest)
         return pickle.dumps((stats, replace(traffic, busy_s=time.perf_counter() - start)))
 
     def logprobs(self, packed: bytes) -> bytes:

@@ -23,7 +23,7 @@ class RecordLine:
     """A trajectory's line, without its texts, and where its tokens are."""
 
     fields: dict[str, Any]
-    handle: Handle
+    handle: Handle[Record]
 
 
 class RecordWriter(Protocol):

@@ -25,22 +25,17 @@ _PLAIN_COPY = (False, False, False, False)  # no pinned, no shared memory, no th
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """What a trainer held at one moment (implements `core.loop.Snapshot`)."""
+    """Implements `core.loop.Snapshot`. All processes of `group` call `write` together; the first alone can `export`."""
 
     state: dict[str, Any]  # this process's part of `Trainer.state_dict`
-    weights: Mapping[str, Tensor]  # whole, by their Hugging Face names; empty but on the first process
-    model: Decoder  # its shape and its files beside the weights
+    weights: Mapping[str, Tensor]  # as `whole_weights`
+    model: Decoder  # for its shape and its files beside the weights
     group: dist.ProcessGroup | None  # of all processes that train
 
     def write(self, path: Path) -> None:
-        """Write the state to the directory `path`; all processes of `group` call it together.
-
-        Raises OSError where a file could not be written.
-        """
         write(self.state, path, self.group)
 
     def export(self, path: Path) -> None:
-        """Write the model as a Hugging Face directory. The first process alone can."""
         save_model(self.model, path, weights=self.weights)
 
 
@@ -53,28 +48,28 @@ def snapshot(model: Decoder, state: dict[str, Any], group: dist.ProcessGroup | N
 
 
 def whole_weights(model: Decoder) -> Mapping[str, Tensor]:
-    """A copy of the weights in host memory, by their Hugging Face names; empty but on the first process. All processes
-    call it together."""
+    """A copy of the weights in host memory, by Hugging Face names; empty on all processes but the first, which all call
+    it together."""
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     return cast(dict[str, Tensor], get_model_state_dict(model, options=options))
 
 
 def write(state: dict[str, Any], path: Path, group: dist.ProcessGroup | None) -> None:
-    """See `Snapshot.write`."""
+    """Write `state` to the directory `path`. Raises OSError where a file cannot be written."""
     try:
-        _one_process_is_meant()
+        _ignore_warning()
         dcp.save(state, checkpoint_id=str(path), process_group=group, no_dist=group is None)
-    except CheckpointException as error:  # what failed at each process; its message is a traceback
+    except CheckpointException as error:  # the failures of all processes; its message is a traceback
         causes = [cause for cause, _ in error.failures.values()]
         raise next((cause for cause in causes if isinstance(cause, OSError)), causes[0]) from None
 
 
 def read(path: Path, state: dict[str, Any], group: dist.ProcessGroup | None) -> None:
-    """Fill `state`, of however many processes, with what `write` wrote. All of them call it together."""
-    _one_process_is_meant()
+    """Fill `state` with what `write` wrote, on any number of processes, which call it together."""
+    _ignore_warning()
     dcp.load(state, checkpoint_id=str(path), no_dist=group is None)
 
 
-def _one_process_is_meant() -> None:
-    """DCP warns of a process group that was forgotten; none is meant here. `catch_warnings` is not thread-safe."""
+def _ignore_warning() -> None:
+    """DCP warns where there is no process group. `catch_warnings` is not thread-safe."""
     warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")

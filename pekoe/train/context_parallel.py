@@ -1,8 +1,7 @@
-"""Context parallelism: the tokens of a micro-batch are split over several processes, for sequences too long for one.
+"""Context parallelism: several processes share the tokens of a micro-batch, for sequences too long for one.
 
 Ulysses (Jacobs et al., arXiv:2309.14509, section 3.1): each process computes everything but attention for its shard of
-the tokens. Around attention an all-to-all turns shards of the tokens with all heads into all tokens with a shard of the
-heads.
+the tokens. Around attention an all-to-all exchanges shards of tokens for shards of heads.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from pekoe.model.attention import Attention
 
 @dataclass(frozen=True, slots=True)
 class CPShard:
-    """What one process computes of a micro-batch: t of its T tokens, and n of its N targets."""
+    """One process's shard of a micro-batch: t of its T tokens, and n of its N targets."""
 
     tokens: Tensor  # [t]
     positions: Tensor  # [t]
@@ -39,7 +38,7 @@ class CPShard:
         size = group.size()
         rows, targets, num = batch.targets - 1, batch.tokens[batch.targets], len(batch.targets)
         bounds, missing = batch.bounds, -len(batch.tokens) % size
-        if missing:  # one more document, of which nothing is trained on, makes the pieces equal
+        if missing:  # a padding document, on which nothing is trained, makes the pieces equal
             bounds.append(bounds[-1] + missing)
         piece = bounds[-1] // size
         first = group.rank() * piece
@@ -56,7 +55,7 @@ class CPShard:
         )
 
     def gather(self, values: Tensor) -> Tensor:
-        """[n] of each process -> [N], the same on all. The gradient goes back to where a value came from."""
+        """[n] of each process -> [N], the same on all. Each process gets the gradient of its own values."""
         return cast(Tensor, _Gather.apply(values, self.start, self.num_targets, self.group))
 
 
@@ -86,7 +85,7 @@ class _Ulysses:
 
 
 class _AllToAll(torch.autograd.Function):
-    """x[i] goes to process i, and what comes back has at i what process i sent: its own transpose."""
+    """x[i] goes to process i, and the result has at i what process i sent. Its gradient is itself."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -101,7 +100,7 @@ class _AllToAll(torch.autograd.Function):
 
 
 class _Gather(torch.autograd.Function):
-    """All processes compute the same loss of what is gathered, so each keeps its own values' gradient, unsummed."""
+    """All processes compute the same loss of the gathered values, so gradients are not summed."""
 
     @staticmethod
     def forward(ctx: Any, part: Tensor, start: int, total: int, group: dist.ProcessGroup) -> Tensor:

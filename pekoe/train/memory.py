@@ -1,4 +1,4 @@
-"""The peak memory of a training step, measured; and a setting by which malloc returns freed memory to the system."""
+"""The measured peak memory of a training step, and a setting that makes malloc return freed memory."""
 
 from __future__ import annotations
 
@@ -15,9 +15,8 @@ _M_MMAP_THRESHOLD = -3  # malloc.h
 def limit_malloc_cache() -> None:
     """Make glibc allocate blocks above 1 MiB by mmap, so that they return to the system when they are freed.
 
-    By default glibc raises this threshold to as much as 32 MiB and keeps freed blocks, whose gaps then fit no request:
-    a step of 8,192 tokens with activation checkpointing held twice the memory in use. Allocation is slower, as every
-    page is new. Does nothing on other systems than Linux.
+    By default glibc keeps freed blocks of up to 32 MiB, whose gaps fit no request: a step of 8,192 tokens with
+    activation checkpointing held twice the memory in use. Allocation gets slower. Does nothing but on Linux.
     """
     if sys.platform == "linux":
         mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl has none
@@ -26,9 +25,9 @@ def limit_malloc_cache() -> None:
 
 
 class PeakMemory:
-    """The most memory since this was made: allocated by torch on a GPU, or resident in the process (Linux).
+    """The peak since this was made of the memory allocated by torch on a GPU, or resident in the process (Linux).
 
-    On other systems `bytes` is None: they cannot reset a process's peak.
+    On other systems, which cannot reset a process's peak, `bytes` is None.
     """
 
     _clear, _status = Path("/proc/self/clear_refs"), Path("/proc/self/status")

@@ -1,7 +1,7 @@
 """Predicts the memory that a training step takes.
 
-It runs the trainer's own code under torch's memory tracker on fake tensors, which have shapes and no data. Models of
-one and of two layers are enough, as memory is linear in layers and in tokens.
+It runs the trainer's own code under torch's memory tracker on fake tensors, which have no data. Memory is linear in
+layers and in tokens, so models of one and of two layers suffice.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class StepMemory:
         return self.weights + self.gradients + self.moments + self.gathered + self.activations
 
     def largest_budget(self, available: int) -> int:
-        """The most tokens a micro-batch may have within `available` bytes; 0 where none fit."""
+        """The most tokens of a micro-batch within `available` bytes; 0 where none fit."""
         return max(0, int((available - self.total + self.activations - self.fixed) / self.per_token))
 
 
@@ -74,27 +74,23 @@ def predict(
         num_kv_heads=spec.num_kv_heads // tp,
         intermediate_size=spec.intermediate_size // tp,
     )
-    tokens = (max(2, token_budget // 4), max(3, token_budget))
-    peaks = [
-        [
-            _peak_bytes(own, layers, count, longest, compute_dtype, activation_checkpointing, device == "cuda")
-            for layers in (1, 2)
-        ]
-        for count in tokens
-    ]
-    less, full = (one + (spec.num_layers - 1) * (two - one) for one, two in peaks)
-    per_token = (full - less) / (tokens[1] - tokens[0])
-    held = own.num_parameters * _FLOAT
-    gathered = 0
-    if shards > 1:
-        whole = own.num_parameters - (own.num_layers - min(2, own.num_layers)) * own.num_layer_parameters
-        gathered = 2 * whole * _FLOAT
+    few, many = max(2, token_budget // 4), max(3, token_budget)
+
+    def peak(tokens: int) -> int:
+        settings = tokens, longest, compute_dtype, activation_checkpointing, device == "cuda"
+        one, two = (_peak_bytes(own, layers, *settings) for layers in (1, 2))
+        return one + (spec.num_layers - 1) * (two - one)
+
+    full = peak(many)
+    per_token = (full - peak(few)) / (many - few)
+    weights = own.num_parameters * _FLOAT
+    whole = own.num_parameters - max(0, own.num_layers - 2) * own.num_layer_parameters
     return StepMemory(
-        weights=held // shards,
-        gradients=held // shards,
-        moments=2 * held // shards,
-        gathered=gathered,
-        fixed=round(full - per_token * tokens[1]),
+        weights=weights // shards,
+        gradients=weights // shards,
+        moments=2 * weights // shards,
+        gathered=2 * whole * _FLOAT if shards > 1 else 0,
+        fixed=round(full - per_token * many),
         per_token=per_token,
         token_budget=token_budget,
     )
@@ -103,7 +99,7 @@ def predict(
 def _peak_bytes(
     spec: ModelSpec, layers: int, tokens: int, longest: int, dtype: torch.dtype, checkpointing: bool, cuda: bool
 ) -> int:
-    """Peak of forward and backward, apart from weights, gradients and moments, of a model with so many layers."""
+    """Peak of forward and backward, without weights, gradients and moments, of a model with this many layers."""
     attention: Attention = _flash
     if not cuda or dtype == torch.float32:
         attention = PackedAttention([*range(0, tokens, longest), tokens])
@@ -123,6 +119,6 @@ def _peak_bytes(
 
 
 def _flash(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Saves for backward what torch's variable-length kernel saves on a GPU, and pads nothing."""
+    """Saves the same for backward as torch's variable-length kernel on a GPU, and pads nothing."""
     q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)[0].transpose(0, 1)

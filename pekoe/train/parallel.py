@@ -1,8 +1,7 @@
 """Training on several processes: how they share weights and micro-batches.
 
-Sharded data parallelism by FSDP2 (`fully_shard`, replicated between groups of processes where asked: HSDP), context
-parallelism (`context_parallel.py`) and tensor parallelism by DTensor, over one mesh [replicas, shards, cp, tp]. The
-decoder stays as it is; numbers stay as they are up to the order of sums (I2, I3).
+FSDP2 (with replicas: HSDP), context parallelism (`context_parallel.py`) and tensor parallelism by DTensor, on one mesh
+[replicas, shards, cp, tp]. Numbers change by the order of sums alone (I2, I3).
 """
 
 from __future__ import annotations
@@ -34,8 +33,8 @@ class Layout:
     Args:
         spec: the model's shape.
         tp: processes that share each layer's heads and channels.
-        cp: processes that share the tokens of each micro-batch, which may then be cp times as many.
-        replicas: groups of processes that each hold all weights, sharded over the group's processes.
+        cp: processes that share the tokens of each micro-batch.
+        replicas: groups of processes that each hold all weights, sharded over the group.
         device: "cpu" or "cuda".
 
     Raises:
@@ -69,11 +68,10 @@ class Layout:
         self.context = self._work["cp"].get_group() if cp > 1 else None
         """The processes that share this one's micro-batches; None without context parallelism."""
         self.writers = cast(dist.ProcessGroup, dist.new_group(backend="gloo"))
-        """All processes, for checkpoints: they are written while training goes on, whose groups must not wait."""
+        """All processes, for checkpoints, which are written while training goes on in the other groups."""
 
     def apply(self, model: Decoder) -> None:
-        """Split the model's parameters in place, into DTensors; they move to the mesh's device layer by layer.
-        Gradients are sums over all ranks."""
+        """Shard the model's parameters in place (DTensors, on the mesh's device). Gradients are sums over all ranks."""
         tp, replicated = self._weights["tp"], self._weights["replicas"].size() > 1
         data = self._weights["replicas", "shards"] if replicated else self._weights["shards"]
         for layer in model.model.layers:
@@ -91,9 +89,8 @@ class Layout:
     def sum(self, values: Tensor, largest: bool = False) -> Tensor:
         """The sum (or the largest) of `values` over the data-parallel ranks, in place."""
         if self.num_ranks > 1:
-            dist.all_reduce(
-                values, dist.ReduceOp.MAX if largest else dist.ReduceOp.SUM, self._work["ranks"].get_group()
-            )
+            operation = dist.ReduceOp.MAX if largest else dist.ReduceOp.SUM
+            dist.all_reduce(values, operation, self._work["ranks"].get_group())
         return values
 
     def any(self, flag: bool) -> bool:
@@ -102,26 +99,24 @@ class Layout:
         dist.all_reduce(flags, dist.ReduceOp.MAX)
         return bool(flags.item())
 
-    def finish_gradients(self, model: nn.Module) -> None:
-        """Sum, after the last backward, the gradients of q and k norms: each tp process saw its own heads alone."""
-        if self._weights["tp"].size() == 1:
-            return
-        for name, parameter in model.named_parameters():
-            if name.endswith(_NORMS_OF_HEADS) and parameter.grad is not None:
-                dist.all_reduce(_local(parameter.grad), group=self._group("tp"))
-
     def clip(self, model: nn.Module, limit: float) -> float:
-        """As `torch.nn.utils.clip_grad_norm_`, which refuses parameters of several meshes. Returns the norm."""
+        """Finish the gradients after the last backward, and clip them. Returns their norm.
+
+        `torch.nn.utils.clip_grad_norm_` refuses parameters of several meshes.
+        """
+        tp = self._weights["tp"]
+        if tp.size() > 1:  # each process has the gradients of q and k norms from its own heads alone
+            for name, parameter in model.named_parameters():
+                if name.endswith(_NORMS_OF_HEADS) and parameter.grad is not None:
+                    dist.all_reduce(_local(parameter.grad), group=tp.get_group())
         squares = torch.zeros(2, dtype=torch.float64, device=next(model.parameters()).device)  # whole, split by tp
         gradients = list(self._gradients(model))
         for gradient, split in gradients:
             squares[split] += _local(gradient).double().square().sum()
         if self._weights["shards"].size() > 1:
-            dist.all_reduce(squares, group=self._group("shards"))
-        if self._weights["tp"].size() > 1:
-            of_tp = squares[1:].clone()
-            dist.all_reduce(of_tp, group=self._group("tp"))
-            squares[1:] = of_tp
+            dist.all_reduce(squares, group=self._weights["shards"].get_group())
+        if tp.size() > 1:
+            dist.all_reduce(squares[1:], group=tp.get_group())
         norm = float(squares.sum().sqrt())
         scale = min(1.0, limit / (norm + 1e-6))
         for gradient, _ in gradients:
@@ -136,12 +131,9 @@ class Layout:
                 names = parameter.device_mesh.mesh_dim_names or ()
                 yield parameter.grad, int("tp" in names and parameter.placements[names.index("tp")].is_shard())
 
-    def _group(self, name: str) -> dist.ProcessGroup:
-        return self._weights[name].get_group()
-
 
 def compute_of(length: int, spec: ModelSpec) -> float:
-    """Estimated multiplications of a sequence's forward: products, and attention, which is quadratic."""
+    """Estimated multiplications of a sequence's forward, with the quadratic part of attention."""
     return spec.num_parameters * length + spec.num_layers * spec.num_heads * spec.head_dim * length * length
 
 

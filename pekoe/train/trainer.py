@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -27,32 +28,30 @@ from pekoe.model import Attention, Decoder, PackedAttention
 from pekoe.train import checkpoint
 from pekoe.train.context_parallel import CPShard
 from pekoe.train.memory import PeakMemory
-from pekoe.train.optim import learning_rate, make_optimizer
 from pekoe.train.parallel import Layout, compute_of
 
 Objective = Callable[[Tensor, Tensor, MicroBatch], tuple[Tensor, Sums]]
-"""(log-probs [N], entropies [N], micro-batch) -> (summed loss, statistics). Statistics have the same names for every
-micro-batch, also with N = 0: they are summed over ranks, and some may have no other."""
+"""(log-probs [N], entropies [N], micro-batch) -> (summed loss, statistics), which have the same names also at N = 0, as
+they are summed over ranks."""
 
 
 @dataclass(frozen=True, slots=True)
 class RankBatch:
-    """What one data-parallel rank computes of a mini-batch, with the sums over all ranks.
+    """One data-parallel rank's part of a mini-batch, with totals over all ranks.
 
-    Two ranks, three samples a, b, c and a budget for two of them: bins ((a, c),) and ((b,),), indices ((0, 2),) and
-    ((1,),). A rank without work has empty bins, (()).
+    Example: samples a, b, c for two ranks: bins ((a, c),) and ((b,),), indices ((0, 2),) and ((1,),).
     """
 
-    bins: tuple[tuple[AnySample, ...], ...]  # its micro-batches
+    bins: tuple[tuple[AnySample, ...], ...]  # its micro-batches; empty ones where it has no work
     indices: tuple[tuple[int, ...], ...]  # the same, as indices into the mini-batch
-    num_tokens: int  # of the mini-batch, as the rest
+    num_tokens: int  # of the whole mini-batch, as are the next two
     num_targets: int
     num_bins: int
 
 
 def pack_minibatch(samples: Sequence[AnySample], token_budget: int, spec: ModelSpec, num_ranks: int) -> list[RankBatch]:
-    """Pack a mini-batch into micro-batches of at most `token_budget` tokens, the same number for each rank, with even
-    compute."""
+    """Pack a mini-batch into micro-batches of at most `token_budget` tokens, with the same number and even compute for
+    each rank."""
     lengths = [len(sample) for sample in samples]
     bins = allocate(lengths, token_budget, num_ranks)
     costs = [sum(compute_of(lengths[i], spec) for i in members) for members in bins]
@@ -64,17 +63,17 @@ def pack_minibatch(samples: Sequence[AnySample], token_budget: int, spec: ModelS
 
 
 class Trainer:
-    """Owns the weights and the optimizer.
+    """Implements `core.loop.Trainer`: owns the weights and the optimizer.
 
     Args:
-        model: the decoder; its parameters are updated in place, so an engine that shares them needs no copy.
+        model: updated in place, so an engine that shares its parameters needs no copy.
         optim: optimizer settings.
         token_budget: the most tokens of a micro-batch at one process.
         total_updates: optimizer steps of the whole run (the schedule's length).
         temperature: log-probs are of the distribution at this temperature.
         compute_dtype: dtype of the matrix products (autocast); weights stay as they are.
-        activation_checkpointing: keep only each layer's input for backward, and compute the layer again there: a third
-            more compute for a fraction of the memory, and the same numbers.
+        activation_checkpointing: compute each layer again in backward: a third more compute, a fraction of the memory,
+            the same numbers.
         compile: run layers through torch.compile. Numbers change in their last bits.
         layout: how several processes share weights and work. All of them call the same methods with the same arguments
             (a `RankBatch` aside), and get the same results.
@@ -101,25 +100,24 @@ class Trainer:
                 layer.with_gradient = torch.compile(layer.with_gradient, dynamic=True)
             if activation_checkpointing:
                 # Layers draw no random numbers, so there is no generator state to restore.
-                again = partial(recompute, layer.with_gradient, use_reentrant=False, preserve_rng_state=False)
-                layer.with_gradient = again
+                layer.with_gradient = partial(
+                    recompute, layer.with_gradient, use_reentrant=False, preserve_rng_state=False
+                )
         if layout is not None:
-            layout.apply(model)
-            if reference is not None:
-                layout.apply(reference)
-        self.optimizer = make_optimizer(model, optim)
+            for decoder in [model] if reference is None else [model, reference]:
+                layout.apply(decoder)
+        self.optimizer = _make_optimizer(model, optim)
         self.num_updates = 0
-        self.num_not_finite = 0  # the last optimizer steps in a row whose loss or gradient was not finite
+        self.num_not_finite = 0
         self._optim, self._total = optim, total_updates
         self._token_budget, self.temperature, self.compute_dtype = token_budget, temperature, compute_dtype
         self._busy_s, self._num_tokens = 0.0, 0
 
     def skip(self, num_updates: int) -> None:
-        """Advance the schedule without an update."""
         self.num_updates += num_updates
 
     def counters(self) -> dict[str, float]:
-        """Seconds in `step` and `logprobs`, and tokens that all ranks computed in them, since this was made."""
+        """Seconds in `step` and `logprobs`, and tokens that all ranks computed in them."""
         return {"busy_s": self._busy_s, "num_tokens": self._num_tokens}
 
     def any(self, flag: bool) -> bool:
@@ -128,7 +126,7 @@ class Trainer:
 
     @property
     def group(self) -> dist.ProcessGroup | None:
-        """All processes that train, as a group for writing checkpoints; None for one process."""
+        """The group of all processes that write checkpoints; None for one process."""
         return None if self._layout is None else self._layout.writers
 
     @property
@@ -137,29 +135,19 @@ class Trainer:
 
     def step(
         self,
-        samples: Sequence[AnySample],
+        samples: Sequence[AnySample] | RankBatch,
         objective: Objective,
         denominator: float | None = None,
         max_mean_ratio: float | None = None,
     ) -> StepStats:
-        """Make one optimizer step on a mini-batch, in as many micro-batches as the token budget asks for.
+        """Make one optimizer step on a mini-batch, in micro-batches within the token budget.
 
         Args:
-            samples: the mini-batch.
-            objective: sum over tokens of the loss, and statistics (see `algo.loss`).
-            denominator: what the summed loss is divided by; by default the mini-batch's trained tokens (I3).
+            samples: the mini-batch, or this process's part of it.
+            denominator: divides the summed loss; by default the mini-batch's trained tokens (I3).
             max_mean_ratio: with a mean importance ratio above this no update is made.
         """
-        return self.step_packed(self._pack(samples), objective, denominator, max_mean_ratio)
-
-    def step_packed(
-        self,
-        rank_batch: RankBatch,
-        objective: Objective,
-        denominator: float | None = None,
-        max_mean_ratio: float | None = None,
-    ) -> StepStats:
-        """As `step`, given what this process computes of the mini-batch."""
+        rank_batch = samples if isinstance(samples, RankBatch) else self._pack(samples)
         start = time.perf_counter()
         peak = PeakMemory(self.device)
         divisor = float(denominator or rank_batch.num_targets)
@@ -170,7 +158,9 @@ class Trainer:
             loss, parts = objective(*self._logprobs(batch), batch)
             (loss / divisor).backward()
             loss_sum += loss.detach().double()
-            _accumulate(sums, parts)
+            for name, value in parts.items():
+                combine = torch.maximum if name.endswith("_max") else torch.add
+                sums[name] = combine(sums[name], value) if name in sums else value
         if self._layout is not None:
             loss_sum = self._layout.sum(loss_sum)
             for name in sorted(sums):
@@ -192,14 +182,14 @@ class Trainer:
         self.num_not_finite = self.num_not_finite + 1 if skipped and skipped.startswith("not finite") else 0
         self.optimizer.zero_grad(set_to_none=True)
         self._count(rank_batch, start)
-        most = peak.bytes
-        if self._layout is not None and most is not None:
-            most = int(self._layout.sum(torch.tensor(most, dtype=torch.float64, device=self.device), largest=True))
+        peak_bytes = peak.bytes
+        if self._layout is not None and peak_bytes is not None:
+            value = torch.tensor(peak_bytes, dtype=torch.float64, device=self.device)
+            peak_bytes = int(self._layout.sum(value, largest=True))
         num = rank_batch.num_tokens, rank_batch.num_targets, rank_batch.num_bins
-        return StepStats(loss_mean, grad_norm, lr, *num, means, skipped, most)
+        return StepStats(loss_mean, grad_norm, lr, *num, means, skipped, peak_bytes)
 
     def logprobs(self, samples: Sequence[AnySample], reference: bool = False) -> list[FloatArray]:
-        """Log-probs [L] of each sample's trained tokens (0 elsewhere), by the trained or the reference model."""
         rank_batch = self._pack(samples)
         out = [np.zeros(len(sample), np.float32) for sample in samples]
         for members, logprobs in zip(rank_batch.indices, self.logprobs_packed(rank_batch, reference), strict=True):
@@ -212,7 +202,7 @@ class Trainer:
 
     @torch.no_grad()
     def logprobs_packed(self, rank_batch: RankBatch, reference: bool = False) -> list[list[FloatArray]]:
-        """As `logprobs`, of what this process computes: for each micro-batch, those of its samples."""
+        """As `logprobs`, given this process's part: for each micro-batch, those of its samples."""
         assert self.reference is not None or not reference, "no reference model was loaded"
         start, out = time.perf_counter(), list[list[FloatArray]]()
         for members in rank_batch.bins:
@@ -222,7 +212,7 @@ class Trainer:
             flat[batch.targets.numpy()] = logprobs.float().cpu().numpy()
             out.append(np.split(flat, batch.bounds[1:-1]) if members else [])
         if reference and isinstance(self.reference, FSDPModule):
-            self.reference.reshard()  # embeddings and head: no backward will
+            self.reference.reshard()  # embeddings and head, as no backward does it
         self._count(rank_batch, start)
         return out
 
@@ -239,7 +229,6 @@ class Trainer:
         """Clip the gradients; returns their norm before."""
         if self._layout is None:
             return float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), self._optim.grad_clip))
-        self._layout.finish_gradients(self.model)
         return self._layout.clip(self.model, self._optim.grad_clip)
 
     def _logprobs(self, batch: MicroBatch, model: Decoder | None = None) -> tuple[Tensor, Tensor]:
@@ -249,11 +238,9 @@ class Trainer:
         if group is None:
             rows, targets = batch.targets - 1, batch.tokens[batch.targets]
             return self.forward(model, batch.tokens, batch.positions, PackedAttention(batch.bounds), rows, targets)
-        shard = CPShard.of(batch, group)
-        logprobs, entropy = self.forward(
-            model, shard.tokens, shard.positions, shard.attention, shard.rows, shard.targets
-        )
-        return shard.gather(logprobs), shard.gather(entropy)
+        part = CPShard.of(batch, group)
+        logprobs, entropy = self.forward(model, part.tokens, part.positions, part.attention, part.rows, part.targets)
+        return part.gather(logprobs), part.gather(entropy)
 
     def forward(
         self, model: Decoder, tokens: Tensor, positions: Tensor, attention: Attention, rows: Tensor, targets: Tensor
@@ -261,17 +248,15 @@ class Trainer:
         """Log-probs and entropies [N] of `targets` [N], predicted at `rows` [N] of the tokens [T]."""
         mixed = self.compute_dtype is not torch.float32
         with torch.autocast(self.device.type, self.compute_dtype, enabled=mixed):
-            # Attention's plan differs by micro-batch: compiled, it would be compiled again for each.
+            # Attention differs by micro-batch, and would be compiled again for each.
             plain = torch.compiler.disable(attention) if self._compile else attention
             hidden = model(tokens, positions, plain)
             return chosen_logprobs(hidden[rows], model.head_weight, targets, self.temperature)
 
     def snapshot(self) -> checkpoint.Snapshot:
-        """A copy of everything that decides the trainer's future. All processes call it together."""
         return checkpoint.snapshot(self.model, self.state_dict(), self.group)
 
     def load(self, path: Path) -> None:
-        """Go back to the state that `Snapshot.write` wrote, on however many processes. All of them call it together."""
         state = self.state_dict()
         checkpoint.read(path, state, self.group)
         self.load_state_dict(state)
@@ -287,11 +272,31 @@ class Trainer:
         self.num_updates, self.num_not_finite = state["num_updates"], state["num_not_finite"]
 
 
-def _accumulate(sums: Sums, parts: Sums) -> None:
-    for name, value in parts.items():
-        if name not in sums:
-            sums[name] = value
-        elif name.endswith("_max"):
-            sums[name] = torch.maximum(sums[name], value)
-        else:
-            sums[name] = sums[name] + value
+def _make_optimizer(model: Decoder, optim: OptimSection) -> torch.optim.AdamW:
+    """AdamW; weight decay on matrices only, none on biases and norms (the vectors)."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": optim.weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    adamw = torch.optim.AdamW(groups, lr=optim.lr, betas=(optim.beta1, optim.beta2), eps=optim.eps, fused=True)
+    for parameter in parameters:
+        # AdamW's initial state, before the first step: a checkpoint loads into existing state alone, silently.
+        adamw.state[parameter] = {
+            "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
+            "exp_avg": torch.zeros_like(parameter),
+            "exp_avg_sq": torch.zeros_like(parameter),
+        }
+    return adamw
+
+
+def learning_rate(optim: OptimSection, update: int, total: int) -> float:
+    """The rate at optimizer step `update` (from 0) of `total`: linear warm-up, then constant or cosine."""
+    warmup = math.ceil(optim.warmup_fraction * total)
+    if update < warmup:
+        return optim.lr * (update + 1) / warmup
+    if optim.schedule == "constant":
+        return optim.lr
+    progress = (update - warmup) / max(1, total - warmup)
+    return optim.lr * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))

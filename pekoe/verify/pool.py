@@ -1,25 +1,41 @@
-"""`JudgePool`: judges many responses at once in killable processes, and equal answers once."""
+"""`JudgePool`: judges many responses at once in killable processes, and equal answers once. It holds invariant I9.
+
+I9: FAULT means that our machinery or the reference failed. If judging a response hits a limit (time, memory, recursion,
+the worker's death), the task is retried on a fresh worker. If that hits a limit too, a third judges the reference by
+itself. If that passes, the response was at fault: UNPARSED, with `why` beginning with "limit"; if not, FAULT.
+"""
 
 from __future__ import annotations
 
 import atexit
+import contextlib
 import hashlib
 import json
 import os
+import selectors
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
 import threading
-from collections import OrderedDict
+import time
+from collections import OrderedDict, deque
 from collections.abc import Collection, Iterable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
-from types import TracebackType
-from typing import Any
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any, cast, get_args
 
 from pekoe.core.errors import RunError, UserError
 from pekoe.core.progress import NoProgress, ProgressReporter, track
 from pekoe.core.types import Label, Verdict
 from pekoe.verify.kinds import check_functions, find_verifier
-from pekoe.verify.kinds.base import Verifier
-from pekoe.verify.worker_pool import WORKER_COMMAND, Limits, Task, WorkerPool
+
+MAX_SHOWN_CHARS = 10_000  # of an answer in its verdict
+MAX_FAILED_STARTS = 3  # in a row, before the pool gives up
+# Not multiprocessing, which would import the user's main script (perhaps without a guard) again, and unpickle.
+WORKER_COMMAND = (sys.executable, "-P", "-m", "pekoe.verify.worker")
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +47,110 @@ class JudgeStats:
     num_faults: int
     num_limits: int
     num_restarts: int
+
+
+@dataclass(eq=False, slots=True)
+class _Task:
+    """One answer to judge, and the futures that wait for its verdict."""
+
+    key: bytes
+    kind: str
+    answer: str
+    gold: Any
+    futures: list[Future[Verdict]]
+    limits_hit: list[str] = field(default_factory=list[str])  # after two, the reference is judged against itself
+
+    @property
+    def check(self) -> str:
+        return "reference" if len(self.limits_hit) >= 2 else "answer"
+
+
+class _Worker:
+    """A worker process: starting, idle or busy with `task`, until `deadline` at the latest. Only `kill` waits."""
+
+    def __init__(self, group: _Group, command: Sequence[str], memory_limit_bytes: int, start_limit_s: float) -> None:
+        # Its output before it is ready goes to a file, because a full pipe would block it.
+        self._log = tempfile.TemporaryFile()  # noqa: SIM115
+        try:
+            self._process = subprocess.Popen(
+                [*command, group.kind, str(os.getpid()), str(memory_limit_bytes)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=self._log,
+                bufsize=0,
+                env=_environment(),
+                start_new_session=True,  # the terminal's Ctrl-C does not reach it, and `kill` kills its children too
+            )
+        except OSError:
+            self._log.close()
+            raise
+        self.stdin, self.stdout = cast(IO[bytes], self._process.stdin), cast(IO[bytes], self._process.stdout)
+        self._received = self._unsent = b""
+        self.pid = self._process.pid
+        self.group = group
+        self.ready = False
+        self.task: _Task | None = None
+        self.message_id = 0
+        self.num_judged = 0
+        self.deadline = time.monotonic() + start_limit_s
+        os.set_blocking(self.stdin.fileno(), False)
+
+    def send(self, message: dict[str, Any]) -> bool:
+        """Queue one message, and return what `flush` returns."""
+        self._unsent += json.dumps(message).encode() + b"\n"
+        return self.flush()
+
+    def flush(self) -> bool:
+        """Write what the pipe takes, and return whether all is written. A dead worker shows when its stdout is read."""
+        try:
+            self._unsent = self._unsent[os.write(self.stdin.fileno(), self._unsent) :]
+        except BlockingIOError:
+            pass
+        except BrokenPipeError:
+            self._unsent = b""
+        return not self._unsent
+
+    def receive(self) -> list[dict[str, Any]] | None:
+        """Return the messages received, or None if the worker died or broke the protocol."""
+        data = os.read(self.stdout.fileno(), 1 << 16)
+        *lines, self._received = (self._received + data).split(b"\n")
+        try:
+            messages = [json.loads(line) for line in lines]
+        except ValueError:
+            return None
+        return messages if data and all(isinstance(message, dict) for message in messages) else None
+
+    def stderr_tail(self) -> str:
+        """Return the end of its stderr from before it was ready, on one line."""
+        self._log.seek(0)
+        return " | ".join(self._log.read().decode(errors="replace").strip().splitlines()[-3:])
+
+    def kill(self) -> None:
+        """Kill it and its children, and wait until it is dead."""
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.pid, signal.SIGKILL)
+        self._process.wait()
+        for file in (self.stdin, self.stdout, self._log):
+            file.close()
+
+
+@dataclass(eq=False, slots=True)
+class _Group:
+    """The workers of one `Verifier.worker_group`, and the tasks that wait for them."""
+
+    kind: str  # the first that was asked for: names the group to its workers
+    tasks: deque[_Task] = field(default_factory=deque[_Task])
+    retries: deque[_Task] = field(default_factory=deque[_Task])  # for fresh workers only
+    workers: list[_Worker] = field(default_factory=list[_Worker])
+    num_failed_starts: int = 0  # in a row
+
+
+def _environment() -> dict[str, str]:
+    # The worker imports from the same directories as the parent.
+    directories = [os.path.abspath(path) for path in sys.path] + [str(Path(__file__).parents[2])]
+    one_thread = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+    # sympy sometimes orders by hash; with a fixed seed, a verdict does not depend on the worker that gave it.
+    return os.environ | one_thread | {"PYTHONHASHSEED": "0", "PYTHONPATH": os.pathsep.join(dict.fromkeys(directories))}
 
 
 class JudgePool:
@@ -57,16 +177,23 @@ class JudgePool:
             raise UserError("judge pool: num_workers must be at least 1, limits above 0, memo_size at least 0")
         check_functions(functions)
         self._functions = frozenset(functions)
+        self._num_workers, self._memory_limit_bytes, self._command = num_workers, memory_limit_bytes, _command
+        self._time_limit_s, self._start_limit_s = time_limit_s, start_limit_s
         self._lock = threading.Lock()
         self._memo: OrderedDict[bytes, tuple[Label, str]] = OrderedDict()
         self._memo_size = memo_size
-        self._in_flight: dict[bytes, Task] = {}
-        self._num_judged = self._num_memo_hits = self._num_faults = 0
+        self._in_flight: dict[bytes, _Task] = {}
+        self._num_judged = self._num_memo_hits = self._num_faults = self._num_limits = self._num_restarts = 0
         self._error: str | None = None
+        self._closing = False
         self._owner_pid = os.getpid()
-        self._limits = Limits(num_workers, time_limit_s, memory_limit_bytes, start_limit_s)
-        self._command = _command
-        self._groups = {"math": WorkerPool(self._limits, _command, self._deliver, self._fail)}
+        self._groups = {"math": _Group("math")}
+        self._woken, self._wake = socket.socketpair()
+        self._wake.setblocking(False)
+        self._selector = selectors.DefaultSelector()
+        self._selector.register(self._woken, selectors.EVENT_READ)
+        self._thread = threading.Thread(target=self._run, name="pekoe-judge", daemon=True)
+        self._thread.start()
         atexit.register(self.close)
 
     @property
@@ -90,29 +217,22 @@ class JudgePool:
             self._check_usable()
             if isinstance(prepared, Verdict):
                 verdict = prepared
-                self._count([future], verdict)
             elif key in self._memo:
                 self._memo.move_to_end(key)
                 verdict = Verdict(self._memo[key][0], prepared, self._memo[key][1])
                 self._num_memo_hits += 1
-                self._count([future], verdict)
-            else:
-                if task := self._in_flight.get(key):
-                    self._num_memo_hits += 1
-                    task.futures.append(future)
-                else:
-                    self._in_flight[key] = task = Task(key, kind, prepared, gold, [future])
-                    self._group(verifier).submit(task)
+            elif key in self._in_flight:
+                self._in_flight[key].futures.append(future)
+                self._num_memo_hits += 1
                 return future
+            else:
+                self._in_flight[key] = task = _Task(key, kind, prepared, gold, [future])
+                self._groups.setdefault(verifier.worker_group, _Group(verifier.name)).tasks.append(task)
+                self._wake_up()
+                return future
+            self._count(1, verdict)
         future.set_result(verdict)
         return future
-
-    def _group(self, verifier: Verifier) -> WorkerPool:
-        """Return the workers of the verifier's group, `num_workers` of them, and start them at first use."""
-        if verifier.worker_group not in self._groups:
-            command = (*self._command, verifier.name)
-            self._groups[verifier.worker_group] = WorkerPool(self._limits, command, self._deliver, self._fail)
-        return self._groups[verifier.worker_group]
 
     def judge_many(self, items: Iterable[tuple[str, Any, str]], view: ProgressReporter | None = None) -> list[Verdict]:
         """Judge (response, gold, kind) triples; the verdicts come back in the items' order. Raises as `submit` does."""
@@ -122,21 +242,23 @@ class JudgePool:
     def stats(self) -> JudgeStats:
         """Return the counts so far."""
         with self._lock:
-            counts = (self._num_judged, self._num_memo_hits, self._num_faults)
-            groups = self._groups.values()
-            return JudgeStats(*counts, sum(g.num_limits for g in groups), sum(g.num_restarts for g in groups))
+            counts = self._num_judged, self._num_memo_hits, self._num_faults, self._num_limits, self._num_restarts
+        return JudgeStats(*counts)
 
     def close(self) -> None:
         """Kill the workers. Pending futures raise RunError. Closing twice is allowed."""
         atexit.unregister(self.close)
-        if self._owner_pid == os.getpid():  # a forked child must not kill its parent's workers
-            for group in list(self._groups.values()):
-                group.close()
+        if self._owner_pid != os.getpid():  # a forked child must not kill its parent's workers
+            return
+        self._closing = True
+        self._wake_up()
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
 
     def __enter__(self) -> JudgePool:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def _check_usable(self) -> None:
@@ -145,30 +267,153 @@ class JudgePool:
         if self._error is not None:
             raise RunError(self._error)
 
-    def _count(self, futures: list[Future[Verdict]], verdict: Verdict) -> None:
-        self._num_judged += len(futures)
-        self._num_faults += len(futures) * (verdict.label == "fault")
+    def _count(self, num_judged: int, verdict: Verdict) -> None:
+        self._num_judged += num_judged
+        self._num_faults += num_judged * (verdict.label == "fault")
 
-    def _deliver(self, task: Task, verdict: Verdict) -> None:
+    def _wake_up(self) -> None:
+        with contextlib.suppress(OSError):  # a full socket wakes the thread anyway; a closed one says that it has ended
+            self._wake.send(b".")
+
+    # The methods below run in the pool's thread.
+
+    def _run(self) -> None:
+        error = "the judge pool was closed"
+        try:
+            while not self._closing:
+                self._poll()
+        except RunError as failure:
+            error = str(failure)
+        except BaseException as failure:  # or its callers would wait for a dead thread for ever
+            error = f"the judge pool's thread failed: {type(failure).__name__}: {failure}"
+        for worker in self._workers():
+            worker.kill()
         with self._lock:
-            if self._in_flight.pop(task.key, None) is None:
-                return  # another worker group failed, and the futures have raised
+            self._error = error
+            futures = [future for task in self._in_flight.values() for future in task.futures]
+            self._in_flight.clear()
+        for future in futures:
+            future.set_exception(RunError(error))
+        for resource in (self._selector, self._woken, self._wake):
+            resource.close()
+
+    def _workers(self) -> list[_Worker]:
+        return [worker for group in list(self._groups.values()) for worker in group.workers]
+
+    def _poll(self) -> None:
+        """Start workers that are missing, hand out tasks, and wait for the next message or deadline."""
+        for group in list(self._groups.values()):
+            while len(group.workers) < self._num_workers:
+                worker = _Worker(group, self._command, self._memory_limit_bytes, self._start_limit_s)
+                group.workers.append(worker)
+                self._selector.register(worker.stdout, selectors.EVENT_READ, worker)
+            self._assign(group)
+        # Taken before the wait: a worker is late only if its deadline has passed and it has sent nothing even so.
+        now = time.monotonic()
+        deadline = min(worker.deadline for worker in self._workers())
+        for key, mask in self._selector.select(None if deadline == float("inf") else max(0.0, deadline - now)):
+            if key.data is None:
+                self._woken.recv(1 << 16)
+            elif key.data not in key.data.group.workers:  # retired earlier in this loop
+                continue
+            elif mask & selectors.EVENT_WRITE:
+                self._watch_stdin(key.data, key.data.flush())
+            else:
+                self._on_message(key.data)
+        for worker in [worker for worker in self._workers() if worker.deadline <= now]:
+            late_after_s = self._time_limit_s if worker.ready else self._start_limit_s
+            self._retire(worker, f"time ({late_after_s:g} s)")
+
+    def _assign(self, group: _Group) -> None:
+        for worker in group.workers:
+            # Each limit hit starts one fresh worker, and retries go first, so no retry waits for ever.
+            tasks = group.retries if group.retries and worker.num_judged == 0 else group.tasks
+            if not worker.ready or worker.task or not tasks:
+                continue
+            worker.task = task = tasks.popleft()
+            worker.message_id += 1
+            worker.deadline = time.monotonic() + self._time_limit_s
+            request = {"id": worker.message_id, "kind": task.kind, "gold": task.gold, "check": task.check}
+            self._watch_stdin(worker, worker.send(request | {"answer": task.answer}))
+
+    def _watch_stdin(self, worker: _Worker, complete: bool) -> None:
+        registered = worker.stdin in self._selector.get_map()
+        if complete and registered:
+            self._selector.unregister(worker.stdin)
+        elif not complete and not registered:
+            self._selector.register(worker.stdin, selectors.EVENT_WRITE, worker)
+
+    def _on_message(self, worker: _Worker) -> None:
+        messages = worker.receive()
+        if messages is None:
+            return self._retire(worker, "the worker died")
+        for message in messages:
+            if "failed" in message and not worker.ready:
+                raise RunError(f"the judge of kind {worker.group.kind} cannot start: {message['failed']}")
+            if "ready" in message and not worker.ready:
+                worker.ready, worker.deadline = True, float("inf")
+            elif worker.task is None or message.get("id") != worker.message_id:
+                return self._retire(worker, "the worker broke the protocol")
+            elif "limit" in message:
+                return self._retire(worker, str(message["limit"]))
+            else:
+                self._finish(worker, worker.task, message)
+                if message.get("oversized"):
+                    return self._retire(worker, "")
+        return None
+
+    def _finish(self, worker: _Worker, task: _Task, message: dict[str, Any]) -> None:
+        worker.task, worker.deadline = None, float("inf")
+        worker.num_judged += 1
+        worker.group.num_failed_starts = 0
+        label: Any = message.get("label")
+        shown = task.answer if len(task.answer) <= MAX_SHOWN_CHARS else task.answer[:200] + "…"
+        why = str(message.get("why", ""))[:300]
+        if label not in get_args(Label):
+            verdict = Verdict("fault", shown, f"the judge failed: {str(message.get('error'))[:300]}")
+        elif task.check == "answer":
+            verdict = Verdict(label, shown, why)
+        elif label == "correct":
+            why = f"limit: {task.limits_hit[-1]}, twice; the reference can be judged against itself"
+            verdict = Verdict("unparsed", shown, why)
+        else:
+            verdict = Verdict("fault", shown, f"limit: {task.limits_hit[-1]}; and {why}")
+        self._deliver(task, verdict)
+
+    def _retire(self, worker: _Worker, why: str) -> None:
+        """Kill `worker` (the next poll starts another) and decide what becomes of its task."""
+        group, task = worker.group, worker.task
+        group.workers.remove(worker)
+        self._selector.unregister(worker.stdout)
+        self._watch_stdin(worker, True)
+        stderr_tail = "" if worker.ready else worker.stderr_tail()
+        worker.kill()
+        if task is not None:
+            self._num_limits += 1
+            task.limits_hit.append(why)
+            if len(task.limits_hit) < 3:
+                group.retries.append(task)
+            else:
+                self._deliver(task, Verdict("fault", task.answer, f"limit on the reference against itself: {why}"))
+        elif worker.num_judged == 0:
+            group.num_failed_starts += 1
+            if group.num_failed_starts >= MAX_FAILED_STARTS:
+                waiting = "waiting for one to import its libraries and report that it is ready"
+                start = f"the judge's workers do not start ({group.num_failed_starts} in a row, {waiting})"
+                raise RunError(f"{start}: {why}. {stderr_tail}".rstrip())
+        self._num_restarts += 1
+
+    def _deliver(self, task: _Task, verdict: Verdict) -> None:
+        with self._lock:
+            del self._in_flight[task.key]
             # A verdict on an answer is always the same, unless it comes from a limit or a fault.
             if verdict.label != "fault" and not task.limits_hit and self._memo_size:
                 self._memo[task.key] = (verdict.label, verdict.why)
                 if len(self._memo) > self._memo_size:
                     self._memo.popitem(last=False)
-            self._count(task.futures, verdict)
+            self._count(len(task.futures), verdict)
         for future in task.futures:
             future.set_result(verdict)
-
-    def _fail(self, error: RunError) -> None:
-        with self._lock:
-            self._error = str(error)
-            tasks = list(self._in_flight.values())
-            self._in_flight.clear()
-        for future in [future for task in tasks for future in task.futures]:
-            future.set_exception(RunError(str(error)))
 
 
 def _key(kind: str, answer: str, gold: Any) -> bytes:

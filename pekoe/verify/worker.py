@@ -1,4 +1,4 @@
-"""A judge's worker process: reads a line of JSON, writes a line of JSON. Started by `pekoe.verify.worker_pool`.
+"""A judge's worker process: reads a line of JSON, writes a line of JSON. Started by `pekoe.verify.pool`.
 
 The pool kills it without warning when an item exceeds its time limit, so it holds no state that must survive.
 

@@ -15,7 +15,7 @@ from pekoe.config.recipes import AlgoSection, OptimSection
 from pekoe.core.types import Sample
 from pekoe.model import Decoder, load_model
 from pekoe.train import Trainer
-from pekoe.train.optim import learning_rate
+from pekoe.train.trainer import learning_rate
 
 MakeModel = Callable[..., Decoder]
 OPTIM = OptimSection(lr=1e-3, warmup_fraction=0.0, grad_clip=1e9)

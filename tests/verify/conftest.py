@@ -75,4 +75,4 @@ def wait_until(condition: Callable[[], object], within_s: float = 20.0) -> None:
 
 def worker_pids(pool: JudgePool) -> list[int]:
     """The worker processes of `pool` that are ready."""
-    return [worker.pid for worker in list(pool._groups["math"]._workers) if worker.ready]
+    return [worker.pid for worker in list(pool._groups["math"].workers) if worker.ready]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -15,7 +16,6 @@ import pytest
 from pekoe.core.errors import RunError, UserError
 from pekoe.core.types import Verdict
 from pekoe.verify import JudgePool, judge
-from pekoe.verify.worker_pool import Task
 
 from .conftest import READY, BadWorker, alive, wait_until, worker_pids
 
@@ -97,7 +97,7 @@ def test_messages_larger_than_a_pipe(pool: JudgePool):
 def test_close_leaves_no_process_and_fails_what_waits(bad_worker: BadWorker):
     with JudgePool(num_workers=2, time_limit_s=60.0, _command=bad_worker(READY + "time.sleep(60)")) as pool:
         waiting = [pool.submit(r"\boxed{0.5}", f"{number}") for number in range(4)]
-        wait_until(lambda: len(worker_pids(pool)) == 2 and all(worker.task for worker in pool._groups["math"]._workers))
+        wait_until(lambda: len(worker_pids(pool)) == 2 and all(worker.task for worker in pool._groups["math"].workers))
         pids = worker_pids(pool)
     assert not any(alive(pid) for pid in pids)
     for future in waiting:
@@ -106,7 +106,16 @@ def test_close_leaves_no_process_and_fails_what_waits(bad_worker: BadWorker):
     with pytest.raises(RunError, match="closed"):
         pool.submit(r"\boxed{7}", "7")
     pool.close()
-    assert pool._groups["math"]._thread.is_alive() is False
+    assert pool._thread.is_alive() is False
+
+
+def test_closing_twice_writes_to_no_file_that_was_opened_since(tmp_path: Path):
+    pool = JudgePool(num_workers=1)
+    pool.close()
+    with contextlib.ExitStack() as stack:
+        files = [stack.enter_context(open(tmp_path / str(number), "w+b")) for number in range(8)]
+        pool.close()
+        assert [file.seek(0, os.SEEK_END) for file in files] == [0] * 8
 
 
 def test_closing_at_once_and_from_a_callback(bad_worker: BadWorker):
@@ -115,7 +124,7 @@ def test_closing_at_once_and_from_a_callback(bad_worker: BadWorker):
     future: Future[Verdict] = pool.submit(r"\boxed{0.5}", "1/2")
     future.add_done_callback(lambda _: pool.close())
     assert future.result().label == "wrong"
-    pool._groups["math"]._thread.join(20)
+    pool._thread.join(20)
     assert not pool.usable
 
 
@@ -143,7 +152,7 @@ def test_judge(run_script: Run):
         "print('here')\n"
         "print(judge(r'\\boxed{0.5}', '1/2').label, judge(r'\\boxed{0.5}', ['1', '2'], kind='math').label)\n"
         "assert not {'sympy', 'math_verify', 'torch'} & set(sys.modules)\n"
-        "print(pekoe.verify._pool._groups['math']._workers[0].pid)\n"
+        "print(pekoe.verify._pool._groups['math'].workers[0].pid)\n"
     )
     assert done.stderr == ""
     here, labels, pid = done.stdout.splitlines()
@@ -200,14 +209,3 @@ def test_judge_comes_back_after_its_pool_broke(monkeypatch: pytest.MonkeyPatch):
 
     assert pekoe.verify._pool is not None
     pekoe.verify._pool.close()
-
-
-def test_a_group_that_fails_ends_what_another_group_judges():
-    """The other group delivers what nobody awaits any more: its own thread must survive that."""
-    task = Task(b"key", "math", "1", "1", [Future()])
-    with JudgePool(num_workers=1) as pool:
-        pool._in_flight[task.key] = task  # pyright: ignore[reportPrivateUsage]
-        pool._fail(RunError("a worker of another group cannot start"))  # pyright: ignore[reportPrivateUsage]
-        pool._deliver(task, Verdict("correct"))  # pyright: ignore[reportPrivateUsage]
-    with pytest.raises(RunError, match="another group"):
-        task.futures[0].result(timeout=0)

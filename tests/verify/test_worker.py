@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from pekoe.verify.worker_pool import WORKER_COMMAND, _environment
+from pekoe.verify.pool import WORKER_COMMAND, _environment
 
 from .conftest import alive, wait_until
 
@@ -115,7 +115,7 @@ def test_dies_with_its_parent_even_while_busy(tmp_path: Path, repository: Path):
         "from pekoe.verify import JudgePool\n"
         "pool = JudgePool(num_workers=1, time_limit_s=60)\n"
         "pool.submit(r'\\boxed{9^{9^{9^9}}}', '7')\n"
-        "workers = pool._groups['math']._workers\n"
+        "workers = pool._groups['math'].workers\n"
         "while not workers or not workers[0].task: time.sleep(0.01)\n"
         "print(workers[0].pid, flush=True)\n"
         "time.sleep(60)\n"

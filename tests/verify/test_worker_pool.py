@@ -97,7 +97,7 @@ def test_a_worker_killed_in_mid_item_is_replaced_and_the_verdict_is_right():
         [pid] = worker_pids(pool)
         verdict = pool.submit(boxed(slow), "x^2 + 1")
         later = [pool.submit(boxed(f"{number}.50"), f"{number} + 1/2") for number in range(5)]
-        wait_until(lambda: pool._groups["math"]._workers[0].task)
+        wait_until(lambda: pool._groups["math"].workers[0].task)
         os.kill(pid, signal.SIGKILL)
         assert verdict.result().label == "wrong"
         assert [each.result().label for each in later] == ["correct"] * 5
@@ -207,7 +207,7 @@ def test_an_item_is_tried_again_on_a_fresh_worker_while_a_used_one_is_idle(bad_w
     )
     with JudgePool(num_workers=3, memo_size=0, _command=bad_worker(source)) as pool:
         wait_until(lambda: len(worker_pids(pool)) == 3)
-        while not all(worker.num_judged for worker in pool._groups["math"]._workers):
+        while not all(worker.num_judged for worker in pool._groups["math"].workers):
             pool.judge_many([(boxed("y"), str(number), "math") for number in range(30)])
         assert pool.submit(boxed("x"), "1/2").result(timeout=20).label == "correct"
         assert pool.stats().num_limits == 1

@@ -6,6 +6,7 @@ memory. Token p of a sequence lies in slot `table[p // block_tokens] * block_tok
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from pekoe.core.spec import ModelSpec
 from pekoe.core.types import IntArray
-from pekoe.model import PackedAttention
+from pekoe.model import Attention, PackedAttention
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,8 +35,31 @@ class ForwardBatch:
     fresh: list[int]  # bounds of the fresh chunks; the last is T
 
 
+def paged_attention(
+    fresh: list[int], write: Callable[[int, Tensor, Tensor], None], attend: Callable[[int, Tensor], Tensor]
+) -> Attention:
+    """Attention of one forward: writes the new tokens' keys and values, then lets every row see its sequence.
+
+    Args:
+        fresh: bounds of the fresh chunks. They need no cache: `PackedAttention` attends them.
+        write: puts k and v [T, K, D] of a layer into the cache.
+        attend: attention of a layer for q of the rows before the fresh chunks.
+    """
+    num_paged = fresh[0]
+    packed = PackedAttention([bound - num_paged for bound in fresh]) if len(fresh) > 1 else None
+
+    def attention(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        write(layer, k, v)
+        if packed is None:
+            return attend(layer, q)
+        out = packed(layer, q[num_paged:], k[num_paged:], v[num_paged:])
+        return torch.cat([attend(layer, q[:num_paged]), out]) if num_paged else out
+
+    return attention
+
+
 class KVCache:
-    """Keys and values of every layer. Memory is taken once, here."""
+    """Keys and values of every layer, and attention that reads them. Memory is taken once, here."""
 
     def __init__(
         self, spec: ModelSpec, num_blocks: int, block_tokens: int, dtype: torch.dtype, device: torch.device
@@ -43,12 +67,11 @@ class KVCache:
         shape = (spec.num_layers, num_blocks * block_tokens, spec.num_kv_heads, spec.head_dim)
         self.keys = torch.zeros(shape, dtype=dtype, device=device)  # [layers, S, K, D]
         self.values = torch.zeros(shape, dtype=dtype, device=device)  # [layers, S, K, D]
-        self.block_tokens = block_tokens
-        self.device = device
+        self.block_tokens, self.device = block_tokens, device
 
     @property
     def num_bytes(self) -> int:
-        return 2 * self.keys.numel() * self.keys.element_size()
+        return self.keys.nbytes + self.values.nbytes
 
     def copy_block(self, source: int, target: int) -> None:
         """Copy a block into another, in every layer."""
@@ -56,69 +79,39 @@ class KVCache:
         for memory in (self.keys, self.values):
             memory[:, target * size : (target + 1) * size] = memory[:, source * size : (source + 1) * size]
 
-    def attention(self, batch: ForwardBatch) -> TorchAttention:
-        return TorchAttention(self, batch)
+    def attention(self, batch: ForwardBatch) -> Attention:
+        """Attention of one forward, see `paged_attention`. Decoding rows are padded to the longest."""
+        size, positions = self.block_tokens, batch.positions
+        new_slots = batch.tables[batch.table_of, positions // size] * size + positions % size
+        new = torch.from_numpy(new_slots).to(self.device)
+        pieces: list[tuple[int, int, Tensor, Tensor]] = []  # rows a to b; slots [B, L] that they read; mask [b - a, L]
+        for a, b in pairwise(batch.continued if not batch.num_decode else [0, *batch.continued]):
+            decoding = b <= batch.num_decode  # B = b - a sequences; else B = 1
+            length = int(positions[a:b].max()) + 1
+            mask = np.arange(length) <= positions[a:b, None]
+            tables = batch.tables[batch.table_of[a : b if decoding else a + 1], : -(-length // size)].astype(np.int64)
+            slots = (tables[:, :, None] * size + np.arange(size)).reshape(len(tables), -1)[:, :length]
+            slots = np.where(mask, slots, 0) if decoding else slots
+            pieces.append((a, b, torch.from_numpy(slots).to(self.device), torch.from_numpy(mask).to(self.device)))
 
+        def write(layer: int, k: Tensor, v: Tensor) -> None:
+            for memory, x in ((self.keys, k), (self.values, v)):
+                memory[layer].index_copy_(0, new, x.to(memory.dtype))
 
-class TorchAttention:
-    """Attention of one forward: writes the new tokens' KV, then attends. Decoding rows are padded to the longest."""
+        def attend(layer: int, q: Tensor) -> Tensor:
+            out = torch.empty_like(q)
+            for a, b, slots, mask in pieces:
+                key, value = (
+                    memory[layer].index_select(0, slots.flatten()).unflatten(0, slots.shape).transpose(1, 2).to(q.dtype)
+                    for memory in (self.keys, self.values)
+                )  # [B, K, L, D]
+                if b <= batch.num_decode:  # the heads of a group are rows of one query [B, K, H / K, D]
+                    query = q[a:b].unflatten(1, (key.shape[1], -1))
+                    out[a:b] = F.scaled_dot_product_attention(query, key, value, mask[:, None, None]).flatten(1, 2)
+                else:
+                    query = q[a:b].transpose(0, 1)[None]  # [1, H, b - a, D]
+                    attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=True)
+                    out[a:b] = attended[0].transpose(0, 1)
+            return out
 
-    def __init__(self, cache: KVCache, batch: ForwardBatch) -> None:
-        size, positions, tables = cache.block_tokens, batch.positions, batch.tables
-        device = cache.device
-        self._cache, self._batch = cache, batch
-        slots = tables[batch.table_of, positions // size] * size + positions % size
-        self._slots = torch.from_numpy(slots).to(device)
-        if batch.num_decode:
-            seen = positions[: batch.num_decode]
-            longest = int(seen.max()) + 1
-            mask = np.arange(longest) <= seen[:, None]
-            context = self._slots_of(batch.table_of[: batch.num_decode], longest)
-            self._context = torch.from_numpy(np.where(mask, context, 0).reshape(-1)).to(device)  # [B * longest]
-            self._mask = torch.from_numpy(mask[:, None, None, :]).to(device)  # [B, 1, 1, longest]
-            self._shape = (batch.num_decode, longest)
-        self._chunks: list[tuple[int, int, Tensor, Tensor]] = []
-        for a, b in pairwise(batch.continued):
-            stop = int(positions[b - 1]) + 1
-            context = torch.from_numpy(self._slots_of(batch.table_of[a : a + 1], stop)[0]).to(device)
-            mask = torch.from_numpy(np.arange(stop) <= positions[a:b, None]).to(device)
-            self._chunks.append((a, b, context, mask))
-        self._first_fresh = batch.fresh[0]
-        self._packed: PackedAttention | None = None
-        if len(batch.fresh) > 1:
-            bounds = np.array(batch.fresh, np.int32) - self._first_fresh
-            self._packed = PackedAttention(torch.from_numpy(bounds).to(device))
-
-    def _slots_of(self, rows: IntArray, length: int) -> IntArray:
-        """Slots [len(rows), length] of the first tokens of some tables."""
-        size = self._cache.block_tokens
-        blocks = self._batch.tables[rows, : -(-length // size)].astype(np.int64)
-        return (blocks[:, :, None] * size + np.arange(size)).reshape(len(rows), -1)[:, :length]
-
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        for memory, new in ((self._cache.keys, k), (self._cache.values, v)):
-            memory[layer].index_copy_(0, self._slots, new.to(memory.dtype))
-        first = self._first_fresh
-        if self._packed is not None and first == 0:
-            return self._packed(layer, q, k, v)
-        out = torch.empty_like(q)
-        if self._batch.num_decode:
-            out[: self._batch.num_decode] = self._decode(layer, q[: self._batch.num_decode], k.shape[1])
-        keys, values = self._cache.keys[layer], self._cache.values[layer]
-        for a, b, context, mask in self._chunks:
-            query = q[a:b].transpose(0, 1)[None]  # [1, H, t, D]
-            key, value = (m[context].to(q.dtype).transpose(0, 1)[None] for m in (keys, values))  # [1, K, context, D]
-            attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=True)
-            out[a:b] = attended[0].transpose(0, 1)
-        if self._packed is not None:
-            out[first:] = self._packed(layer, q[first:], k[first:], v[first:])
-        return out
-
-    def _decode(self, layer: int, q: Tensor, kv_heads: int) -> Tensor:
-        dim = q.shape[-1]
-        query = q.view(len(q), kv_heads, -1, dim)  # [B, K, H / K, D]: the heads of a group are rows of one query
-        key, value = (
-            memory[layer].index_select(0, self._context).view(*self._shape, kv_heads, dim).transpose(1, 2).to(q.dtype)
-            for memory in (self._cache.keys, self._cache.values)
-        )  # [B, K, longest, D]
-        return F.scaled_dot_product_attention(query, key, value, attn_mask=self._mask).reshape(q.shape)
+        return paged_attention(batch.fresh, write, attend)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
 import torch
@@ -11,10 +10,10 @@ from torch import Tensor
 
 from pekoe.core.spec import ModelSpec
 from pekoe.core.types import IntArray
-from pekoe.engine.embedded.attention import ForwardBatch
-from pekoe.kernels.attention import attend, write_kv
+from pekoe.engine.embedded.attention import ForwardBatch, paged_attention
+from pekoe.kernels import attention as kernels
 from pekoe.kernels.jit import num_threads, run
-from pekoe.model import PackedAttention
+from pekoe.model import Attention
 
 
 class CPUCache:
@@ -39,37 +38,29 @@ class CPUCache:
     def copy_block(self, source: int, target: int) -> None:
         self._memory[:, target] = self._memory[:, source]
 
-    def attention(self, batch: ForwardBatch) -> PagedAttention:
-        return PagedAttention(self._layers, self._spec, self._size, batch)
-
-
-class PagedAttention:
-    """Attention of one forward: writes the new tokens' keys and values, then lets every row see its sequence."""
-
-    def __init__(self, layers: list[Any], spec: ModelSpec, size: int, batch: ForwardBatch) -> None:
-        self._layers, self._shape, self._batch = layers, (spec.num_heads, spec.num_kv_heads, spec.head_dim, size), batch
-        self._groups, self._shared = groups(batch, size)
-        num_paged = self._groups[-1]
-        work = np.add.reduceat(batch.positions[:num_paged], self._groups[:-1]) + 64 if num_paged else np.zeros(0)
-        done, threads = np.concatenate([[0.0], work.cumsum()]), num_threads()
-        self._bounds = [int(np.searchsorted(done, done[-1] * i / threads)) for i in range(threads + 1)]
-        rows = len(batch.positions)
-        self._write_bounds = [rows * i // threads for i in range(threads + 1)] if rows >= 128 else [0, rows]
-        self._packed = PackedAttention([b - num_paged for b in batch.fresh]) if len(batch.fresh) > 1 else None
-
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        batch, memory, num_paged = self._batch, self._layers[layer], int(self._groups[-1])
-        keys, values, queries = (x.contiguous().numpy().reshape(-1) for x in (k, v, q))
+    def attention(self, batch: ForwardBatch) -> Attention:
+        """Attention of one forward, see `paged_attention`."""
+        spec, size, threads, rows = self._spec, self._size, num_threads(), len(batch.positions)
+        shape = (spec.num_heads, spec.num_kv_heads, spec.head_dim, size)
         place = (batch.tables, batch.table_of, batch.positions)
-        run(write_kv, self._write_bounds, keys, values, memory, *place, *self._shape[1:])
-        if self._packed is not None and num_paged == 0:
-            return self._packed(layer, q, k, v)
-        out = torch.empty_like(q)
-        results = out.numpy().reshape(-1)
-        run(attend, self._bounds, queries, memory, *place, self._groups, self._shared, results, *self._shape)
-        if self._packed is not None:
-            out[num_paged:] = self._packed(layer, q[num_paged:], k[num_paged:], v[num_paged:])
-        return out
+        first_rows, shared = groups(batch, size)
+        num_paged = batch.fresh[0]
+        work = np.add.reduceat(batch.positions[:num_paged], first_rows[:-1]) + 64 if num_paged else np.zeros(0)
+        done = np.concatenate([[0.0], work.cumsum()])
+        bounds = [int(np.searchsorted(done, done[-1] * i / threads)) for i in range(threads + 1)]
+        write_bounds = [rows * i // threads for i in range(threads + 1)] if rows >= 128 else [0, rows]
+
+        def write(layer: int, k: Tensor, v: Tensor) -> None:
+            keys, values = (x.contiguous().numpy().reshape(-1) for x in (k, v))
+            run(kernels.write_kv, write_bounds, keys, values, self._layers[layer], *place, *shape[1:])
+
+        def attend(layer: int, q: Tensor) -> Tensor:
+            out = torch.empty_like(q)
+            queries, results = (x.numpy().reshape(-1) for x in (q.contiguous(), out))
+            run(kernels.attend, bounds, queries, self._layers[layer], *place, first_rows, shared, results, *shape)
+            return out
+
+        return paged_attention(batch.fresh, write, attend)
 
 
 _GROUP_ROWS = 32  # rows of a group: more would push a group's queries and scores out of the nearest cache

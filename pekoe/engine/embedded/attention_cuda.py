@@ -27,22 +27,22 @@ from torch import Tensor
 
 from pekoe.core.spec import ModelSpec
 from pekoe.core.types import IntArray
-from pekoe.engine.embedded.attention import ForwardBatch, KVCache
+from pekoe.engine.embedded.attention import ForwardBatch, KVCache, paged_attention
 from pekoe.engine.embedded.attention_cpu import groups
-from pekoe.model import PackedAttention
+from pekoe.model import Attention
 
 _PROGRAMS = 1024  # (item, key/value head) pairs that fill a large device; beyond it, items grow longer
 _SHORTEST, _LONGEST = 64, 512  # tokens of an item; those of prefixes may be longer
 
 
 class CUDACache(KVCache):
-    """Keys and values of every layer by blocks, and kernels that read them. Memory is taken once, here."""
+    """As `KVCache`, read and written by the Triton kernels."""
 
     def __init__(
         self, spec: ModelSpec, num_blocks: int, block_tokens: int, dtype: torch.dtype, device: torch.device
     ) -> None:
         super().__init__(spec, num_blocks, block_tokens, dtype, device)
-        self.spec = spec
+        self.spec, self.heads_per_kv = spec, spec.num_heads // spec.num_kv_heads
         # Queries of a tile of several rows. On tensor cores a large tile is nearly free, until its registers spill.
         tile_queries = 32 if dtype.itemsize > 2 else 128 if spec.head_dim <= 128 else 64
         self.tile_queries = max(tile_queries, next_power_of_2(self.heads_per_kv))
@@ -57,22 +57,48 @@ class CUDACache(KVCache):
         known = dtype in (torch.bfloat16, torch.float16, torch.float32)
         return device.type == "cuda" and known and fits and importlib.util.find_spec("triton") is not None
 
-    @property
-    def heads_per_kv(self) -> int:
-        return self.spec.num_heads // self.spec.num_kv_heads
+    def attention(self, batch: ForwardBatch) -> Attention:
+        plan = self.plan(batch)
+        return self.attention_of(plan.shape, torch.from_numpy(to_buffer(plan, plan.shape)).to(self.device), batch.fresh)
 
     def plan(self, batch: ForwardBatch) -> AttentionPlan:
         """Cut a forward's attention into items."""
-        spec = self.spec
-        return make_plan(batch, self.block_tokens, spec.num_kv_heads, max(1, self.tile_queries // self.heads_per_kv))
+        tile_rows = max(1, self.tile_queries // self.heads_per_kv)
+        return make_plan(batch, self.block_tokens, self.spec.num_kv_heads, tile_rows)
 
-    def attention(self, batch: ForwardBatch) -> PagedAttention:  # pyright: ignore[reportIncompatibleMethodOverride]
-        plan = self.plan(batch)
-        shape = plan.shape
-        buffer = torch.from_numpy(to_buffer(plan, shape)).to(self.device)
-        num_paged = batch.fresh[0]
-        packed = PackedAttention([bound - num_paged for bound in batch.fresh]) if len(batch.fresh) > 1 else None
-        return PagedAttention(self, shape, buffer, packed)
+    def attention_of(self, shape: PlanShape, buffer: Tensor, fresh: list[int]) -> Attention:
+        """Attention by a plan: `buffer` on the device is what `to_buffer` made for `shape`."""
+        array = {name: buffer[at].view(shape.shapes[name]) for name, at in shape.slices.items()}
+
+        def write(layer: int, k: Tensor, v: Tensor) -> None:
+            size, memory = k[0].numel(), (self.keys[layer], self.values[layer])
+            place = (array["positions"], array["table_of"], array["tables"], shape.width, self.block_tokens)
+            new = (k.contiguous(), v.contiguous())
+            _kernels().write[(len(k),)](*new, *memory, *place, size, next_power_of_2(size))
+
+        return paged_attention(fresh, write, lambda layer, q: self._attend(shape, array, layer, q.contiguous()))
+
+    def _attend(self, shape: PlanShape, array: dict[str, Tensor], layer: int, q: Tensor) -> Tensor:
+        kv_heads, dim, per = self.spec.num_kv_heads, self.spec.head_dim, self.heads_per_kv
+        outs = q.new_empty((shape.parts, q.shape[1], dim), dtype=torch.float32)
+        maxima, sums = (q.new_empty((shape.parts, q.shape[1]), dtype=torch.float32) for _ in range(2))
+        wide = max(16, next_power_of_2(dim))
+        tokens = 64 if wide <= 128 and q.dtype.itemsize == 2 else 32
+        where = (array["positions"], array["table_of"], array["tables"], array["base"])
+        scale = 1 / math.sqrt(dim) / math.log(2)
+        tiles = {"suffix": max(16, next_power_of_2(per)), "prefix": self.tile_queries}
+        for i, (name, queries) in enumerate(tiles.items()):
+            num_items = len(array[name])
+            if num_items:
+                _kernels().attend[(min(num_items * kv_heads, self.num_programs),)](
+                    q, self.keys[layer], self.values[layer], *where, array[name], array["counts"][i:],
+                    outs, maxima, sums, shape.width, scale, kv_heads, self.block_tokens, per, dim, queries, tokens,
+                    wide, num_warps=8 if queries > 64 else 4,
+                )  # fmt: skip
+        result = torch.empty_like(q)
+        _kernels().merge[(shape.paged, kv_heads)](outs, maxima, sums, array["base"], result, kv_heads, per, dim,
+                                            next_power_of_2(per), wide)  # fmt: skip
+        return result
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,56 +207,6 @@ def to_buffer(plan: AttentionPlan, shape: PlanShape) -> NDArray[np.int32]:
     for name, values in (rows | {"suffix": plan.suffix, "prefix": plan.prefix}).items():
         array[name][: len(values)] = values
     return packed
-
-
-class PagedAttention:
-    """Attention of one forward: writes the new tokens' keys and values, then lets every row see its sequence.
-
-    buffer: what `to_buffer` made for `shape`, on the device. packed: attends the rows behind shape.paged.
-    """
-
-    def __init__(self, cache: CUDACache, shape: PlanShape, buffer: Tensor, packed: PackedAttention | None) -> None:
-        self._cache, self._shape, self._packed = cache, shape, packed
-        self._array = {name: buffer[at].view(shape.shapes[name]) for name, at in shape.slices.items()}
-
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        num_paged, (q, k, v) = self._shape.paged, (x.contiguous() for x in (q, k, v))
-        self._write(layer, k, v)
-        if self._packed is None:
-            return self._attend(layer, q)
-        fresh = self._packed(layer, q[num_paged:], k[num_paged:], v[num_paged:])
-        return torch.cat([self._attend(layer, q[:num_paged]), fresh]) if num_paged else fresh
-
-    def _write(self, layer: int, k: Tensor, v: Tensor) -> None:
-        cache, array = self._cache, self._array
-        size = k[0].numel()
-        memory = (cache.keys[layer], cache.values[layer])
-        place = (array["positions"], array["table_of"], array["tables"], self._shape.width, cache.block_tokens)
-        _kernels().write[(len(k),)](k, v, *memory, *place, size, next_power_of_2(size))
-
-    def _attend(self, layer: int, q: Tensor) -> Tensor:
-        cache, array, shape, spec = self._cache, self._array, self._shape, self._cache.spec
-        heads, kv_heads, dim, per = spec.num_heads, spec.num_kv_heads, spec.head_dim, cache.heads_per_kv
-        outs = q.new_empty((shape.parts, heads, dim), dtype=torch.float32)
-        maxima, sums = (q.new_empty((shape.parts, heads), dtype=torch.float32) for _ in range(2))
-        wide = max(16, next_power_of_2(dim))
-        tokens = 64 if wide <= 128 and q.dtype.itemsize == 2 else 32
-        where = (array["positions"], array["table_of"], array["tables"], array["base"])
-        scale = 1 / math.sqrt(dim) / math.log(2)
-        for i, (name, queries) in enumerate(
-            (("suffix", max(16, next_power_of_2(per))), ("prefix", cache.tile_queries))
-        ):
-            num_items = len(array[name])
-            if num_items:
-                _kernels().attend[(min(num_items * kv_heads, cache.num_programs),)](
-                    q, cache.keys[layer], cache.values[layer], *where, array[name], array["counts"][i:],
-                    outs, maxima, sums, shape.width, scale, kv_heads, cache.block_tokens, per, dim, queries, tokens,
-                    wide, num_warps=8 if queries > 64 else 4,
-                )  # fmt: skip
-        result = torch.empty_like(q)
-        _kernels().merge[(shape.paged, kv_heads)](outs, maxima, sums, array["base"], result, kv_heads, per, dim,
-                                            next_power_of_2(per), wide)  # fmt: skip
-        return result
 
 
 def _kernels() -> Any:

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from functools import partial
+from itertools import count, groupby
 from pathlib import Path
 from typing import Literal
 
@@ -24,15 +25,7 @@ import torch
 from pekoe.config.engine import EngineSection
 from pekoe.core.errors import RunError, UserError
 from pekoe.core.types import BoolArray, Completion, FinishReason, IntArray, Request, SamplingParams
-from pekoe.engine.base import (
-    Broadcast,
-    Checksums,
-    Engine,
-    EngineKind,
-    EngineStats,
-    WeightSource,
-    validate,
-)
+from pekoe.engine.base import Broadcast, Checksums, Engine, EngineKind, EngineStats, WeightSource, validate
 from pekoe.engine.checksum import checksum
 from pekoe.engine.embedded.model_runner import ModelRunner
 from pekoe.engine.embedded.scheduler import Scheduler, Sequence, Work
@@ -88,7 +81,7 @@ class EmbeddedEngine(Engine):
         else:
             affordable = int(config.kv_gib * 2**30 / (spec.kv_values_per_token * kv_dtype.itemsize * size))
             num_blocks = max(1, min(config.max_running * -(-self._longest // size), affordable))
-        self._capacity = num_blocks * size
+        self.num_kv_tokens = num_blocks * size  # that the KV cache holds
         self._make_scheduler = partial(
             Scheduler, num_blocks, size, config.max_running, config.prefill_tokens, self._longest
         )
@@ -96,7 +89,7 @@ class EmbeddedEngine(Engine):
         self._runner = ModelRunner(model, num_blocks, size, kv_dtype, compute_dtype)
         self._owns_model, self._max_requests, self._receive = owns_model, max_requests, receive
         self._version = 0
-        self._num_groups = 0
+        self._group_numbers = count()
         self._stats = EngineStats()
         # Guarded by the condition. Whoever has set `_in_turn` may use the scheduler and the runner.
         self._condition = threading.Condition()
@@ -109,8 +102,6 @@ class EmbeddedEngine(Engine):
         self._driver: threading.Thread | None = None
         self._cancelled: deque[Future[Completion]] = deque()
 
-    # What it is
-
     @property
     def model(self) -> Decoder:
         """The model whose parameters it samples from."""
@@ -122,7 +113,7 @@ class EmbeddedEngine(Engine):
 
     @property
     def max_sequence_tokens(self) -> int:
-        return min(self._longest, self._capacity)
+        return min(self._longest, self.num_kv_tokens)
 
     @property
     def max_requests(self) -> int | None:
@@ -131,11 +122,6 @@ class EmbeddedEngine(Engine):
     @property
     def num_workers(self) -> int:
         return 1
-
-    @property
-    def num_kv_tokens(self) -> int:
-        """Tokens that the KV cache holds."""
-        return self._capacity
 
     @property
     def kv_bytes(self) -> int:
@@ -164,29 +150,29 @@ class EmbeddedEngine(Engine):
 
         A future that its caller cancels ends its request before the next forward.
         """
-        source = "engine.kv_tokens, engine.kv_gib" if self._capacity < self._longest else "the context"
+        source = "engine.kv_tokens, engine.kv_gib" if self.num_kv_tokens < self._longest else "the context"
         validate(requests, self.model.spec.vocab_size, self.max_sequence_tokens, source)
         works: list[Work] = []
-        for request in requests:
-            key = sequence_key(request.params, request.uid, request.draw, request.sample)
-            if not works or not _same_context(works[-1].sequences[0].request, request):
-                self._num_groups += 1
-                works.append(Work(request.tokens, []))
-            works[-1].sequences.append(Sequence(request, key, self._num_groups))
-        sequences = [sequence for work in works for sequence in work.sequences]
-        for sequence in sequences:
-            sequence.future.add_done_callback(partial(_note_cancelled, self._cancelled))
-        if not sequences:
+        for _, neighbours in groupby(requests, lambda r: (r.uid, r.draw, r.priority, r.tokens.tobytes())):
+            group, number = list(neighbours), next(self._group_numbers)
+            keys = [sequence_key(r.params, r.uid, r.draw, r.sample) for r in group]
+            works.append(Work(group[0].tokens, [Sequence(r, key, number) for r, key in zip(group, keys, strict=True)]))
+        futures = [sequence.future for work in works for sequence in work.sequences]
+        if not futures:
             return []
+        for future in futures:
+            future.add_done_callback(partial(_note_cancelled, self._cancelled))
         with self._condition:
             self._require_ready()
             if self._driver is None:  # before anything is queued: a thread may not be had
-                self._driver = _start(self._drive)
+                driver = threading.Thread(target=self._drive, name="pekoe-engine", daemon=True)
+                driver.start()
+                self._driver = driver
             if not self._unfinished:
                 self._busy_since = time.monotonic()
             self._inbox += works
-            self._unfinished.update(sequences)
-        return [sequence.future for sequence in sequences]
+            self._unfinished.update(*(work.sequences for work in works))
+        return futures
 
     def abort(self, uids: Iterable[str] | None = None) -> None:
         chosen = None if uids is None else set(uids)
@@ -201,8 +187,8 @@ class EmbeddedEngine(Engine):
     # Weights and memory
 
     def update_weights(self, source: WeightSource, version: int) -> None:
-        """See `Engine.update_weights`. A model is sampled from without a copy; a directory is loaded while requests
-        run; a broadcast is received between two forwards, into the model that the engine owns."""
+        """A model is sampled from without a copy; a directory is loaded while requests run; a broadcast is received
+        between two forwards, into the model that the engine owns."""
         if isinstance(source, Broadcast):
             self._take_broadcast(source, version)
             return
@@ -215,7 +201,7 @@ class EmbeddedEngine(Engine):
         with self._turn():
             self._require_ready("stale")
             self._use(source, version)
-            self._owns_model, self._state = owns, "ready"
+            self._owns_model = owns
 
     def _take_broadcast(self, source: Broadcast, version: int) -> None:
         assert self._owns_model, "a broadcast would overwrite somebody else's model"
@@ -228,17 +214,16 @@ class EmbeddedEngine(Engine):
             except (RuntimeError, OSError) as error:  # what torch.distributed raises
                 raise RunError(f"weight update: the broadcast broke off: {error}") from error
             self._use(self.model, version)
-            self._state = "ready"
 
     def _use(self, model: Decoder, version: int) -> None:
         """Within a turn: sample from this model, whose parameters may have changed."""
         self._scheduler.preempt_all()
         self._scheduler.cache.flush()
         self._runner.use(model)
-        self._version = version
+        self._version, self._state = version, "ready"
 
     def checksums(self) -> Checksums:
-        """See `Engine.checksums`. RunError where packed copies, which it computes with, differ from the parameters."""
+        """RunError where packed copies, which the engine computes with, differ from the parameters."""
         if not intact(self._runner.sampled):
             raise RunError("the engine's packed copies of the weights differ from them")
         return {name: checksum(parameter) for name, parameter in self.model.named_parameters()}
@@ -249,12 +234,12 @@ class EmbeddedEngine(Engine):
             return self._runner.holds(model)
 
     def offload(self) -> None:
-        """See `Engine.offload`; the weights' memory too, where the engine owns the model."""
+        """The weights' memory goes too, where the engine owns the model."""
         with self._turn():
             with self._condition:
+                self._require_ready("stale", "offloaded")
                 if self._state == "offloaded":
                     return
-                self._require_ready("stale")
                 if self._unfinished:
                     raise RunError(f"{len(self._unfinished)} requests are unfinished: memory cannot be offloaded")
                 self._state = "offloaded"
@@ -265,13 +250,12 @@ class EmbeddedEngine(Engine):
 
     def onload(self) -> None:
         with self._turn():
-            if self._state != "offloaded":
-                self._require_ready("stale")
-                return
-            if self._owns_model:
-                _resize(self.model, whole=True)
-            self._runner.take_memory()
-            self._state = "stale"
+            self._require_ready("stale", "offloaded")
+            if self._state == "offloaded":
+                if self._owns_model:
+                    _resize(self.model, whole=True)
+                self._runner.take_memory()
+                self._state = "stale"
 
     def close(self) -> None:
         with self._turn() as ended:
@@ -365,36 +349,32 @@ class EmbeddedEngine(Engine):
     def _step(self) -> list[tuple[Sequence, FinishReason]]:
         """One forward: a token more for every running sequence, and contexts of others. Returns who is finished."""
         scheduler, table = self._scheduler, self._scheduler.table
-        chunks = scheduler.plan()
-        chunks.sort(key=lambda chunk: chunk.start == 0)  # those that continue come first, see ForwardBatch
+        chunks = sorted(scheduler.plan(), key=lambda chunk: chunk.start == 0)  # in the order of a ForwardBatch
         shares = self._runner.forward(table, scheduler.order, chunks)
         self._runner.copy_blocks(scheduler.advance(chunks, self._version))
-        complete = [chunk for chunk in chunks if chunk.completes]
-        continuing = [len(chunk.work.sequences) for chunk in complete]
         touched = scheduler.order  # those decoding, then those whose context is complete
         first, stopped = 0, np.zeros(len(touched), np.bool_)
-        for number, ((decoding, _), logits) in enumerate(shares, 1):
-            rows = np.arange(len(decoding))
-            if number == len(shares):  # the last has the chunks
-                rows = np.append(rows, len(decoding) + np.repeat(np.arange(len(complete)), continuing))
-            if len(rows):
-                stopped[first : first + len(rows)] = self._sample(touched[first : first + len(rows)], logits, rows)
-            first += len(rows)
+        for (decoding, its_chunks), logits in shares:
+            continuing = [len(chunk.work.sequences) for chunk in its_chunks if chunk.completes]
+            rows = np.repeat(np.arange(len(logits)), [1] * len(decoding) + continuing)
+            last = first + len(rows)
+            stopped[first:last] = self._sample(touched[first:last], logits, rows)
+            first = last
         assert first == len(touched)
-        stats = self._stats.plus(
-            num_prefill_tokens=sum(chunk.stop - chunk.start for chunk in chunks),
-            num_cached_tokens=sum(chunk.work.num_cached for chunk in complete),
-            num_shared_tokens=sum(len(c.work.context) * (n - 1) for c, n in zip(complete, continuing, strict=True)),
-            num_decode_tokens=len(touched),
-            num_forwards=1,
-            num_preemptions=scheduler.num_preemptions,
-        )
-        scheduler.num_preemptions = 0
+        works = [chunk.work for chunk in chunks if chunk.completes]
         with self._condition:
-            self._stats = stats
-        ended = stopped | (table.sampled[touched] >= table.most[touched])
+            self._stats = self._stats.plus(
+                num_prefill_tokens=sum(chunk.stop - chunk.start for chunk in chunks),
+                num_cached_tokens=sum(work.num_cached for work in works),
+                num_shared_tokens=sum(len(work.context) * (len(work.sequences) - 1) for work in works),
+                num_decode_tokens=len(touched),
+                num_forwards=1,
+                num_preemptions=scheduler.num_preemptions,
+            )
+        scheduler.num_preemptions = 0
+        ended = np.flatnonzero(stopped | (table.sampled[touched] >= table.most[touched]))
         finished: list[tuple[Sequence, FinishReason]] = [
-            (scheduler.running[i], "stop" if stopped[i] else "length") for i in np.flatnonzero(ended)
+            (scheduler.running[i], "stop" if stopped[i] else "length") for i in ended
         ]
         scheduler.finish([sequence for sequence, _ in finished])
         return finished
@@ -420,12 +400,6 @@ class EmbeddedEngine(Engine):
         return stopped
 
 
-def _same_context(a: Request, b: Request) -> bool:
-    """Whether two neighbours continue one context, of one group."""
-    same = (a.uid, a.draw, a.priority) == (b.uid, b.draw, b.priority)
-    return same and (a.tokens is b.tokens or np.array_equal(a.tokens, b.tokens))
-
-
 def _note_cancelled(into: deque[Future[Completion]], future: Future[Completion]) -> None:
     """A future's callback, which must not keep the engine alive."""
     if future.cancelled():
@@ -443,12 +417,6 @@ def _resolve(sequence: Sequence, how: FinishReason | RunError) -> None:
         sequence.future.set_exception(outcome)
     else:
         sequence.future.set_result(outcome)
-
-
-def _start(target: Callable[[], None]) -> threading.Thread:
-    thread = threading.Thread(target=target, name="pekoe-engine", daemon=True)
-    thread.start()
-    return thread
 
 
 def _resize(model: Decoder, whole: bool) -> None:

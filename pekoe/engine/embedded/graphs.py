@@ -22,7 +22,7 @@ from torch import Tensor
 
 from pekoe.core.types import IntArray
 from pekoe.engine.embedded.attention import ForwardBatch
-from pekoe.engine.embedded.attention_cuda import CUDACache, PagedAttention, PlanShape, next_power_of_2, to_buffer
+from pekoe.engine.embedded.attention_cuda import CUDACache, PlanShape, next_power_of_2, to_buffer
 from pekoe.model import Decoder
 
 _MAX_GRAPHS = 64  # graphs kept: the earliest recorded goes first
@@ -80,15 +80,15 @@ class DecodeGraphs:
         return graph.hidden[: len(tokens)]
 
     def _make(self, shape: PlanShape, buffer: Tensor) -> _Graph:
-        device = self._cache.device.type
+        attention = self._cache.attention_of(shape, buffer, [shape.rows])
 
         def forward() -> Tensor:
             tokens = buffer[-shape.rows :].long()
             positions = buffer[shape.slices["positions"]].clamp_min(0).long()
             # No cache of weights in another dtype: a graph would go on reading the copies made while it was recorded.
             low = self._dtype is not torch.float32
-            with torch.autocast(device, self._dtype, enabled=low, cache_enabled=False):
-                return self._model(tokens, positions, PagedAttention(self._cache, shape, buffer, None))
+            with torch.autocast(buffer.device.type, self._dtype, enabled=low, cache_enabled=False):
+                return self._model(tokens, positions, attention)
 
         return _Graph(buffer, *self._record(forward))
 

@@ -14,15 +14,17 @@ priority, keeping what it has sampled; its KV is recomputed when it comes back.
 
 from __future__ import annotations
 
-from collections import deque
+from bisect import insort_left, insort_right
+from collections import Counter, deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
+from itertools import chain
 
 import numpy as np
 
 from pekoe.core.types import Completion, FinishReason, FloatArray, IntArray, Record, Request, SamplingParams
-from pekoe.engine.embedded.cache_manager import KVCacheManager, OutOfBlocks
+from pekoe.engine.embedded.cache_manager import KVCacheManager
 
 
 @dataclass(slots=True, eq=False)
@@ -78,7 +80,11 @@ class RequestTable:
         self.computed[row] = len(request.tokens) + size - 1
         self.keys[row], self.sampled[row], self.group[row] = sequence.key, size, sequence.group
         self.most[row] = request.params.max_new_tokens
-        self.params_index[row] = self._index_of(request.params)
+        params = request.params
+        params = replace(params, n=1, seed=0, stream="train", max_new_tokens=max(1, params.min_new_tokens))
+        if params not in self.params:
+            self.params.append(params)
+        self.params_index[row] = self.params.index(params)
         self._grow(size)
         self._tokens[row, :size], self._logprobs[row, :size] = sequence.tokens, sequence.logprobs
 
@@ -92,7 +98,7 @@ class RequestTable:
     def append(self, rows: IntArray, tokens: IntArray, logprobs: FloatArray) -> None:
         """Store one sampled token for each of these rows."""
         places = self.sampled[rows]
-        self._grow(int(places.max()) + 1)
+        self._grow(int(places.max(initial=0)) + 1)
         self._tokens[rows, places] = tokens
         self._logprobs[rows, places] = logprobs
         self.last[rows] = tokens
@@ -106,12 +112,6 @@ class RequestTable:
         sequence.row = -1
         self._free.append(row)
 
-    def _index_of(self, params: SamplingParams) -> int:
-        plain = replace(params, n=1, seed=0, stream="train", max_new_tokens=max(1, params.min_new_tokens))
-        if plain not in self.params:
-            self.params.append(plain)
-        return self.params.index(plain)
-
     def _grow(self, size: int) -> None:
         width = self._tokens.shape[1]
         if size > width:
@@ -121,10 +121,7 @@ class RequestTable:
 
 @dataclass(slots=True, eq=False)
 class Work:
-    """A context to compute, and the sequences that continue it.
-
-    While it is computed it holds `blocks`, as its sequences hold theirs.
-    """
+    """A context to compute, and the sequences that continue it. While it is computed it holds `blocks`."""
 
     context: IntArray
     sequences: list[Sequence]
@@ -132,9 +129,10 @@ class Work:
     num_cached: int = 0  # tokens found in the prefix tree
     num_computed: int = 0  # tokens in the cache by now
 
-    @property
-    def priority(self) -> int:
-        return self.sequences[0].request.priority
+
+def _urgency(work: Work) -> int:
+    """Work waits in rising order of it."""
+    return -work.sequences[0].request.priority
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,7 +161,11 @@ class Scheduler:
         self.num_preemptions = 0
         self._block_tokens, self._max_running, self._prefill_tokens = block_tokens, max_running, prefill_tokens
         self.table = RequestTable(max_running, self.num_blocks_of(max_sequence_tokens) + 1)
-        self.order = np.empty(0, np.int64)  # rows of `running`
+
+    @property
+    def order(self) -> IntArray:
+        """Rows of `running` in the table."""
+        return np.array([s.row for s in self.running], np.int64)
 
     @property
     def has_work(self) -> bool:
@@ -174,17 +176,7 @@ class Scheduler:
 
     def enqueue(self, work: Work) -> None:
         """Let work wait behind all of its priority and above."""
-        place = len(self.waiting)
-        while place and self.waiting[place - 1].priority < work.priority:
-            place -= 1
-        self.waiting.insert(place, work)
-
-    def _enqueue_first(self, work: Work) -> None:
-        """Let preempted work wait before all of its priority and below."""
-        place = 0
-        while place < len(self.waiting) and self.waiting[place].priority > work.priority:
-            place += 1
-        self.waiting.insert(place, work)
+        insort_right(self.waiting, work, key=_urgency)
 
     def plan(self) -> list[Chunk]:
         """Make room for the next token of every running sequence, and choose the chunks that are computed with them.
@@ -208,46 +200,36 @@ class Scheduler:
         return chunks
 
     def _admit(self) -> bool:
-        """Start the first piece of waiting work, if it fits the places and the free blocks."""
-        prefilling = sum(len(p.sequences) for p in self.prefilling)
-        places = self._max_running - len(self.running) - prefilling
+        """Start as many sequences of the first waiting work as have a place and free blocks; False where none has."""
+        num_started = len(self.running) + sum(len(work.sequences) for work in self.prefilling)
+        places = self._max_running - num_started
         if not self.waiting or places <= 0:
             return False
         work = self.waiting[0]
-        started = self._start(work, places, len(self.running) + prefilling)
-        if started is not None:
-            self.prefilling.append(started)
-            if not work.sequences:
-                self.waiting.popleft()
-        return started is not None
-
-    def _start(self, work: Work, places: int, num_started: int) -> Work | None:
-        """Take blocks for a piece of work and as many of its sequences as fit; None where not even one does."""
-        context = work.context
-        cached = self.cache.match_prefix(context[:-1])  # the last token is computed always: its logits are wanted
-        rest = self.num_blocks_of(len(context)) - len(cached)
-        partial = len(context) % self._block_tokens != 0
+        cached = self.cache.match_prefix(work.context[:-1])  # the last token is computed always, for its logits
+        rest = self.num_blocks_of(len(work.context)) - len(cached)
+        partial = len(work.context) % self._block_tokens != 0
         # One block a started sequence stays in reserve, so that admission does not cause preemption at once.
         spare = self.cache.num_available - rest - num_started
-        count = min(len(work.sequences), places)
-        count = min(count, 1 + max(0, spare) // (1 + partial)) if spare >= 0 else 0
-        if count == 0:
+        if spare < 0:
             self.cache.release(cached)
-            return None
+            return False
+        count = min(len(work.sequences), places, 1 + spare // (1 + partial))
         fresh = self.cache.allocate(rest + partial * (count - 1))  # as many as `spare` says there are
-        blocks, extra = cached + fresh[:rest], fresh[rest:]
-        started, work.sequences = work.sequences[:count], work.sequences[count:]
-        full = blocks[:-1] if partial else blocks
-        self.cache.retain(blocks)  # the first sequence's; those above are the work's own
-        started[0].blocks = list(blocks)
-        for position, sequence in enumerate(started[1:]):
-            self.cache.retain(full)
-            sequence.blocks = [*full, extra[position]] if partial else list(full)
+        blocks = cached + fresh[:rest]
+        full, lasts = (blocks[:-1], [blocks[-1], *fresh[rest:]]) if partial else (blocks, [])
         num_cached = len(cached) * self._block_tokens
-        for sequence in started:
+        started, work.sequences = work.sequences[:count], work.sequences[count:]
+        self.cache.retain(lasts[:1])  # the first sequence's and the work's own
+        for i, sequence in enumerate(started):
+            self.cache.retain(full)
+            sequence.blocks = full + lasts[i : i + 1]
             if not sequence.versions:  # its first start: the context is its prompt
                 sequence.num_cached = num_cached
-        return Work(context, started, blocks, num_cached, num_cached)
+        if not work.sequences:
+            self.waiting.popleft()
+        self.prefilling.append(Work(work.context, started, blocks, num_cached, num_cached))
+        return True
 
     def advance(self, chunks: list[Chunk], version: int) -> list[tuple[int, int]]:
         """These chunks are computed. Sequences whose context is complete run from now on; their first token is next.
@@ -266,64 +248,52 @@ class Scheduler:
                 self.running += work.sequences
                 self.prefilling.remove(work)
                 self.cache.release(work.blocks)
-        self._reorder()
         return copies
 
     def _reserve(self) -> None:
         """Give every running sequence room for the KV of its next token, preempting the latest where it must."""
-        table = self.table
-        short = table.computed[self.order] >= table.num_blocks[self.order] * self._block_tokens
+        table, order = self.table, self.order
+        short = table.computed[order] >= table.num_blocks[order] * self._block_tokens
         for sequence in [self.running[i] for i in np.flatnonzero(short)]:
-            while sequence.row >= 0:  # it may itself be the latest
-                try:
-                    block = self.cache.allocate(1)
-                except OutOfBlocks:
-                    assert len(self.running) > 1 or self.prefilling, "one sequence must always fit: checked at the call"
-                    self._preempt_latest()
-                else:
-                    sequence.blocks += block
-                    table.extend(sequence, block)
-                    break
-        self._reorder()
+            while sequence.row >= 0 and not self.cache.num_available:  # it may itself be the latest
+                assert len(self.running) > 1 or self.prefilling, "one sequence must always fit: checked at the call"
+                self._preempt_latest()
+            if sequence.row >= 0:
+                block = self.cache.allocate(1)
+                sequence.blocks += block
+                table.extend(sequence, block)
 
     def _preempt_latest(self) -> None:
-        """Take away the blocks of what was admitted last; it waits first in line and keeps what it has sampled."""
+        """What was admitted last gives up its blocks, and waits before all of its priority and below."""
         if self.prefilling:
             work = self.prefilling.pop()
             self.cache.release(work.blocks)
-            for sequence in work.sequences:
-                self._release(sequence)
-            self._enqueue_first(Work(work.context, work.sequences))
-            self.num_preemptions += len(work.sequences)
-            return
-        sequence = self.running.pop()
-        self._release(sequence)
-        self._enqueue_first(Work(np.concatenate([sequence.request.tokens, sequence.tokens]), [sequence]))
-        self.num_preemptions += 1
+            self._release(work.sequences)
+            work = Work(work.context, work.sequences)
+        else:
+            sequence = self.running.pop()
+            self._release([sequence])
+            work = Work(np.concatenate([sequence.request.tokens, sequence.tokens]), [sequence])
+        insort_left(self.waiting, work, key=_urgency)
+        self.num_preemptions += len(work.sequences)
 
     def preempt_all(self) -> None:
         while self.prefilling or self.running:
             self._preempt_latest()
-        self._reorder()
 
-    def finish(self, sequences: Iterable[Sequence]) -> None:
-        """Give up finished sequences' blocks."""
-        gone = dict.fromkeys(sequences)
-        if gone:
-            self.running = [s for s in self.running if s not in gone]
-            for sequence in gone:
-                self._release(sequence)
-            self._reorder()
+    def finish(self, sequences: list[Sequence]) -> None:
+        """Remove running sequences that are finished."""
+        self._release(sequences)
+        self.running = [s for s in self.running if s.row >= 0]
 
     def remove(self, chosen: Callable[[Sequence], bool]) -> list[Sequence]:
         """Remove the unfinished sequences that are chosen, and return them."""
         removed = [s for s in self.running if chosen(s)]
         self.finish(removed)
         for work in (*self.prefilling, *self.waiting):
-            gone = dict.fromkeys(s for s in work.sequences if chosen(s))
-            for sequence in gone:
-                self._release(sequence)
-            work.sequences = [s for s in work.sequences if s not in gone]
+            gone = [s for s in work.sequences if chosen(s)]
+            self._release(gone)
+            work.sequences = [s for s in work.sequences if not chosen(s)]
             if not work.sequences:
                 self.cache.release(work.blocks)
             removed += gone
@@ -333,20 +303,12 @@ class Scheduler:
 
     def check_integrity(self) -> None:
         """Prove I7: every block is free, cached or in use, as the sequences and the tree say."""
-        users: dict[int, int] = {}
-        holders = [s.blocks for s in self.running]
-        for work in self.prefilling:
-            holders += [work.blocks, *(s.blocks for s in work.sequences)]
-        for blocks in holders:
-            for block in blocks:
-                users[block] = users.get(block, 0) + 1
-        self.cache.check_integrity(users)
+        holders = [*self.running, *self.prefilling, *(s for work in self.prefilling for s in work.sequences)]
+        self.cache.check_integrity(Counter(chain.from_iterable(holder.blocks for holder in holders)))
 
-    def _release(self, sequence: Sequence) -> None:
-        if sequence.row >= 0:
-            self.table.leave(sequence)
-        self.cache.release(sequence.blocks)
-        sequence.blocks = []
-
-    def _reorder(self) -> None:
-        self.order = np.array([s.row for s in self.running], np.int64)
+    def _release(self, sequences: Iterable[Sequence]) -> None:
+        for sequence in sequences:
+            if sequence.row >= 0:
+                self.table.leave(sequence)
+            self.cache.release(sequence.blocks)
+            sequence.blocks = []
