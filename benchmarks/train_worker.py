@@ -24,9 +24,10 @@ from train_memory import PeakMemory
 
 from pekoe.algo.loss import ppo
 from pekoe.config.recipes import AlgoSection, OptimSection
+from pekoe.core.loop import StepStats
 from pekoe.core.types import Sample
 from pekoe.model import Decoder, load_model
-from pekoe.train import StepStats, Trainer
+from pekoe.train import Trainer
 
 OBJECTIVE = partial(ppo, algo=AlgoSection(clip_low=CLIP, clip_high=CLIP))
 Bins = list[list[int]]

@@ -26,8 +26,18 @@ class ProgressReporter(Protocol):
     def say(self, text: str) -> None: ...
 
 
-class NoProgress(ProgressReporter):
+class NoProgress:
     """Shows nothing."""
+
+    def begin(self, phase: str, total: int | None, done: int = 0) -> None: ...
+
+    def advance(self, done: int = 1) -> None: ...
+
+    def end(self) -> None: ...
+
+    def event(self, event: Event) -> None: ...
+
+    def say(self, text: str) -> None: ...
 
 
 @contextmanager

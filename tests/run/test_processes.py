@@ -70,7 +70,7 @@ def test_two_processes_are_as_one_and_one_goes_on_where_they_stopped(recipe: Pat
     process = torchrun(2, "sft", *words)
     deadline = time.monotonic() + LIMIT_S
     journal = both / "journal.jsonl"
-    while not (journal.exists() and journal.read_text().count('"step"') >= 3):
+    while not (journal.exists() and journal.read_text().count('"event":"step"') >= 3):
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline, f"no step within {LIMIT_S} s"
         time.sleep(0.05)
