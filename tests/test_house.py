@@ -28,7 +28,7 @@ BUDGETS = {
     "weights": 930,
     "run": 2950,
     "report": 1240,
-    "ray": 1530,
+    "ray": 1270,
     "demo": 540,
     "cli.py": 440,
 }

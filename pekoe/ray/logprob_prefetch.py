@@ -1,45 +1,33 @@
-"""Log-probs of what is sampled already, computed by the ranks while the last responses are still being sampled."""
+"""Log-probs of responses that are sampled already, computed by the ranks while others are still being sampled."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Callable, Sequence
 
 from pekoe.core.types import FloatArray, SampleRef, Trajectory
 from pekoe.ray.store import Key, StoreRef
 
 LogprobRefs = dict[Key, StoreRef[FloatArray]]
 """Where log-probs are, by the key of the record that they belong to."""
-
-
-class PendingLogprobs(Protocol):
-    """Log-probs that the ranks were asked for."""
-
-    def wait(self) -> tuple[LogprobRefs, float]:
-        """Also returns for how long a rank worked on them, on average."""
-        ...
-
-
-class Ranks(Protocol):
-    def begin_logprobs(self, samples: Sequence[SampleRef], reference: bool) -> PendingLogprobs: ...
+PendingLogprobs = Callable[[], tuple[LogprobRefs, float]]
+"""Waits for log-probs; also returns for how long a rank worked on them, on average."""
 
 
 class LogprobPrefetcher:
     """For `algo.proximal = "recompute"`. Its `add` is the `on_group` of `run.rollouts.Rollouts`.
 
     Groups come in the order in which they were put, and are computed in chunks that fill a micro-batch of each rank:
-    what is computed together does not depend on which group was finished first.
+    which samples are computed together does not depend on which group was finished first.
 
     Args:
-        ranks: compute.
+        begin: has the ranks compute log-probs; does not wait.
         chunk_tokens: of a chunk, at least.
     """
 
-    def __init__(self, ranks: Ranks, chunk_tokens: int) -> None:
-        self._ranks, self._chunk_tokens = ranks, chunk_tokens
-        self.saved_s = 0.0
-        """Seconds of the ranks' work that took place while there was still sampling to do."""
+    def __init__(self, begin: Callable[[Sequence[SampleRef]], PendingLogprobs], chunk_tokens: int) -> None:
+        self._begin, self._chunk_tokens = begin, chunk_tokens
+        self.saved_s = 0.0  # of the ranks' work, that which took place while there was still sampling to do
         self.reset()
 
     def reset(self) -> None:
@@ -49,25 +37,23 @@ class LogprobPrefetcher:
 
     def add(self, trajectories: Sequence[Trajectory]) -> None:
         """All trajectories of a group."""
-        self._chunk += [_sample_of(trajectory) for trajectory in trajectories if trajectory.num_tokens]
+        for t in trajectories:
+            if t.num_tokens:  # log-probs do not depend on the advantage, nor on the group's place
+                self._chunk.append(
+                    SampleRef(t.num_prompt_tokens + t.num_tokens, t.num_tokens, t.handle, 0, 0, t.sample)
+                )
         if sum(map(len, self._chunk)) >= self._chunk_tokens:
-            self._pending.append(self._ranks.begin_logprobs(self._chunk, False))
+            self._pending.append(self._begin(self._chunk))
             self._chunk = []
 
     def collect(self) -> LogprobRefs:
         """Everything is sampled: wait for what was begun. The rest of the last chunk is not computed here."""
         start, worked = time.perf_counter(), 0.0
         refs: LogprobRefs = {}
-        for pending in self._pending:
-            some, busy_s = pending.wait()
-            refs |= some
+        for wait in self._pending:
+            more, busy_s = wait()
+            refs |= more
             worked += busy_s
         self.saved_s += max(0.0, worked - (time.perf_counter() - start))
         self.reset()
         return refs
-
-
-def _sample_of(trajectory: Trajectory) -> SampleRef:
-    """A sample for its log-probs, which do not depend on the reward."""
-    t = trajectory
-    return SampleRef(t.num_prompt_tokens + t.num_tokens, t.num_tokens, t.handle, 0.0, 0, t.sample)

@@ -14,7 +14,6 @@ import ray
 import torch
 from ray.exceptions import GetTimeoutError, RayError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from pekoe.config.cluster import ClusterSection
 from pekoe.core.errors import RunError, UserError
@@ -28,16 +27,15 @@ Bundle = dict[str, float]
 
 def connect(section: ClusterSection, view: ProgressReporter, stack: ExitStack) -> None:
     """Join the Ray cluster that the recipe names, or start one here; `stack` leaves or stops it."""
-    quiet: dict[str, Any] = {"log_to_driver": False, "configure_logging": False, "include_dashboard": False}
+    options: dict[str, Any] = {"address": section.address, "log_to_driver": False, "configure_logging": False}
+    if section.address is None:
+        options |= {"address": "local", "num_cpus": _local_cores(section), "include_dashboard": False}
+        options |= {"object_store_memory": _LOCAL_STORE_BYTES}
     logging.getLogger("ray").setLevel(logging.ERROR)
     # Ray leaves CUDA_VISIBLE_DEVICES of an actor of 0 GPUs as we set it: with `colocate` an engine has its ranks' GPUs.
     os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"
     try:
-        if section.address is None:
-            ray.init(address="local", num_cpus=_local_cores(section), object_store_memory=_LOCAL_STORE_BYTES, **quiet)
-        else:
-            quiet.pop("include_dashboard")
-            ray.init(address=section.address, **quiet)
+        ray.init(**options)
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise UserError(
             f"cluster.address: expected a Ray cluster that answers at {section.address or 'this machine'}, got: {error}"
@@ -55,52 +53,39 @@ def plan(section: ClusterSection, view: ProgressReporter) -> list[str]:
             connect(section, view, stack)
             free = {node["NodeManagerAddress"]: dict(node["Resources"]) for node in live_nodes()}
     placed: dict[str, list[str]] = {name: [] for name in free}
-    if section.colocate:
-        kinds = (("engine with its ranks", shared_bundles(section)),)
-    else:
-        kinds = (("engine", engine_bundles(section)), ("rank", rank_bundles(section)))
-    for kind, bundles in kinds:
-        for number, bundle in enumerate(bundles):
+    for kind, needed in bundles(section).items():
+        for number, bundle in enumerate(needed):
             fitting = [n for n, has in free.items() if all(has.get(k, 0.0) >= v for k, v in bundle.items())]
             if not fitting:
                 asked = ", ".join(f"{value:g} {name}" for name, value in bundle.items())
                 raise UserError(
                     f"cluster: expected room for {kind} {number} ({asked}) on one node, got none that has it"
                 )
-            name = (
-                min(fitting, key=lambda n: sum(one.startswith(kind) for one in placed[n]))
-                if kind == "rank"
-                else fitting[0]
-            )
+            name = fitting[0]
+            if kind == "rank":  # ranks are spread
+                name = min(fitting, key=lambda n: sum(each.startswith(kind) for each in placed[n]))
             free[name] = {k: v - bundle.get(k, 0.0) for k, v in free[name].items()}
             placed[name].append(f"{kind} {number}")
-    return [f"{name:<20} {', '.join(its) or 'nothing'}" for name, its in placed.items()]
+    return [f"{name:<20} {', '.join(on_node) or 'nothing'}" for name, on_node in placed.items()]
 
 
 def _local_cores(section: ClusterSection) -> int:
-    """The number of cores that Ray is told of: more processes than cores are slow, but right."""
-    needed = sum(
-        bundle["CPU"] for bundle in (*engine_bundles(section), *rank_bundles(section))
-    )  # with colocate: as many
+    """The number of cores that Ray counts on: more processes than cores are slow, but right."""
+    needed = sum(bundle["CPU"] for each in bundles(section).values() for bundle in each)
     return max(os.cpu_count() or 1, int(needed + 0.999))
 
 
-def engine_bundles(section: ClusterSection) -> list[Bundle]:
-    """The resources of each engine: one bundle, so that its devices are on one node."""
-    one = section.generation
-    return [_bundle(one.cpus_per_engine, one.gpus_per_engine)] * one.engines
-
-
-def rank_bundles(section: ClusterSection) -> list[Bundle]:
-    one = section.training
-    return [_bundle(one.cpus_per_rank, one.gpus_per_rank)] * one.ranks
-
-
-def shared_bundles(section: ClusterSection) -> list[Bundle]:
-    """The resources of each engine together with the ranks that take turns with it on the same devices."""
+def bundles(section: ClusterSection) -> dict[str, list[Bundle]]:
+    """The resources of each engine and of each rank: a bundle is on one node. With `colocate`, a bundle is for an
+    engine together with the ranks that take turns with it on the same devices."""
     engine, rank = section.generation, section.training
-    each = rank.ranks // engine.engines
-    return [_bundle(engine.cpus_per_engine + each * rank.cpus_per_rank, engine.gpus_per_engine)] * engine.engines
+    if section.colocate:
+        cpus = engine.cpus_per_engine + rank.ranks // engine.engines * rank.cpus_per_rank
+        return {"engine with its ranks": [_bundle(cpus, engine.gpus_per_engine)] * engine.engines}
+    return {
+        "engine": [_bundle(engine.cpus_per_engine, engine.gpus_per_engine)] * engine.engines,
+        "rank": [_bundle(rank.cpus_per_rank, rank.gpus_per_rank)] * rank.ranks,
+    }
 
 
 def _bundle(cpus: float, gpus: float) -> Bundle:
@@ -115,25 +100,21 @@ def _total(resource: str) -> float:
     return sum(node["Resources"].get(resource, 0.0) for node in live_nodes())
 
 
-def place(bundles: list[Bundle], strategy: str, what: str, limit_s: float, stack: ExitStack) -> PlacementGroup:
-    """Reserve these bundles; returns when Ray has found room. `stack` gives it back."""
+def place(needed: list[Bundle], strategy: str, what: str, limit_s: float, stack: ExitStack) -> PlacementGroup:
+    """Reserve these bundles; returns when Ray has placed them. `stack` gives them back."""
     for name in ("CPU", "GPU"):
-        asked = sum(bundle.get(name, 0.0) for bundle in bundles)
+        asked = sum(bundle.get(name, 0.0) for bundle in needed)
         if asked > _total(name):
             raise UserError(f"cluster: expected {asked:g} {name}s for {what}, got {_total(name):g} on Ray's nodes")
-    group = placement_group(bundles, strategy=strategy)
+    group = placement_group(needed, strategy=strategy)
     stack.callback(remove_placement_group, group)
     if not group.wait(limit_s):
         raise RunError(f"waited {limit_s:g} s for Ray to place {what}: the room is there, but taken")
     return group
 
 
-def within(group: PlacementGroup, bundle: int) -> PlacementGroupSchedulingStrategy:
-    return PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=bundle)
-
-
 def node_of(group: PlacementGroup, bundle: int) -> str | None:
-    """The id of the node that a bundle is on; None where that is lost, and Ray has found no other yet."""
+    """The id of the node that a bundle is on; None where that node is lost, and Ray has no other yet."""
     table: Any = ray.util.placement_group_table(group)
     node = table["bundles_to_node_id"].get(bundle)
     alive = {each["NodeID"] for each in live_nodes()}
@@ -141,7 +122,7 @@ def node_of(group: PlacementGroup, bundle: int) -> str | None:
 
 
 def nodes_of(group: PlacementGroup, limit_s: float, what: str) -> list[str]:
-    """The ids of the nodes that all bundles are on; waits for nodes that are lost, or others with room."""
+    """The ids of the nodes of all bundles; waits until lost nodes are back, or others have room."""
     end = time.monotonic() + limit_s
     while True:
         nodes = [node for bundle in range(group.bundle_count) if (node := node_of(group, bundle)) is not None]
@@ -157,12 +138,7 @@ class WorkerLost(RunError):
 
 
 def ray_get(refs: Any, limit_s: float, what: str) -> Any:
-    """`ray.get` with a limit, and errors of ours.
-
-    Raises:
-        UserError, RunError, OSError: as the remote method raised it.
-        WorkerLost: everything else. `what` says what was waited for.
-    """
+    """`ray.get` with a limit; errors as by `translated`. `what` says what the caller waits for."""
     try:
         return ray.get(refs, timeout=limit_s)
     except GetTimeoutError:
@@ -172,7 +148,7 @@ def ray_get(refs: Any, limit_s: float, what: str) -> Any:
 
 
 def translated(error: BaseException, what: str) -> Exception:
-    """The error that a remote method raised where it is one of ours, else WorkerLost."""
+    """UserError, RunError or OSError where the remote method raised it, else WorkerLost."""
     cause = getattr(error, "cause", None)
     if isinstance(cause, (UserError, RunError, OSError)):
         return cause
@@ -180,32 +156,31 @@ def translated(error: BaseException, what: str) -> Exception:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message that is not empty, after the error's type."""
+    """The type of an error, and the first line of its message."""
     cause = getattr(error, "cause", None) or error
     text = str(cause).strip() or type(cause).__name__
     return f"{type(cause).__name__}: {text.splitlines()[0]}"
 
 
 class ByteCount:
-    """Bytes that pass through the controller: requests, lengths, verdicts, problems. Thread-safe."""
+    """Pickles what passes through the controller, and counts the bytes: requests, lengths, verdicts, problems.
+
+    Ray copies bytes as they are. Thread-safe.
+    """
 
     def __init__(self) -> None:
         self._num_bytes, self._lock = 0, Lock()
 
     def pack(self, value: object) -> bytes:
-        """Pickle what is sent, and count it: Ray copies bytes as they are."""
-        packed = pickle.dumps(value)
-        self._add(len(packed))
-        return packed
+        return self._counted(pickle.dumps(value))
 
     def unpack(self, packed: bytes) -> Any:
-        """What was received, counted."""
-        self._add(len(packed))
-        return pickle.loads(packed)
+        return pickle.loads(self._counted(packed))
 
-    def _add(self, number: int) -> None:
+    def _counted(self, packed: bytes) -> bytes:
         with self._lock:
-            self._num_bytes += number
+            self._num_bytes += len(packed)
+        return packed
 
     def counters(self) -> Counters:
         return {"controller_bytes": self._num_bytes}

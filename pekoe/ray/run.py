@@ -15,7 +15,7 @@ from pekoe.data.order import DataOrder
 from pekoe.engine.pool import EnginePool
 from pekoe.model import read_spec
 from pekoe.ray.engine_actor import RayStarter
-from pekoe.ray.placement import ByteCount, WorkerLost, connect, engine_bundles, node_of, place
+from pekoe.ray.placement import WorkerLost, bundles, connect, node_of, place
 from pekoe.ray.store import RayJudge, RayRecords, StoreRegistry
 from pekoe.ray.trainer import RaySender, RayTrainer
 from pekoe.run.build import RLParts, check_room, open_task, open_tokenizer
@@ -46,7 +46,7 @@ class RayChannel(WeightChannel):
 
     def publish(self, version: int) -> SyncReport:
         if self.trainer is not None:
-            self.trainer.empty_cache()
+            self.trainer.call("empty_cache", "the ranks to give memory back")
         return super().publish(version)
 
 
@@ -90,8 +90,8 @@ def build_cluster(config: RLConfig, view: ProgressReporter, stop: Stop, stack: E
     if task.report.dropped:
         task.report.write(run.path / "data.jsonl")
     connect(section, view, stack)
-    stores, passed, timer = StoreRegistry(config), ByteCount(), StepTimer(view)
-    trainer, pool = _start(config, spec, task.longest, stores, passed, view, stack)
+    stores, timer = StoreRegistry(config), StepTimer(view)
+    trainer, pool = _start(config, spec, task.longest, stores, view, stack)
     stack.callback(run.forget_writing)  # what the ranks are writing may stand, whatever ends the run
     check_room(pool.max_sequence_tokens, task.longest)
     for params in task.planned:
@@ -110,22 +110,14 @@ def build_cluster(config: RLConfig, view: ProgressReporter, stop: Stop, stack: E
         backend="nccl" if section.training.gpus_per_rank and not section.colocate else "gloo",
     )
     channel.trainer = trainer if section.colocate else None
-    judge = RayJudge(stores, config.verify.time_limit_s, passed)
+    judge = RayJudge(stores, config.verify.time_limit_s)
     stack.callback(judge.close)
-    records = RayRecords(run.path, stores, passed)
+    records = RayRecords(run.path, stores)
     stack.callback(records.forget)
-    rollouts = Rollouts(
-        pool,
-        tokenizer,
-        judge,
-        task.planned[0],
-        timer,
-        view,
-        stop,
-        channel.catch_up,
-        trainer.prefetcher.add if trainer.prefetcher is not None else None,
-        offloads=section.colocate,
-    )
+    prefetches = config.algo.proximal == "recompute" and not section.colocate
+    add = trainer.prefetcher.add if prefetches else None
+    catch_up, offloads = channel.catch_up, section.colocate
+    rollouts = Rollouts(pool, tokenizer, judge, task.planned[0], timer, view, stop, catch_up, add, offloads)
     parts = RLParts(
         config=config,
         problems=task.problems,
@@ -139,7 +131,7 @@ def build_cluster(config: RLConfig, view: ProgressReporter, stop: Stop, stack: E
         run=run,
         view=view,
         timer=timer,
-        counters=StepCounters([rollouts.counters, trainer.counters, channel.counters, passed.counters], cluster=True),
+        counters=StepCounters([part.counters for part in (rollouts, trainer, channel, stores.passed)], cluster=True),
         spec=spec,
         machine=trainer.machine(),
     )
@@ -147,13 +139,7 @@ def build_cluster(config: RLConfig, view: ProgressReporter, stop: Stop, stack: E
 
 
 def _start(
-    config: RLConfig,
-    spec: ModelSpec,
-    longest: int,
-    stores: StoreRegistry,
-    passed: ByteCount,
-    view: ProgressReporter,
-    stack: ExitStack,
+    config: RLConfig, spec: ModelSpec, longest: int, stores: StoreRegistry, view: ProgressReporter, stack: ExitStack
 ) -> tuple[RayTrainer, EnginePool]:
     """Place and start ranks and engines; returns when all are ready."""
     section = config.cluster
@@ -161,18 +147,18 @@ def _start(
     number, limit_s = section.generation.engines, section.start_limit_s
     devices: list[str | None] = [None] * number
     if section.colocate:  # engines are given the ranks' devices
-        trainer = RayTrainer(config, spec, stores, passed, False, stack)
+        trainer = RayTrainer(config, spec, stores, stack)
         places = [(trainer.place, bundle) for bundle in range(number)]
     else:  # engines first: they are the larger pieces, and ranks that are spread may take the room of one
-        bundles = engine_bundles(section)
-        places = [(place([b], "PACK", f"engine {i}", limit_s, stack), 0) for i, b in enumerate(bundles)]
-        trainer = RayTrainer(config, spec, stores, passed, config.algo.proximal == "recompute", stack)
+        needed = bundles(section)["engine"]
+        places = [(place([b], "PACK", f"engine {i}", limit_s, stack), 0) for i, b in enumerate(needed)]
+        trainer = RayTrainer(config, spec, stores, stack)
     nodes = {node_of(group, bundle) for group, bundle in places}
     stores.num_judges = max(1, config.verify.workers // len(nodes))
     if section.colocate:
         trainer.start()
-        devices = list(trainer.devices())
-    starters = [RayStarter(config, i, *places[i], stores, passed, longest, devices=devices[i]) for i in range(number)]
+        devices = list(trainer.devices)
+    starters = [RayStarter(config, i, *places[i], stores, longest, devices[i]) for i in range(number)]
     pool = EnginePool(starters, start_limit_s=limit_s, silence_limit_s=section.silence_limit_s, on_event=view.say)
     stack.callback(pool.close)
     if not section.colocate:

@@ -13,8 +13,8 @@ import pickle
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
-from functools import partial
-from itertools import count
+from functools import cached_property, partial
+from itertools import chain
 from pathlib import Path
 from threading import Lock
 from typing import Any, Generic, TypeVar
@@ -34,7 +34,8 @@ from pekoe.run.records import RecordLine, write_lines
 _FETCH_LIMIT_S = 600.0
 _WRITE_LIMIT_S = 3600.0
 _CLOSE_LIMIT_S = 10.0
-_KEPT_STEPS = 2  # what was put before the last so many writes is of no use: evaluations, and what lost engines sampled
+_NAME = "store-{}"  # by which Ray finds a store within the run's job
+_KEPT_STEPS = 2  # writes after which a record is of no use: an evaluation's, or one that a lost engine sampled
 
 Key = tuple[str | int, ...]
 """Of a record: (uid, draw, sample, incarnation of the engine's process, number of the request there), as two processes
@@ -59,35 +60,23 @@ class StoreRef(Generic[T]):
 
 def fetch(refs: Iterable[StoreRef[Any]]) -> dict[StoreRef[Any], Any]:
     """Get values from their stores, from each store in one piece, from all at once."""
-    wanted: dict[int, list[StoreRef[Any]]] = {}
-    for ref in dict.fromkeys(refs):
-        wanted.setdefault(ref.node, []).append(ref)
-    stores: dict[int, Any] = {node: ray.get_actor(_name_of(node)) for node in wanted}
-    parts = [stores[node].get.remote([ref.key for ref in some]) for node, some in wanted.items()]
+    wanted: dict[int, dict[StoreRef[Any], Key]] = {}
+    for ref in refs:
+        wanted.setdefault(ref.node, {})[ref] = ref.key
+    stores: dict[int, Any] = {node: ray.get_actor(_NAME.format(node)) for node in wanted}
+    parts = [stores[node].get.remote(list(keys.values())) for node, keys in wanted.items()]
     values = ray_get(parts, _FETCH_LIMIT_S, "tokens from their store")
-    pairs = zip(wanted.values(), values, strict=True)
-    return {ref: value for some, part in pairs for ref, value in zip(some, part, strict=True)}
-
-
-def _name_of(node: int) -> str:
-    """By which Ray finds a store within the run's job."""
-    return f"store-{node}"
+    return dict(zip(chain(*wanted.values()), chain(*values), strict=True))
 
 
 class StoreActor:
-    """Values of one node. A record that is missing raises KeyError: the store died, and came back empty.
-
-    Args:
-        config: the recipe.
-        num_judges: processes that judge here.
-    """
+    """Values of one node, and `num_judges` processes that judge. A record that is missing raises KeyError: the store
+    died, and came back empty."""
 
     def __init__(self, config: RLConfig, num_judges: int) -> None:
         self._config, self._num_judges = config, num_judges
         self._values: dict[Key, tuple[int, Any]] = {}  # with the number of writes before it was put
         self._num_writes = 0
-        self._tokenizer: Tokenizer | None = None
-        self._judge: Judge | None = None
 
     async def put(self, values: Mapping[Key, Record | FloatArray]) -> None:
         self._values |= {key: (self._num_writes, value) for key, value in values.items()}
@@ -98,9 +87,6 @@ class StoreActor:
     async def judge(self, packed: bytes) -> bytes:
         """The verdict of (problem, trajectory), whose record is here."""
         problem, trajectory = pickle.loads(packed)
-        if self._judge is None:
-            verify = self._config.verify.model_copy(update={"workers": self._num_judges})
-            self._judge = make_judge(verify, self._open_tokenizer(), self._config.run.seed)
         trajectory = replace(trajectory, handle=self._values[trajectory.handle.key][1])
         return pickle.dumps(await asyncio.wrap_future(self._judge.submit(problem, trajectory)))
 
@@ -114,65 +100,58 @@ class StoreActor:
             key: value for key, value in self._values.items() if key[_RECORD] not in written and value[0] >= oldest
         }
         if lines:
-            await asyncio.to_thread(write_lines, Path(stem), records, self._open_tokenizer())
+            await asyncio.to_thread(write_lines, Path(stem), records, self._tokenizer)
 
-    def _open_tokenizer(self) -> Tokenizer:
-        if self._tokenizer is None:
-            model = self._config.model
-            self._tokenizer = Tokenizer.load(Path(model.path)).with_template(model.template)
-        return self._tokenizer
+    @cached_property
+    def _judge(self) -> Judge:
+        verify = self._config.verify.model_copy(update={"workers": self._num_judges})
+        return make_judge(verify, self._tokenizer, self._config.run.seed)
+
+    @cached_property
+    def _tokenizer(self) -> Tokenizer:
+        model = self._config.model
+        return Tokenizer.load(Path(model.path)).with_template(model.template)
 
     async def pid(self) -> int:
         return os.getpid()
 
     async def close(self) -> None:
-        if self._judge is not None:
+        if "_judge" in vars(self):
             await asyncio.to_thread(self._judge.close)
 
 
 class StoreRegistry:
-    """The stores, by number; each is started when its node is first asked for."""
+    """The stores, by number; each is started when its node is first asked for. Counts what passes through here."""
 
     def __init__(self, config: RLConfig) -> None:
-        self._config = config
+        self.passed = ByteCount()
         self.num_judges = 1  # processes of each store that judge
-        self._lock = Lock()
-        self._numbers: dict[str, int] = {}  # by the node's id
-        self._incarnations = count()
         self.actors: dict[int, Any] = {}
+        self._config, self._lock = config, Lock()
+        self._numbers: dict[str, int] = {}  # by the node's id
 
     def on(self, node_id: str) -> tuple[int, Any]:
         """Number and actor of the store of this node."""
         with self._lock:
-            if node_id not in self._numbers:
-                number = self._numbers[node_id] = len(self._numbers)
-                here = NodeAffinitySchedulingStrategy(node_id, soft=False)
-                # One that dies comes back empty: training starts again when a record is missed.
-                options: dict[str, Any] = {"max_restarts": -1, "max_task_retries": 3, "max_concurrency": 100_000}
+            number = self._numbers.setdefault(node_id, len(self._numbers))
+            if number not in self.actors:
                 actor = ray.remote(StoreActor).options(
-                    name=_name_of(number), num_cpus=0, scheduling_strategy=here, **options
+                    name=_NAME.format(number),
+                    num_cpus=0,
+                    scheduling_strategy=NodeAffinitySchedulingStrategy(node_id, soft=False),
+                    max_restarts=-1,  # it comes back empty: training starts again when a record is missed
+                    max_task_retries=3,
+                    max_concurrency=100_000,
                 )
                 self.actors[number] = actor.remote(self._config, self.num_judges)
-            number = self._numbers[node_id]
             return number, self.actors[number]
-
-    def new_incarnation(self) -> int:
-        """A number for a process that samples, which none had before."""
-        with self._lock:
-            return next(self._incarnations)
-
-    def close(self) -> None:
-        """Stop the judges."""
-        closing = [actor.close.remote() for actor in self.actors.values()]
-        if closing:
-            ray.wait(closing, num_returns=len(closing), timeout=_CLOSE_LIMIT_S)
 
 
 class RayJudge:
     """Judges at the store that has the record (implements `run.judging.Judge`)."""
 
-    def __init__(self, stores: StoreRegistry, time_limit_s: float, bytes_passed: ByteCount) -> None:
-        self._stores, self._time_limit_s, self._bytes = stores, time_limit_s, bytes_passed
+    def __init__(self, stores: StoreRegistry, time_limit_s: float) -> None:
+        self._stores, self._time_limit_s = stores, time_limit_s
         self._pending: set[Future[Verdict]] = set()
 
     @property
@@ -181,11 +160,11 @@ class RayJudge:
 
     def submit(self, problem: Problem, trajectory: Trajectory) -> Future[Verdict]:
         """WorkerLost where the store or the record is lost."""
-        ref = _ref_of(trajectory.handle)
+        ref = ref_of(trajectory)
         verdict: Future[Verdict] = Future()
         self._pending.add(verdict)
         verdict.add_done_callback(self._pending.discard)
-        work = self._bytes.pack((replace(problem, messages=()), trajectory))
+        work = self._stores.passed.pack((replace(problem, messages=()), trajectory))
         answer = self._stores.actors[ref.node].judge.remote(work)
         answer.future().add_done_callback(partial(self._settle, verdict))
         return verdict
@@ -194,19 +173,21 @@ class RayJudge:
         """Runs in a thread of Ray's."""
         error = answer.exception()
         if error is None:
-            verdict.set_result(self._bytes.unpack(answer.result()))
+            verdict.set_result(self._stores.passed.unpack(answer.result()))
         else:
             verdict.set_exception(translated(error, "a verdict"))
 
     def close(self) -> None:
-        self._stores.close()
+        closing = [actor.close.remote() for actor in self._stores.actors.values()]
+        if closing:
+            ray.wait(closing, num_returns=len(closing), timeout=_CLOSE_LIMIT_S)
 
 
 class RayRecords:
     """Each node's store writes its own file (implements `run.records.RecordWriter`)."""
 
-    def __init__(self, run_dir: Path, stores: StoreRegistry, bytes_passed: ByteCount) -> None:
-        self._folder, self._stores, self._bytes = (run_dir / "rollouts").resolve(), stores, bytes_passed
+    def __init__(self, run_dir: Path, stores: StoreRegistry) -> None:
+        self._folder, self._stores = (run_dir / "rollouts").resolve(), stores
         self._writing: list[Any] = []
 
     def write(self, step: int, lines: Sequence[RecordLine]) -> None:
@@ -214,12 +195,12 @@ class RayRecords:
         self.settle()
         by_node: dict[int, list[tuple[dict[str, Any], Key]]] = {node: [] for node in self._stores.actors}
         for line in lines:
-            ref = _ref_of(line.handle)
+            ref = ref_of(line)
             by_node[ref.node].append((line.fields, ref.key))
-        for node, its in by_node.items():
+        for node, of_node in by_node.items():
             stem = str(self._folder / f"step-{step:06d}.{node}")
-            ref = self._stores.actors[node].write.remote(stem, self._bytes.pack(its))
-            if its:  # else it only drops what is old, and its node may be gone
+            ref = self._stores.actors[node].write.remote(stem, self._stores.passed.pack(of_node))
+            if of_node:  # else it only drops what is old, and its node may be gone
                 self._writing.append(ref)
 
     def settle(self) -> None:
@@ -236,7 +217,9 @@ class RayRecords:
         self._writing = []
 
 
-def _ref_of(handle: object) -> StoreRef[Record]:
+def ref_of(value: object) -> StoreRef[Record]:
+    """The handle of a trajectory, a record line or a sample."""
+    handle = getattr(value, "handle", None)
     assert isinstance(handle, StoreRef), "every record of a cluster is in a store"
     return handle
 

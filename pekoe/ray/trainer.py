@@ -1,152 +1,217 @@
-"""All ranks as one trainer: each mini-batch is shared out, and each rank is sent its own share."""
+"""The ranks, which train: the actor of one, and all of them as one trainer and one sender of weights.
+
+Each mini-batch is shared out. A rank is sent its own share, and fetches the tokens of that from stores.
+"""
 
 from __future__ import annotations
 
+import os
+import pickle
+import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import chain
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
 import ray
 import torch
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from pekoe.config.recipes import RLConfig
-from pekoe.core.loop import Counters, StepStats
+from pekoe.core.loop import Counters, Snapshot, StepStats
 from pekoe.core.spec import ModelSpec
 from pekoe.core.types import AnySample, FloatArray, Sample
 from pekoe.engine.base import BroadcastGroup, Checksums, EngineKind
 from pekoe.model import Decoder
-from pekoe.ray.logprob_prefetch import LogprobPrefetcher, LogprobRefs
-from pekoe.ray.placement import (
-    ByteCount,
-    WorkerLost,
-    nodes_of,
-    place,
-    rank_bundles,
-    ray_get,
-    shared_bundles,
-    within,
-)
-from pekoe.ray.store import StoreRef, StoreRegistry
-from pekoe.ray.trainer_actor import RankActor, Traffic, device_of, record_of
+from pekoe.ray.logprob_prefetch import LogprobPrefetcher, LogprobRefs, PendingLogprobs
+from pekoe.ray.placement import WorkerLost, bundles, nodes_of, place, ray_get
+from pekoe.ray.store import StoreRef, StoreRegistry, bytes_of, fetch, ref_of
+from pekoe.run.build import make_trainer, open_model
+from pekoe.run.distributed import joined, make_layout
 from pekoe.run.hardware import describe
 from pekoe.train.trainer import Objective, RankBatch, pack_minibatch
+from pekoe.weights import LocalSender
+from pekoe.weights.groups import free_port, use_interface
 
 _ADDRESS_LIMIT_S = 60.0
 
 
+@dataclass(frozen=True, slots=True)
+class Traffic:
+    """What a rank fetched from stores, and how long it worked. Sums over ranks and calls."""
+
+    seconds: float = 0.0
+    num_bytes: int = 0
+    busy_s: float = 0.0  # of the whole call
+
+    def __add__(self, other: Traffic) -> Traffic:
+        return Traffic(self.seconds + other.seconds, self.num_bytes + other.num_bytes, self.busy_s + other.busy_s)
+
+
+class RankActor:
+    """The actor. All ranks are called together, with the same arguments but for their shares. `node` is the number of
+    `store`, which is on this node."""
+
+    snapshot: Snapshot  # the last one
+
+    def __init__(self, config: RLConfig, rank: int, node: int, store: Any) -> None:
+        assert config.cluster is not None
+        self._config, self._rank, self._node, self._store = config, rank, node, store
+        self._section, self._limit_s = config.cluster.training, config.cluster.step_limit_s
+        torch.set_num_threads(max(1, int(self._section.cpus_per_rank)))
+        self._address = ray.util.get_node_ip_address()
+
+    def address(self) -> tuple[str, int]:
+        """The address of this node, with a port that is free."""
+        return self._address, free_port(self._address)
+
+    def start(self, host: str, port: int) -> tuple[int, str]:
+        """Join the other ranks, load the model. Returns the process id, and the GPUs as in CUDA_VISIBLE_DEVICES."""
+        use_interface(self._address)
+        os.environ |= {"MASTER_ADDR": host, "MASTER_PORT": str(port), "RANK": str(self._rank), "LOCAL_RANK": "0"}
+        os.environ |= {"WORLD_SIZE": str(self._section.ranks)}
+        self._joined = joined()
+        self._joined.__enter__()
+        model, _, dtype = open_model(self._config.model.model_copy(update={"device": device_of(self._config)}))
+        layout = make_layout(model.spec, self._section, next(model.parameters()).device)
+        self.trainer = make_trainer(self._config, model, dtype, layout)
+        self.sender = LocalSender(model, dtype, self._canary_logprobs, self._address)
+        return os.getpid(), ",".join(map(str, ray.get_gpu_ids()))
+
+    def call(self, path: str, *args: Any) -> Any:
+        """Call a method of this actor, or of what it has: "trainer.skip", "sender.open", "snapshot.write"."""
+        return attrgetter(path)(self)(*args)
+
+    def measure(self) -> dict[str, Any]:
+        """What the device reaches while all ranks measure theirs; see `describe`."""
+        return describe(self.trainer.device, self.trainer.compute_dtype)
+
+    def empty_cache(self) -> None:
+        """Give back what the allocator keeps: engines take their turn on this device."""
+        torch.cuda.empty_cache()
+
+    def take_snapshot(self) -> None:
+        self.snapshot = self.trainer.snapshot()
+
+    def counts(self) -> tuple[int, int]:
+        return self.trainer.num_updates, self.trainer.num_not_finite
+
+    def step(self, packed: bytes) -> bytes:
+        """`Trainer.step` of (share, objective, denominator, max_mean_ratio); returns (StepStats, Traffic)."""
+        start = time.perf_counter()
+        share, *rest = pickle.loads(packed)
+        share, traffic = _fetched(share)
+        stats = self.trainer.step(share, *rest)
+        return pickle.dumps((stats, replace(traffic, busy_s=time.perf_counter() - start)))
+
+    def logprobs(self, packed: bytes) -> bytes:
+        """Log-probs of (share, whether by the reference model) go to this node's store; returns (refs, Traffic)."""
+        start = time.perf_counter()
+        share, reference = pickle.loads(packed)
+        local, traffic = _fetched(share)
+        arrays = chain.from_iterable(self.trainer.logprobs_packed(local, reference))
+        name = "reference" if reference else "proximal"
+        samples = chain.from_iterable(share.bins)
+        refs: list[StoreRef[FloatArray]] = [StoreRef(self._node, (*ref_of(s).key, name)) for s in samples]
+        values = {ref.key: array for ref, array in zip(refs, arrays, strict=True)}
+        ray_get(self._store.put.remote(values), self._limit_s, "the store to take log-probs")
+        return pickle.dumps((refs, replace(traffic, busy_s=time.perf_counter() - start)))
+
+    def _canary_logprobs(self, samples: Sequence[Sample]) -> list[FloatArray]:
+        """Every rank computes all: too few to share out."""
+        budget = max(self._config.train.token_budget * self._section.cp, *map(len, samples))
+        (share,) = pack_minibatch(samples, budget, self.trainer.model.spec, 1)
+        places = [place for members in share.indices for place in members]
+        arrays = [array for members in self.trainer.logprobs_packed(share) for array in members]
+        return [array for _, array in sorted(zip(places, arrays, strict=True), key=lambda pair: pair[0])]
+
+
 class RayTrainer:
-    """The ranks (implements `core.loop.Trainer`). Losing any of them raises WorkerLost, from then on at every call
-    until `start`: a part of the weights is useless without the others.
+    """All ranks (implements `core.loop.Trainer`). Losing any of them raises WorkerLost, from then on at every call
+    until `start`: a part of the weights is useless without the others."""
 
-    Args:
-        config: the recipe.
-        spec: the model's shape.
-        stores: of the nodes.
-        prefetch: whether log-probs are computed while sampling goes on.
-    """
-
-    def __init__(
-        self,
-        config: RLConfig,
-        spec: ModelSpec,
-        stores: StoreRegistry,
-        bytes_passed: ByteCount,
-        prefetch: bool,
-        stack: ExitStack,
-    ) -> None:
+    def __init__(self, config: RLConfig, spec: ModelSpec, stores: StoreRegistry, stack: ExitStack) -> None:
         assert config.cluster is not None
         self._config, self._cluster, self._section = config, config.cluster, config.cluster.training
-        self._spec, self._stores, self._bytes = spec, stores, bytes_passed
-        limit, colocate = self._cluster.start_limit_s, self._cluster.colocate
-        bundles = (shared_bundles if colocate else rank_bundles)(self._cluster)
-        self.place = place(bundles, "SPREAD", "the training ranks", limit, stack)
-        self._ranks_each = self._section.ranks // len(bundles)
+        self._spec, self._stores, self._passed = spec, stores, stores.passed
+        *_, needed = bundles(self._cluster).values()
+        self.place = place(needed, "SPREAD", "the training ranks", self._cluster.start_limit_s, stack)
+        self._ranks_each = self._section.ranks // len(needed)
         self._alike = self._section.tp * self._section.cp  # neighbours in the mesh with the same share
         self.ranks: list[Any] = []
         self.pids: list[int] = []
+        self.devices: list[str] = []  # of each bundle, the GPUs of its ranks as in CUDA_VISIBLE_DEVICES
+        self.num_updates = self.num_not_finite = 0
         self._lost: WorkerLost | None = None
         self._traffic = Traffic()
-        self._num_updates = self._num_not_finite = 0
         chunk_tokens = config.train.token_budget * self._section.ranks // self._section.tp
-        self.prefetcher = LogprobPrefetcher(self, chunk_tokens) if prefetch else None
+        self.prefetcher = LogprobPrefetcher(partial(self._begin_logprobs, reference=False), chunk_tokens)
         stack.callback(self.stop)
 
     def start(self) -> None:
         """Start all ranks, anew where there were some."""
         self.stop()
-        limit, one = self._cluster.start_limit_s, self._section
-        nodes = nodes_of(self.place, limit, "the training ranks")
+        limit_s, section, each = self._cluster.start_limit_s, self._section, self._ranks_each
+        nodes = nodes_of(self.place, limit_s, "the training ranks")
         # A rank without a GPU of its own must not see those of others.
         env = {} if device_of(self._config) == "cuda" else {"CUDA_VISIBLE_DEVICES": ""}
         make: Any = ray.remote
         actor = make(concurrency_groups={"beside": 1})(RankActor)
-        for rank in range(one.ranks):
-            bundle = rank // self._ranks_each
-            self.ranks.append(
-                actor.options(
-                    num_cpus=one.cpus_per_rank,
-                    num_gpus=one.gpus_per_rank,
-                    runtime_env={"env_vars": env},
-                    scheduling_strategy=within(self.place, bundle),
-                ).remote(self._config, rank, *self._stores.on(nodes[bundle]))
+        for rank in range(section.ranks):
+            bundle = rank // each
+            options = actor.options(
+                num_cpus=section.cpus_per_rank,
+                num_gpus=section.gpus_per_rank,
+                runtime_env={"env_vars": env},
+                scheduling_strategy=PlacementGroupSchedulingStrategy(self.place, bundle),
             )
-        host, port = self.get(self.ranks[0].address.remote(), limit, "the first rank to start")
-        self.pids = self.call("start", limit, "the ranks to start", host, port)
-        self._num_updates = self._num_not_finite = 0
+            self.ranks.append(options.remote(self._config, rank, *self._stores.on(nodes[bundle])))
+        host, port = self.first("address", "the first rank to start", limit_s=limit_s)
+        started = self.call("start", "the ranks to start", host, port, limit_s=limit_s)
+        self.pids = [pid for pid, _ in started]
+        gpus = [gpus for _, gpus in started]
+        self.devices = [",".join(filter(None, gpus[i : i + each])) for i in range(0, len(gpus), each)]
+        self.num_updates = self.num_not_finite = 0
 
     def stop(self) -> None:
         for rank in self.ranks:
             ray.kill(rank)
         self.ranks, self._lost = [], None
-        self._reset_prefetch()
-
-    def devices(self) -> list[str]:
-        """Of each bundle, the GPUs of its ranks, as CUDA_VISIBLE_DEVICES names them."""
-        devices = self.call("devices", self._cluster.start_limit_s, "the ranks to report their devices")
-        each = self._ranks_each
-        return [",".join(filter(None, devices[i : i + each])) for i in range(0, len(devices), each)]
+        self.prefetcher.reset()
 
     def machine(self) -> dict[str, Any]:
         """The `machine` event of a journal; its ceilings are those of all ranks together, as a step's work is."""
-        ranks = self.call("measure", self._cluster.start_limit_s, "the ranks to measure their devices")
+        ranks = self.call("measure", "the ranks to measure their devices", limit_s=self._cluster.start_limit_s)
         total = {name: sum(rank[name] for rank in ranks) for name in ("flop_s", "byte_s")}
         return describe() | {"device": f"{len(ranks)} x {ranks[0]['device']}", "dtype": ranks[0]["dtype"], **total}
 
-    def empty_cache(self) -> None:
-        self.call("empty_cache", self._cluster.step_limit_s, "the ranks to give memory back")
+    def call(self, method: str, what: str, *args: Any, limit_s: float | None = None) -> list[Any]:
+        """Call all ranks with the same arguments; `what` and `limit_s` (by default that of a step) as in `ray_get`."""
+        return self._get([rank.call.remote(method, *args) for rank in self.ranks], what, limit_s)
 
-    def call(self, method: str, limit_s: float, what: str, *args: Any) -> list[Any]:
-        """Call all ranks with the same arguments."""
-        return self.get([getattr(rank, method).remote(*args) for rank in self.ranks], limit_s, what)
+    def first(self, method: str, what: str, *args: Any, limit_s: float | None = None) -> Any:
+        """Call the first rank alone."""
+        return self._get(self.ranks[0].call.remote(method, *args), what, limit_s)
 
-    def get(self, refs: Any, limit_s: float, what: str) -> Any:
-        """`ray_get` of what ranks were asked."""
+    def _get(self, refs: Any, what: str, limit_s: float | None = None) -> Any:
         if self._lost is not None:
             raise self._lost
         try:
-            return ray_get(refs, limit_s, what)
+            return ray_get(refs, limit_s or self._cluster.step_limit_s, what)
         except WorkerLost as error:
             self._lost = error
             for rank in self.ranks:  # now, so that engines in a group with the first do not wait for it
                 ray.kill(rank)
             raise
 
-    # As `core.loop.Trainer`
-
-    @property
-    def num_updates(self) -> int:
-        return self._num_updates
-
-    @property
-    def num_not_finite(self) -> int:
-        return self._num_not_finite
-
     def skip(self, num_updates: int) -> None:
-        self._reset_prefetch()
-        self.call("skip", self._cluster.step_limit_s, "the ranks to skip an optimizer step", num_updates)
-        self._num_updates += num_updates
+        self.prefetcher.reset()
+        self.call("trainer.skip", "the ranks to skip an optimizer step", num_updates)
+        self.num_updates += num_updates
 
     def step(
         self,
@@ -156,84 +221,57 @@ class RayTrainer:
         max_mean_ratio: float | None = None,
     ) -> StepStats:
         """See `train.Trainer.step`."""
-        self._reset_prefetch()
-        shares = self._shares(samples)
-        refs = self._send("step", shares, objective, denominator, max_mean_ratio)
+        self.prefetcher.reset()
+        refs = self._send("step", samples, objective, denominator, max_mean_ratio)
         stats: StepStats = self._receive(refs, "an optimizer step")[0][0]
         not_finite = stats.skipped is not None and stats.skipped.startswith("not finite")
-        self._num_updates, self._num_not_finite = self._num_updates + 1, self._num_not_finite + 1 if not_finite else 0
+        self.num_updates, self.num_not_finite = self.num_updates + 1, self.num_not_finite + 1 if not_finite else 0
         return stats
 
     def logprobs(self, samples: Sequence[AnySample], reference: bool = False) -> list[StoreRef[FloatArray]]:
         """See `train.Trainer.logprobs`; they stay in stores. What was prefetched is not computed again."""
-        known = {} if reference or self.prefetcher is None else self.prefetcher.collect()
-        if rest := [sample for sample in samples if record_of(sample).key not in known]:
-            known |= self.begin_logprobs(rest, reference).wait()[0]
-        return [known[record_of(sample).key] for sample in samples]
+        known = {} if reference else self.prefetcher.collect()
+        if rest := [sample for sample in samples if ref_of(sample).key not in known]:
+            known |= self._begin_logprobs(rest, reference)()[0]
+        return [known[ref_of(sample).key] for sample in samples]
 
-    def begin_logprobs(self, samples: Sequence[AnySample], reference: bool) -> _Pending:
-        """Returns at once."""
-        shares = self._shares(samples)
-        return _Pending(self, shares, self._send("logprobs", shares, reference))
+    def _begin_logprobs(self, samples: Sequence[AnySample], reference: bool) -> PendingLogprobs:
+        return partial(self._receive_logprobs, self._send("logprobs", samples, reference))
 
-    def snapshot(self) -> RaySnapshot:
-        self.call("snapshot", self._cluster.step_limit_s, "the ranks to copy their state")
-        return RaySnapshot(self.ranks, self._cluster.step_limit_s)
+    def _receive_logprobs(self, pending: list[Any]) -> tuple[LogprobRefs, float]:
+        answers = self._receive(pending, "log-probs")
+        stored: list[StoreRef[FloatArray]] = [ref for refs, _ in answers[:: self._alike] for ref in refs]
+        return {ref.key[:-1]: ref for ref in stored}, sum(traffic.busy_s for _, traffic in answers) / len(answers)
 
-    def load(self, path: Path) -> None:
-        limit_s = self._cluster.step_limit_s
-        self.call("load", limit_s, "a checkpoint to be loaded", path)
-        self._num_updates, self._num_not_finite = self.call("counts", limit_s, "the ranks to count")[0]
-
-    def counters(self) -> Counters:
-        traffic, prefetcher = self._traffic, self.prefetcher
-        return {
-            "transfer_bytes": traffic.num_bytes,
-            "transfer_s": traffic.seconds,
-            "ranks_busy_s": traffic.busy_s,
-            "num_ranks": self._section.ranks,
-            **({"overlap_saved_s": prefetcher.saved_s} if prefetcher is not None else {}),
-        }
-
-    def _reset_prefetch(self) -> None:
-        if self.prefetcher is not None:
-            self.prefetcher.reset()
-
-    def _shares(self, samples: Sequence[AnySample]) -> list[RankBatch]:
-        budget = self._config.train.token_budget * self._section.cp
-        return pack_minibatch(samples, budget, self._spec, self._section.ranks // self._alike)
-
-    def _send(self, method: str, shares: list[RankBatch], *args: Any) -> list[Any]:
+    def _send(self, method: str, samples: Sequence[AnySample], *args: Any) -> list[Any]:
         """Call each rank with its share; the mesh is [replicas, shards, cp, tp], so neighbours have the same."""
-        packed = [self._bytes.pack((share, *args)) for share in shares]
-        return [getattr(rank, method).remote(packed[i // self._alike]) for i, rank in enumerate(self.ranks)]
+        budget = self._config.train.token_budget * self._section.cp
+        shares = pack_minibatch(samples, budget, self._spec, self._section.ranks // self._alike)
+        packed = [self._passed.pack((share, *args)) for share in shares]
+        return [rank.call.remote(method, packed[i // self._alike]) for i, rank in enumerate(self.ranks)]
 
     def _receive(self, refs: list[Any], what: str) -> list[tuple[Any, Traffic]]:
         """The answer of each rank."""
-        answers = [self._bytes.unpack(answer) for answer in self.get(refs, self._cluster.step_limit_s, what)]
+        answers = [self._passed.unpack(answer) for answer in self._get(refs, what)]
         self._traffic = sum((traffic for _, traffic in answers), self._traffic)
         return answers
 
-    def receive_logprobs(self, shares: list[RankBatch], refs: list[Any]) -> tuple[LogprobRefs, float]:
-        """See `PendingLogprobs.wait`."""
-        answers = self._receive(refs, "log-probs")
-        logprobs: LogprobRefs = {}
-        for share, (stored, _) in zip(shares, answers[:: self._alike], strict=True):
-            for members, some in zip(share.bins, stored, strict=True):
-                logprobs |= {record_of(sample).key: ref for sample, ref in zip(members, some, strict=True)}
-        return logprobs, sum(traffic.busy_s for _, traffic in answers) / len(answers)
+    def snapshot(self) -> RaySnapshot:
+        self.call("take_snapshot", "the ranks to copy their state")
+        return RaySnapshot(self.ranks, self._cluster.step_limit_s)
 
+    def load(self, path: Path) -> None:
+        self.call("trainer.load", "a checkpoint to be loaded", path)
+        self.num_updates, self.num_not_finite = self.first("counts", "the ranks to count")
 
-@dataclass(frozen=True, slots=True)
-class _Pending:
-    """Implements `PendingLogprobs`."""
-
-    trainer: RayTrainer
-    shares: list[RankBatch]
-    refs: list[Any]
-
-    def wait(self) -> tuple[LogprobRefs, float]:
-        return self.trainer.receive_logprobs(self.shares, self.refs)
+    def counters(self) -> Counters:
+        return {
+            "transfer_bytes": self._traffic.num_bytes,
+            "transfer_s": self._traffic.seconds,
+            "ranks_busy_s": self._traffic.busy_s,
+            "num_ranks": self._section.ranks,
+            "overlap_saved_s": self.prefetcher.saved_s,
+        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -244,13 +282,15 @@ class RaySnapshot:
     limit_s: float
 
     def write(self, path: Path) -> None:
-        """See `Snapshot`. Runs beside training."""
-        refs = [rank.write.options(concurrency_group="beside").remote(path.resolve()) for rank in self.ranks]
-        ray_get(refs, self.limit_s, "a checkpoint to be written")
+        self._call(self.ranks, "snapshot.write", path, "a checkpoint to be written")
 
     def export(self, path: Path) -> None:
-        ref = self.ranks[0].export.options(concurrency_group="beside").remote(path.resolve())
-        ray_get(ref, self.limit_s, "the model to be written")
+        self._call(self.ranks[:1], "snapshot.export", path, "the model to be written")
+
+    def _call(self, ranks: list[Any], method: str, path: Path, what: str) -> None:
+        """Runs beside training."""
+        beside = [rank.call.options(concurrency_group="beside") for rank in ranks]
+        ray_get([call.remote(method, path.resolve()) for call in beside], self.limit_s, what)
 
 
 class RaySender:
@@ -260,28 +300,47 @@ class RaySender:
 
     def __init__(self, trainer: RayTrainer, config: RLConfig) -> None:
         assert config.cluster is not None
-        self._trainer, self._cluster = trainer, config.cluster
         self.compute_dtype: torch.dtype = getattr(torch, config.model.dtype)
-        self._limit_s = config.cluster.sync_limit_s + _ADDRESS_LIMIT_S
+        limit_s = config.cluster.sync_limit_s + _ADDRESS_LIMIT_S
+        self._trainer, self._all = trainer, partial(trainer.call, limit_s=limit_s)
+        self._first = partial(trainer.first, limit_s=limit_s)
 
     def address(self) -> tuple[str, int]:
-        """Answered when the ranks are done with log-probs that they were asked for before."""
-        limit_s = self._cluster.step_limit_s
-        return self._trainer.get(self._trainer.ranks[0].address.remote(), limit_s, "the first rank's address")
+        # Answered when the ranks are done with log-probs that they were asked for before: the limit is a step's.
+        return self._trainer.first("address", "the first rank's address")
 
     def open(self, kind: EngineKind, group: BroadcastGroup) -> None:
-        self._trainer.get(self._trainer.ranks[0].open.remote(kind, group), self._limit_s, "engines to join a group")
+        self._first("sender.open", "engines to join a group", kind, group)
 
     def broadcast(self, kind: EngineKind, bucket_bytes: int, checksum: bool) -> int:
-        what = "the ranks to send their weights"
-        return self._trainer.call("broadcast", self._limit_s, what, kind, bucket_bytes, checksum)[0]
+        return self._all("sender.broadcast", "the ranks to send their weights", kind, bucket_bytes, checksum)[0]
 
     def write(self, place: Path, kinds: Sequence[EngineKind], checksum: bool) -> int:
-        what = "the ranks to write their weights"
-        return self._trainer.call("write_weights", self._limit_s, what, place, kinds, checksum)[0]
+        return self._all("sender.write", "the ranks to write their weights", place, kinds, checksum)[0]
 
     def checksums(self, kind: EngineKind) -> Checksums | None:
-        return self._trainer.get(self._trainer.ranks[0].checksums.remote(kind), self._limit_s, "checksums of weights")
+        return self._first("sender.checksums", "checksums of weights", kind)
 
     def logprobs(self, samples: Sequence[Sample]) -> list[FloatArray]:
-        return self._trainer.call("canary_logprobs", self._limit_s, "the canary's log-probs", list(samples))[0]
+        return self._all("sender.logprobs", "the canary's log-probs", list(samples))[0]
+
+
+def device_of(config: RLConfig) -> str:
+    """The device that each rank trains on. Never "auto": a rank without a GPU of its own may see those of others."""
+    assert config.cluster is not None
+    return "cuda" if config.cluster.training.gpus_per_rank else "cpu"
+
+
+def _fetched(share: RankBatch) -> tuple[RankBatch, Traffic]:
+    """The share with its tokens and log-probs here."""
+    start = time.perf_counter()
+    names = ("handle", "proximal_logprobs", "reference_logprobs")
+    parts = (getattr(sample, name) for sample in chain.from_iterable(share.bins) for name in names)
+    values = fetch(part for part in parts if part is not None)
+
+    def local(sample: AnySample) -> AnySample:
+        return replace(sample, **{name: values.get(getattr(sample, name)) for name in names})
+
+    bins = tuple(tuple(local(sample) for sample in members) for members in share.bins)
+    size = sum(map(bytes_of, values.values()))
+    return replace(share, bins=bins), Traffic(time.perf_counter() - start, size)

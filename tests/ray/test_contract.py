@@ -17,7 +17,7 @@ from pekoe.core.progress import NoProgress
 from pekoe.engine.base import WeightSource
 from pekoe.model import Decoder, save_model
 from pekoe.ray.engine_actor import RayEngine, RayStarter
-from pekoe.ray.placement import ByteCount, connect, engine_bundles, place
+from pekoe.ray.placement import bundles, connect, place
 from pekoe.ray.store import StoreRegistry
 from tests.engine.contract import Contract
 from tests.engine.harness import LIMIT_S, LONG, SHAPE, Harness, prompt, wait_for_one
@@ -67,15 +67,13 @@ def actors(make_model: Callable[..., Decoder], tmp_path_factory: pytest.TempPath
         config = load_config(recipe, ())
         assert config.cluster is not None
         connect(config.cluster, NoProgress(), stack)
-        stores, passed = StoreRegistry(config), ByteCount()
-        places = [place([bundle], "PACK", "an engine", 60, stack) for bundle in engine_bundles(config.cluster)]
+        stores = StoreRegistry(config)
+        places = [place([bundle], "PACK", "an engine", 60, stack) for bundle in bundles(config.cluster)["engine"]]
 
         def start(number: int, room: int) -> RayEngine:
             kv_tokens = {64: 16384, 8: 448}.get(room, 32 * room)
             engine = {"block_tokens": BLOCK_TOKENS, "max_running": room, "kv_tokens": kv_tokens}
-            starter = RayStarter(
-                load_config(recipe | {"engine": engine}, ()), number, places[number], 0, stores, passed, 512
-            )
+            starter = RayStarter(load_config(recipe | {"engine": engine}, ()), number, places[number], 0, stores, 512)
             return starter.start()
 
         shared = stack.enter_context(closing(start(0, 64)))

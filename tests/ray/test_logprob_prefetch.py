@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import pytest
 
 from pekoe.core.types import SampleRef, Trajectory
-from pekoe.ray.logprob_prefetch import LogprobPrefetcher, LogprobRefs
+from pekoe.ray.logprob_prefetch import LogprobPrefetcher, LogprobRefs, PendingLogprobs
 from pekoe.ray.store import StoreRef
 
 
@@ -19,10 +19,10 @@ class Ranks:
         self.chunks: list[list[str]] = []
         self._busy_s, self._left_s = busy_s, left_s
 
-    def begin_logprobs(self, samples: Sequence[SampleRef], reference: bool) -> Ranks:
+    def begin(self, samples: Sequence[SampleRef]) -> PendingLogprobs:
         handles = [sample.handle for sample in samples]
         self.chunks.append([str(handle.key[0]) for handle in handles if isinstance(handle, StoreRef)])
-        return self
+        return self.wait
 
     def wait(self) -> tuple[LogprobRefs, float]:
         time.sleep(self._left_s)
@@ -36,7 +36,7 @@ def group(uid: str, num_tokens: int = 5) -> list[Trajectory]:
 
 def test_groups_are_computed_in_chunks():
     ranks = Ranks()
-    prefetcher = LogprobPrefetcher(ranks, chunk_tokens=32)
+    prefetcher = LogprobPrefetcher(ranks.begin, chunk_tokens=32)
     for uid in "abcde":
         prefetcher.add(group(uid))
     assert prefetcher.collect() == {("key",): StoreRef(0, ("key", "proximal"))}
@@ -45,7 +45,7 @@ def test_groups_are_computed_in_chunks():
 
 def test_a_batch_begins_empty():
     ranks = Ranks()
-    prefetcher = LogprobPrefetcher(ranks, chunk_tokens=32)
+    prefetcher = LogprobPrefetcher(ranks.begin, chunk_tokens=32)
     prefetcher.add(group("a"))
     prefetcher.reset()
     prefetcher.add(group("b"))
@@ -55,7 +55,7 @@ def test_a_batch_begins_empty():
 
 def test_empty_responses_have_no_logprobs():
     ranks = Ranks()
-    prefetcher = LogprobPrefetcher(ranks, chunk_tokens=16)
+    prefetcher = LogprobPrefetcher(ranks.begin, chunk_tokens=16)
     prefetcher.add(group("a", num_tokens=0))
     prefetcher.add(group("b"))
     assert ranks.chunks == [["b", "b"]]
@@ -63,7 +63,7 @@ def test_empty_responses_have_no_logprobs():
 
 @pytest.mark.parametrize(("left_s", "saved"), [(0.0, 0.6), (0.1, 0.4)])
 def test_work_that_is_waited_for_is_not_saved(left_s: float, saved: float):
-    prefetcher = LogprobPrefetcher(Ranks(busy_s=0.3, left_s=left_s), chunk_tokens=16)
+    prefetcher = LogprobPrefetcher(Ranks(busy_s=0.3, left_s=left_s).begin, chunk_tokens=16)
     prefetcher.add(group("a"))
     prefetcher.add(group("b"))
     prefetcher.collect()

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from pekoe.config import load_config
-from pekoe.ray.trainer_actor import device_of
+from pekoe.ray.trainer import device_of
 
 
 @pytest.mark.parametrize(("gpus", "device"), [(0, "cpu"), (1, "cuda")])

@@ -1,12 +1,10 @@
 """Paged attention on a GPU: splits a forward's attention into work items and launches the Triton kernels on them.
 
 Decoding rows that share blocks (the samples of a prompt) read this prefix once, as tiles of many rows; the suffix that
-a row has alone is read by a tile of its own; both are cut along the context, so that few rows too fill the device, and
-merged. Chunks that continue a prompt are tiles of neighbouring tokens. Chunks that begin one need no cache: torch's
-variable-length kernel attends them.
-
-All that the kernels need to know of a forward is one row of int32, which goes to the device in one copy. Nothing waits
-for the device. Which items a row is cut into depends on what shares the batch, so the last bits of its output do.
+a row has alone is read by a tile of its own. Chunks that continue a prompt are tiles of neighbouring tokens. All are
+cut along the context, so that few rows too fill the device, and merged: which items a row is cut into depends on what
+shares the batch, so the last bits of its output do. The kernels read their items from one row of int32, which goes to
+the device in one copy. Nothing waits for the device.
 
 Numerics are tested in Triton's interpreter, and that the kernels compile for sm_80 and sm_90; the tiles' sizes are
 reasoned, not measured: no GPU has run this yet (`pytest -m gpu`).
@@ -16,9 +14,9 @@ from __future__ import annotations
 
 import importlib.util
 import math
-from dataclasses import dataclass, replace
-from itertools import pairwise
-from typing import Any
+from dataclasses import replace
+from itertools import accumulate, pairwise
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -101,8 +99,7 @@ class CUDACache(KVCache):
         return result
 
 
-@dataclass(frozen=True, slots=True)
-class PlanShape:
+class PlanShape(NamedTuple):
     """Sizes of a plan's arrays on the device. A graph's are larger than those of a plan that it replays."""
 
     rows: int  # T
@@ -128,21 +125,17 @@ class PlanShape:
     @property
     def slices(self) -> dict[str, slice]:
         """Where each array lies in a row of int32: at multiples of 16 bytes, as kernels are compiled by alignment."""
-        found: dict[str, slice] = {}
-        at = 0
-        for name, shape in self.shapes.items():
-            found[name] = slice(at, at + math.prod(shape))
-            at += -(-math.prod(shape) // 4) * 4
-        return found
+        sizes = {name: math.prod(shape) for name, shape in self.shapes.items()}
+        starts = accumulate((-(-size // 4) * 4 for size in sizes.values()), initial=0)
+        return {name: slice(start, start + size) for start, (name, size) in zip(starts, sizes.items(), strict=False)}
 
 
-@dataclass(frozen=True, slots=True)
-class AttentionPlan:
+class AttentionPlan(NamedTuple):
     """A forward's attention as items: (first row, rows, low, high, part), see `triton_kernels`."""
 
     batch: ForwardBatch
-    suffix: NDArray[np.int64]  # [., 5] items of one row
-    prefix: NDArray[np.int64]  # [., 5] items of several rows
+    suffix: IntArray  # [., 5] items of one row
+    prefix: IntArray  # [., 5] items of several rows
     base: IntArray  # [paged + 1] the first part of each row
 
     @property
@@ -157,23 +150,20 @@ def make_plan(batch: ForwardBatch, size: int, kv_heads: int, tile_rows: int) -> 
     seen = batch.positions + 1
     num_decode, num_paged = batch.num_decode, batch.fresh[0]
     first, blocks = groups(replace(batch, continued=[num_decode]), size)  # of the decoding rows
-    spans = [(int(a), int(b), int(end) * size) for (a, b), end in zip(pairwise(first), blocks, strict=True) if end]
+    spans = [(a, b, end * size) for (a, b), end in zip(pairwise(first.tolist()), blocks.tolist(), strict=True) if end]
     spans += [(a, b, 0) for a, b in pairwise(batch.continued)]
     tiles: list[tuple[int, int, int, int, int]] = []
     for a, b, end in spans:
         for low in range(a, b, tile_rows):
             high = min(low + tile_rows, b)
             tiles.append((low, high - low, 0, end or int(seen[high - 1]), 0))
-    together = np.array(tiles, np.int64).reshape(-1, 5)
-    prefix, counts = _cut(together, kv_heads, None)
+    prefix, counts = _cut(np.array(tiles, np.int64).reshape(-1, 5), kv_heads, None)
     parts = np.zeros(num_paged, np.int64)
     for (row, num_rows, *_), count in zip(tiles, counts.tolist(), strict=True):
         parts[row : row + num_rows] = count
-    rows = np.arange(num_decode)
-    begin = np.repeat(blocks, np.diff(first)) * size
-    suffix, counts = _cut(
-        np.stack([rows, np.ones_like(rows), begin, seen[:num_decode], parts[:num_decode]], 1), kv_heads, _LONGEST
-    )
+    rows, begin = np.arange(num_decode), np.repeat(blocks, np.diff(first)) * size
+    alone = np.stack([rows, np.ones_like(rows), begin, seen[:num_decode], parts[:num_decode]], 1)
+    suffix, counts = _cut(alone, kv_heads, _LONGEST)
     parts[:num_decode] += counts
     return AttentionPlan(batch, suffix, prefix, np.append(0, parts.cumsum()))
 
@@ -210,7 +200,7 @@ def to_buffer(plan: AttentionPlan, shape: PlanShape) -> NDArray[np.int32]:
 
 
 def _kernels() -> Any:
-    """Not before they are wanted: triton comes with CUDA builds of torch only."""
+    """The Triton kernels; without triton, which comes with CUDA builds of torch only, they cannot be imported."""
     from pekoe.engine.embedded import triton_kernels
 
     return triton_kernels

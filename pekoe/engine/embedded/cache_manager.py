@@ -42,17 +42,13 @@ class KVCacheManager:
         self._users = [0] * num_blocks
         self._root = _Node(b"", -1, None)
         self._nodes: dict[int, _Node] = {}  # of the tree, by block
-        self._num_cached = 0
+        self.num_cached = 0
         self._clock = 0
         self._evictable: list[tuple[int, int]] = []  # heap of (last use, block): leaves that had no user when entered
 
     @property
     def num_free(self) -> int:
         return len(self._free)
-
-    @property
-    def num_cached(self) -> int:
-        return self._num_cached
 
     @property
     def num_in_use(self) -> int:
@@ -66,8 +62,7 @@ class KVCacheManager:
     def allocate(self, count: int) -> list[int]:
         """Return `count` blocks, each with one user. Evicts cached ones if it must; OutOfBlocks changes nothing but
         the cache."""
-        if count > len(self._free):
-            self.evict(count - len(self._free))
+        self.evict(count - len(self._free))
         if count > len(self._free):
             raise OutOfBlocks(f"{count} KV blocks wanted, {len(self._free)} free of {self.num_blocks}")
         blocks = [self._free.pop() for _ in range(count)]
@@ -79,7 +74,7 @@ class KVCacheManager:
         """One more user for each block, which must be in use or cached."""
         for block in blocks:
             assert self._users[block] > 0 or block in self._nodes, f"block {block} is free"
-            self._num_cached -= not self._users[block]
+            self.num_cached -= not self._users[block]
             self._users[block] += 1
 
     def release(self, blocks: Iterable[int]) -> None:
@@ -87,12 +82,10 @@ class KVCacheManager:
         for block in blocks:
             assert self._users[block] > 0, f"block {block} freed twice"
             self._users[block] -= 1
-            if self._users[block]:
-                continue
-            if block in self._nodes:
-                self._num_cached += 1
+            if not self._users[block] and block in self._nodes:
+                self.num_cached += 1
                 self._note_evictable(self._nodes[block])
-            else:
+            elif not self._users[block]:
                 self._free.append(block)
 
     def match_prefix(self, tokens: IntArray) -> list[int]:
@@ -138,7 +131,7 @@ class KVCacheManager:
             parent = node.parent
             assert parent is not None
             del parent.children[node.key], self._nodes[block]
-            self._num_cached -= 1
+            self.num_cached -= 1
             self._free.append(block)
             count -= 1
             if parent is not self._root:
@@ -146,9 +139,8 @@ class KVCacheManager:
 
     def flush(self) -> None:
         """Forget all prefixes. Blocks that sequences use stay theirs."""
-        unused = [block for block in self._nodes if not self._users[block]]
-        self._free += unused
-        self._num_cached = 0
+        self._free += [block for block in self._nodes if not self._users[block]]
+        self.num_cached = 0
         self._nodes.clear()
         self._evictable.clear()
         self._root.children.clear()

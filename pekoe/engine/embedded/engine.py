@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import abc, deque
+from collections import abc
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
@@ -100,7 +100,7 @@ class EmbeddedEngine(Engine):
         self._unfinished: set[Sequence] = set()
         self._busy_since = 0.0
         self._driver: threading.Thread | None = None
-        self._cancelled: deque[Future[Completion]] = deque()
+        self._cancelled = threading.Event()  # some future has been
 
     @property
     def model(self) -> Decoder:
@@ -259,11 +259,9 @@ class EmbeddedEngine(Engine):
 
     def close(self) -> None:
         with self._turn() as ended:
-            if self._state != "closed":
-                with self._condition:
-                    self._state = "closed"
-                ended += self._fail_all(RunError("the engine was closed while requests were unfinished"))
-                self._runner.free_memory()
+            self._state = "closed"
+            ended += self._fail_all(RunError("the engine was closed while requests were unfinished"))
+            self._runner.free_memory()
         driver = self._driver
         if driver is not None and driver is not threading.current_thread():
             driver.join()
@@ -306,9 +304,9 @@ class EmbeddedEngine(Engine):
         for work in self._inbox:
             self._scheduler.enqueue(work)
         self._inbox.clear()
-        cancelled = {self._cancelled.popleft() for _ in range(len(self._cancelled))}
-        if cancelled:
-            dropped = self._scheduler.remove(lambda sequence: sequence.future in cancelled)
+        if self._cancelled.is_set():
+            self._cancelled.clear()
+            dropped = self._scheduler.remove(lambda sequence: sequence.future.cancelled())
             self._finished(dropped)
             for sequence in dropped:
                 sequence.future.set_running_or_notify_cancel()
@@ -345,7 +343,6 @@ class EmbeddedEngine(Engine):
                     self._driver = None
                     return
 
-    @torch.no_grad()
     def _step(self) -> list[tuple[Sequence, FinishReason]]:
         """One forward: a token more for every running sequence, and contexts of others. Returns who is finished."""
         scheduler, table = self._scheduler, self._scheduler.table
@@ -400,10 +397,10 @@ class EmbeddedEngine(Engine):
         return stopped
 
 
-def _note_cancelled(into: deque[Future[Completion]], future: Future[Completion]) -> None:
+def _note_cancelled(event: threading.Event, future: Future[Completion]) -> None:
     """A future's callback, which must not keep the engine alive."""
     if future.cancelled():
-        into.append(future)
+        event.set()
 
 
 def _resolve(sequence: Sequence, how: FinishReason | RunError) -> None:

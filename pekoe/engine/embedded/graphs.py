@@ -1,12 +1,9 @@
 """Decoding forwards as CUDA graphs: hundreds of small kernels, launched as one.
 
-A graph replays the same kernels on the same memory. So what changes from forward to forward lies in one row of int32
-per graph (the plan of `attention_cuda`, and the tokens), which each forward overwrites; and rows, blocks and items are
-rounded up to few sizes, each of which has its graph, recorded when it is first met. Rows that pad a batch are at
-position -1: they write and read nothing.
-
-A graph reads the weights where they were when it was recorded. Values may change there; `follow` must be called when
-other tensors take their place.
+A graph replays the same kernels on the same memory. What changes from forward to forward (the plan of `attention_cuda`,
+and the tokens) is one row of int32 per graph, which each forward overwrites. Rows, blocks and items are rounded up to
+few sizes; each size has its graph, recorded when it first occurs. Rows that pad a batch are at position -1: they write
+and read nothing.
 
 No GPU has run this yet (`pytest -m gpu`); rounding and padding are tested with the recording left out.
 """
@@ -36,26 +33,21 @@ class _Graph:
 
 
 class DecodeGraphs:
-    """Hidden states of decoding forwards, by replayed graphs.
-
-    Args:
-        model: its weights, where they lie now, are what graphs read.
-        cache: the KV that its attention reads and writes.
-        compute_dtype: dtype of the matrix products (autocast).
-    """
+    """Hidden states of decoding forwards, by replayed graphs that read `model`'s weights where they lie now."""
 
     def __init__(self, model: Decoder, cache: CUDACache, compute_dtype: torch.dtype) -> None:
-        self._model, self._cache, self._dtype = model, cache, compute_dtype
-        self._addresses = _addresses(model)
+        self._cache, self._dtype = cache, compute_dtype
         self._graphs: dict[PlanShape, _Graph] = {}
         self._pool: object = None  # memory that all graphs share: they never run at the same time
+        self._model, self._addresses = model, list[int]()
+        self.follow(model)
 
     def __len__(self) -> int:
         return len(self._graphs)
 
     def follow(self, model: Decoder) -> None:
         """Use this model from now on. Graphs are kept where its weights lie in the same memory as before."""
-        addresses = _addresses(model)
+        addresses = [parameter.data_ptr() for parameter in model.parameters()]
         if model is not self._model or addresses != self._addresses:
             self._graphs.clear()
             self._model, self._addresses = model, addresses
@@ -94,11 +86,11 @@ class DecodeGraphs:
 
     def _record(self, forward: Callable[[], Tensor]) -> tuple[Tensor, Callable[[], None]]:
         """What `forward` returns, and a function that computes it anew in the same memory."""
-        side = torch.cuda.Stream(self._cache.device)
-        side.wait_stream(torch.cuda.current_stream(self._cache.device))
+        current, side = torch.cuda.current_stream(self._cache.device), torch.cuda.Stream(self._cache.device)
+        side.wait_stream(current)
         with torch.cuda.stream(side):  # kernels are compiled and libraries set up here, which a graph may not hold
             forward()
-        torch.cuda.current_stream(self._cache.device).wait_stream(side)
+        current.wait_stream(side)
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
@@ -106,10 +98,6 @@ class DecodeGraphs:
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):  # pyright: ignore[reportArgumentType]
             hidden = forward()
         return hidden, graph.replay
-
-
-def _addresses(model: Decoder) -> list[int]:
-    return [parameter.data_ptr() for parameter in model.parameters()]
 
 
 def _round_up(shape: PlanShape) -> PlanShape:

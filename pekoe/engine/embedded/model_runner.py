@@ -60,16 +60,14 @@ class ModelRunner:
 
     def use(self, model: Decoder) -> None:
         """Compute with this model from now on, whose parameters may have changed."""
-        weights = next(model.parameters()).dtype
-        if weights is torch.float32 and self._dtype is not torch.float32:  # autocast would cast in every forward
-            if model is self.model and self.sampled is not model:
-                refresh(self.sampled)  # in place, where graphs of decoding forwards read
-            else:
-                self.model = self.sampled = model  # the copies of before are given up first
-                self.sampled = cast_once(model, self._dtype)
+        cast = next(model.parameters()).dtype is torch.float32 and self._dtype is not torch.float32
+        if cast and model is self.model and self.sampled is not model:
+            refresh(self.sampled)  # in place, where graphs of decoding forwards read
         else:
-            self.model = self.sampled = model
-            if isinstance(self.cache, CPUCache) and self._dtype is torch.float32 and available():
+            self.model = self.sampled = model  # the copies of before are given up first
+            if cast:  # autocast would do it in every forward
+                self.sampled = cast_once(model, self._dtype)
+            elif isinstance(self.cache, CPUCache) and available():
                 self.sampled = pack(model)
         if self._graphs is not None:
             self._graphs.follow(self.sampled)
@@ -78,7 +76,7 @@ class ModelRunner:
         """Whether every parameter sampled from equals that of `model`, bit by bit."""
         ours, theirs = dict(self.model.named_parameters()), dict(model.named_parameters())
         same = ours.keys() == theirs.keys() and all(
-            ours[name] is p or torch.equal(ours[name], p) for name, p in theirs.items()
+            p is ours[name] or p.equal(ours[name]) for name, p in theirs.items()
         )
         return same and intact(self.sampled)
 
@@ -88,7 +86,6 @@ class ModelRunner:
         for source, target in copies:
             self.cache.copy_block(source, target)
 
-    @torch.no_grad()
     def forward(self, table: RequestTable, decoding: IntArray, chunks: list[Chunk]) -> list[tuple[Share, torch.Tensor]]:
         """Logits [R, V] of each share of the work: after its decoding rows' last tokens, then after those of its
         chunks that complete their context. The shares' decoding rows are `decoding`, in order; the last has `chunks`.
@@ -145,8 +142,7 @@ def _batch_of(table: RequestTable, decoding: IntArray, chunks: list[Chunk]) -> t
     sizes = [chunk.stop - chunk.start for chunk in chunks]
     width = max([int(table.num_blocks[decoding].max(initial=1)), *(len(c.work.blocks) for c in chunks)])
     tables = np.zeros((num_decode + len(chunks), width), np.int32)
-    shown = min(width, table.tables.shape[1])
-    tables[:num_decode, :shown] = table.tables[decoding, :shown]
+    tables[:num_decode] = table.tables[decoding, :width]
     for row, chunk in enumerate(chunks, num_decode):
         tokens.append(chunk.work.context[chunk.start : chunk.stop])
         positions.append(np.arange(chunk.start, chunk.stop))
