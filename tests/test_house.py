@@ -27,7 +27,7 @@ BUDGETS = {
     "train": 820,
     "weights": 930,
     "run": 2950,
-    "report": 1240,
+    "report": 1150,
     "ray": 1270,
     "demo": 540,
     "cli.py": 440,
