@@ -23,11 +23,11 @@ BUDGETS = {
     "model": 870,
     "data": 1440,
     "verify": 2950,
-    "engine": 4600,  # base, pool and sampling 1,000; embedded 1,900; servers 1,700
+    "engine": 4450,  # base, pool and sampling 1,000; embedded 1,900; servers 1,700
     "train": 820,
-    "weights": 930,
+    "weights": 860,
     "run": 2950,
-    "report": 1240,
+    "report": 1150,
     "ray": 1270,
     "demo": 540,
     "cli.py": 440,

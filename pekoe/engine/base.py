@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -72,6 +72,9 @@ class EngineStats:
     def plus(self, **more: float) -> EngineStats:
         return replace(self, **{name: getattr(self, name) + number for name, number in more.items()})
 
+    def __add__(self, other: EngineStats) -> EngineStats:
+        return self.plus(**asdict(other))
+
 
 def validate(requests: Iterable[Request], vocab_size: int, limit: int, limit_name: str) -> None:
     """UserError for what no engine can sample: empty prompts, unknown tokens, sequences above `limit` tokens.
@@ -104,8 +107,32 @@ def requests_of(
     return [Request(uid, draw, sample, array, params, priority) for sample in range(params.n)]
 
 
-class Engine(Protocol):
-    """Samples responses, at a known version of the weights. All methods may be called from any thread."""
+class Sampler(Protocol):
+    """One engine, or a pool of them. All methods may be called from any thread."""
+
+    def submit(self, requests: Sequence[Request]) -> list[Future[Completion]]:
+        """Begin to sample one response to each request; at any time, also while others run and during an update.
+
+        Requests of one call are scheduled together. Wrong requests (an empty prompt, an unknown token, a sequence
+        longer than the context) raise UserError at the call, and nothing of it is sampled. Each future ends with a
+        completion (one with `finish = "abort"` where `abort` ended it), or an error: EngineLost where another engine
+        may be asked, RunError where the run must stop.
+        """
+        ...
+
+    def generate(self, prompts: Sequence[Sequence[int]], params: SamplingParams) -> list[list[Completion]]:
+        """Sample `params.n` responses to each prompt, and wait for all; in the prompts' order.
+
+        A convenience over `submit`: prompt i has the uid "prompt-i" and draw 0.
+        """
+        groups = [requests_of(f"prompt-{i}", 0, tokens, params) for i, tokens in enumerate(prompts)]
+        futures = self.submit([request for group in groups for request in group])
+        completions = iter([future.result() for future in futures])
+        return [[next(completions) for _ in group] for group in groups]
+
+
+class Engine(Sampler, Protocol):
+    """Samples responses, at a known version of the weights."""
 
     kind: EngineKind
 
@@ -131,16 +158,6 @@ class Engine(Protocol):
 
     def check(self, params: SamplingParams) -> None:
         """UserError for sampling that this engine cannot do."""
-        ...
-
-    def submit(self, requests: Sequence[Request]) -> list[Future[Completion]]:
-        """Begin to sample one response to each request; at any time, also while others run and during an update.
-
-        Requests of one call are scheduled together. Wrong requests (an empty prompt, an unknown token, a sequence
-        longer than the context) raise UserError at the call, and nothing of it is sampled. Each future ends with a
-        completion (one with `finish = "abort"` where `abort` ended it), or an error: EngineLost where another engine
-        may be asked, RunError where the run must stop.
-        """
         ...
 
     def abort(self, uids: Iterable[str] | None = None) -> None:
@@ -180,22 +197,3 @@ class Engine(Protocol):
     def close(self) -> None:
         """Free everything; unfinished futures end with RunError. Safe to call twice."""
         ...
-
-    def generate(self, prompts: Sequence[Sequence[int]], params: SamplingParams) -> list[list[Completion]]:
-        """Sample `params.n` responses to each prompt, and wait for all; in the prompts' order.
-
-        A convenience over `submit`: prompt i has the uid "prompt-i" and draw 0.
-        """
-        return generate(self, prompts, params)
-
-
-class Submits(Protocol):
-    def submit(self, requests: Sequence[Request]) -> list[Future[Completion]]: ...
-
-
-def generate(engine: Submits, prompts: Sequence[Sequence[int]], params: SamplingParams) -> list[list[Completion]]:
-    """See `Engine.generate`."""
-    groups = [requests_of(f"prompt-{i}", 0, tokens, params) for i, tokens in enumerate(prompts)]
-    futures = engine.submit([request for group in groups for request in group])
-    completions = iter([future.result() for future in futures])
-    return [[next(completions) for _ in group] for group in groups]

@@ -1,12 +1,11 @@
 """Several engines as one: the only place that dispatches, retries, loses and revives engines.
 
-Engines may be in this process, behind HTTP or in Ray actors. A member is `starting` until its engine is ready, `stale`
-until it holds the current weights, then `serving`; `gone` once it is given up. What a lost engine was asked for is
-asked of another one.
+A member is `starting` until its engine is ready, `stale` until it holds the current weights, then `serving`; it is
+`gone` once it is given up. The requests of a lost engine are sent to others.
 
 An unfinished request is in one place, under the lock: it waits in `_units`, or is among a member's `items` with the
-engine that it is asked of. Who takes it out of there ends its future, so each future ends once. Futures are ended, and
-engines called, outside the lock.
+engine that has it. Who takes it out of there ends its future, so each future ends once. Futures are ended, and engines
+called, outside the lock.
 """
 
 from __future__ import annotations
@@ -18,18 +17,19 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Literal, Protocol
 
 import numpy as np
 
-from pekoe.core.errors import RunError
+from pekoe.core.errors import RunError, UserError
 from pekoe.core.progress import NoProgress, ProgressReporter, track
 from pekoe.core.types import Completion, Record, Request, SamplingParams
-from pekoe.engine.base import Engine, EngineKind, EngineLost, EngineStats, NoPlace, generate
+from pekoe.engine.base import Engine, EngineKind, EngineLost, EngineStats, NoPlace, Sampler
 
 _LOOK_S = 1.0  # between looks of the supervisor, and between attempts to start an engine again
+_POLL_S = 0.01  # while engines start for the first time
 _PLACED_S = 5.0  # a start that takes longer than this has found a place
 _CLOSE_LIMIT_S = 20.0
 _CLOSED = "the engine pool is closed"
@@ -39,12 +39,10 @@ State = Literal["starting", "stale", "serving", "gone"]
 
 
 class Starter(Protocol):
-    """Makes one engine, and makes it again after a loss."""
+    """Makes one engine, and makes it again after a loss. `name` is for messages, such as "SGLang server 0"."""
 
     @property
-    def name(self) -> str:
-        """For messages, such as "SGLang server 0"."""
-        ...
+    def name(self) -> str: ...
 
     @property
     def kind(self) -> EngineKind: ...
@@ -61,13 +59,9 @@ class _Item:
     request: Request
     order: int  # of submission
     future: Future[Completion] = field(default_factory=Future[Completion])
-    engine: Engine | None = None  # that it is asked of
+    engine: Engine | None = None  # that has it, or is about to get it
     inner: Future[Completion] | None = None  # that engine's, once it has the request
     aborted: bool = False
-
-    def detach(self) -> Future[Completion] | None:
-        inner, self.engine, self.inner = self.inner, None, None
-        return inner
 
 
 @dataclass(eq=False, slots=True)
@@ -76,27 +70,20 @@ class Member:
 
     number: int
     starter: Starter
+    name: str
+    kind: EngineKind
     state: State = "starting"
     why: str = "it has not started yet"  # why it does not serve
     current: Engine | None = None
-    items: set[_Item] = field(default_factory=set[_Item])  # asked of it, not finished
+    items: set[_Item] = field(default_factory=set[_Item])  # unfinished, at its engine
     failures: int = 0  # losses and failed starts since its last completion
     offloaded: bool = False
-    error: Exception | None = None  # of the last start
     since: float = field(default_factory=time.monotonic)  # when the last attempt to start it began
     unplaced: bool = False  # the last attempt ended with NoPlace
-    last: EngineStats = field(default_factory=EngineStats)  # of its engine, when it was last asked
+    last: EngineStats = field(default_factory=EngineStats)  # of its engine, as it last answered
     before: EngineStats = field(default_factory=EngineStats)  # of its engines that were lost
-    progress: int = -1  # tokens computed when it was last seen to get on
-    seen: float = 0.0  # when that was
-
-    @property
-    def name(self) -> str:
-        return self.starter.name
-
-    @property
-    def kind(self) -> EngineKind:
-        return self.starter.kind
+    num_computed: int = -1  # tokens, when the supervisor last looked
+    seen: float = 0.0  # when that had grown, or the engine was healthy
 
     @property
     def engine(self) -> Engine:
@@ -107,7 +94,7 @@ class Member:
         return engine
 
 
-class EnginePool:
+class EnginePool(Sampler):
     """See the module. For sampling it is used as an `Engine`.
 
     Args:
@@ -134,17 +121,17 @@ class EnginePool:
         on_event: Callable[[str], None] = lambda _: None,
         serving_at_once: bool = False,
     ) -> None:
-        self.members = tuple(Member(number, starter) for number, starter in enumerate(starters))
+        self.members = tuple(Member(i, starter, starter.name, starter.kind) for i, starter in enumerate(starters))
         self.num_lost = 0
         self._start_limit_s, self._silence_limit_s = start_limit_s, silence_limit_s
         self._restart, self._max_failures, self._on_event = restart, max_failures, on_event
+        self._start_error: Exception | None = None  # of an engine that never started
+        self._first_state: State = "serving" if serving_at_once else "stale"
         self._lock = threading.RLock()
-        self._changed = threading.Condition(self._lock)
         self._units: list[tuple[int, int, list[_Item]]] = []  # a heap: (-priority, order, a group or a part of one)
         self._orders = itertools.count()
-        self._hopeless_since: float | None = None
+        self._hopeful = time.monotonic()  # when an engine last served, or could come
         self._closed = threading.Event()
-        self._first_state: State = "serving" if serving_at_once else "stale"
         for member in self.members:
             _in_thread(f"start {member.name}", self._start, member, None)
         self._supervisor = _in_thread("engine pool", self._supervise)
@@ -155,59 +142,58 @@ class EnginePool:
         """Until all have started. Raises the error of the first that cannot, or RunError after `start_limit_s`."""
         end = time.monotonic() + self._start_limit_s
         for member in track(view or NoProgress(), "engines", self.members):
-            with self._changed:
-                while member.state == "starting" and not any(other.error for other in self.members):
-                    if not self._changed.wait(end - time.monotonic()):
-                        raise RunError(f"{member.name} did not start within {self._start_limit_s:g} s: {member.why}")
-                self._check_open()
-                for other in self.members:
-                    if other.error is not None:
-                        raise other.error
+            while member.state == "starting" and self._start_error is None:
+                if time.monotonic() > end:
+                    raise RunError(f"{member.name} did not start within {self._start_limit_s:g} s: {member.why}")
+                time.sleep(_POLL_S)
+            self._check_open()
+            if self._start_error is not None:
+                raise self._start_error
 
     def in_state(self, *states: State) -> list[Member]:
         return [member for member in self.members if member.state in states]
 
+    def _engines(self, *states: State) -> list[Engine]:
+        return [member.current for member in self.in_state(*states) if member.current is not None]
+
     def stale(self, members: Iterable[Member] | None = None) -> None:
         """These (None: all that serve) get no new requests until `serve`; what is in flight goes on."""
-        with self._changed:
+        with self._lock:
             for member in self.members if members is None else members:
                 if member.state == "serving":
                     member.state, member.why = "stale", _NOT_CURRENT
 
     def serve(self, member: Member, engine: Engine | None = None) -> None:
         """It holds the current weights; nothing happens where it has another engine than `engine` by now."""
-        with self._changed:
+        with self._lock:
             if member.state == "stale" and engine in (None, member.current):
                 member.state, member.why, member.seen = "serving", "", time.monotonic()
         self._dispatch()
 
     def lose(self, member: Member, why: str, engine: Engine | None = None) -> None:
         """Give its requests to others, and start it again; nothing happens where it has another engine by now."""
-        with self._changed:
+        with self._lock:
             lost = member.current
             if lost is None or self._closed.is_set() or engine not in (None, lost):
                 return
             member.current, member.offloaded = None, False
-            member.before, member.last = member.before.plus(**asdict(member.last)), EngineStats()
+            member.before, member.last = member.before + member.last, EngineStats()
             self.num_lost += 1
-            again = self._fail(member, why)
-            aborted = [item for item in member.items if item.aborted]
-            for item in member.items:
-                item.detach()
-            self._enqueue(member.items.difference(aborted))
-            member.items.clear()
-        for item in aborted:
-            _end_empty(item)
+            again = self._fail(member, why, self._restart)
+            items = set(member.items)
+            aborted = {item for item in items if item.aborted}
+            self._remove(items)
+            self._enqueue(items - aborted)
+        _end(aborted)
         self._on_event(f"{member.name} is lost: {why}; it is {'started again' if again else 'given up'}")
         _in_thread(f"start {member.name}", self._start, member, lost)
         self._dispatch()
 
-    def _fail(self, member: Member, why: str, may_restart: bool = True) -> bool:
-        """Count a failure; returns whether the member is tried again. With the lock held."""
-        member.failures += 1
-        again = may_restart and self._restart and member.failures < self._max_failures
+    def _fail(self, member: Member, why: str, may_restart: bool) -> bool:
+        """Count a failure; returns whether the member is started again. With the lock held."""
+        member.failures, member.unplaced = member.failures + 1, False
+        again = may_restart and member.failures < self._max_failures
         member.state, member.why = ("starting" if again else "gone"), why
-        self._changed.notify_all()
         return again
 
     def _start(self, member: Member, lost: Engine | None) -> None:
@@ -221,30 +207,26 @@ class EnginePool:
             except NoPlace as error:
                 member.unplaced, member.why = True, str(error)
             except Exception as error:
-                with self._changed:
-                    member.unplaced, member.error = False, error
+                if lost is None:
+                    self._start_error = error
+                with self._lock:
                     again = self._fail(member, str(error), lost is not None)  # the user mends what never started
                 if lost is not None:
-                    again = "tried again" if again else "given up"
-                    self._on_event(f"{member.name} did not start: {error}; it is {again}")
+                    self._on_event(
+                        f"{member.name} did not start: {error}; it is {'tried again' if again else 'given up'}"
+                    )
             else:
-                self._take(member, engine, lost is None)
-                break
+                with self._lock:
+                    closed = self._closed.is_set()
+                    if not closed:
+                        member.current, member.unplaced = engine, False
+                        member.state, member.why = (self._first_state if lost is None else "stale"), _NOT_CURRENT
+                if closed:
+                    _close([engine])
+                elif lost is not None:
+                    self._on_event(f"{member.name} came back")
             self._closed.wait(_LOOK_S if member.state == "starting" else 0)
         self._dispatch()
-
-    def _take(self, member: Member, engine: Engine, first: bool) -> None:
-        with self._changed:
-            late = self._closed.is_set()
-            if not late:
-                member.current, member.error, member.unplaced = engine, None, False
-                member.state, member.why = (self._first_state if first else "stale"), _NOT_CURRENT
-                member.progress, member.seen = -1, time.monotonic()
-            self._changed.notify_all()
-        if late:
-            _close([engine])
-        elif not first:
-            self._on_event(f"{member.name} came back")
 
     # Sampling
 
@@ -256,8 +238,10 @@ class EnginePool:
             for item in items:
                 item.future.set_running_or_notify_cancel()  # only `abort` ends it early
             self._enqueue(items)
-        for error, refused in self._dispatch():
-            if not refused.isdisjoint(items):
+        self._dispatch()
+        for item in items:
+            error = item.future.exception() if item.future.done() else None
+            if isinstance(error, UserError):
                 with self._lock:
                     others = self._remove(items)  # nobody waits for them
                 for future in others:
@@ -265,23 +249,17 @@ class EnginePool:
                 raise error
         return [item.future for item in items]
 
-    def generate(self, prompts: Sequence[Sequence[int]], params: SamplingParams) -> list[list[Completion]]:
-        """See `Engine.generate`."""
-        return generate(self, prompts, params)
-
     def abort(self, uids: Iterable[str] | None = None) -> None:
         """See `Engine.abort`; also of what waits for an engine."""
         wanted = None if uids is None else set(uids)
         with self._lock:
             hit = [item for item in self._unfinished() if wanted is None or item.request.uid in wanted]
-            asked = {item for item in hit if item.inner is not None}
-            for item in asked:
-                item.aborted = True
-            members = [member for member in self.members if not asked.isdisjoint(member.items)]
-            ended = [item for item in hit if item not in asked]
+            ended = [item for item in hit if item.inner is None]
             self._remove(ended)
-        for item in ended:
-            _end_empty(item)
+            for item in hit:
+                item.aborted = True
+            members = [member for member in self.members if not member.items.isdisjoint(hit)]
+        _end(ended)
         self._each(members, "abort", lambda engine: engine.abort(wanted))
 
     def _unfinished(self) -> list[_Item]:
@@ -291,14 +269,16 @@ class EnginePool:
     def _remove(self, items: Iterable[_Item]) -> list[Future[Completion]]:
         """Take items from where they are; returns the engines' futures of those that engines have. Lock held."""
         gone = set(items)
-        if not gone:
-            return []
-        left = ([item for item in unit if item not in gone] for _, _, unit in self._units)
-        self._units = [_entry(unit) for unit in left if unit]
-        heapq.heapify(self._units)
+        if any(item.engine is None for item in gone):
+            left = ([item for item in unit if item not in gone] for _, _, unit in self._units)
+            self._units = [_entry(unit) for unit in left if unit]
+            heapq.heapify(self._units)
         for member in self.members:
             member.items -= gone
-        return [inner for item in gone if (inner := item.detach()) is not None]
+        futures = [item.inner for item in gone if item.inner is not None]
+        for item in gone:
+            item.engine = item.inner = None
+        return futures
 
     def _enqueue(self, items: Iterable[_Item]) -> None:
         """Have items wait, those of one group together. In the order of submission: what was lost is first in line."""
@@ -309,50 +289,41 @@ class EnginePool:
         for group in groups.values():
             heapq.heappush(self._units, _entry(group))
 
-    def _dispatch(self) -> list[tuple[Exception, set[_Item]]]:
-        """Give waiting requests to engines with room. Returns what engines refused, with their errors."""
+    def _dispatch(self) -> None:
+        """Give waiting requests to engines with room; end them where no engine can come."""
         with self._lock:
             given, hopeless = self._assign(), self._hopeless()
-            failed = self._unfinished() if hopeless else []
-            self._remove(failed)
-        for item in failed:
-            item.future.set_exception(RunError(hopeless))
-        refused: list[tuple[Exception, set[_Item]]] = []
+            ended = self._unfinished() if hopeless else []
+            self._remove(ended)
+        _end(ended, RunError(hopeless))
         for member, engine, items in given:
             try:
                 futures = engine.submit([item.request for item in items])
-            except EngineLost as error:
-                self.lose(member, str(error), engine)
-            except Exception as error:  # UserError: nothing of the call is sampled
+            except Exception as error:  # nothing of the call is sampled
+                failed: Future[Completion] = Future()
+                failed.set_exception(error)
+                futures = [failed] * len(items)
+            for item, future in zip(items, futures, strict=True):
                 with self._lock:
-                    ours = {item for item in items if item.engine is engine}
-                    self._remove(ours)
-                for item in ours:
-                    item.future.set_exception(error)
-                refused.append((error, ours))
-            else:
-                for item, future in zip(items, futures, strict=True):
-                    with self._lock:
-                        kept = item.engine is engine
-                        item.inner = future if kept else item.inner
-                    if kept:
-                        future.add_done_callback(partial(self._finish, member, engine, item))
-                    else:  # aborted or lost on its way
-                        future.cancel()
-        return refused
+                    kept = item.engine is engine
+                    item.inner = future if kept else item.inner
+                if kept:
+                    future.add_done_callback(partial(self._finish, member, engine, item))
+                else:  # aborted or lost on its way
+                    future.cancel()
 
     def _assign(self) -> list[tuple[Member, Engine, list[_Item]]]:
         """Choose the least loaded engine with room for each waiting unit, the highest priority first. Lock held."""
-        given: dict[int, list[_Item]] = {}
-        free = {member.number: _most(member) - len(member.items) for member in self.in_state("serving")}
+        given: dict[Member, list[_Item]] = {}
+        most = {member: member.engine.max_requests or float("inf") for member in self.in_state("serving")}
         while self._units:
             unit = self._units[0][2]  # it waits for room for all of it, or for a free engine and is split
-            fitting = [self.members[i] for i in free if free[i] >= min(len(unit), _most(self.members[i]))]
+            fitting = [member for member in most if most[member] - len(member.items) >= min(len(unit), most[member])]
             if not fitting:
                 break
-            member = min(fitting, key=lambda member: (len(member.items), member.number))
+            member = min(fitting, key=lambda member: len(member.items))
             heapq.heappop(self._units)
-            size = int(min(len(unit), _most(member)))
+            size = int(min(len(unit), most[member]))
             if unit[size:]:
                 heapq.heappush(self._units, _entry(unit[size:]))
             if not member.items:
@@ -360,10 +331,8 @@ class EnginePool:
             for item in unit[:size]:
                 item.engine = member.current
             member.items.update(unit[:size])
-            free[member.number] -= size
-            given.setdefault(member.number, []).extend(unit[:size])
-        chosen = [(self.members[number], items) for number, items in given.items()]
-        return [(member, member.engine, sorted(items, key=lambda item: item.order)) for member, items in chosen]
+            given.setdefault(member, []).extend(unit[:size])
+        return [(member, member.engine, sorted(items, key=lambda item: item.order)) for member, items in given.items()]
 
     def _finish(self, member: Member, engine: Engine, item: _Item, future: Future[Completion]) -> None:
         """A request ended at `engine`. Runs in a thread of the engine's."""
@@ -372,17 +341,16 @@ class EnginePool:
                 return
             error = EngineLost("it dropped a request") if future.cancelled() else future.exception()
             if not isinstance(error, EngineLost):
-                member.items.discard(item)
-                item.detach()
+                self._remove([item])
                 if error is None:
                     member.failures, member.seen = 0, time.monotonic()
         if isinstance(error, EngineLost):
             self.lose(member, str(error), engine)
         elif error is not None:
-            item.future.set_exception(error)
+            item.future.set_exception(error)  # the supervisor dispatches: many may fail in a row
         else:
             item.future.set_result(future.result())
-        self._dispatch()
+            self._dispatch()
 
     # Watching
 
@@ -398,15 +366,15 @@ class EnginePool:
         if limit is None or engine is None or not member.items:
             return
         stats, now = self._stats_of(member), time.monotonic()
-        progress = stats.num_prefill_tokens + stats.num_decode_tokens
-        silent = progress == member.progress and now - member.seen > limit
+        num_computed = stats.num_prefill_tokens + stats.num_decode_tokens
+        silent = num_computed == member.num_computed and now - member.seen > limit
         if silent and (member.kind == "embedded" or not engine.health()):
             self.lose(member, f"silent for {limit:g} s", engine)
-        elif silent or progress != member.progress:
-            member.progress, member.seen = progress, now
+        elif silent or num_computed != member.num_computed:
+            member.num_computed, member.seen = num_computed, now
 
     def _hopeless(self) -> str:
-        """Why what waits waits in vain; empty while an engine serves or may come. With the lock held.
+        """Why requests wait in vain; empty while an engine serves or may come. With the lock held.
 
         A stale engine may come however long it takes: a publish makes it serve, or ends the run.
         """
@@ -414,10 +382,9 @@ class EnginePool:
         in_time = [member for member in starting if now - member.since < limit]
         placed = [member for member in in_time if not member.unplaced or now - member.since > _PLACED_S]
         if placed or self.in_state("stale", "serving"):
-            self._hopeless_since = None
+            self._hopeful = now
             return ""
-        self._hopeless_since = self._hopeless_since or now
-        if now - self._hopeless_since < limit and any(member.unplaced for member in starting):
+        if now - self._hopeful < limit and any(member.unplaced for member in starting):
             return ""
         lines = "\n".join(f"{member.name} is {member.state}: {member.why}" for member in self.members)
         return f"expected an engine that serves, got none of {len(self.members)}:\n{lines}"
@@ -435,12 +402,12 @@ class EnginePool:
     @property
     def version(self) -> int:
         """The oldest version that a serving engine samples from."""
-        return min((m.current.version for m in self.in_state("serving") if m.current is not None), default=0)
+        return min((engine.version for engine in self._engines("serving")), default=0)
 
     @property
     def max_sequence_tokens(self) -> int:
         """The longest prompt with response that fits every engine that has started; 0 where none has."""
-        return min((m.current.max_sequence_tokens for m in self.members if m.current is not None), default=0)
+        return min((engine.max_sequence_tokens for engine in self._engines("stale", "serving")), default=0)
 
     def check(self, params: SamplingParams) -> None:
         """UserError for sampling that an engine cannot do."""
@@ -473,40 +440,31 @@ class EnginePool:
                 call(engine)
             except RunError as error:
                 self.lose(member, f"{what}: {error}", engine)
-            else:
-                with self._lock:
-                    if offloaded is not None and member.current is engine:
-                        member.offloaded = offloaded
+            with self._lock:
+                if offloaded is not None and member.current is engine:
+                    member.offloaded = offloaded
 
-        if len(members) == 1:
-            one(members[0])
-        elif members:
-            with ThreadPoolExecutor(len(members), what) as threads:
-                list(threads.map(one, members))
+        with ThreadPoolExecutor(max(1, len(members)), what) as threads:
+            list(threads.map(one, members))
 
     def health(self) -> bool:
         """Whether an engine serves, and all that serve answer."""
-        serving = self.in_state("serving")
-        return bool(serving) and all(m.current is not None and m.current.health() for m in serving)
+        engines = self._engines("serving")
+        return bool(engines) and all(engine.health() for engine in engines)
 
     def stats(self) -> EngineStats:
         """Sums over all engines, lost ones too."""
-        for member in self.members:
-            self._stats_of(member)
-        with self._lock:
-            total = EngineStats()
-            for member in self.members:
-                total = total.plus(**asdict(member.before)).plus(**asdict(member.last))
-            return total
+        return sum((self._stats_of(member) for member in self.members), EngineStats())
 
     def _stats_of(self, member: Member) -> EngineStats:
-        """Its engine's, or the last that it could give: counters only grow."""
+        """Over a member's engines; of one that cannot answer as it did last: counters only grow."""
+        engine, stats = member.current, None
         with contextlib.suppress(RunError):
-            engine = member.engine
-            stats = engine.stats()
-            with self._lock:
-                member.last = stats if member.current is engine else member.last
-        return member.last
+            stats = engine.stats() if engine is not None else None
+        with self._lock:
+            if stats is not None and member.current is engine:
+                member.last = stats
+            return member.before + member.last
 
     def _check_open(self) -> None:
         if self._closed.is_set():
@@ -514,18 +472,15 @@ class EnginePool:
 
     def close(self) -> None:
         """Close all engines; what is unfinished ends with RunError."""
-        with self._changed:
+        with self._lock:
             if self._closed.is_set():
                 return
             self._closed.set()
-            unfinished = self._unfinished()
+            unfinished, engines = self._unfinished(), self._engines("stale", "serving")
             self._remove(unfinished)
-            engines = [member.current for member in self.members if member.current is not None]
             for member in self.members:
                 member.current, member.state, member.why = None, "gone", _CLOSED
-            self._changed.notify_all()
-        for item in unfinished:
-            item.future.set_exception(RunError(_CLOSED))
+        _end(unfinished, RunError(_CLOSED))
         _close(engines)
         if self._supervisor is not threading.current_thread():
             self._supervisor.join(_CLOSE_LIMIT_S)  # it would free the engines while the interpreter ends
@@ -535,15 +490,14 @@ def _entry(unit: list[_Item]) -> tuple[int, int, list[_Item]]:
     return -unit[0].request.priority, unit[0].order, unit
 
 
-def _most(member: Member) -> float:
-    most = member.engine.max_requests
-    return float("inf") if most is None else most
-
-
-def _end_empty(item: _Item) -> None:
-    """The request was aborted before an engine sampled anything that counts."""
-    record = Record.of(item.request.tokens, np.empty(0, np.int64), np.empty(0, np.float32))
-    item.future.set_result(Completion(0, "abort", (), record))
+def _end(items: Iterable[_Item], error: Exception | None = None) -> None:
+    """End the futures of removed items, with an error or as aborted before an engine sampled anything that counts."""
+    for item in items:
+        if error is not None:
+            item.future.set_exception(error)
+        else:
+            record = Record.of(item.request.tokens, np.empty(0, np.int64), np.empty(0, np.float32))
+            item.future.set_result(Completion(0, "abort", (), record))
 
 
 def _in_thread(name: str, work: Callable[..., None], *args: object) -> threading.Thread:

@@ -26,7 +26,7 @@ from pekoe.config.recipes import RLConfig
 from pekoe.core.errors import RunError, UserError
 from pekoe.core.types import Completion, Request, SamplingParams
 from pekoe.engine.async_thread import AsyncThread
-from pekoe.engine.base import Checksums, EngineKind, EngineLost, EngineStats, NoPlace, WeightSource, generate, validate
+from pekoe.engine.base import Checksums, EngineKind, EngineLost, EngineStats, NoPlace, Sampler, WeightSource, validate
 from pekoe.engine.embedded import EmbeddedEngine
 from pekoe.model import load_model, read_spec
 from pekoe.ray.placement import ByteCount, WorkerLost, first_line, node_of, ray_get
@@ -117,7 +117,7 @@ class EngineActor:
         return await asyncio.to_thread(getattr(self._engine, method), *args)
 
 
-class RayEngine:
+class RayEngine(Sampler):
     """The proxy of an EngineActor (implements `Engine`). One remote call carries the requests of a `submit`, and
     streams completions."""
 
@@ -214,9 +214,6 @@ class RayEngine:
             ray.wait([self._actor.call.remote("close")], timeout=_CLOSE_LIMIT_S)
             ray.kill(self._actor)
             self._thread.stop()
-
-    def generate(self, prompts: Sequence[Sequence[int]], params: SamplingParams) -> list[list[Completion]]:
-        return generate(self, prompts, params)
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import plotly.graph_objects as go
@@ -37,14 +38,18 @@ PHASES = {"rollout": COLOURS[0], "verify": COLOURS[3], "recompute": COLOURS[4], 
 
 def charts(histories: Sequence[History]) -> list[dict[str, Any]]:
     """Plotly figures; the curves of several runs share one figure."""
-    figures = [_evals(histories)] if any(history.of("eval") for history in histories) else []
+    figures: list[dict[str, Any]] = []
+    if any(history.of("eval") for history in histories):
+        figures.append(_figure(histories, "pass@1 on held-out problems, 95 % intervals", ".0%", _eval_line))
     for name, title, form in CURVES:
         if any(name in step for history in histories for step in history.steps):
-            figures.append(_curve(histories, name, title, form))
+            axis = {"type": "log"} if name == "logprob_diff_max" else {"rangemode": "tozero"} if "%" in form else {}
+            figures.append(_figure(histories, title, form, partial(_metric_line, name=name, form=form), **axis))
     for phase in ("rollout", "train"):
-        if figure := _utilisation(histories, phase):
-            figures.append(figure)
-    return [_json(figure) for figure in figures]
+        if any(utilisation(history, phase) for history in histories):
+            title, line_of = f"utilisation in {phase}: share of the machine's ceiling", partial(_used_line, phase=phase)
+            figures.append(_figure(histories, title, ".0%", line_of, rangemode="tozero"))
+    return figures
 
 
 def timeline(history: History) -> dict[str, Any] | None:
@@ -53,86 +58,60 @@ def timeline(history: History) -> dict[str, Any] | None:
     if not steps:
         return None
     begin = steps[0]["time"] - history.seconds_of(steps[0])
-    bars: dict[str, tuple[list[float], list[float], list[str]]] = {}
+    bars: list[tuple[str, float, float, str]] = []  # phase, start, length, text
     for step in steps:
         at = step["time"] - history.seconds_of(step) - begin
         for phase, seconds in step["seconds"].items():
-            starts, lengths, texts = bars.setdefault(phase, ([], [], []))
-            starts.append(round(at, 3))
-            lengths.append(seconds)
-            texts.append(f"step {step['step']}: {phase} {seconds:.3g} s")
+            bars.append((phase, round(at, 3), seconds, f"step {step['step']}: {phase} {seconds:.3g} s"))
             at += seconds
     figure = go.Figure()
-    for phase, (starts, lengths, texts) in bars.items():
-        figure.add_bar(
-            name=phase,
-            y=[phase] * len(starts),
-            x=lengths,
-            base=starts,
-            orientation="h",
-            marker_color=PHASES.get(phase, COLOURS[5]),
-            marker_line_width=0,
-            hovertext=texts,
-            hoverinfo="text",
-        )
+    for phase in dict.fromkeys(phase for phase, *_ in bars):
+        rows, starts, lengths, texts = zip(*(bar for bar in bars if bar[0] == phase), strict=True)
+        marker = {"color": PHASES.get(phase, COLOURS[5]), "line": {"width": 0}}
+        text = {"hovertext": texts, "hoverinfo": "text"}
+        figure.add_bar(name=phase, x=lengths, y=rows, base=starts, orientation="h", marker=marker, **text)
     figure.update_layout(barmode="overlay", showlegend=False, title="phases of each step", xaxis_title="seconds")
     return _json(figure)
 
 
-def _curve(histories: Sequence[History], name: str, title: str, form: str) -> go.Figure:
-    figure = go.Figure()
-    for number, history in enumerate(histories):
-        steps = [step for step in history.steps if step.get(name) is not None]
-        values = [step[name] for step in steps]
-        _add_line(figure, history, number, steps, values, hovertemplate=f"step %{{x}}: %{{y:{form}}}")
-    _title(figure, histories, title, form)
-    if name == "logprob_diff_max":
-        figure.update_yaxes(type="log")
-    elif "%" in form:
-        figure.update_yaxes(rangemode="tozero")
-    return figure
+Line = tuple[Sequence[Event], dict[str, Any]]  # the events whose steps are the x axis, and the curve's other attributes
 
 
-def _utilisation(histories: Sequence[History], phase: str) -> go.Figure | None:
+def _metric_line(history: History, name: str, form: str) -> Line:
+    steps = [step for step in history.steps if step.get(name) is not None]
+    return steps, {"y": [step[name] for step in steps], "hovertemplate": f"step %{{x}}: %{{y:{form}}}"}
+
+
+def _used_line(history: History, phase: str) -> Line | None:
     """For each step, the share of `phase` that its operations or bytes would take at the machine's ceilings."""
+    used = utilisation(history, phase)
+    shares, limits = [share for _, _, share, _ in used], [limit for _, _, _, limit in used]
+    attributes = {"y": shares, "text": limits, "hovertemplate": "step %{x}: %{y:.0%} of %{text}'s ceiling"}
+    return ([step for step, _, _, _ in used], attributes) if used else None
+
+
+def _eval_line(history: History) -> Line:
+    evals = history.of("eval")
+    above = [event["ci95"][1] - event["pass_at_1"] for event in evals]
+    below = [event["pass_at_1"] - event["ci95"][0] for event in evals]
+    bars = {"type": "data", "symmetric": False, "array": above, "arrayminus": below}
+    hover = {"hovertemplate": "step %{x}: %{y:.1%}", "mode": "lines+markers"}
+    return evals, {"y": [event["pass_at_1"] for event in evals], "error_y": bars} | hover
+
+
+def _figure(
+    histories: Sequence[History], title: str, form: str, line_of: Callable[[History], Line | None], **axis: str
+) -> dict[str, Any]:
+    """A figure with a curve for each run that has one. `axis`: attributes of the y axis."""
     figure = go.Figure()
     for number, history in enumerate(histories):
-        if used := utilisation(history, phase):
-            steps, shares = [step for step, _, _, _ in used], [share for _, _, share, _ in used]
-            hover = "step %{x}: %{y:.0%} of %{text}'s ceiling"
-            _add_line(figure, history, number, steps, shares, text=[by for _, _, _, by in used], hovertemplate=hover)
-    if not figure.data:
-        return None
-    _title(figure, histories, f"utilisation in {phase}: share of the machine's ceiling", ".0%")
-    return figure.update_yaxes(rangemode="tozero")
-
-
-def _evals(histories: Sequence[History]) -> go.Figure:
-    figure = go.Figure()
-    for number, history in enumerate(histories):
-        evals = history.of("eval")
-        means = [event["pass_at_1"] for event in evals]
-        above = [event["ci95"][1] - mean for event, mean in zip(evals, means, strict=True)]
-        below = [mean - event["ci95"][0] for event, mean in zip(evals, means, strict=True)]
-        bars = {"type": "data", "symmetric": False, "array": above, "arrayminus": below}
-        hover = "step %{x}: %{y:.1%}"
-        _add_line(figure, history, number, evals, means, mode="lines+markers", error_y=bars, hovertemplate=hover)
-    _title(figure, histories, "pass@1 on held-out problems, 95 % intervals", ".0%")
-    return figure
-
-
-def _add_line(
-    figure: go.Figure, history: History, number: int, events: Sequence[Event], values: Sequence[float], **more: Any
-) -> None:
-    """Add the curve of one run, the `number`th of the figure: `values` over the steps of `events`."""
-    mode = {"mode": "lines" if len(events) > 1 else "markers"}
-    line = {"color": COLOURS[number % len(COLOURS)], "width": 2}
-    steps = [event["step"] for event in events]
-    figure.add_scatter(name=history.name, x=steps, y=values, line=line, **(mode | more))
-
-
-def _title(figure: go.Figure, histories: Sequence[History], title: str, form: str) -> None:
-    figure.update_layout(title=title, yaxis_tickformat=form, showlegend=len(histories) > 1)
+        if (line := line_of(history)) is not None:
+            events, attributes = line
+            style = {"color": COLOURS[number % len(COLOURS)], "width": 2}
+            attributes = {"mode": "lines" if len(events) > 1 else "markers", "line": style} | attributes
+            figure.add_scatter(name=history.name, x=[event["step"] for event in events], **attributes)
+    figure.update_layout(title=title, yaxis={"tickformat": form, **axis}, showlegend=len(histories) > 1)
+    return _json(figure)
 
 
 def _json(figure: go.Figure) -> dict[str, Any]:

@@ -6,13 +6,13 @@ from collections import Counter
 from collections.abc import Sequence
 from math import ceil
 from statistics import median
-from typing import Any
 
 from pekoe.core.journal import Event
 from pekoe.core.roofline import Ceilings
 from pekoe.report.history import History
 
 _WORK = {"rollout": "Sampling", "train": "Training"}  # the phases whose operations are counted
+_PREFILL = ("prefill", "cached", "shared")  # the tokens of context that were computed, and those that were not
 _FEW = 0.25  # share of a step's responses: the tail begins when no more than these are unfinished
 
 
@@ -21,41 +21,39 @@ def findings(history: History) -> list[str]:
     steps = history.steps
     if not steps:
         return []
-    return [
-        *_phases(steps),
+    sentences = [
+        _phases(steps),
         *_bounds(history),
-        *_prefill(steps),
-        *_tail(history),
-        *_micro_batches(history),
-        *_cluster(steps),
+        _prefill(steps),
+        _tail(history),
+        _micro_batches(history),
+        _cluster(steps),
         *_learning([step for step in steps if "pass_rate" in step]),
-        *_numerics(steps),
+        _numerics(steps),
     ]
+    return [sentence for sentence in sentences if sentence]
 
 
 def phase_shares(steps: Sequence[Event]) -> dict[str, float]:
     """Share of each phase in the time of all steps, the largest first."""
-    sums: dict[str, float] = {}
+    sums: Counter[str] = Counter()
     for step in steps:
-        for name, seconds in step["seconds"].items():
-            sums[name] = sums.get(name, 0.0) + seconds
+        sums.update(step["seconds"])
     total = sum(sums.values()) or 1.0
-    return {name: value / total for name, value in sorted(sums.items(), key=lambda item: -item[1])}
+    return {name: value / total for name, value in sums.most_common()}
 
 
-def _phases(steps: Sequence[Event]) -> list[str]:
+def _phases(steps: Sequence[Event]) -> str:
     shares = phase_shares(steps)
     listed = ", ".join(f"{name} {share:.0%}" for name, share in shares.items() if share >= 0.005)
     first = next(iter(shares))
-    seconds = median(History.seconds_of(step) for step in steps)
-    rate = {"rollout": "rollout_tokens_per_s", "train": "train_tokens_per_s"}.get(first)
-    speeds = [step[rate] for step in steps if rate in step] if rate else []
+    seconds = median(map(History.seconds_of, steps))
+    rate = f"{first}_tokens_per_s"
+    speeds = [step[rate] for step in steps if rate in step]
     speed = f", at {median(speeds):,.0f} tokens a second" if speeds else ""
     most = f"A step takes {seconds:.3g} s (median of {len(steps)}): {listed}. Most of it is {first}{speed}"
     gain = 1 / (1 - shares[first] / 2)
-    if len(shares) == 1:
-        return [f"{most}."]
-    return [f"{most}; were that twice as fast, a step would be {gain:.2f} times as fast."]
+    return most + (f"; were that twice as fast, a step would be {gain:.2f} times as fast." if len(shares) > 1 else ".")
 
 
 def utilisation(history: History, phase: str) -> list[tuple[Event, Ceilings, float, str]]:
@@ -85,11 +83,9 @@ def _bounds(history: History) -> list[str]:
         ceilings, share = used[-1][1], median(share for _, _, share, _ in used)
         by = Counter(by for _, _, _, by in used).most_common(1)[0][0]
         flop_s = median(step[f"{phase}_flops"] / step["seconds"][phase] for step, _, _, _ in used)
-        ceiling = (
-            f"a matrix product's {ceilings.flop_s / 1e9:,.0f} GFLOP/s"
-            if by == "arithmetic"
-            else f"memory's {ceilings.byte_s / 1e9:,.0f} GB/s"
-        )
+        ceiling = f"memory's {ceilings.byte_s / 1e9:,.0f} GB/s"
+        if by == "arithmetic":
+            ceiling = f"a matrix product's {ceilings.flop_s / 1e9:,.0f} GFLOP/s"
         sentences.append(
             f"{_WORK[phase]} computes {flop_s / 1e9:,.1f} GFLOP/s; at {ceiling}, measured here, it would take "
             f"{share:.0%} of its time: {_remedy(phase, by, share, history)}."
@@ -99,9 +95,8 @@ def _bounds(history: History) -> list[str]:
 
 def _remedy(phase: str, by: str, share: float, history: History) -> str:
     if share >= 0.5:
-        return (
-            f"{by} bounds it; {'a faster device' if by == 'arithmetic' else 'larger batches'} would help, little else"
-        )
+        cure = "a faster device" if by == "arithmetic" else "larger batches"
+        return f"{by} bounds it; {cure} would help, little else"
     communication = "communication, " if "cluster" in history.config else ""
     small = f"the rest goes to {communication}Python and small operations between the products"
     if phase == "rollout":
@@ -109,25 +104,25 @@ def _remedy(phase: str, by: str, share: float, history: History) -> str:
         limits = {"engine.max_running": engine.get("max_running", 0)}
         if engine.get("backend", "embedded") != "embedded":
             limits["engine.server.max_requests"] = engine.get("server", {}).get("max_requests", 256)
-        key = min(limits, key=lambda name: limits[name])
+        key = min(limits, key=limits.__getitem__)
         if median(step["num_rollouts"] for step in history.steps) <= limits[key]:
             key = "rollout.prompts_per_step"
         return f"{small}, which more responses at once would share ({key})"
     return f"{small}, which more tokens a micro-batch would share"
 
 
-def _prefill(steps: Sequence[Event]) -> list[str]:
-    sums = {name: sum(step.get(f"{name}_tokens", 0) for step in steps) for name in ("prefill", "cached", "shared")}
-    reused, whole = sums["cached"] + sums["shared"], sum(sums.values())
+def _prefill(steps: Sequence[Event]) -> str:
+    prefill, cached, shared = (sum(step.get(f"{name}_tokens", 0) for step in steps) for name in _PREFILL)
+    whole = prefill + cached + shared
     if not whole:
-        return []
-    return [
-        f"Prefix sharing saved {reused / whole:.0%} of prefill: {reused:,} of {whole:,} tokens of context, "
-        f"{sums['shared']:,} by a group's one prefill and {sums['cached']:,} found in the cache."
-    ]
+        return ""
+    return (
+        f"Prefix sharing saved {(cached + shared) / whole:.0%} of prefill: {cached + shared:,} of {whole:,} tokens of "
+        f"context, {shared:,} by a group's one prefill and {cached:,} found in the cache."
+    )
 
 
-def _tail(history: History) -> list[str]:
+def _tail(history: History) -> str:
     """Estimated from lengths: as if the responses of a step began together, and each got one token at a time."""
     shares: list[float] = []
     for step in {line["step"] for line in history.responses}:
@@ -135,45 +130,42 @@ def _tail(history: History) -> list[str]:
         if len(lengths) >= 8 and lengths[-1]:
             shares.append(1 - lengths[ceil((1 - _FEW) * len(lengths)) - 1] / lengths[-1])
     if not shares:
-        return []
+        return ""
     share = median(shares)
-    sentence = (
+    remedy = ". A lower rollout.max_new_tokens, or engines that sample more prompts at once, would cut it."
+    return (
         f"The long tail: for {share:.0%} of the longest response, only the last quarter of a step's are being sampled"
+        f"{remedy if share > 0.4 else ', which is little.'}"
     )
-    if share > 0.4:
-        return [
-            f"{sentence}. A lower rollout.max_new_tokens, or engines that sample more prompts at once, would cut it."
-        ]
-    return [f"{sentence}, which is little."]
 
 
-def _micro_batches(history: History) -> list[str]:
+def _micro_batches(history: History) -> str:
     budget = history.config.get("train", {}).get("token_budget")
     steps = [step for step in history.steps if step.get("num_microbatches") and "num_prompt_tokens" in step]
     if not budget or not steps:
-        return []
+        return ""
     tokens = [step["num_prompt_tokens"] + step["response_tokens"] * step["num_rollouts"] for step in steps]
     number = median(step["num_microbatches"] for step in steps)
     training = history.config.get("cluster", {}).get("training", {})
     ranks = training.get("ranks", 1) // (training.get("tp", 1) * training.get("cp", 1))
     least = history.config.get("algo", {}).get("minibatches", 1) * ranks  # one each
     doubled = max(least, ceil(median(tokens) / (2 * budget)))
-    if doubled < number:
-        return [
-            f"A step trains on {number:.0f} micro-batches of at most {budget:,} tokens; a token budget of "
-            f"{2 * budget:,} would make that about {doubled}, if it fits in memory (pekoe doctor RECIPE.toml)."
-        ]
-    return [f"A step trains on {number:.0f} micro-batches; a larger token budget would not make them fewer."]
+    if doubled >= number:
+        return f"A step trains on {number:.0f} micro-batches; a larger token budget would not make them fewer."
+    return (
+        f"A step trains on {number:.0f} micro-batches of at most {budget:,} tokens; a token budget of "
+        f"{2 * budget:,} would make that about {doubled}, if it fits in memory (pekoe doctor RECIPE.toml)."
+    )
 
 
-def _cluster(steps: Sequence[Event]) -> list[str]:
+def _cluster(steps: Sequence[Event]) -> str:
     steps = [step for step in steps if "idle_engines" in step]
     if not steps:
-        return []
-    idle = {role: median(step[f"idle_{role}"] for step in steps) for role in ("engines", "ranks")}
+        return ""
+    engines, ranks = (median(step[name] for step in steps) for name in ("idle_engines", "idle_ranks"))
     lost = steps[-1].get("num_lost_engines", 0)
-    sentence = f"Of a step, an engine is idle for {idle['engines']:.0%} and a rank for {idle['ranks']:.0%} (medians)"
-    return [f"{sentence}; {lost} engines were lost and started again."]
+    sentence = f"Of a step, an engine is idle for {engines:.0%} and a rank for {ranks:.0%} (medians)"
+    return f"{sentence}; {lost} engines were lost and started again."
 
 
 def _learning(steps: Sequence[Event]) -> list[str]:
@@ -181,8 +173,8 @@ def _learning(steps: Sequence[Event]) -> list[str]:
     if not steps:
         return []
     last = steps[-max(1, len(steps) // 5) :]
-    if median(step["truncation_rate"] for step in last) > 0.2:
-        share = median(step["truncation_rate"] for step in last)
+    share = median(step["truncation_rate"] for step in last)
+    if share > 0.2:
         sentences.append(
             f"{share:.0%} of the last responses were cut at max_new_tokens, and are judged by what they contain up to "
             f"there: raise rollout.max_new_tokens, or look at whether they repeat themselves."
@@ -200,8 +192,6 @@ def _learning(steps: Sequence[Event]) -> list[str]:
     return sentences
 
 
-def _numerics(steps: Sequence[Event]) -> list[str]:
-    values: list[Any] = [step["logprob_diff_max"] for step in steps if "logprob_diff_max" in step]
-    if not values:
-        return []
-    return [f"Sampling and training log-probs differ by at most {max(values):.1e} (I1)."]
+def _numerics(steps: Sequence[Event]) -> str:
+    values = [step["logprob_diff_max"] for step in steps if "logprob_diff_max" in step]
+    return f"Sampling and training log-probs differ by at most {max(values):.1e} (I1)." if values else ""

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import tomllib
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -70,66 +72,47 @@ def read_history(path: Path, decode: Decode | None = None, max_bytes: int = 2_50
 
 
 def _description_of(path: Path) -> str:
-    if not path.exists():
-        return "nothing there"
-    runs = sorted(file.parent.name for file in path.glob("*/journal.jsonl")) if path.is_dir() else []
-    return f"the runs {', '.join(runs)} below it" if runs else "a directory without one" if path.is_dir() else "a file"
+    if not path.is_dir():
+        return "a file" if path.exists() else "nothing there"
+    runs = sorted(file.parent.name for file in path.glob("*/journal.jsonl"))
+    return f"the runs {', '.join(runs)} below it" if runs else "a directory without one"
 
 
 def sample_responses(history: History, decode: Decode | None, max_bytes: int) -> None:
     """Select whole groups that fit in `max_bytes`: of the first and the last step, then of steps evenly between."""
-    steps = steps_recorded(history.path)
-    used: set[int] = set()
-    size, kept, seen = 0, 0, 0
-    order = list(_evenly(steps))
-    for place, step in enumerate(order):
-        groups = _groups(history.path, step)
-        seen += len(groups)
-        room = (max_bytes - size) / max(1, len(order) - place)  # an equal share for each step still to come
-        spent = 0.0
-        for group in groups:
+    steps = _evenly(steps_recorded(history.path))
+    kept: list[dict[str, Any]] = []
+    num_kept, num_seen = 0, 0
+    for place, step in enumerate(steps):
+        share = max_bytes / (len(steps) - place)  # an equal share for each step still to come
+        groups = [list(lines) for _, lines in groupby(read_records(history.path, step), itemgetter("group"))]
+        num_seen += len(groups)
+        for number, group in enumerate(groups):
             lines = [_shown(line, step, decode is not None) for line in group]
-            cost = sum(len(json.dumps(line)) for line in lines)
-            if spent + cost > room and spent:
+            size = sum(len(json.dumps(line)) for line in lines)
+            if number and size > share:
                 break
-            spent += cost
-            size += cost
-            kept += 1
-            history.responses += lines
-            used.update(token for line in lines for token in line.get("tokens", ()))
-        if size > max_bytes:
+            share, max_bytes, num_kept = share - size, max_bytes - size, num_kept + 1
+            kept += lines
+        if max_bytes < 0:
             break
+    history.responses = sorted(kept, key=itemgetter("step", "group", "sample"))
     if decode is not None:
+        used = {token for line in kept for token in line["tokens"]}
         history.pieces = {token: decode([token]) for token in sorted(used)}
-    num_steps = len({line["step"] for line in history.responses})
-    history.responses.sort(key=lambda line: (line["step"], line["group"], line["sample"]))
-    if kept < seen or num_steps < len(steps):
+    num_steps = len({line["step"] for line in kept})
+    if num_kept < num_seen or num_steps < len(steps):
         history.left_out = (
-            f"{kept} groups of {num_steps} of {len(steps)} steps are here, to keep this file small; "
+            f"{num_kept} groups of {num_steps} of {len(steps)} steps are here, to keep this file small; "
             f"all of them are in {history.path}/rollouts"
         )
 
 
-def _evenly(steps: list[int]) -> Iterator[int]:
+def _evenly(steps: list[int]) -> list[int]:
     """The first, the last, the middle, then the middles between: any prefix covers the run evenly."""
-    if not steps:
-        return
-    seen: set[int] = set()
-    for parts in [1, *(2**k for k in range(1, 20))]:
-        for i in range(parts + 1):
-            place = i * (len(steps) - 1) // parts
-            if place not in seen:
-                seen.add(place)
-                yield steps[place]
-        if len(seen) == len(steps):
-            return
-
-
-def _groups(path: Path, step: int) -> list[list[dict[str, Any]]]:
-    groups: dict[int, list[dict[str, Any]]] = {}
-    for line in read_records(path, step):
-        groups.setdefault(line["group"], []).append(line)
-    return list(groups.values())
+    halvings = [2**k for k in range(len(steps).bit_length() + 1) if steps]
+    places = [i * (len(steps) - 1) // parts for parts in halvings for i in range(parts + 1)]
+    return [steps[place] for place in dict.fromkeys(places)]
 
 
 def _shown(line: dict[str, Any], step: int, by_token: bool) -> dict[str, Any]:
@@ -137,7 +120,7 @@ def _shown(line: dict[str, Any], step: int, by_token: bool) -> dict[str, Any]:
     names = ("uid", "draw", "group", "sample", "label", "extracted", "why", "gold", "reward", "finish_reason", "prompt")
     fields = {name: line[name] for name in names}
     tokens, logprobs = line["tokens"].tolist(), [round(x, 3) for x in line["logprobs"].tolist()]
-    advantage = line["advantage"]
+    advantage, text = line["advantage"], line["text"]
     fields |= {"step": step, "length": len(tokens), "advantage": None if advantage is None else round(advantage, 4)}
     if len(tokens) > _MOST_TOKENS:
         half = _MOST_TOKENS // 2
@@ -145,7 +128,6 @@ def _shown(line: dict[str, Any], step: int, by_token: bool) -> dict[str, Any]:
         tokens, logprobs = tokens[:half] + tokens[-half:], logprobs[:half] + logprobs[-half:]
     if by_token:
         return fields | {"tokens": tokens, "logprobs": logprobs}
-    text = line["text"]
-    return fields | {
-        "text": text if len(text) <= _FULL_TEXT else f"{text[: _FULL_TEXT // 2]} … {text[-_FULL_TEXT // 2 :]}"
-    }
+    if len(text) > _FULL_TEXT:
+        text = f"{text[: _FULL_TEXT // 2]} … {text[-_FULL_TEXT // 2 :]}"
+    return fields | {"text": text}

@@ -31,12 +31,8 @@ def render(histories: Sequence[History], live: bool = False) -> str:
         loader=jinja2.FileSystemLoader(ASSETS), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
     )
     first = histories[0]
-    data: dict[str, Any] = {
-        "charts": charts(histories),
-        "timeline": timeline(first),
-        "responses": first.responses,
-        "pieces": first.pieces,
-    }
+    data = {"charts": charts(histories), "timeline": timeline(first)}
+    data |= {"responses": first.responses, "pieces": first.pieces}
     return environment.get_template("page.html.j2").render(
         title=" and ".join(history.name for history in histories),
         runs=[_run(history) for history in histories],
@@ -55,16 +51,15 @@ def render(histories: Sequence[History], live: bool = False) -> str:
 
 def _run(history: History) -> dict[str, Any]:
     """The data of a run that the page shows beside the charts."""
-    steps, config = history.steps, history.config
     return {
         "name": history.name,
         "path": str(history.path),
         "figures": _figures(history),
         "findings": findings(history),
-        "phases": [(name, f"{share:.0%}", share) for name, share in phase_shares(steps).items()] if steps else [],
+        "phases": [(name, f"{share:.0%}", share) for name, share in phase_shares(history.steps).items()],
         "ledger": history.ledger,
         "resumed": [event["step"] for event in history.of("resumed")],
-        "config": flatten(config).items(),
+        "config": flatten(history.config).items(),
         "machine": flatten(history.of("machine")[-1]).items() if history.of("machine") else [],
     }
 
@@ -72,10 +67,10 @@ def _run(history: History) -> dict[str, Any]:
 def _figures(history: History) -> list[tuple[str, str]]:
     """(label, value) pairs at the top of the page."""
     steps, config, evals = history.steps, history.config, history.of("eval")
-    figures = [("model", str(config.get("model", {}).get("path", "not known")))]
     data = config.get("data", {})
     sources = data.get("train") or ", ".join(source.get("path", "") for source in data.get("sources", []))
     planned = f" of {config['num_steps']}" if "num_steps" in config else ""
+    figures = [("model", str(config.get("model", {}).get("path", "not known")))]
     figures += [("data", str(sources or "not known")), ("steps", f"{len(steps)}{planned}")]
     if evals:
         figures.append(("pass@1 before", _pass(evals[0])))

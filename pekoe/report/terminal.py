@@ -27,14 +27,12 @@ def _count(value: float) -> str:
     return f"{value / 1000:.1f}k" if value >= 1000 else f"{value:.0f}"
 
 
-def _seconds(event: Event) -> str:
-    phases = event.get("seconds", {})
+def _seconds(phases: dict[str, float]) -> str:
     return " ".join(f"{name} {value:.1f}" for name, value in phases.items() if value >= 0.05)
 
 
-# (header, journal key or function of the event, format). A column shows where the step has the key.
-Column = tuple[str, str | Callable[[Event], str], Callable[[Any], str]]
-COLUMNS: tuple[Column, ...] = (
+# (header, journal key, format). A column shows where the step has the key.
+COLUMNS: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
     ("step", "step", str),
     ("reward", "reward", "{:+.2f}".format),
     ("pass", "pass_rate", "{:.1%}".format),
@@ -47,40 +45,27 @@ COLUMNS: tuple[Column, ...] = (
     ("rollout tok/s", "rollout_tokens_per_s", _count),
     ("train tok/s", "train_tokens_per_s", _count),
     ("peak GiB", "train_peak_bytes", lambda value: f"{value / 2**30:.2f}"),
-    (_SECONDS, _seconds, str),
+    (_SECONDS, "seconds", _seconds),
 )
+# A line for events other than steps; further kinds are not shown.
+LINES = {
+    "eval": "step {step}: pass@1 {pass_at_1:.1%} [{ci95[0]:.1%}, {ci95[1]:.1%}] on {num_problems} held-out problems x "
+    "{samples_per_problem} samples",
+    "eval_loss": "step {step}: held-out loss {loss:.4f} on {num_targets:,} tokens",
+    "resumed": "resumed after step {step}",
+    "checkpoint": "saved step {step}: {mib:.0f} MiB in {seconds:.1f} s, of which training waited {stall_s:.1f} s",
+}
 
 
 def cells(event: Event) -> dict[str, str]:
     """The table's row for a `step` event: column header -> text. Columns without a value are absent."""
-    row: dict[str, str] = {}
-    for header, key, form in COLUMNS:
-        value = key(event) if callable(key) else event.get(key)
-        if value is not None:
-            row[header] = form(value)
-    return row
+    return {header: form(event[key]) for header, key, form in COLUMNS if event.get(key) is not None}
 
 
 def line_of(event: Event) -> str | None:
     """One line for an event other than a step; None for an event that is not shown."""
-    match event["event"]:
-        case "eval":
-            low, high = event["ci95"]
-            return (
-                f"step {event['step']}: pass@1 {event['pass_at_1']:.1%} [{low:.1%}, {high:.1%}] on "
-                f"{event['num_problems']} held-out problems x {event['samples_per_problem']} samples"
-            )
-        case "eval_loss":
-            return f"step {event['step']}: held-out loss {event['loss']:.4f} on {event['num_targets']:,} tokens"
-        case "resumed":
-            return f"resumed after step {event['step']}"
-        case "checkpoint":
-            return (
-                f"saved step {event['step']}: {event['bytes'] / 2**20:.0f} MiB in {event['seconds']:.1f} s, "
-                f"of which training waited {event['stall_s']:.1f} s"
-            )
-        case _:
-            return None
+    form = LINES.get(event["event"])
+    return form.format(**event, mib=event.get("bytes", 0) / 2**20) if form else None
 
 
 @dataclass(slots=True)
@@ -95,19 +80,16 @@ class _Phase:
     def rate(self) -> str:
         """Items a second, such as `34/s`; seconds an item, where one takes longer than a second."""
         pace = self.done / max(1e-9, time.monotonic() - self.start)
-        return (
-            f"{pace:,.0f}/s" if pace >= 10 else f"{pace:.1f}/s" if pace >= 1 or not pace else f"{1 / pace:.1f} s each"
-        )
+        return f"{pace:,.0f}/s" if pace >= 10 else f"{pace:.1f}/s" if pace >= 1 else f"{1 / pace:.1f} s each"
 
     def line(self) -> str:
         """Items done, the rate, and the time left at that rate."""
         if self.total is None:
             return f"{self.name}: {self.done:,}, {self.rate()}"
-        line = f"{self.name}: {self.before + self.done:,} of {self.total:,}, {self.rate()}"
-        if self.done:
-            left = (time.monotonic() - self.start) / self.done * (self.total - self.before - self.done)
-            line += f", about {timedelta(seconds=round(left))} left"
-        return line
+        done = self.before + self.done
+        left = (time.monotonic() - self.start) / self.done * (self.total - done)
+        time_left = timedelta(seconds=round(left))
+        return f"{self.name}: {done:,} of {self.total:,}, {self.rate()}, about {time_left} left"
 
 
 class PlainProgress(NoProgress):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
@@ -26,13 +26,12 @@ class Tracker(Protocol):
     def log(self, step: int, metrics: Metrics) -> None: ...
 
     def resume(self, step: int) -> None:
-        """Metrics of later steps are void: the run continues after `step`."""
-        ...
+        """The run continues after `step`: metrics of later steps are void."""
 
     def close(self) -> None: ...
 
 
-class TensorBoard:
+class TensorBoard(Tracker):
     """Event files in `run.dir`/tensorboard."""
 
     def __init__(self, folder: Path) -> None:
@@ -58,9 +57,9 @@ class TensorBoard:
         self._writer = None
 
 
-class Hosted:
+class Hosted(Tracker):
     """Weights & Biases, or Trackio, whose Python API is the same. A resumed run is the same run there. Neither can take
-    a step back: steps that are repeated after a kill keep their first values."""
+    a step back (`resume` does nothing): steps that are repeated after a kill keep their first values."""
 
     def __init__(self, package: str, project: str, run: Path, config: Mapping[str, Any], **more: Any) -> None:
         self._package = _package(package, f"pip install 'pekoe[{package}]'")
@@ -68,8 +67,6 @@ class Hosted:
 
     def log(self, step: int, metrics: Metrics) -> None:
         self._package.log(metrics, step=step)
-
-    def resume(self, step: int) -> None: ...
 
     def close(self) -> None:
         self._package.finish()
@@ -89,14 +86,12 @@ def metrics_of(event: Event) -> Metrics:
     for name, value in event.items():
         if name in ("event", "time", "step"):
             continue
-        parts: Iterable[tuple[str, Any]] = [(name, value)]
-        if isinstance(value, dict):
-            parts = [(f"{name}/{inner}", number) for inner, number in value.items()]
-        elif name == "ci95":
-            parts = [("ci95/low", value[0]), ("ci95/high", value[1])]
-        metrics |= {
-            prefix + key: float(x) for key, x in parts if isinstance(x, (int, float)) and not isinstance(x, bool)
-        }
+        if name == "ci95":
+            value = dict(zip(("low", "high"), value, strict=True))
+        parts = {f"{name}/{key}": x for key, x in value.items()} if isinstance(value, dict) else {name: value}
+        for key, x in parts.items():
+            if isinstance(x, int | float) and not isinstance(x, bool):
+                metrics[prefix + key] = float(x)
     return metrics
 
 
@@ -110,24 +105,20 @@ class TrackedProgress:
     def event(self, event: Event) -> None:
         self._view.event(event)
         if event["event"] == "resumed":
-            self._each(lambda tracker: tracker.resume(event["step"]))
+            self.each(lambda tracker: tracker.resume(event["step"]))
         elif event["event"] in ("step", "eval", "eval_loss"):
             metrics = metrics_of(event)
-            self._each(lambda tracker: tracker.log(event["step"], metrics))
+            self.each(lambda tracker: tracker.log(event["step"], metrics))
 
-    def close(self) -> None:
-        self._each(lambda tracker: tracker.close())
-
-    def _each(self, call: Callable[[Tracker], None]) -> None:
+    def each(self, call: Callable[[Tracker], None]) -> None:
         for tracker in list(self._trackers):
             try:
                 call(tracker)
             except Exception as error:  # of any type: a copy of the journal must not end a run
                 self._trackers.remove(tracker)
-                name = type(tracker).__name__
-                self._view.say(
-                    f"warning: {name} is left out from now on ({type(error).__name__}: {error}); "
-                    f"the journal has everything"
+                cause = f"{type(error).__name__}: {error}"
+                self.say(
+                    f"warning: {type(tracker).__name__} is left out from now on ({cause}); the journal has everything"
                 )
 
 
@@ -152,4 +143,4 @@ def tracking(
     try:
         yield tracked
     finally:
-        tracked.close()
+        tracked.each(lambda tracker: tracker.close())

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
 from typing import Literal, Protocol, TypeVar
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -16,16 +17,7 @@ import torch
 from pekoe.core.errors import RunError
 from pekoe.core.loop import ChecksumResult, Counters, Route, SyncReport
 from pekoe.core.types import Completion, FloatArray, IntArray, Sample
-from pekoe.engine.base import (
-    Broadcast,
-    BroadcastGroup,
-    Checksums,
-    Engine,
-    EngineKind,
-    EngineLost,
-    WeightSource,
-    requests_of,
-)
+from pekoe.engine.base import Broadcast, BroadcastGroup, Checksums, Engine, EngineKind, EngineLost, requests_of
 from pekoe.engine.embedded import EmbeddedEngine
 from pekoe.engine.pool import EnginePool, Member, State
 from pekoe.model import Decoder
@@ -54,12 +46,10 @@ class _Target:
 
 
 class Sender(Protocol):
-    """The trainer's side of the channel."""
+    """The trainer's side of the channel. `model` is None where it is in other processes."""
 
     @property
-    def model(self) -> Decoder | None:
-        """Where it is in this process."""
-        ...
+    def model(self) -> Decoder | None: ...
 
     @property
     def compute_dtype(self) -> torch.dtype: ...
@@ -85,7 +75,7 @@ class Sender(Protocol):
         `broadcast` or `write` with `checksum`, or where nothing was sent."""
         ...
 
-    def logprobs(self, samples: Sequence[Sample]) -> Sequence[FloatArray]: ...
+    def logprobs(self, samples: Sequence[Sample], /) -> Sequence[FloatArray]: ...
 
 
 class WeightChannel:
@@ -123,11 +113,11 @@ class WeightChannel:
         self._checksum_every, self._limit_s, self._folder = checksum_every, limit_s, folder.resolve()
         self._bucket_bytes, self._backend = bucket_bytes, backend
         self._bf16 = sender.compute_dtype is torch.bfloat16
-        self._version: int | None = None
+        self._version = -1  # none yet
         self._count = 0
         self._gave_up = False  # whether all engines were started again since an update last went well
         self._groups: dict[EngineKind, tuple[BroadcastGroup, list[Engine]]] = {}  # open ones, with their engines
-        self._histories: dict[int, History] = {}  # of each member's canaries
+        self._histories: WeakKeyDictionary[Engine, History] = WeakKeyDictionary()
         self._unknown = False  # whether an engine could not give a checksum in the publish in hand
         self._num_bytes, self._send_s = 0, 0.0
 
@@ -153,7 +143,7 @@ class WeightChannel:
     def catch_up(self) -> None:
         """Engines that came back get the current weights. Called where the trainer does not change them."""
         targets = [target for target in self._targets("stale") if not target.member.offloaded]
-        if targets and self._version is not None:
+        if targets and self._version >= 0:
             self._update(targets, True)
 
     def prove(self, version: int) -> None:
@@ -168,38 +158,36 @@ class WeightChannel:
     def counters(self) -> Counters:
         return {"sync_send_s": self._send_s}
 
-    # Members
+    # Engines, each asked in a thread
 
     def _targets(self, state: State) -> list[_Target]:
         members = ((member, member.current) for member in self._pool.in_state(state))
         return [_Target(member, engine) for member, engine in members if engine is not None]
 
     def _lose(self, target: _Target, why: str) -> None:
-        if target.alive:
-            self._pool.lose(target.member, f"weight sync: {why}")
+        self._pool.lose(target.member, f"weight sync: {why}", target.engine)
 
-    def _begin(self, targets: list[_Target], action: Callable[[_Target], T]) -> list[Future[T]]:
-        """Have all act at once, each in a thread."""
+    def _begin(self, targets: list[_Target], action: Callable[[_Target], T]) -> dict[_Target, Future[T]]:
         threads = ThreadPoolExecutor(max(1, len(targets)), thread_name_prefix="weight sync")
-        begun = [threads.submit(action, target) for target in targets]
+        begun = {target: threads.submit(action, target) for target in targets}
         threads.shutdown(wait=False)
         return begun
 
-    def _settle(self, targets: list[_Target], begun: list[Future[T]]) -> tuple[list[tuple[_Target, T]], str]:
+    def _settle(self, begun: dict[_Target, Future[T]]) -> tuple[dict[_Target, T], str]:
         """Wait for all; members that died, or do not answer, are lost. Returns results, and errors of living ones."""
-        results: list[tuple[_Target, T]] = []
+        results: dict[_Target, T] = {}
         errors: list[str] = []
         end = time.monotonic() + self._limit_s + _JOIN_LIMIT_S
-        for target, future in zip(targets, begun, strict=True):
+        for target, future in begun.items():
             try:
-                results.append((target, future.result(max(0.1, end - time.monotonic()))))
+                results[target] = future.result(max(0.1, end - time.monotonic()))
             except EngineLost as error:
                 self._lose(target, str(error))
             except TimeoutError:
                 self._lose(target, f"expected an answer within {self._limit_s:g} s")
             except RuntimeError as error:
                 errors.append(f"{target.member.name}: {error}")
-        return [(target, result) for target, result in results if target.alive], "\n".join(errors)
+        return {target: result for target, result in results.items() if target.alive}, "\n".join(errors)
 
     # Sending
 
@@ -248,42 +236,36 @@ class WeightChannel:
             self._num_bytes += self._sender.write(place, _kinds(targets), checksum)
             return self._load(targets, place)
 
-    def _load(self, targets: list[_Target], source: WeightSource) -> str:
-        version = self._current()
-        return self._settle(targets, self._begin(targets, lambda t: t.engine.update_weights(source, version)))[1]
+    def _load(self, targets: list[_Target], source: Decoder | Path) -> str:
+        version = self._version
+        return self._settle(self._begin(targets, lambda target: target.engine.update_weights(source, version)))[1]
 
     def _broadcast(self, targets: list[_Target], checksum: bool) -> str:
         """Send to all of one kind, in one group with rank 0; it stays open while its members are the same."""
-        kind, version, size = targets[0].member.kind, self._current(), self._bucket_bytes
+        kind, version, size = targets[0].member.kind, self._version, self._bucket_bytes
         engines = [target.engine for target in targets]
-        workers, broken = self._settle(targets, self._begin(targets, lambda target: target.engine.num_workers))
+        workers, broken = self._settle(self._begin(targets, lambda target: target.engine.num_workers))
         if len(workers) < len(targets):
             return broken or "an engine does not answer"
-        ranks = list(accumulate((num for _, num in workers), initial=1))
+        ranks = list(accumulate(workers.values(), initial=1))
         group, joined = self._groups.pop(kind, (None, []))
         fresh = group is None or joined != engines
         if group is None or fresh:
             limit_s = min(_JOIN_LIMIT_S, self._limit_s)
             group = new_group(*self._sender.address(), ranks[-1], self._backend, limit_s)
-        sources = {
-            target.member.number: Broadcast(replace(group, first_rank=rank), size)
-            for target, rank in zip(targets, ranks[:-1], strict=True)
-        }
-        coming = self._begin(targets, lambda t: t.engine.update_weights(sources[t.member.number], version))
+        places = [replace(group, first_rank=rank) for rank in ranks[:-1]]
+        sources = {target: Broadcast(place, size) for target, place in zip(workers, places, strict=True)}
+        coming = self._begin(targets, lambda target: target.engine.update_weights(sources[target], version))
         try:
             if fresh:
                 self._sender.open(kind, group)
             self._num_bytes += self._sender.broadcast(kind, size, checksum)
         except RuntimeError as error:  # RunError, and what torch.distributed raises
             broken = str(error)
-        broken = self._settle(targets, coming)[1] or broken
+        broken = self._settle(coming)[1] or broken
         if not broken:  # a group that broke off is of no use
             self._groups[kind] = group, engines
         return broken
-
-    def _current(self) -> int:
-        assert self._version is not None
-        return self._version
 
     # Proof
 
@@ -291,14 +273,13 @@ class WeightChannel:
         """I4: version, canary, and where it is due every parameter. Members that hold the weights serve."""
         kinds = _kinds(targets) if checksum and self.route != "alias" else []
         expected: dict[EngineKind, Checksums | None] = {kind: self._sender.checksums(kind) for kind in kinds}
-        begun = self._begin(targets, lambda target: self._question(target, expected, checksum))
-        answers, error = self._settle(targets, begun)
+        answers, error = self._settle(self._begin(targets, lambda target: self._ask(target, expected, checksum)))
         if error:
             raise RunError(f"weight sync: {error}")
-        samples = [sample_of(completion) for _, (completions, _) in answers for completion in completions]
+        samples = [sample_of(completion) for completions, _ in answers.values() for completion in completions]
         trained = list(self._sender.logprobs(samples)) if samples else []
         diffs, first = [0.0], 0
-        for target, (completions, wrong) in answers:
+        for target, (completions, wrong) in answers.items():
             mine = slice(first, first + len(completions))
             canary, first = Canary.of(samples[mine], trained[mine], len(samples)), mine.stop
             self._check_canary(target, completions, canary)
@@ -309,11 +290,10 @@ class WeightChannel:
                     f"parameters bit by bit, got others in {', '.join(wrong[:3])}{more}: their checksums differ"
                 )
             diffs.append(canary.difference)
-            if target.alive:
-                self._pool.serve(target.member)
+            self._pool.serve(target.member, target.engine)
         return float(np.max(diffs))
 
-    def _question(
+    def _ask(
         self, target: _Target, expected: Mapping[EngineKind, Checksums | None], checksum: bool
     ) -> tuple[list[Completion], list[str]]:
         """Responses to the canary, and names of parameters that an engine should hold and does not."""
@@ -340,10 +320,7 @@ class WeightChannel:
                 f"weight sync: expected {name} at version {self._version} with log-probs within {limit} of the "
                 f"trainer's, got version {' and '.join(map(str, sorted(versions)))} and {canary.difference}"
             )
-        history = self._histories.get(target.member.number)
-        if history is None or history.engine is not target.engine:
-            history = self._histories[target.member.number] = History(target.engine)
-        if history.stayed(canary):
+        if self._histories.setdefault(target.engine, History()).stayed(canary):
             raise RunError(
                 f"weight sync: expected {name} to sample from version {self._version}, got log-probs of a version "
                 f"before: they did not move with the trainer's"

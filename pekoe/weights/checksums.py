@@ -1,9 +1,8 @@
-"""Checksums of parameters, as engines report them, computed from the trainer's weights."""
+"""What engines should report of the trainer's weights: a checksum of each parameter."""
 
 from __future__ import annotations
 
 import hashlib
-from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
@@ -15,28 +14,14 @@ from pekoe.engine.checksum import checksum
 from pekoe.model import Decoder
 
 _PADDED_TO = 64  # by SGLang, on a CPU
-_FUSED = {
-    "q_proj": "qkv_proj",
-    "k_proj": "qkv_proj",
-    "v_proj": "qkv_proj",
-    "gate_proj": "gate_up_proj",
-    "up_proj": "gate_up_proj",
-}
+_FUSED = {f"{part}_proj": "qkv_proj" for part in "qkv"} | {f"{part}_proj": "gate_up_proj" for part in ("gate", "up")}
 
 
-class ChecksumBuilder(ABC):
-    """Computes what an engine should report of weights that are added one after the other, in the model's order."""
+class PlainChecksums:
+    """Each parameter's `checksum`, by its name in a checkpoint: the embedded engine's, and vLLM's.
 
-    @abstractmethod
-    def add(self, name: str, tensor: Tensor) -> None:
-        """`tensor` is whole, on any device, in any dtype."""
-
-    @abstractmethod
-    def checksums(self) -> Checksums: ...
-
-
-class PlainChecksums(ChecksumBuilder):
-    """Each parameter's `checksum`, by its name in a checkpoint: the embedded engine's, and vLLM's."""
+    Parameters are added whole, in the model's order, on any device, in any dtype.
+    """
 
     def __init__(self, dtype: torch.dtype, names_head: bool = False) -> None:
         self._dtype, self._names_head = dtype, names_head
@@ -51,8 +36,8 @@ class PlainChecksums(ChecksumBuilder):
         return self._sums
 
 
-class SGLangChecksums(ChecksumBuilder):
-    """The first 8 bytes of SHA-256; SGLang holds q, k, v and gate, up as one parameter each."""
+class SGLangChecksums:
+    """As `PlainChecksums`. The first 8 bytes of SHA-256; SGLang holds q, k, v and gate, up as one parameter each."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         self._dtype = dtype
@@ -66,6 +51,9 @@ class SGLangChecksums(ChecksumBuilder):
 
     def checksums(self) -> Checksums:
         return {name: hasher.hexdigest()[:16] for name, hasher in self._hashers.items()}
+
+
+ChecksumBuilder = PlainChecksums | SGLangChecksums
 
 
 def checksum_builder_for(kind: EngineKind, spec: ModelSpec, dtype: torch.dtype, device: str) -> ChecksumBuilder | None:

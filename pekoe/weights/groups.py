@@ -1,10 +1,11 @@
-"""torch.distributed groups for weights: rank 0 sends, engines receive. Beside, not in place of, a default group."""
+"""torch.distributed groups for weights, beside a default group: rank 0 sends, engines receive."""
 
 from __future__ import annotations
 
 import os
 import socket
 import time
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
@@ -28,12 +29,12 @@ def open_group(group: BroadcastGroup, rank: int = 0) -> Any:
     if rank == 0:
         with socket.create_server(place) as listener:  # left to itself the store listens on every address
             fd = listener.detach()
-        store: Any = dist.TCPStore(*place, size, True, limit, wait_for_workers=False, master_listen_fd=fd)
+        store = dist.TCPStore(*place, size, True, limit, wait_for_workers=False, master_listen_fd=fd)
     else:
         store = dist.TCPStore(*place, size, False, limit)
-    store = c10d.PrefixStore(group.name, store)
     make: Any = c10d._new_process_group_helper  # pyright: ignore[reportPrivateUsage]
-    handle, _ = make(size, rank, [], group.backend, store, group_name=group.name, timeout=limit)
+    prefixed = c10d.PrefixStore(group.name, store)
+    handle, _ = make(size, rank, [], group.backend, prefixed, group_name=group.name, timeout=limit)
     c10d._world.pg_group_ranks[handle] = {i: i for i in range(size)}  # pyright: ignore[reportPrivateUsage]
     return handle
 
@@ -46,18 +47,18 @@ def close_group(handle: Any | None) -> None:
 def wait_for(works: list[Any], handle: Any, limit_s: float) -> None:
     """Wait for broadcasts. RuntimeError where a member is gone or the limit has passed.
 
-    gloo's `wait` says so by itself. NCCL's does not block the host, and its watchdog would end this process when a
+    gloo's `wait` raises by itself. NCCL's does not block the host, and its watchdog would end this process when a
     member dies: so completion is polled, and the communicator is aborted in time.
     """
-    if not works or dist.get_backend(handle) != "nccl":
+    if works and dist.get_backend(handle) == "nccl":
+        poll(works, limit_s, handle.abort)
+    else:
         for work in works:
             work.wait()
-        return
-    poll(works, limit_s, lambda: handle.abort())
 
 
-def poll(works: list[Any], limit_s: float, abort: Any) -> None:
-    """See `wait_for`: look at `works` until all are completed; after `limit_s`, `abort()` and RunError."""
+def poll(works: list[Any], limit_s: float, abort: Callable[[], object]) -> None:
+    """Look at `works` until all are completed; after `limit_s`, `abort()` and RunError."""
     end = time.monotonic() + limit_s
     while not all(work.is_completed() for work in works):
         if time.monotonic() > end:
@@ -76,16 +77,9 @@ def free_port(host: str) -> int:
         return probe.getsockname()[1]
 
 
-def own_address(server_host: str) -> str:
-    """The address under which `server_host` reaches this machine."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect((server_host, 9))  # nothing is sent: it asks the routing table
-        return probe.getsockname()[0]
-
-
 def use_interface(address: str) -> None:
-    """Let torch.distributed use the network interface that has this IPv4 address: left to itself it asks for the host's
-    name, which may resolve to another."""
+    """Let torch.distributed use the network interface that has this IPv4 address: by itself it takes that of the host's
+    name, which may be another."""
     for name, addresses in psutil.net_if_addrs().items():
-        if any(one.family == socket.AF_INET and one.address == address for one in addresses):
+        if any(each.family == socket.AF_INET and each.address == address for each in addresses):
             os.environ |= {"GLOO_SOCKET_IFNAME": name, "NCCL_SOCKET_IFNAME": name}

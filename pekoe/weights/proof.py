@@ -93,22 +93,18 @@ def kept_weights(before: Canary, after: Canary) -> bool | None:
 class History:
     """An engine's canaries. Where one step moves the weights too little to tell, several together do not."""
 
-    def __init__(self, engine: object) -> None:
-        self.engine = engine
+    def __init__(self) -> None:
         self._first: Canary | None = None  # the last from which movement could be told
         self._last: Canary | None = None
 
     def stayed(self, canary: Canary) -> bool:
         """Whether the engine did not move with the trainer since a canary before."""
-        if self._first is None or self._last is None:
-            self._first = self._last = canary
-            return False
-        since_first, since_last = kept_weights(self._first, canary), kept_weights(self._last, canary)
-        few = 2 * len(self._first.logprobs.keys() & canary.logprobs.keys()) < len(canary.logprobs)
-        if since_first is not None or few:
-            self._first = canary
+        first, last = self._first or canary, self._last or canary
+        since_first, since_last = kept_weights(first, canary), kept_weights(last, canary)
+        few = 2 * len(first.logprobs.keys() & canary.logprobs.keys()) < len(canary.logprobs)
+        self._first = canary if few or since_first is not None else first
         self._last = canary
-        return since_first is True or since_last is True
+        return True in (since_first, since_last)
 
 
 def _rms(values: NDArray[Any]) -> float:

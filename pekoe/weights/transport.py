@@ -9,6 +9,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -58,31 +59,21 @@ def send(
     """
     sent, error = 0, ""
     on_its_way: list[tuple[Any, Tensor]] = []
-
-    def arrived() -> None:
-        works = [work for work, _ in on_its_way]
-        on_its_way.clear()
-        wait_for(works, handle, limit_s)
-
-    for part in parts:
+    for part in chain(parts, [[]]):  # at the empty one the last bucket is waited for
         whole = [tensor.full_tensor() if isinstance(tensor, DTensor) else tensor for _, tensor in part]
         if handle is None or error:
             continue
         large, small = (whole, []) if one_by_one else _by_size(whole)
         pieces = [*large, torch.cat([tensor.reshape(-1) for tensor in small])] if small else large
         try:
-            arrived()
-            on_its_way += [(dist.broadcast(piece, src=0, group=handle, async_op=True), piece) for piece in pieces]
+            wait_for([work for work, _ in on_its_way], handle, limit_s)
+            on_its_way = [(dist.broadcast(piece, src=0, group=handle, async_op=True), piece) for piece in pieces]
         except RuntimeError as broken:
             error = str(broken)
         sent += sum(piece.nbytes for piece in pieces)
         if add is not None:
             for (name, _), tensor in zip(part, whole, strict=True):
                 add(name, tensor)
-    try:
-        arrived()
-    except RuntimeError as broken:
-        error = error or str(broken)
     if error:
         raise RunError(f"weights: an engine broke off: {error}")
     return sent
@@ -138,32 +129,27 @@ def directory(parent: Path) -> Generator[Path]:
     """A new directory below `parent` for weights, for as long as the context lasts."""
     parent.mkdir(parents=True, exist_ok=True)
     if parent == SHARED_MEMORY:
-        _remove_orphans()
+        for path in parent.glob(f"{_PREFIX}*"):  # what processes of this host left when they were killed
+            with contextlib.suppress(OSError), (path / "lock").open() as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(path, ignore_errors=True)
     place = Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-", dir=parent))
     try:
         with (place / "lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # says that we live, in any container that shares this memory
+            fcntl.flock(lock, fcntl.LOCK_EX)  # this process lives: seen from any container that shares this memory
             yield place / "model"
     finally:
         shutil.rmtree(place, ignore_errors=True)
 
 
-def _remove_orphans() -> None:
-    """What processes of this host left in shared memory when they were killed."""
-    for path in SHARED_MEMORY.glob(f"{_PREFIX}*"):
-        with contextlib.suppress(OSError), (path / "lock").open() as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(path, ignore_errors=True)
-
-
 class LocalSender:
-    """The trainer's side where trainer and channel are in one process (implements `channel.Sender`).
+    """The trainer's side in one process (implements `channel.Sender`).
 
-    Where the model is sharded each process has a sender; all call `broadcast` and `write` together, and that which
+    Where the model is sharded each process has a sender; all call `broadcast` and `write` together, and the one that
     opened the group sends.
 
     Args:
-        model: the weights; in process, an embedded engine samples from this very object.
+        model: the weights; an embedded engine in this process samples from this very object.
         compute_dtype: of servers' weights.
         logprobs: the trainer's, of the canary.
         host: where engines reach this process.
@@ -176,8 +162,7 @@ class LocalSender:
         logprobs: Callable[[Sequence[Sample]], Sequence[FloatArray]],
         host: str = "127.0.0.1",
     ) -> None:
-        self.model, self.compute_dtype = model, compute_dtype
-        self._logprobs, self._host = logprobs, host
+        self.model, self.compute_dtype, self.logprobs, self._host = model, compute_dtype, logprobs, host
         self._handles: dict[EngineKind, tuple[Any, float]] = {}
         self._builders: dict[EngineKind, ChecksumBuilder | None] = {}
 
@@ -193,12 +178,12 @@ class LocalSender:
         handle, limit_s = self._handles.get(kind, (None, 0.0))
         self._builders = {kind: self._builder(kind)} if checksum else {}
         builder = self._builders.get(kind)
-        dtype = None if kind == "embedded" else self.compute_dtype
-        parts = buckets(self.model, bucket_bytes, dtype)
-        return send(handle, parts, limit_s, builder.add if builder else None, one_by_one=kind != "embedded")
+        embedded = kind == "embedded"
+        parts = buckets(self.model, bucket_bytes, None if embedded else self.compute_dtype)
+        return send(handle, parts, limit_s, builder.add if builder else None, one_by_one=not embedded)
 
     def write(self, place: Path, kinds: Sequence[EngineKind], checksum: bool) -> int:
-        """Weights in the engines' dtype as a Hugging Face directory; returns its bytes."""
+        """In the engines' dtype; see `Sender.write`."""
         whole: Mapping[str, Tensor] = dict(self.model.named_parameters())
         sharded = any(isinstance(tensor, DTensor) for tensor in whole.values())
         if sharded:
@@ -210,12 +195,10 @@ class LocalSender:
             save_model(self.model, place, weights=whole if sharded else None, dtype=dtype)
         except (OSError, SafetensorError) as error:  # a full disk, mostly
             raise RunError(f"weight update: cannot write {place}: {error}") from error
-        self._builders = {}
-        for kind in kinds if checksum else ():
-            builder = self._builders[kind] = self._builder(kind)
-            if builder is not None:
-                for name, tensor in whole.items():
-                    builder.add(name, tensor)
+        self._builders = {kind: self._builder(kind) for kind in kinds if checksum}
+        for builder in filter(None, self._builders.values()):
+            for name, tensor in whole.items():
+                builder.add(name, tensor)
         return sum(file.stat().st_size for file in place.glob("*.safetensors"))
 
     def checksums(self, kind: EngineKind) -> Checksums | None:
@@ -224,9 +207,6 @@ class LocalSender:
             return None if builder is None else checksums_of(self.model, builder)
         builder = self._builders[kind]
         return None if builder is None else builder.checksums()
-
-    def logprobs(self, samples: Sequence[Sample]) -> Sequence[FloatArray]:
-        return self._logprobs(samples)
 
     def _builder(self, kind: EngineKind) -> ChecksumBuilder | None:
         device = next(self.model.parameters()).device.type

@@ -14,7 +14,8 @@ import torch
 from pekoe.core.errors import RunError
 from pekoe.core.loop import Route
 from pekoe.core.types import SamplingParams
-from pekoe.engine.base import Completion, EngineLost, requests_of
+from pekoe.engine.base import Completion, Engine, EngineLost, requests_of
+from pekoe.engine.pool import Member
 from tests.weights.conftest import Bench, Reference
 
 MakeBench = Callable[..., Bench]
@@ -243,6 +244,26 @@ def test_an_engine_that_was_replaced_while_it_was_proven_does_not_serve(
         return logprobs(samples)
 
     monkeypatch.setattr(bench.sender, "logprobs", lose)
+    bench.channel.publish(3)
+    assert place.state == "stale"
+    bench.channel.catch_up()
+    assert (place.state, place.engine.version) == ("serving", 3)
+
+
+def test_an_engine_that_was_replaced_after_its_proof_does_not_serve(
+    make_bench: MakeBench, monkeypatch: pytest.MonkeyPatch
+):
+    """Between the proof and `serve`, another thread may lose the engine."""
+    bench = make_bench()
+    serve, place = bench.pool.serve, bench.pool.members[0]
+
+    def lose_first(member: Member, engine: Engine | None = None) -> None:
+        if member is place and bench.pool.num_lost == 0:
+            bench.pool.lose(place, "a request of it failed")
+            until(lambda: place.state == "stale")
+        serve(member, engine)
+
+    monkeypatch.setattr(bench.pool, "serve", lose_first)
     bench.channel.publish(3)
     assert place.state == "stale"
     bench.channel.catch_up()

@@ -79,7 +79,7 @@ def test_small_steps_add_up():
     rng = np.random.default_rng(0)
     noise = lambda: 0.014 * rng.standard_normal(64)  # noqa: E731
     for stays in (False, True):
-        history, truth = History(None), -rng.exponential(1.0, 64)
+        history, truth = History(), -rng.exponential(1.0, 64)
         start, found = truth, list[bool]()
         for _ in range(60):
             found.append(history.stayed(canary((start if stays else truth) + noise(), truth + noise())))

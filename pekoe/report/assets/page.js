@@ -5,15 +5,12 @@ const dark = matchMedia("(prefers-color-scheme: dark)");
 
 // Charts
 
-function look() {
-  const style = getComputedStyle(document.documentElement);
-  const value = (name) => style.getPropertyValue(name).trim();
-  const axis = { gridcolor: value("--line"), zerolinecolor: value("--line"), linecolor: value("--line"), automargin: true };
-  return { paper: "rgba(0,0,0,0)", font: { color: value("--ink"), size: 11, family: "system-ui, sans-serif" }, axis };
-}
-
 function draw(place, figure, height) {
-  const { paper, font, axis } = look();
+  const style = getComputedStyle(document.documentElement);
+  const [ink, line] = ["--ink", "--line"].map((name) => style.getPropertyValue(name).trim());
+  const axis = { gridcolor: line, zerolinecolor: line, linecolor: line, automargin: true };
+  const paper = "rgba(0,0,0,0)";
+  const font = { color: ink, size: 11, family: "system-ui, sans-serif" };
   const layout = {
     ...figure.layout,
     title: { text: figure.layout.title?.text ?? "", font: { size: 13 }, x: 0.03, xanchor: "left" },
@@ -38,11 +35,8 @@ dark.addEventListener("change", drawAll);
 // Responses
 
 const filters = document.getElementById("filters");
-const textOf = new Map();
-for (const line of data.responses) {
-  const text = line.tokens && data.pieces ? line.tokens.map((token) => data.pieces[token]).join("") : line.text ?? "";
-  textOf.set(line, text);
-}
+const joined = (line) => line.tokens.map((token) => data.pieces[token]).join("");
+const textOf = new Map(data.responses.map((line) => [line, data.pieces ? joined(line) : line.text]));
 const groups = new Map();
 for (const line of data.responses) {
   const key = `${line.step}/${line.group}`;
@@ -51,7 +45,6 @@ for (const line of data.responses) {
 }
 let shown = null;
 
-// A run without responses (of `pekoe sft`) has no browser.
 function fill(name, values) {
   for (const value of values) filters.elements[name].add(new Option(value, value));
 }
@@ -105,7 +98,7 @@ function colour(line, i) {
 
 function response(line) {
   const place = element("pre");
-  if (!line.tokens || !data.pieces) {
+  if (!data.pieces) {
     place.textContent = textOf.get(line);
     return place;
   }
@@ -137,7 +130,7 @@ function show() {
   document.getElementById("group").replaceChildren(gold, prompt, samples);
 }
 
-if (filters) {
+if (filters) {  // absent for a run without responses (of `pekoe sft`)
   fill("step", distinct("step").sort((a, b) => a - b));
   fill("label", distinct("label").sort());
   fill("reward", distinct("reward").sort((a, b) => a - b));
