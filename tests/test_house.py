@@ -16,7 +16,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "pekoe"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 # Lines that a room may have, with docstrings and blank ones. A feature that needs more says what it costs and why.
 BUDGETS = {
-    "core": 850,
+    "core": 860,
     "config": 770,
     "kernels": 750,
     "algo": 480,
