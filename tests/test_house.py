@@ -22,7 +22,7 @@ BUDGETS = {
     "algo": 480,
     "model": 870,
     "data": 1440,
-    "verify": 2950,
+    "verify": 2880,
     "engine": 4450,  # base, pool and sampling 1,000; embedded 1,900; servers 1,700
     "train": 820,
     "weights": 860,

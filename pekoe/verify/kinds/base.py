@@ -1,4 +1,4 @@
-"""The parts of a verifier. Each verifier is one small file in this folder."""
+"""The parts of a verifier, and what several verifiers share."""
 
 from __future__ import annotations
 
@@ -8,10 +8,6 @@ from typing import Any, Literal
 
 from pekoe.core.types import Verdict
 from pekoe.verify.extract import boxed_or_tagged
-
-
-def _never(_answer: str, _gold: Any) -> Verdict:
-    raise AssertionError("`prepare` returned a text, and the verifier has no `decide`")
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,11 +26,16 @@ class Verifier:
 
     name: str
     prepare: Callable[[str, Any], Verdict | str]
-    decide: Callable[[str, Any], Verdict] = _never  # where `prepare` always decides
+    decide: Callable[[str, Any], Verdict] | None = None  # None where `prepare` always decides
     check_reference: Callable[[Any], Verdict] = lambda _gold: Verdict("correct")  # a limit is the response's fault
     warm_up: Callable[[], object] = lambda: None
     worker_group: str = "math"
     audit_hook: Literal["all", "formulas", "none"] = "all"
+
+
+def bad_reference(expected: str, gold: Any) -> Verdict:
+    """Return FAULT for a reference that has another shape than `expected`, such as "must be a letter"."""
+    return Verdict("fault", None, f"the reference {expected}, got {str(gold)[:80]!r}")
 
 
 def tagged_answer(response: str, max_chars: int) -> Verdict | str:

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 
 from pekoe.core.types import Verdict
 from pekoe.verify import sandbox
-from pekoe.verify.kinds.base import Verifier
+from pekoe.verify.kinds.base import Verifier, bad_reference
 
 MAX_CODE_CHARS, MAX_TESTS, MAX_OUTPUT_BYTES = 50_000, 200, 1 << 20  # of output beyond the expected one
 TOTAL_LIMIT_S = 4.0  # below the pool's own limit: a slow answer is WRONG, and no limit of the worker's
@@ -76,7 +76,7 @@ def prepare(response: str, gold: Any) -> Verdict | str:
     if not sandbox.supported():
         return Verdict("fault", None, "code is judged on Linux x86_64 alone, where its sandbox knows the system calls")
     if _tests(gold) is None:
-        return Verdict("fault", None, f"the reference must have tests or asserts, got {str(gold)[:80]!r}")
+        return bad_reference("must have tests or asserts", gold)
     block = _last_block(response)
     if block is None:
         return Verdict("unparsed", None, "no complete ``` block")

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple, cast
 from pekoe.core.types import Label, Verdict
 from pekoe.verify import equivalence
 from pekoe.verify.extract import conclusion, is_prose, last_boxed, linked_boxes, rewriter, unboxed
-from pekoe.verify.kinds.base import Verifier
+from pekoe.verify.kinds.base import Verifier, bad_reference
 
 MAX_ANSWER_CHARS = 10_000  # no answer is this long; a list of 40,000 numbers would only buy time in the parser
 
@@ -151,7 +151,7 @@ def prepare(response: str, gold: Any) -> Verdict | str:
     """Return the boxed answer, or the verdict where the text alone decides. Linear in the length of `response`."""
     golds = _golds(gold)
     if not golds:
-        return Verdict("fault", None, f"the reference must be text, or a list of texts, got {str(gold)[:80]!r}")
+        return bad_reference("must be text, or a list of texts", gold)
     answer = last_boxed(response)
     if answer is None:
         return Verdict("unparsed", None, r"no complete \boxed{...}")
