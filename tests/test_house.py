@@ -25,7 +25,7 @@ BUDGETS = {
     "verify": 2880,
     "engine": 4450,  # base, pool and sampling 1,000; embedded 1,900; servers 1,700
     "train": 820,
-    "weights": 860,
+    "weights": 850,
     "run": 2950,
     "report": 1150,
     "ray": 1270,
