@@ -21,7 +21,7 @@ BUDGETS = {
     "kernels": 750,
     "algo": 480,
     "model": 870,
-    "data": 1400,
+    "data": 1390,
     "verify": 2880,
     "engine": 4450,  # base, pool and sampling 1,000; embedded 1,900; servers 1,700
     "train": 820,

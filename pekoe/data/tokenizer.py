@@ -45,9 +45,11 @@ class Tokenizer:
             _parse_json(sources.get(name, b"{}"), f"{origin}/{name}") for name in _JSON_FILES
         )
         self._config = special | config
-        self._special = {
-            key: text for key, value in self._config.items() if key.endswith("_token") and (text := _token_text(value))
-        }
+        self._special: dict[str, str] = {}
+        for key, value in self._config.items():  # a special token is text, or an object with its text in `content`
+            text = value.get("content") if isinstance(value, dict) else value
+            if key.endswith("_token") and text and isinstance(text, str):
+                self._special[key] = text
         self._template = self._load_template()
         self._directive = self._opening = ""
         self._today = date.today()
@@ -187,9 +189,3 @@ def _parse_json(data: bytes, origin: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise UserError(f"{origin}: expected a JSON object, got {type(value).__name__}")
     return value
-
-
-def _token_text(value: Any) -> str | None:
-    """A special token is written as its text, or as an object with its text in `content`."""
-    text = value.get("content") if isinstance(value, dict) else value
-    return text if isinstance(text, str) else None
