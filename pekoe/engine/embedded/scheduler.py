@@ -286,9 +286,9 @@ class Scheduler:
         removed = [s for s in self.running if chosen(s)]
         self.finish(removed)
         for work in (*self.prefilling, *self.waiting):
-            gone = [s for s in work.sequences if chosen(s)]
+            gone = dict.fromkeys(s for s in work.sequences if chosen(s))  # asked once: a future may be cancelled now
             self._release(gone)
-            work.sequences = [s for s in work.sequences if not chosen(s)]
+            work.sequences = [s for s in work.sequences if s not in gone]
             if not work.sequences:
                 self.cache.release(work.blocks)
             removed += gone
