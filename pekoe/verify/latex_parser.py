@@ -43,6 +43,7 @@ _FACTORS = {"*": "mul", "times": "mul", "cdot": "mul", "ast": "mul", "/": "div",
 _NO_FACTORS = {"cup", "setminus", "in", "}", "pm", "mp", "\\", "%", "|", "vee", "lor", "rfloor", "rceil", "end"}
 _LINKS = (",", ";", "and", "or", "vee", "lor")
 _OPEN = {"(": ")", "[": "]", "{": "}", "|": "|", "lfloor": "rfloor", "lceil": "rceil"}
+_CALLS = {"|": "abs", "lfloor": "floor", "lceil": "ceil"}
 _EMPTY = re.compile(r"(there (is|are) )?no (such )?(real |integer )?(solutions?|values?|roots?)|none|empty( set)?")
 
 _TOKEN = re.compile(
@@ -208,6 +209,10 @@ class _Reader:
             return value not in _RELATIONS and value not in _NO_FACTORS
         return kind in ("number", "text") or (kind == "word" and value not in ("or", "and", "in"))
 
+    def _at_name(self) -> bool:
+        kind, value = self._peek()
+        return kind in ("word", "command") and bool(len(value) == 1 or _GREEK.fullmatch(value))
+
     def _power(self) -> Tree:
         tree = self._atom()
         while True:
@@ -257,8 +262,7 @@ class _Reader:
         raise Unreadable(f"{value!r} is not understood")
 
     def _number(self, value: str) -> Tree:
-        if self._peek() == ("command", "overline") and "." in value:  # 0.1\overline{6}
-            self._at += 1
+        if "." in value and self._take("overline", kinds=("command",)):  # 0.1\overline{6}
             self._need("{")
             digits = self._next()[1]
             self._need("}")
@@ -308,8 +312,7 @@ class _Reader:
     def _call(self, name: str) -> Tree:
         if name == "sqrt":
             root: Tree = ("number", Fraction(2), False)
-            if self._peek()[1] == "[":
-                self._at += 1
+            if self._take("["):
                 root = self._closed("]", self._sum)
             inner = self._argument()
             return ("pow", inner, ("div", ("number", Fraction(1), False), root))
@@ -319,17 +322,12 @@ class _Reader:
                 base = self._argument()
             if self._take("^"):
                 power = self._argument()
-        if self._peek()[1] in ("(", "[", "{") and self._peek()[0] == "symbol":
-            closer = _OPEN[self._next()[1]]
-            items = self._closed(closer, self._items)
+        if opener := self._take("(", "[", "{", kinds=("symbol",)):
+            items = self._closed(_OPEN[opener], self._items)
             inner = items[0] if len(items) == 1 else items
         else:
             inner = self._power()
-            while self._peek()[0] in ("word", "command") and (
-                _GREEK.fullmatch(self._peek()[1]) or len(self._peek()[1]) == 1
-            ):
-                if not self._at_factor():
-                    break
+            while self._at_factor() and self._at_name():
                 inner = ("mul", inner, self._power())  # \sin 2x
         if power == ("number", Fraction(-1), False):
             name, power = "arc" + name, None
@@ -340,10 +338,8 @@ class _Reader:
 
     def _bracket(self, opener: str) -> Tree:
         is_set = self._tokens[self._at - 1] == ("command", "{")
-        if opener == "|":
-            return ("call", "abs", self._closed("|", self._sum))
-        if opener in ("lfloor", "lceil"):
-            return ("call", opener[1:], self._closed(_OPEN[opener], self._sum))
+        if opener in _CALLS:
+            return ("call", _CALLS[opener], self._closed(_OPEN[opener], self._sum))
         if is_set and self._take("}"):
             return ("group", "{}", ())
         closers = {"}"} if opener == "{" else {")", "]"}
