@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from pekoe.core.types import Verdict
-from pekoe.verify.extract import boxed_or_tagged
+from pekoe.verify.extract import last_boxed
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,10 +39,15 @@ def bad_reference(expected: str, gold: Any) -> Verdict:
 
 
 def tagged_answer(response: str, max_chars: int) -> Verdict | str:
-    r"""Return the content of the last `\boxed{...}` or `<answer>...</answer>`, or UNPARSED where there is none."""
-    answer = boxed_or_tagged(response)
+    r"""Return what the last complete `\boxed{...}` holds, or else the last `<answer>...</answer>`; or UNPARSED."""
+    answer = last_boxed(response)
     if answer is None:
-        return Verdict("unparsed", None, r"no complete \boxed{...} and no <answer>...</answer>")
+        end = response.rfind("</answer>")
+        start = response.rfind("<answer>", 0, max(end, 0))
+        if start < 0:
+            return Verdict("unparsed", None, r"no complete \boxed{...} and no <answer>...</answer>")
+        answer = response[start + len("<answer>") : end]
+    answer = answer.strip()
     if len(answer) > max_chars:
         return Verdict("unparsed", answer[:200] + "…", f"the answer holds {len(answer):,} characters")
     return answer
