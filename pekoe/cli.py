@@ -299,7 +299,7 @@ def verify(
     With --summary, where lines carry labels: how many right answers were rejected (FN) and wrong ones accepted (FP).
     """
     from pekoe.verify import JudgePool
-    from pekoe.verify.cases import check_case_kinds, errors_of, read_cases
+    from pekoe.verify.cases import check_case_kinds, error_cells, read_cases
 
     by_file = [(file, read_cases(Path(file))) for file in files]
     table = Table(
@@ -315,7 +315,7 @@ def verify(
             judged.append(pool.judge_many(asked, view))
     for (file, cases), verdicts in zip(by_file, judged, strict=True):
         if summary:
-            table.add_row(Path(file).stem, *errors_of(cases, verdicts).cells())
+            table.add_row(Path(file).stem, *error_cells(cases, verdicts))
             continue
         for case, verdict in zip(cases, verdicts, strict=True):
             typer.echo(json.dumps({"id": case["id"], **asdict(verdict)}))

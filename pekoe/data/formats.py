@@ -46,9 +46,11 @@ def _native(row: dict[str, Any]) -> Problem:
     else:
         gold = rows.answer_text(row["answer"]) if kind == "math" else row["answer"]
     problem, rate = _problem(rows.prompt_of(row), gold, row.get("uid"), kind), row.get("pass_rate")
-    if rate is not None and (isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 <= rate <= 1):
+    if rate is None:
+        return problem
+    if type(rate) not in (int, float) or not 0 <= rate <= 1:
         raise Malformed(f"'pass_rate': expected a number from 0 to 1, got {rate!r}")
-    return problem if rate is None else replace(problem, pass_rate=float(rate))
+    return replace(problem, pass_rate=float(rate))
 
 
 def _areal(row: dict[str, Any]) -> Problem:
@@ -82,9 +84,7 @@ def _gsm8k(row: dict[str, Any]) -> Problem:
     if not mark:
         raise Malformed("'answer': expected '#### x' at its end, got none")
     gold = rows.answer_text(last)
-    return _problem(
-        rows.question(text_of(row, "question")), gold.replace(",", "") if _THOUSANDS.fullmatch(gold) else gold
-    )
+    return _problem(text_of(row, "question"), gold.replace(",", "") if _THOUSANDS.fullmatch(gold) else gold)
 
 
 def _math(row: dict[str, Any]) -> Problem:
@@ -92,7 +92,7 @@ def _math(row: dict[str, Any]) -> Problem:
     gold = _golds(row["answer"], alone=True) if "answer" in row else reference_box(text_of(row, "solution"))
     if gold is None:
         raise Malformed("'solution': expected a \\boxed{} answer, got none")
-    return _problem(rows.question(text_of(row, "problem")), gold, row.get("unique_id"))
+    return _problem(text_of(row, "problem"), gold, row.get("unique_id"))
 
 
 def _dapo(row: dict[str, Any]) -> Problem:
@@ -117,13 +117,13 @@ def _open_reasoner_zero(turns: list[Any]) -> Problem:
         raise Malformed(f"expected two turns (human, assistant), got {len(turns)}")
     human, assistant = (rows.expect(turn, dict, "turn") for turn in turns[:2])
     truth = rows.expect(assistant.get("ground_truth"), dict, "'ground_truth'")
-    return _problem(rows.question(text_of(human, "value")), _golds(truth.get("value"), alone=True))
+    return _problem(text_of(human, "value"), _golds(truth.get("value"), alone=True))
 
 
 def _svamp(row: dict[str, Any]) -> Problem:
     """SVAMP: `Body`, `Question`, a numeric `Answer`, `ID`."""
     text = f"{text_of(row, 'Body').strip()} {text_of(row, 'Question').strip()}"
-    return _problem(rows.question(text), rows.answer_text(row["Answer"]), row.get("ID"))
+    return _problem(text, rows.answer_text(row["Answer"]), row.get("ID"))
 
 
 def _light_r1(row: dict[str, Any]) -> Problem:
@@ -133,7 +133,7 @@ def _light_r1(row: dict[str, Any]) -> Problem:
     gold = reference_box(text_of(turns[-1], "value"))
     if gold is None or turns[-1].get("from") not in ("assistant", "gpt"):
         raise Malformed("'conversations': expected an assistant's turn with a \\boxed{} answer at the end, got none")
-    return _problem(rows.question(text_of(human, "value")), gold)
+    return _problem(text_of(human, "value"), gold)
 
 
 def _knights_knaves(row: dict[str, Any]) -> Problem:
@@ -142,7 +142,7 @@ def _knights_knaves(row: dict[str, Any]) -> Problem:
     if len(names) != len(knights) or not all(isinstance(value, bool) for value in knights):
         raise Malformed(f"'solution': expected true or false for each of {len(names)} names, got {knights}")
     gold = {str(name): "knight" if knight else "knave" for name, knight in zip(names, knights, strict=True)}
-    return _problem(rows.question(text_of(row, "quiz")), gold, kind="logic")
+    return _problem(text_of(row, "quiz"), gold, kind="logic")
 
 
 def _zebra_grid(row: dict[str, Any]) -> Problem:
@@ -151,7 +151,7 @@ def _zebra_grid(row: dict[str, Any]) -> Problem:
     header, lines = (rows.expect(grid.get(key), list, f"'solution.{key}'") for key in ("header", "rows"))
     if any("___" in rows.expect(line, list, "'solution.rows'") for line in lines):
         raise Malformed("'solution': expected the solved grid, got one with its cells hidden (___)")
-    return _problem(rows.question(text_of(row, "puzzle")), {"header": header, "rows": lines}, row.get("id"), "logic")
+    return _problem(text_of(row, "puzzle"), {"header": header, "rows": lines}, row.get("id"), "logic")
 
 
 def _zebra_choice(row: dict[str, Any]) -> Problem:
@@ -173,16 +173,14 @@ def _big_bench_hard(row: dict[str, Any]) -> Problem:
     target = re.fullmatch(r"\(([A-Z])\)", text_of(row, "target").strip())
     if not target:
         raise Malformed(f"'target': expected an option such as '(A)', got {row['target']!r}")
-    return _problem(rows.question(text_of(row, "input")), target[1], kind="choice")
+    return _problem(text_of(row, "input"), target[1], kind="choice")
 
 
 def _choice(text: str, options: list[str], right: Any, uid: Any) -> Problem:
     if right not in options or not 2 <= len(options) <= 26:
         raise Malformed(f"answer: expected one of 2 to 26 choices {options}, got {right!r}")
     listed = (f"({letter}) {option}" for letter, option in zip(ascii_uppercase, options, strict=False))
-    return _problem(
-        rows.question("\n".join([text, "Options:", *listed])), ascii_uppercase[options.index(right)], uid, "choice"
-    )
+    return _problem("\n".join([text, "Options:", *listed]), ascii_uppercase[options.index(right)], uid, "choice")
 
 
 def _countdown(row: dict[str, Any]) -> Problem:
@@ -194,7 +192,7 @@ def _countdown(row: dict[str, Any]) -> Problem:
         f"Make {target} out of the numbers {', '.join(map(str, numbers))} with +, -, *, / and parentheses, "
         "using each number at most once. Answer with the expression."
     )
-    return _problem(rows.question(text), {"numbers": numbers, "target": target}, kind="countdown")
+    return _problem(text, {"numbers": numbers, "target": target}, kind="countdown")
 
 
 # The first layout whose keys are all there is the row's. Native comes last: its keys are the commonest.
@@ -219,7 +217,9 @@ _LAYOUTS: tuple[tuple[set[str], Callable[[dict[str, Any]], Problem]], ...] = (
 )
 
 
-def _problem(messages: Messages, gold: Any, uid: Any = None, kind: str = "math") -> Problem:
+def _problem(prompt: Messages | str, gold: Any, uid: Any = None, kind: str = "math") -> Problem:
+    """A problem of these messages, or of a text that is the user's one turn."""
+    messages = rows.question(prompt) if isinstance(prompt, str) else prompt
     if messages[-1]["role"] == "assistant":
         raise Malformed("messages: expected the last turn to be the user's, got the assistant's")
     if not any(message["content"].strip() for message in messages):
@@ -227,7 +227,7 @@ def _problem(messages: Messages, gold: Any, uid: Any = None, kind: str = "math")
     if uid is None:  # a name that depends on the content alone
         content = json.dumps([messages, gold, kind], sort_keys=True, ensure_ascii=False)
         uid = hashlib.sha256(content.encode()).hexdigest()[:16]
-    elif isinstance(uid, bool) or not isinstance(uid, str | int) or uid == "":
+    if type(uid) not in (str, int) or uid == "":
         raise Malformed(f"uid: expected a string or a whole number, got {uid!r}")
     return Problem(str(uid), messages, gold, kind)
 
@@ -236,13 +236,12 @@ def _golds(values: Any, alone: bool = False) -> str | list[str]:
     """One answer, or a list of which any may match. `alone`: it need not be in an array. Boxes are removed."""
     if alone and not isinstance(values, list):
         values = [values]
-    golds = [_unboxed(rows.answer_text(value)) for value in rows.expect(values, list, "answers")]
+    golds: list[str] = []
+    for value in rows.expect(values, list, "answers"):
+        text = rows.answer_text(value)
+        inner = reference_box(text)
+        golds.append(inner if inner and text == f"\\boxed{{{inner}}}" else text)
     return golds[0] if len(golds) == 1 else golds
-
-
-def _unboxed(text: str) -> str:
-    inner = reference_box(text)
-    return inner if inner and text == f"\\boxed{{{inner}}}" else text
 
 
 def reference_box(text: str) -> str | None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import zlib
 from collections import Counter, defaultdict
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -102,10 +101,12 @@ def gather_problems(
     report, view = DataReport(), view or NoProgress()
     sources = data.sources or (SourceSection(path=data.train or "", name=data.train or ""),)
     items = [item for source in sources for item in _read(source, data, report)]
-    items = _within_pass_rate(items, data, report)
-    items = _deduplicated(items, data, report)
-    items = _short_prompts(items, data, tokenizer, report, view)
-    items = _decontaminated(items, data, report, view)
+    items = _without(items, _outside_pass_rate(items, data), report)
+    items = _without(items, _repeats(items, data, report), report)
+    if tokenizer is not None:
+        items = _without(items, _long_prompts(items, data, tokenizer, view), report)
+    if data.decontaminate:
+        items = _without(items, _contaminated(items, data, view), report)
     if data.dedup == "near":
         near = near_duplicates([item.problem for item in items], data.dedup_threshold, view)
         items = _without(items, {i: (NEAR, f"nearly {items[first]}") for i, first in near.items()}, report)
@@ -148,31 +149,28 @@ def _read(source: SourceSection, data: ProblemSection, report: DataReport) -> li
     return items
 
 
-def _within_pass_rate(items: list[_Item], data: ProblemSection, report: DataReport) -> list[_Item]:
-    """Items whose rate lies within `data.pass_rate`. UserError for a problem without a rate."""
+def _outside_pass_rate(items: list[_Item], data: ProblemSection) -> _Drops:
+    """Items whose rate lies outside `data.pass_rate`. UserError for a problem without a rate."""
     drop: _Drops = {}
-    if data.pass_rate is None:
-        return items
-    for index, item in enumerate(items):
+    low, high = data.pass_rate or (0, 1)
+    for index, item in enumerate(items if data.pass_rate else ()):
         rate = item.problem.pass_rate
         if rate is None:
             raise UserError(
                 f"data.pass_rate: expected problems that `pekoe curate` measured, got {item} without a rate"
             )
-        if not data.pass_rate[0] <= rate <= data.pass_rate[1]:
+        if not low <= rate <= high:
             drop[index] = (PASS_RATE, f"{rate:.3g}")
-    return _without(items, drop, report)
+    return drop
 
 
-def _deduplicated(items: list[_Item], data: ProblemSection, report: DataReport) -> list[_Item]:
-    """Keep the first of the items with one prompt; where their answers differ, `data.conflicts` decides."""
+def _repeats(items: list[_Item], data: ProblemSection, report: DataReport) -> _Drops:
+    """All but the first of the items with one prompt; where their answers differ, `data.conflicts` decides."""
     groups: dict[bytes, list[int]] = defaultdict(list)
     for index, item in enumerate(items):
         groups[item.key].append(index)
     drop: _Drops = {}
     for group in groups.values():
-        if len(group) == 1:
-            continue
         first = items[group[0]]
         other = next((items[i] for i in group if gold_key(items[i].problem.gold) != gold_key(first.problem.gold)), None)
         if other is None:
@@ -181,24 +179,21 @@ def _deduplicated(items: list[_Item], data: ProblemSection, report: DataReport) 
             detail = f"{first} says {first.problem.gold!r}, {other} says {other.problem.gold!r}"
             drop |= dict.fromkeys(group[data.conflicts == "first" :], (CONFLICT, detail))
     if data.dedup != "off":
-        return _without(items, drop, report)
+        return drop
     if drop:
         reasons = Counter(reason for reason, _ in drop.values())
         report.notes.append(
             f"{reasons[DUPLICATE]:,} problems repeat an earlier prompt, and {reasons[CONFLICT]:,} have a prompt that "
             'occurs with different answers: data.dedup = "exact" drops them'
         )
-    return items
+    return {}
 
 
-def _short_prompts(
-    items: list[_Item], data: ProblemSection, tokenizer: Tokenizer | None, report: DataReport, view: ProgressReporter
-) -> list[_Item]:
+def _long_prompts(items: list[_Item], data: ProblemSection, tokenizer: Tokenizer, view: ProgressReporter) -> _Drops:
     drop: _Drops = {}
-    if tokenizer is None:
-        return items
+    limit = data.max_prompt_tokens
     for index, item in enumerate(track(view, "prompts", items)):
-        size, limit = len(tokenizer.encode_prompt(item.problem.messages)), data.max_prompt_tokens
+        size = len(tokenizer.encode_prompt(item.problem.messages))
         if size > limit and not data.skip_malformed:
             raise UserError(
                 f"{item.source}: problem {item.problem.uid!r}: expected a prompt of at most {limit} tokens "
@@ -206,20 +201,16 @@ def _short_prompts(
             )
         if size > limit:
             drop[index] = (TOO_LONG, f"{size} tokens, at most {limit}")
-    return _without(items, drop, report)
+    return drop
 
 
-def _decontaminated(
-    items: list[_Item], data: ProblemSection, report: DataReport, view: ProgressReporter
-) -> list[_Item]:
-    if not data.decontaminate:
-        return items
+def _contaminated(items: list[_Item], data: ProblemSection, view: ProgressReporter) -> _Drops:
     known = Contamination({path: read_problems(path).problems for path in data.decontaminate}, data.ngram)
     overlaps = ((index, known.find(item.problem)) for index, item in enumerate(track(view, "overlap", items)))
-    return _without(items, {i: (CONTAMINATED, f"{hit[0]}: {hit[1]}") for i, hit in overlaps if hit}, report)
+    return {i: (CONTAMINATED, f"{hit[0]}: {hit[1]}") for i, hit in overlaps if hit}
 
 
-def _without(items: list[_Item], drop: Mapping[int, tuple[str, str]], report: DataReport) -> list[_Item]:
+def _without(items: list[_Item], drop: _Drops, report: DataReport) -> list[_Item]:
     """The items whose index is not in `drop`. The others go into the report."""
     for index, (reason, detail) in sorted(drop.items()):
         item = items[index]
@@ -234,7 +225,7 @@ def _draw(source: SourceSection, items: list[_Item], seed: int, report: DataRepo
     chosen = np.argsort(bits.random_raw(len(own)), kind="stable")[: source.limit].tolist()
     number = max(1, round(source.weight * len(chosen)))
     places = sorted((turn // len(chosen), chosen[turn % len(chosen)]) for turn in range(number))
-    left_out = dict.fromkeys(set(range(len(own))) - {i for _, i in places}, (NOT_DRAWN, "by limit or weight"))
+    left_out: _Drops = dict.fromkeys(set(range(len(own))) - {i for _, i in places}, (NOT_DRAWN, "by limit or weight"))
     report.num_kept[source.name] = len(_without(own, left_out, report))
     report.num_drawn[source.name] = number
     problems = [(copy, own[index].problem) for copy, index in places]

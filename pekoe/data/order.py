@@ -23,9 +23,9 @@ class DataOrder:
         assert uids, "an order over no problems"
         self._num = len(uids)
         self._seed = seed
-        self._digest = int.from_bytes(hashlib.sha256("\0".join(uids).encode()).digest()[:7], "big")
-        self._epoch = 0
-        self._position = 0
+        digest = int.from_bytes(hashlib.sha256("\0".join(uids).encode()).digest()[:7], "big")
+        self._identity = {"seed": seed, "num_problems": self._num, "uids_digest": digest}
+        self._epoch = self._position = 0
         self._permutation = self._permute(0)
 
     def draw(self, k: int) -> list[tuple[int, int]]:
@@ -42,20 +42,15 @@ class DataOrder:
 
     def state(self) -> dict[str, int]:
         """The position in the order, for a checkpoint."""
-        return {
-            "seed": self._seed,
-            "num_problems": self._num,
-            "uids_digest": self._digest,
-            "epoch": self._epoch,
-            "position": self._position,
-        }
+        return self._identity | {"epoch": self._epoch, "position": self._position}
 
     def restore(self, state: Mapping[str, int]) -> None:
         """Continue from `state`. Raises UserError where it belongs to another seed or other problems."""
-        own = self.state()
-        for key, what in (("seed", "the seed"), ("num_problems", "problems"), ("uids_digest", "the problems' uids")):
-            if state[key] != own[key]:
-                raise UserError(f"data order: expected {what} of the checkpoint ({state[key]}), got {own[key]}")
+        for (key, own), what in zip(
+            self._identity.items(), ("the seed", "problems", "the problems' uids"), strict=True
+        ):
+            if state[key] != own:
+                raise UserError(f"data order: expected {what} of the checkpoint ({state[key]}), got {own}")
         self._epoch, self._position = state["epoch"], state["position"]
         self._permutation = self._permute(self._epoch)
 

@@ -28,15 +28,13 @@ _SPELLINGS = (("\\dfrac", "\\frac"), ("\\tfrac", "\\frac"), ("\\left", ""), ("\\
 _SHINGLE = 3
 _STOCK = 2  # a run in more evaluation problems than this is a stock phrase, and no sign of contamination
 
-Tokens = list[str]
-
 
 def text_of(problem: Problem) -> str:
     """The question, without chat markers and the instruction to box the answer."""
     return _FRAME.sub(" ", "\n".join(message["content"] for message in problem.messages))
 
 
-def tokens_of(problem: Problem) -> Tokens:
+def tokens_of(problem: Problem) -> list[str]:
     """Words in lower case, numbers and operators; punctuation and LaTeX's braces do not count."""
     return _TOKEN.findall(text_of(problem).lower())
 
@@ -73,29 +71,27 @@ def near_duplicates(
         from datasketch import MinHash, MinHashLSH
     except ImportError:
         raise needs("datasketch", "data.dedup = 'near'") from None
-    alike: dict[Hashable, list[int]] = defaultdict(list)
     view = view or NoProgress()
+    alike: dict[Hashable, list[int]] = defaultdict(list)
     for index, problem in enumerate(track(view, "near", problems)):
         numbers = " ".join(sorted(token for token in tokens_of(problem) if token.isdigit()))
         alike[problem.kind, gold_key(problem.gold), numbers].append(index)
     duplicates: dict[int, int] = {}
     empty = MinHash(num_perm=128, hashfunc=int)
-    for group in track(view, "near", list(alike.values())):
-        if len(group) == 1:  # the common case: nothing to compare
-            continue
+    for group in track(view, "near", [group for group in alike.values() if len(group) > 1]):
         lsh: Any = MinHashLSH(num_perm=128, params=_bands(threshold))
         kept: dict[int, frozenset[int]] = {}
         for index in group:
             shingles = _shingles(tokens_of(problems[index]))
             sketch = empty.copy()  # a new MinHash would compute its permutations again
             sketch.update_batch(shingles)
-            close = (other for other in sorted(lsh.query(sketch)) if _jaccard(kept[other], shingles) >= threshold)
-            first = next(close, None)
-            if first is None:
+            for other in sorted(lsh.query(sketch)):
+                if len(kept[other] & shingles) / len(kept[other] | shingles) >= threshold:
+                    duplicates[index] = other
+                    break
+            else:
                 kept[index] = shingles
                 lsh.insert(index, sketch)
-            else:
-                duplicates[index] = first
     return duplicates
 
 
@@ -105,13 +101,9 @@ def _bands(threshold: float) -> tuple[int, int]:
     return 128 // rows, rows
 
 
-def _shingles(tokens: Tokens) -> frozenset[int]:
+def _shingles(tokens: list[str]) -> frozenset[int]:
     ends = range(_SHINGLE, max(len(tokens), _SHINGLE) + 1)
     return frozenset(zlib.crc32(" ".join(tokens[end - _SHINGLE : end]).encode()) for end in ends)
-
-
-def _jaccard(a: frozenset[int], b: frozenset[int]) -> float:
-    return len(a & b) / len(a | b)
 
 
 class Contamination:
@@ -147,5 +139,5 @@ class Contamination:
         return next(((self._owner[run], run) for run in _runs(tokens, self._n) if run in self._owner), None)
 
 
-def _runs(tokens: Tokens, n: int) -> list[str]:
+def _runs(tokens: list[str], n: int) -> list[str]:
     return [" ".join(tokens[start : start + n]) for start in range(len(tokens) - n + 1)]

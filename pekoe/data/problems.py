@@ -38,14 +38,10 @@ class DemonstrationFile:
 
 
 def read_problems(path: str | Path, skip_malformed: bool = False) -> ProblemFile:
-    """Read problems from a `.jsonl`, `.json` or `.parquet` file or a Hugging Face data set (see `parse_rows`).
+    """Read problems of any layout in `formats` from a file or a Hugging Face data set (see `rows.parse_rows`).
 
-    Each row's keys tell its layout. Native is `{"uid", "prompt" | "messages", "answer" | "answers", "kind"}`; the
-    layouts of public sets are listed in `formats`. A row without a uid is named by a hash of its content; the ledger
-    and the data order rely on a uid naming one problem of a file.
-
-    `Problem.messages` is a conversation for the chat template, or one message of role `"prompt"` (native bare text: a
-    user turn where the model has a template, used as it is elsewhere) or `"raw"` (AReaL: never templated).
+    A row without a uid is named by a hash of its content. `Problem.messages` is a conversation for the chat template,
+    or one message of role `rows.PLAIN` or `rows.RAW`.
 
     Raises UserError, naming file and line, for a malformed row or a second row of the same uid (with `skip_malformed`
     these are skipped and reported), and for a source that is missing, unreadable or without a usable row.

@@ -22,13 +22,7 @@ PLAIN = "prompt"  # a question as bare text: a user turn where the model has a c
 RAW = "raw"  # text that already carries a chat's markers: used as it is with every model
 CHAT_ROLES = ("system", "user", "assistant", "tool")
 
-_KINDS: dict[type[Any], str] = {
-    dict: "an object",
-    list: "an array",
-    str: "a string",
-    bool: "a boolean",
-    type(None): "null",
-}
+_KINDS: dict[Any, str] = {dict: "an object", list: "an array", str: "a string", bool: "a boolean", type(None): "null"}
 
 
 class Malformed(ValueError):
@@ -43,17 +37,18 @@ def parse_rows(
     `path`: a JSONL file (a row's number is its line), a `.json` file holding one array (or an object whose `examples`
     is one), a `.parquet` file, or a Hugging Face data set `hf:OWNER/NAME[/CONFIG][:SPLIT]`.
 
-    `parse` raises Malformed for a row it refuses. Raises UserError at the first such row unless `skip_malformed`,
-    for a source that cannot be read, and for one without a single usable row.
+    Raises UserError at the first row for which `parse` raises Malformed, unless `skip_malformed`; for a source that
+    cannot be read, and for one without a single usable row.
     """
     unit, values = _open(path)
+    is_json = unit == ":"  # not parsed yet
     rows: list[T] = []
     skipped: list[Skipped] = []
     for number, value in enumerate(values, 1):
-        if isinstance(value, str) and unit == ":" and not value.strip():
+        if is_json and not value.strip():
             continue
         try:
-            rows.append(parse(_loads(value) if unit == ":" else value, number))
+            rows.append(parse(_loads(value) if is_json else value, number))
         except Malformed as error:
             if not skip_malformed:
                 raise UserError(f"{path}{unit}{number}: {error}") from None
@@ -74,9 +69,14 @@ def _open(source: str | Path) -> tuple[str, Iterable[Any]]:
             raise missing(path, "a Parquet file")
         return ", row ", read_parquet(path)
     text = _read_text(path)
-    if path.suffix == ".json":
-        return ", item ", _array(path, text)
-    return ":", text.split("\n")  # JSON strings may hold U+2028 and others that `splitlines` cuts at
+    if path.suffix != ".json":
+        return ":", text.split("\n")  # JSON strings may hold U+2028 and others that `splitlines` cuts at
+    try:
+        value = _loads(text)
+        value = value["examples"] if isinstance(value, dict) and "examples" in value else value
+        return ", item ", expect(value, list, "the file")
+    except Malformed as error:
+        raise UserError(f"{path}: {error} (a file of one object a line is named .jsonl)") from None
 
 
 def write_rows(path: str | Path, rows: Iterable[dict[str, Any]]) -> None:
@@ -103,25 +103,15 @@ def missing(path: Path, what: str) -> UserError:
 
 def _read_text(path: Path) -> str:
     try:
-        data = path.read_bytes()
+        return path.read_bytes().decode("utf-8-sig")
     except FileNotFoundError:
         raise missing(path, "a JSONL file") from None
     except OSError as error:
         raise UserError(f"{path}: expected a JSONL file, got: {error.strerror}") from None
-    try:
-        return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        got = f"byte 0x{data[error.start]:02x} at offset {error.start}"
+        line = error.object.count(b"\n", 0, error.start) + 1
+        got = f"byte 0x{error.object[error.start]:02x} at offset {error.start}"
         raise UserError(f"{path}:{line}: expected UTF-8 text, got {got} (Parquet, or a compressed file?)") from None
-
-
-def _array(path: Path, text: str) -> list[Any]:
-    try:
-        value = _loads(text)
-        return expect(value["examples"] if isinstance(value, dict) and "examples" in value else value, list, "the file")
-    except Malformed as error:
-        raise UserError(f"{path}: {error} (a file of one object a line is named .jsonl)") from None
 
 
 def _loads(text: str) -> Any:

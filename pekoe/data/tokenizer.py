@@ -20,11 +20,14 @@ from pekoe.core.types import IntArray
 from pekoe.data.chat import FAMILIES, OPENING, ChatTemplate
 from pekoe.data.rows import PLAIN, RAW, missing
 
+_JSON_FILES = ("special_tokens_map.json", "tokenizer_config.json", "generation_config.json", "config.json")
+
 
 class Tokenizer:
     """A model directory's tokenizer. Ids are those that `transformers` gives for the same files.
 
     `files` are the directory's tokenizer files as bytes, to be written unchanged beside trained weights.
+    `stop_token_ids` are the ends of sequence named by generation_config.json, config.json and the tokenizer, ascending.
     """
 
     def __init__(self, files: Mapping[str, bytes], model_config: bytes = b"{}", origin: str = "tokenizer") -> None:
@@ -37,14 +40,23 @@ class Tokenizer:
             raise UserError(f"{origin}: expected a tokenizer.json of the tokenizers library, got {error}") from None
         self._tokenizer.no_truncation()  # saved files may carry the limits of whoever saved them
         self._tokenizer.no_padding()
-        self._config = self._json("special_tokens_map.json") | self._json("tokenizer_config.json")
-        self._special = {
-            key: text for key, value in self._config.items() if key.endswith("_token") and (text := _token_text(value))
-        }
+        sources = self.files | {"config.json": model_config}
+        special, config, generation, model = (
+            _parse_json(sources.get(name, b"{}"), f"{origin}/{name}") for name in _JSON_FILES
+        )
+        self._config = special | config
+        self._special: dict[str, str] = {}
+        for key, value in self._config.items():  # a special token is text, or an object with its text in `content`
+            text = value.get("content") if isinstance(value, dict) else value
+            if key.endswith("_token") and text and isinstance(text, str):
+                self._special[key] = text
         self._template = self._load_template()
         self._directive = self._opening = ""
         self._today = date.today()
-        self._stop_token_ids = self._find_stop_tokens(_parse_json(model_config, f"{origin}/config.json"))
+        stops: set[int | None] = {self._tokenizer.token_to_id(self._special.get("eos_token", ""))}
+        for eos in (generation.get("eos_token_id"), model.get("eos_token_id")):
+            stops |= {eos} if isinstance(eos, int) else set(eos or ())
+        self.stop_token_ids = tuple(sorted(token for token in stops if token is not None))
 
     @classmethod
     def load(cls, model_dir: str | Path) -> Tokenizer:
@@ -76,10 +88,9 @@ class Tokenizer:
                     f"model.template.name: expected a model that has the tokens of {section.name!r}, "
                     f"got {self._origin} without {', '.join(absent)}; nearest: 'model'"
                 )
-            end = self.encode(family.end)[0]
             other._template = ChatTemplate(family.source, self._special, f"model.template.name = {section.name!r}")
             other._special = self._special | {"eos_token": family.end}
-            other._stop_token_ids = tuple(sorted({*self._stop_token_ids, end}))
+            other.stop_token_ids = tuple(sorted({*self.stop_token_ids, self.encode(family.end)[0]}))
         return other
 
     @property
@@ -93,17 +104,12 @@ class Tokenizer:
         return self._template is not None
 
     @property
-    def stop_token_ids(self) -> tuple[int, ...]:
-        """Every end of sequence named by generation_config.json, config.json and the tokenizer, ascending."""
-        return self._stop_token_ids
-
-    @property
     def eos_token_id(self) -> int:
         """The token that ends a response we train on: the tokenizer's own, else the first stop token."""
         own = self._tokenizer.token_to_id(self._special.get("eos_token", ""))
-        if own is None and not self._stop_token_ids:
+        if own is None and not self.stop_token_ids:
             raise UserError(f"{self._origin}: expected an eos_token in tokenizer_config.json, got none")
-        return self._stop_token_ids[0] if own is None else own
+        return self.stop_token_ids[0] if own is None else own
 
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`. Special tokens written in it are recognised; none is added.
@@ -174,16 +180,6 @@ class Tokenizer:
             source = {entry["name"]: entry["template"] for entry in source}.get("default")
         return None if source is None else ChatTemplate(source, self._special, self._origin)
 
-    def _find_stop_tokens(self, model_config: dict[str, Any]) -> tuple[int, ...]:
-        stops: set[int | None] = {self._tokenizer.token_to_id(self._special.get("eos_token", ""))}
-        for config in (self._json("generation_config.json"), model_config):
-            eos = config.get("eos_token_id")
-            stops |= {eos} if isinstance(eos, int) else set(eos or ())
-        return tuple(sorted(token for token in stops if token is not None))
-
-    def _json(self, name: str) -> dict[str, Any]:
-        return _parse_json(self.files.get(name, b"{}"), f"{self._origin}/{name}")
-
 
 def _parse_json(data: bytes, origin: str) -> dict[str, Any]:
     try:
@@ -193,9 +189,3 @@ def _parse_json(data: bytes, origin: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise UserError(f"{origin}: expected a JSON object, got {type(value).__name__}")
     return value
-
-
-def _token_text(value: Any) -> str | None:
-    """A special token is written as its text, or as an object with its text in `content`."""
-    text = value.get("content") if isinstance(value, dict) else value
-    return text if isinstance(text, str) else None

@@ -29,16 +29,15 @@ class BroadcastGroup:
     world_size: int
     backend: Literal["gloo", "nccl"]
     limit_s: float
-    first_rank: int = 1  # of the engine that is told; it has the ranks up to first_rank + num_workers - 1
+    first_rank: int = 1  # of the engine that joins; it has the ranks up to first_rank + num_workers - 1
 
 
 @dataclass(frozen=True, slots=True)
 class Broadcast:
-    """Weights that rank 0 of a group sends while `update_weights` runs, in buckets of at most `bucket_bytes`.
+    """Weights that rank 0 of a group sends while `update_weights` runs, in `engine.buckets` of at most `bucket_bytes`.
 
-    An engine that is not in `group` yet joins it first, and leaves the one before. Buckets are those of
-    `weights.buckets` over the model's parameters: an engine in this process takes them in float32; a server takes them
-    tensor by tensor in its own dtype.
+    An engine that is not in `group` yet joins it first, and leaves the one before. Embedded engines take buckets in
+    float32, servers tensor by tensor in their own dtype.
     """
 
     group: BroadcastGroup
@@ -50,7 +49,7 @@ WeightSource = Decoder | Path | Broadcast
 
 
 class EngineLost(RunError):
-    """The engine died, hangs, or gives answers that cannot be used. What it was asked may be asked of another one."""
+    """The engine died, hangs, or gives answers that cannot be used. Its requests may be sent to another one."""
 
 
 class NoPlace(RunError):

@@ -18,10 +18,10 @@ Tensors = Sequence[tuple[str, Tensor]]
 def buckets(
     model: Decoder, max_bytes: int = BUCKET_BYTES, dtype: torch.dtype | None = None
 ) -> Iterator[list[tuple[str, Tensor]]]:
-    """Its parameters by name, in order, in lists of about `max_bytes`: what a receiver holds beside its weights.
+    """A model's parameters by name, in order, in lists of about `max_bytes`: what a receiver holds beside its weights.
 
-    Each is converted to `dtype` when its list is made (None: as it is; its bytes are those of the whole where it is
-    sharded). Tied embeddings have one name, and come once. A model on the meta device gives names, shapes and dtypes.
+    Each is converted to `dtype` when its list is made (None: not converted). The size of a sharded parameter is that of
+    the whole. Tied embeddings come once. A model on the meta device gives names, shapes and dtypes.
     """
     bucket: list[tuple[str, Tensor]] = []
     size = 0

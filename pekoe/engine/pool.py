@@ -105,7 +105,7 @@ class EnginePool(Sampler):
             futures tell.
         restart: whether lost engines are started again.
         max_failures: losses or failed starts of a member, without a completion between them, after which it is gone.
-        on_event: is told of each engine that is lost or comes back; may be called from any thread.
+        on_event: called with a sentence on each engine that is lost or comes back, from any thread.
         serving_at_once: whether engines serve when they have started, without a publish before. After a loss they wait
             for one in any case.
     """
@@ -146,9 +146,9 @@ class EnginePool(Sampler):
                 if time.monotonic() > end:
                     raise RunError(f"{member.name} did not start within {self._start_limit_s:g} s: {member.why}")
                 time.sleep(_POLL_S)
-            self._check_open()
             if self._start_error is not None:
                 raise self._start_error
+            self._check_open()
 
     def in_state(self, *states: State) -> list[Member]:
         return [member for member in self.members if member.state in states]
@@ -342,12 +342,12 @@ class EnginePool(Sampler):
             error = EngineLost("it dropped a request") if future.cancelled() else future.exception()
             if not isinstance(error, EngineLost):
                 self._remove([item])
-                if error is None:
-                    member.failures, member.seen = 0, time.monotonic()
+            if error is None:
+                member.failures, member.seen = 0, time.monotonic()
         if isinstance(error, EngineLost):
             self.lose(member, str(error), engine)
         elif error is not None:
-            item.future.set_exception(error)  # the supervisor dispatches: many may fail in a row
+            item.future.set_exception(error)  # many may fail in a row: the supervisor dispatches
         else:
             item.future.set_result(future.result())
             self._dispatch()

@@ -1,8 +1,7 @@
-"""Sampling tokens from logits, with random numbers that depend on nothing but who asks (I8).
+"""Sampling tokens from logits, with random numbers that depend on the request alone (I8).
 
-Each sequence has a 64-bit key made of (seed, stream, problem uid, draw, sample index). The number that decides its
-token at response position i is a hash of (key, i). So a token depends on its logits and its key alone, not on what
-shared the batch, nor on how often the sequence was preempted.
+The number that decides a sequence's token at response position i is a hash of i and of the sequence's key. So a token
+depends on its logits and its key, not on what shared the batch, nor on how often the sequence was preempted.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
 def sequence_key(params: SamplingParams, uid: str, draw: int, sample_index: int) -> int:
-    """The 64-bit key of one sequence."""
+    """The 64-bit key of one sequence: a hash of (seed, stream, problem uid, draw, sample index)."""
     text = f"{params.seed}\0{params.stream}\0{draw}\0{sample_index}\0{uid}"
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
 
@@ -90,8 +89,7 @@ def _sample_torch(
 def _sample_fused(
     logits: Tensor, uniform: NDArray[np.float64], params: SamplingParams, rows: IntArray
 ) -> tuple[IntArray, FloatArray]:
-    tokens, logprobs = np.empty(len(rows), np.int64), np.empty(len(rows), np.float32)
-    size = logits.shape[1]
+    tokens, logprobs, size = np.empty(len(rows), np.int64), np.empty(len(rows), np.float32), logits.shape[1]
     flat = logits.detach().contiguous().numpy().reshape(-1)
     bounds = even(len(rows), 32_768 // size + 1)
     run(draw, bounds, flat, size, rows, uniform, 1.0 / params.temperature, tokens, logprobs)

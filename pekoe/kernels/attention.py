@@ -57,6 +57,12 @@ def _softmax(scores, at, count, scale, old):
 
 
 @kernel
+def _store16(array, at, low, high):
+    store(array, at, low)
+    store(array, at + 8, high)
+
+
+@kernel
 def _scores4(q, a, b, c, e, keys, at, dim, size, scores, to, width):
     """Products of four queries (in q at a, b, c, e) with a block of keys [D, S], to four neighbouring rows."""
     for t in range(0, size, 16):
@@ -72,14 +78,10 @@ def _scores4(q, a, b, c, e, keys, at, dim, size, scores, to, width):
             c0, c1 = fma(x, k0, c0), fma(x, k1, c1)
             x = spread(q, e + d)
             e0, e1 = fma(x, k0, e0), fma(x, k1, e1)
-        store(scores, to + t, a0)
-        store(scores, to + t + 8, a1)
-        store(scores, to + width + t, b0)
-        store(scores, to + width + t + 8, b1)
-        store(scores, to + 2 * width + t, c0)
-        store(scores, to + 2 * width + t + 8, c1)
-        store(scores, to + 3 * width + t, e0)
-        store(scores, to + 3 * width + t + 8, e1)
+        _store16(scores, to + t, a0, a1)
+        _store16(scores, to + width + t, b0, b1)
+        _store16(scores, to + 2 * width + t, c0, c1)
+        _store16(scores, to + 3 * width + t, e0, e1)
 
 
 @kernel
@@ -92,8 +94,7 @@ def _scores1(q, a, keys, at, dim, size, scores, to):
             x, y, k = spread(q, a + d), spread(q, a + d + 1), at + d * size + t
             s0, s1 = fma(x, load(keys, k), s0), fma(x, load(keys, k + 8), s1)
             s2, s3 = fma(y, load(keys, k + size), s2), fma(y, load(keys, k + size + 8), s3)
-        store(scores, to + t, add(s0, s2))
-        store(scores, to + t + 8, add(s1, s3))
+        _store16(scores, to + t, add(s0, s2), add(s1, s3))
     for t in range(wide, size, 8):
         s0 = s1 = splat(np.float32(0))
         for d in range(0, dim, 2):
@@ -118,14 +119,10 @@ def _values4(weights, at, width, count, values, block, dim, out, a, b, c, e):
             c0, c1 = fma(x, v0, c0), fma(x, v1, c1)
             x = spread(weights, at + 3 * width + t)
             e0, e1 = fma(x, v0, e0), fma(x, v1, e1)
-        store(out, a + d, a0)
-        store(out, a + d + 8, a1)
-        store(out, b + d, b0)
-        store(out, b + d + 8, b1)
-        store(out, c + d, c0)
-        store(out, c + d + 8, c1)
-        store(out, e + d, e0)
-        store(out, e + d + 8, e1)
+        _store16(out, a + d, a0, a1)
+        _store16(out, b + d, b0, b1)
+        _store16(out, c + d, c0, c1)
+        _store16(out, e + d, e0, e1)
 
 
 @kernel
@@ -142,8 +139,7 @@ def _values1(weights, at, count, values, block, dim, out, a):
         if count % 2:
             x, v = spread(weights, at + count - 1), block + (count - 1) * dim + d
             s0, s1 = fma(x, load(values, v), s0), fma(x, load(values, v + 8), s1)
-        store(out, a + d, add(s0, s2))
-        store(out, a + d + 8, add(s1, s3))
+        _store16(out, a + d, add(s0, s2), add(s1, s3))
     for d in range(wide, dim, 8):
         s0 = load(out, a + d)
         for t in range(count):

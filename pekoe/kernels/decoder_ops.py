@@ -45,8 +45,7 @@ def rope_(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
 
 def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up, elementwise, into `gate`'s memory."""
-    size = gate.shape[-1]
-    run(_silu_mul, _shares(gate), _flat(gate), _flat(up), size)
+    run(_silu_mul, _shares(gate), _flat(gate), _flat(up), gate.shape[-1])
     return gate
 
 
@@ -91,8 +90,7 @@ def _rope(first, last, q, k, cos, sin, heads, num_kv, dim):
 
 @kernel
 def _silu_mul(first, last, gate, up, size):
-    one, minus = splat(np.float32(1)), splat(np.float32(-1))
-    top = splat(np.float32(87))
+    one, minus, top = splat(np.float32(1)), splat(np.float32(-1)), splat(np.float32(87))
     for i in range(first * size, last * size, 8):
         x = load(gate, i)
         # exp(-x) for x < -87 would overflow; there silu(x) is 0 to float32's precision either way.

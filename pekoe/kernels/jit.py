@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import numba
 import torch
@@ -33,32 +33,30 @@ def kernel(function: F) -> F:
     """Compile `function` at its first call."""
     options: dict[str, Any] = {"nogil": True, "fastmath": _FASTMATH, "error_model": "numpy"}
     function.__qualname__ += f"_{_compiled_in()}"  # which the name of the file is made of
-    compiled: Any
     try:
-        compiled = numba.njit(cache=True, **options)(function)
+        return cast(F, numba.njit(cache=True, **options)(function))
     except RuntimeError:  # no directory can be written: it is compiled in each process
-        compiled = numba.njit(**options)(function)
-    return compiled
+        return cast(F, numba.njit(**options)(function))
 
 
 @functools.cache
 def _compiled_in() -> str:
-    """A hash of what every kernel has in it but numba does not look at: kept code must not outlive a change of it."""
+    """Hash of the helpers of every kernel, which numba's cache key ignores: stale code must not be used."""
     sources = (Path(__file__), Path(__file__).with_name("simd.py"))
     return hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()[:12]
 
 
 def run(function: Callable[..., Any], bounds: Sequence[int], *args: Any) -> None:
     """Call `function(first, last, *args)` for each neighbouring pair of `bounds`, on a thread each."""
-    shares = [(a, b) for a, b in pairwise(bounds) if b > a]
+    shares = [(a, b, *args) for a, b in pairwise(bounds) if b > a]
     if hasattr(_here, "worker"):  # it may not wait for its own pool
         for share in shares:
-            function(*share, *args)
+            function(*share)
         return
-    waiting = [_threads().submit(function, a, b, *args) for a, b in shares[1:]]
+    waiting = [_threads().submit(function, *share) for share in shares[1:]]
     try:
         if shares:
-            function(*shares[0], *args)
+            function(*shares[0])
     finally:
         wait(waiting)  # also after Ctrl-C: nobody may still write when this returns
     for future in waiting:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from functools import lru_cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -19,30 +20,28 @@ class LiveReport:
 
     def __init__(self, page: Callable[[], str], watched: list[Path], port: int = 0) -> None:
         lock = threading.Lock()
-        kept: dict[str, bytes] = {}
 
         def state() -> str:
             return " ".join(str(file.stat().st_size) if file.exists() else "0" for file in watched)
+
+        @lru_cache(1)
+        def page_at(_state: str) -> bytes:
+            return page().encode()
 
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
                 # DNS rebinding: a foreign page whose name resolves to 127.0.0.1 must not read the run.
                 if self.headers.get("Host", "").rpartition(":")[0] not in ("127.0.0.1", "localhost"):
                     self.send_error(403)
-                elif self.path == "/state":
-                    self._answer(state().encode(), "text/plain")
+                    return
+                if self.path == "/state":
+                    kind, body = "text/plain", state().encode()
                 elif self.path == "/":
-                    now = state()
                     with lock:
-                        if now not in kept:
-                            kept.clear()
-                            kept[now] = page().encode()
-                        body = kept[now]
-                    self._answer(body, "text/html; charset=utf-8")
+                        kind, body = "text/html; charset=utf-8", page_at(state())
                 else:
                     self.send_error(404)
-
-            def _answer(self, body: bytes, kind: str) -> None:
+                    return
                 self.send_response(200)
                 self.send_header("Content-Type", kind)
                 self.send_header("Content-Length", str(len(body)))

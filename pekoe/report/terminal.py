@@ -19,6 +19,7 @@ from pekoe.core.journal import Event
 from pekoe.core.progress import NoProgress
 
 _KEPT_ROWS = 12
+_STEP_INTERVAL_S, _PHASE_INTERVAL_S = 2.0, 30.0  # between plain lines
 _SECONDS, _LEAST_SECONDS = "seconds", 12
 _WHOLE_RUN_S = 7 * 86400.0  # the time left is estimated from the whole run's pace, not from the last seconds'
 
@@ -93,12 +94,10 @@ class _Phase:
 
 
 class PlainProgress(NoProgress):
-    """One line an event, for logs and pipes. Steps print at most one line in `min_interval_s`, and phases one every
-    `progress_s`."""
+    """One line an event, for logs and pipes; of steps and of a phase's progress, at most one line an interval."""
 
-    def __init__(self, console: Console, min_interval_s: float = 2.0, progress_s: float = 30.0) -> None:
-        self._console, self._interval, self._last = console, min_interval_s, -1e9
-        self._progress_s = progress_s
+    def __init__(self, console: Console) -> None:
+        self._console, self._last_step = console, -_STEP_INTERVAL_S
         self._phases: list[_Phase] = []
 
     def begin(self, phase: str, total: int | None, done: int = 0) -> None:
@@ -108,7 +107,7 @@ class PlainProgress(NoProgress):
         if self._phases:
             phase, now = self._phases[-1], time.monotonic()
             phase.done += done
-            if now - phase.last_line >= self._progress_s:
+            if now - phase.last_line >= _PHASE_INTERVAL_S:
                 phase.last_line = now
                 self.say(phase.line())
 
@@ -118,8 +117,8 @@ class PlainProgress(NoProgress):
 
     def event(self, event: Event) -> None:
         if event["event"] == "step":
-            if time.monotonic() - self._last >= self._interval or "skipped" in event:
-                self._last = time.monotonic()
+            if time.monotonic() - self._last_step >= _STEP_INTERVAL_S or "skipped" in event:
+                self._last_step = time.monotonic()
                 line = "  ".join(f"{header} {text}" for header, text in cells(event).items())
                 self.say(line + (f"  skipped: {event['skipped']}" if "skipped" in event else ""))
         elif line := line_of(event):

@@ -63,7 +63,7 @@ class Hosted(Tracker):
 
     def __init__(self, package: str, project: str, run: Path, config: Mapping[str, Any], **more: Any) -> None:
         self._package = _package(package, f"pip install 'pekoe[{package}]'")
-        self._run = self._package.init(project=project, name=run.name, config=dict(config), resume="allow", **more)
+        self._package.init(project=project, name=run.name, config=dict(config), resume="allow", **more)
 
     def log(self, step: int, metrics: Metrics) -> None:
         self._package.log(metrics, step=step)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +30,10 @@ def read_cases(path: Path) -> list[Case]:
             case = json.loads(line)
         except ValueError as error:  # not JSON, or not UTF-8
             raise UserError(f"{path}:{number}: expected a JSON object, got {error}") from None
+        names = sorted(case) if isinstance(case, dict) else []
         for key in ("response", "gold"):
-            if not isinstance(case, dict) or key not in case:
-                names = case if isinstance(case, dict) else []
-                raise UserError(f"{path}:{number}: expected the key {key!r}, got {sorted(names)}")
+            if key not in names:
+                raise UserError(f"{path}:{number}: expected the key {key!r}, got {names}")
         case = {"id": number} | case | {"response": case.get("response_boxed") or case["response"]}
         if not isinstance(case["response"], str):
             raise UserError(f"{path}:{number}: response: expected text, got {case['response']!r}")
@@ -54,32 +53,15 @@ def check_case_kinds(path: Path, cases: Sequence[Case], default: str, functions:
             raise UserError(f"{path}: case {case['id']!r}: {error}") from None
 
 
-@dataclass(frozen=True, slots=True)
-class Errors:
-    """Counts over labelled cases. A false negative rejects a right answer, a false positive accepts a wrong one."""
+def error_cells(cases: Sequence[Case], verdicts: Sequence[Verdict]) -> list[str]:
+    """Compare verdicts with labels, for a table: right, wrong, FN and FP with their shares, unparsed, faults.
 
-    num_right: int
-    num_wrong: int
-    false_negatives: int
-    false_positives: int
-    unparsed: int
-    faults: int
-
-    def cells(self) -> list[str]:
-        """For a table: counts, the two errors with their share of the right and of the wrong answers."""
-        fn, fp = self.false_negatives, self.false_positives
-        errors = [f"{fn} ({fn / max(1, self.num_right):.1%})", f"{fp} ({fp / max(1, self.num_wrong):.1%})"]
-        return [str(self.num_right), str(self.num_wrong), *errors, str(self.unparsed), str(self.faults)]
-
-
-def errors_of(cases: Sequence[Case], verdicts: Sequence[Verdict]) -> Errors:
-    """Compare verdicts with labels. Cases without a label (or null) do not count."""
-    pairs = [(case["label"], v) for case, v in zip(cases, verdicts, strict=True) if case.get("label") is not None]
-    return Errors(
-        num_right=sum(label for label, _ in pairs),
-        num_wrong=sum(not label for label, _ in pairs),
-        false_negatives=sum(label and v.label != "correct" for label, v in pairs),
-        false_positives=sum(not label and v.label == "correct" for label, v in pairs),
-        unparsed=sum(v.label == "unparsed" for _, v in pairs),
-        faults=sum(v.label == "fault" for _, v in pairs),
-    )
+    A false negative rejects a right answer, a false positive accepts a wrong one. Cases without a label do not count.
+    """
+    pairs = list(zip(cases, verdicts, strict=True))
+    right, wrong = ([v for case, v in pairs if case.get("label") == label] for label in (True, False))
+    fn = sum(v.label != "correct" for v in right)
+    fp = sum(v.label == "correct" for v in wrong)
+    errors = [f"{fn} ({fn / max(1, len(right)):.1%})", f"{fp} ({fp / max(1, len(wrong)):.1%})"]
+    others = [sum(v.label == label for v in right + wrong) for label in ("unparsed", "fault")]
+    return [str(len(right)), str(len(wrong)), *errors, *map(str, others)]

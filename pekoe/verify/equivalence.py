@@ -6,6 +6,7 @@ at others, or the reference may be the rounding of an exact answer.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -44,43 +45,39 @@ def same(gold: Tree, answer: Tree) -> bool | None:
         return True if gold == answer else None
     if "relation" in kinds or "in" in kinds:
         return _same_relation(gold, answer)
-    many = [side[0] in ("group", "list", "union", "minus") for side in (gold, answer)]
-    if any(many):
+    if {"group", "list", "union", "minus"}.intersection(kinds):
         return _same_many(gold, answer)
     return _same_value(gold, answer)
 
 
 def _named(gold: Tree, answer: Tree) -> tuple[Tree, Tree]:
     """Return both without `x =` (or `f(x) =`), where both have it for the same name or only one has it."""
-    names: list[Tree | None] = []
-    bare: list[Tree] = []
-    for side in (gold, answer):
-        operators = side[1] if side[0] == "relation" else ()
-        is_definition = operators and set(operators) == {"="} and _is_name(side[2][0])
-        names.append(side[2][0] if is_definition else None)
-        if side[0] == "in" and side[1][0] == "symbol":
-            names[-1], is_definition = side[1], True
-        bare.append(side if not is_definition else side[-1] if side[0] == "in" else side[2][-1])
-    if names[0] is not None and names[1] is not None and names[0] != names[1] and gold[0] == answer[0] == "relation":
+    (gold_name, gold_value), (answer_name, answer_value) = _definition(gold), _definition(answer)
+    if gold[0] == answer[0] == "relation" and (gold_name is None or gold_name != answer_name):
         return gold, answer  # perhaps y = x + 1 and x = y - 1
-    if [side[0] for side in (gold, answer)] == ["relation"] * 2 and None in names:
-        return gold, answer
-    if gold[0] != "relation" and answer[0] == "relation" and names[1] is not None:
+    if gold[0] != "relation" and answer[0] == "relation" and answer_name is not None:
         sides = answer[2][1:]  # x = 3 + 4 = 7: all are the same, or it contradicts itself
         if any(_same_value(left, right) is False for left, right in itertools.pairwise(sides)):
             return gold, answer
-    return bare[0], bare[1]
+    return gold_value, answer_value
 
 
-def _is_name(tree: Tree) -> bool:
-    is_call = tree[0] == "mul" and tree[1][0] == "symbol" and tree[2][0] == "symbol"  # f(x)
-    return tree[0] in ("symbol", "text") or is_call
+def _definition(tree: Tree) -> tuple[Tree | None, Tree]:
+    """Return the name and the value of `x = 7`, `f(x) = 7` or `x in A`; None and `tree` for anything else."""
+    if tree[0] == "in" and tree[1][0] == "symbol":
+        return tree[1], tree[2]
+    if tree[0] == "relation" and set(tree[1]) == {"="}:
+        name, *_, value = tree[2]
+        is_call = name[0] == "mul" and name[1][0] == name[2][0] == "symbol"  # f(x)
+        if is_call or name[0] in ("symbol", "text"):
+            return name, value
+    return None, tree
 
 
 def _same_matrix(gold: Tree, answer: Tree) -> bool | None:
     if gold[0] != answer[0]:
         return None
-    if [len(row) for row in gold[1]] != [len(row) for row in answer[1]]:
+    if [*map(len, gold[1])] != [*map(len, answer[1])]:
         return False
     return _all(same(g, a) for rows in zip(gold[1], answer[1], strict=True) for g, a in zip(*rows, strict=True))
 
@@ -99,33 +96,24 @@ def _same_relation(gold: Tree, answer: Tree) -> bool | None:
         return None
     ratios: list[complex] = []
     for values in _points(symbols_of(left)):
-        try:
+        with contextlib.suppress(ArithmeticError, ValueError):
             ratios.append(complex(value_of(left, values)) / complex(value_of(right, values)))
-        except (ArithmeticError, ValueError):
-            continue
-    if len(ratios) < 3:
-        return None
-    return all(_close(ratio, ratios[0]) for ratio in ratios) or None
+    return (len(ratios) >= 3 and all(_close(ratio, ratios[0]) for ratio in ratios)) or None
 
 
 def _same_many(gold: Tree, answer: Tree) -> bool | None:
     """Compare tuples, intervals, sets and bare lists."""
-    left, right = _expanded(gold), _expanded(answer)
-    brackets = left[0], right[0]
-    if "union" in (gold[0], answer[0]) or "minus" in (gold[0], answer[0]):
+    if {"union", "minus"} & {gold[0], answer[0]}:
         return None
-    unordered = {"{}", ""}
-    if brackets[0] in unordered and brackets[1] in unordered:
-        return _same_set(left[1], right[1], as_set="{}" in brackets)
+    (left_brackets, left), (right_brackets, right) = _expanded(gold), _expanded(answer)
+    brackets = {left_brackets, right_brackets}
+    if brackets <= {"{}", ""}:
+        return _same_set(left, right, as_set="{}" in brackets)
     if "{}" in brackets:  # a set is not a tuple; a set of one is perhaps its element
-        return None if 1 in (len(left[1]), len(right[1])) else False
-    if "" in brackets and brackets != ("", ""):
-        brackets = ("", "")  # 1, 2 for (1, 2)
-    if brackets[0] != brackets[1]:
-        return False  # (1, 2] is not [1, 2]
-    if len(left[1]) != len(right[1]):
-        return False
-    return _all(same(g, a) for g, a in zip(left[1], right[1], strict=True))
+        return None if 1 in (len(left), len(right)) else False
+    if len(left) != len(right) or ("" not in brackets and len(brackets) == 2):
+        return False  # (1, 2] is not [1, 2]; but 1, 2 may be (1, 2)
+    return _all(same(g, a) for g, a in zip(left, right, strict=True))
 
 
 def _same_set(gold: Sequence[Tree], answer: Sequence[Tree], as_set: bool) -> bool | None:
@@ -208,15 +196,12 @@ def _same_value(gold: Tree, answer: Tree) -> bool | None:
         return gold == answer if gold[0] == answer[0] else None
     pairs: list[tuple[Number, Number]] = []
     for values in _points(symbols):
-        try:
-            left, right = value_of(gold, values), value_of(answer, values)
-        except (ArithmeticError, ValueError):
-            continue
-        if symbols and "i" not in symbols and not (_is_real(left) and _is_real(right)):
-            continue  # outside its domain
-        pairs.append((left, right))
+        with contextlib.suppress(ArithmeticError, ValueError):
+            pairs.append((value_of(gold, values), value_of(answer, values)))
+    if symbols and "i" not in symbols:  # without the points outside the domain
+        pairs = [pair for pair in pairs if all(map(_is_real, pair))]
     equal = [_equal(*pair) for pair in pairs]
-    if len(equal) < min(3, len(list(_points(symbols)))):
+    if len(equal) < (3 if symbols else 1):
         return None
     if all(equal):
         return True

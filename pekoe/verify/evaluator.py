@@ -108,32 +108,33 @@ _CALLS.update(ln=cmath.log, lg=cmath.log10)
 _CALLS.update(cot=lambda x: 1 / cmath.tan(x), sec=lambda x: 1 / cmath.cos(x), csc=lambda x: 1 / cmath.sin(x))
 
 
+# Of exact numbers alone.
+_OF_FRACTIONS: dict[str, Callable[..., Fraction | int]] = {"floor": math.floor, "ceil": math.ceil}
+_OF_FRACTIONS.update(max=lambda *values: max(values), min=lambda *values: min(values))
+_OF_INTEGERS: dict[str, Callable[..., int]] = {"gcd": math.gcd, "lcm": math.lcm}
+_OF_INTEGERS.update(factorial=math.factorial, binomial=math.comb)
+
+
 def _call(name: str, arguments: list[Number]) -> Number:
-    first = arguments[0]
-    if name in ("max", "min", "gcd", "lcm", "binomial", "factorial", "floor", "ceil"):
-        whole = [value for value in arguments if isinstance(value, Fraction)]
-        if len(whole) != len(arguments):
+    if name in _OF_FRACTIONS or name in _OF_INTEGERS:
+        exact = [value for value in arguments if isinstance(value, Fraction)]
+        if len(exact) != len(arguments):
             raise Undefined(f"{name} of what is not exact")
-        return Fraction(_exact_call(name, whole))
+        return Fraction(_OF_FRACTIONS[name](*exact) if name in _OF_FRACTIONS else _of_integers(name, exact))
     if len(arguments) != 1:
         raise Unreadable(f"{name} of {len(arguments)}")
+    [value] = arguments
     if name == "abs":
-        return abs(first) if isinstance(first, Fraction) else complex(abs(first))
+        return abs(value) if isinstance(value, Fraction) else complex(abs(value))
     if name not in _CALLS:  # "log" without a base is 10 or e
         raise Unreadable(f"{name} is not known")
-    return _finite(_CALLS[name](complex(first)))
+    return _finite(_CALLS[name](complex(value)))
 
 
-def _exact_call(name: str, arguments: list[Fraction]) -> Fraction | int:
-    if name in ("max", "min"):
-        return (max if name == "max" else min)(arguments)
-    if name in ("floor", "ceil"):
-        return math.floor(arguments[0]) if name == "floor" else math.ceil(arguments[0])
+def _of_integers(name: str, arguments: list[Fraction]) -> int:
     if any(value.denominator != 1 or abs(value) > 10**12 for value in arguments):
         raise Undefined(f"{name} of what is not whole, or too large")
     whole = [int(value) for value in arguments]
-    if name in ("factorial", "binomial"):
-        if min(whole) < 0 or max(whole) > MAX_FACTORIAL:
-            raise Undefined(f"{name} of more than {MAX_FACTORIAL}")
-        return math.factorial(whole[0]) if name == "factorial" else math.comb(whole[0], whole[1])
-    return math.gcd(*whole) if name == "gcd" else math.lcm(*whole)
+    if name in ("factorial", "binomial") and (min(whole) < 0 or max(whole) > MAX_FACTORIAL):
+        raise Undefined(f"{name} of more than {MAX_FACTORIAL}")
+    return _OF_INTEGERS[name](*whole)

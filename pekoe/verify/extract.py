@@ -9,11 +9,9 @@ from collections.abc import Callable
 # after an odd run a brace is escaped, after an even one it is a brace. `++` never gives back what it took.
 _TOKEN = re.compile(r"\\++(?:(?P<box>(?:boxed|fbox)\s*+\{)|(?P<brace>[{}]))?|[{}]")
 
-
 # What may stand between two boxes that are one answer: `\boxed{1}, \boxed{2} and \boxed{3}`.
 _LINK = re.compile(r"(?:\s|\$|\\[()\[\],;! ]|\\q?quad|,|;|and|\\text\s*\{\s*,?\s*and\s*\}|[a-z](?:_[0-9])?\s*=){1,40}")
 _MAX_BOXES = 20
-
 _WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{3,}")
 _SENTENCE = re.compile(r"(?<=[^0-9\s])\.\s+|(?<=[0-9])\.\s+(?=[A-Z])|\n\n+")
 _SAYS = re.compile(r"=|:|\b(?:is|are|equals|was|be)\b|\\Rightarrow|\\implies")
@@ -49,16 +47,6 @@ def last_boxed(text: str) -> str | None:
         return None
     _, start, end = max(boxes, key=lambda box: box[1])
     return text[start:end]
-
-
-def boxed_or_tagged(text: str) -> str | None:
-    r"""Return what the last complete `\boxed{...}` holds, or else the last `<answer>...</answer>`."""
-    boxed = last_boxed(text)
-    if boxed is not None:
-        return boxed.strip()
-    end = text.rfind("</answer>")
-    start = text.rfind("<answer>", 0, max(end, 0))
-    return text[start + len("<answer>") : end].strip() if start >= 0 else None
 
 
 def linked_boxes(text: str) -> list[str]:

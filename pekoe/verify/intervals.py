@@ -55,16 +55,12 @@ def _bound(tree: Tree) -> float:
 
 def _pieces(tree: Tree) -> list[Piece]:
     match tree:
-        case ("group", "{}", (("such_that", conditions),)):
-            return [piece for condition in conditions for piece in _pieces(condition)]
+        case ("group", "{}", (("such_that", parts),)) | ("union", *parts) | ("or", parts):
+            return [piece for part in parts for piece in _pieces(part)]
         case ("group", "{}", items):
             return [((value, 0), (value, 0)) for value in map(_bound, items)]
         case ("group", brackets, (low, high)):
             return [((_bound(low), int(brackets[0] != "[")), (_bound(high), -int(brackets[1] != "]")))]
-        case ("union", a, b):
-            return _pieces(a) + _pieces(b)
-        case ("or", parts):
-            return [piece for part in parts for piece in _pieces(part)]
         case ("minus", a, b):
             return _intersection(_joined(_pieces(a)), _complement(_joined(_pieces(b))))
         case ("in", _, a):

@@ -14,6 +14,7 @@ brackets is bounded.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from fractions import Fraction
 from typing import Any
 
@@ -42,6 +43,7 @@ _FACTORS = {"*": "mul", "times": "mul", "cdot": "mul", "ast": "mul", "/": "div",
 _NO_FACTORS = {"cup", "setminus", "in", "}", "pm", "mp", "\\", "%", "|", "vee", "lor", "rfloor", "rceil", "end"}
 _LINKS = (",", ";", "and", "or", "vee", "lor")
 _OPEN = {"(": ")", "[": "]", "{": "}", "|": "|", "lfloor": "rfloor", "lceil": "rceil"}
+_CALLS = {"|": "abs", "lfloor": "floor", "lceil": "ceil"}
 _EMPTY = re.compile(r"(there (is|are) )?no (such )?(real |integer )?(solutions?|values?|roots?)|none|empty( set)?")
 
 _TOKEN = re.compile(
@@ -99,11 +101,7 @@ def read(text: str) -> Tree:
     # Thousands separators: at the top alone, for `(1,234)` is a pair.
     if not re.search(r"[()\[\]{}]|,(?![0-9]{3}(?![0-9]))|(?<![0-9])0[0-9]*,", text):
         text = text.replace(",", "")
-    reader = _Reader(tokens_of(text))
-    tree = reader.whole()
-    if reader.left:
-        raise Unreadable(f"what follows is not understood: {reader.left[0]}")
-    return tree
+    return _Reader(tokens_of(text)).whole()
 
 
 class _Reader:
@@ -112,10 +110,6 @@ class _Reader:
     def __init__(self, tokens: list[Token]) -> None:
         self._tokens, self._at, self._depth = tokens, 0, 0
         self._closers: list[str] = []  # of the brackets that are open; "|" is ambiguous without
-
-    @property
-    def left(self) -> list[Token]:
-        return self._tokens[self._at :]
 
     def _peek(self, ahead: int = 0) -> Token:
         return self._tokens[self._at + ahead] if self._at + ahead < len(self._tokens) else ("end", "")
@@ -127,26 +121,29 @@ class _Reader:
         self._at += 1
         return token
 
-    def _take(self, *values: str) -> bool:
-        if self._peek()[1] in values and self._peek()[0] in ("symbol", "command", "word", "text"):
-            self._at += 1
-            return True
-        return False
+    def _take(self, *values: str, kinds: Sequence[str] = ("symbol", "command", "word", "text")) -> str:
+        """Read the next token if it is one of `values`, and return it; return "" if it is not."""
+        kind, value = self._peek()
+        if value not in values or kind not in kinds:
+            return ""
+        self._at += 1
+        return value
 
     def _need(self, value: str) -> None:
         if not self._take(value):
             raise Unreadable(f"expected {value!r}, got {self._peek()[1]!r}")
 
     def whole(self) -> Tree:
-        items = self._items()
-        return items[0] if len(items) == 1 else ("list", items)
+        tree = _one_or_list(self._items())
+        if self._at < len(self._tokens):
+            raise Unreadable(f"what follows is not understood: {self._peek()}")
+        return tree
 
     def _items(self) -> tuple[Tree, ...]:
         """Read items between commas, semicolons, "and" or "or"; one "or" tree where only "or" stands between them."""
         items = [self._relation()]
         only_or = True
-        while (link := self._peek()[1]) in _LINKS and self._peek()[0] != "number":
-            self._at += 1
+        while link := self._take(*_LINKS):
             while self._take("and", "or"):
                 link = "or"
             only_or &= link in ("or", "vee", "lor")
@@ -157,9 +154,8 @@ class _Reader:
         if self._peek()[0] == "text" and self._peek(1) == ("symbol", ":"):  # minimum: 1
             self._at += 2
         sides, operators = [self._set()], list[str]()
-        while (relation := _RELATIONS.get(self._peek()[1])) and self._peek()[0] in ("symbol", "command"):
-            self._at += 1
-            operators.append(relation)
+        while sign := self._take(*_RELATIONS, kinds=("symbol", "command")):
+            operators.append(_RELATIONS[sign])
             sides.append(self._set())
         if self._take("in"):
             return ("in", sides[0], self._set())
@@ -167,21 +163,16 @@ class _Reader:
 
     def _set(self) -> Tree:
         tree = self._sum()
-        while True:
-            if self._take("cup"):
-                tree = ("union", tree, self._sum())
-            elif self._take("setminus"):
-                tree = ("minus", tree, self._sum())
-            else:
-                return tree
+        while sign := self._take("cup", "setminus"):
+            tree = ("union" if sign == "cup" else "minus", tree, self._sum())
+        return tree
 
     def _sum(self) -> Tree:
         self._depth += 1
         if self._depth > MAX_DEPTH:
             raise Unreadable("too deep")
-        tree = _signed(self._next()[1], self._product()) if self._at_sign() else self._product()
-        while self._at_sign():
-            sign = self._next()[1]
+        tree = _signed(self._take_sign(), self._product())
+        while sign := self._take_sign():
             right = self._product()
             if sign == "-" and tree[0] == "group" and right[0] == "group" and right[1] == "{}":
                 tree = ("minus", tree, right)
@@ -190,37 +181,37 @@ class _Reader:
         self._depth -= 1
         return tree
 
-    def _at_sign(self) -> bool:
-        return self._peek()[1] in ("+", "-", "pm", "mp") and self._peek()[0] in ("symbol", "command")
+    def _take_sign(self) -> str:
+        return self._take("+", "-", "pm", "mp", kinds=("symbol", "command"))
 
     def _product(self) -> Tree:
         tree = self._power()
         while True:
-            kind, value = self._peek()
-            if value in _FACTORS and kind != "word":
-                self._at += 1
-                tree = (_FACTORS[value], tree, self._signed_power())
-            elif self._starts_factor(kind, value):
+            if sign := self._take(*_FACTORS, kinds=("symbol", "command", "text")):
+                tree = (_FACTORS[sign], tree, _signed(self._take("-"), self._power()))
+            elif self._at_factor():
                 before = self._tokens[self._at - 1]
                 right = self._power()
                 if before[0] == "number" and tree[0] == "number" and right[0] == "div":  # a mixed number
                     tree = ("add", tree, right)
-                elif right[0] == "number" or right[0] == "text":
+                elif right[0] in ("number", "text"):
                     raise Unreadable("a number or words after a factor")
                 else:
                     tree = ("mul", tree, right)
             else:
                 return tree
 
-    def _starts_factor(self, kind: str, value: str) -> bool:
+    def _at_factor(self) -> bool:
+        kind, value = self._peek()
         if kind == "symbol":
             return value in "([{" or (value == "|" and "|" not in self._closers)
         if kind == "command":
             return value not in _RELATIONS and value not in _NO_FACTORS
         return kind in ("number", "text") or (kind == "word" and value not in ("or", "and", "in"))
 
-    def _signed_power(self) -> Tree:
-        return _signed("-", self._power()) if self._take("-") else self._power()
+    def _at_name(self) -> bool:
+        kind, value = self._peek()
+        return kind in ("word", "command") and bool(len(value) == 1 or _GREEK.fullmatch(value))
 
     def _power(self) -> Tree:
         tree = self._atom()
@@ -245,9 +236,7 @@ class _Reader:
         if kind == "number" and len(value) > 1 and value.isdecimal() and before in ("frac", "sqrt"):
             self._tokens[self._at] = (kind, value[1:])
             return ("number", Fraction(int(value[0])), False)
-        if self._take("-"):
-            return _signed("-", self._atom())
-        return self._atom()
+        return _signed(self._take("-"), self._atom())
 
     def _closed(self, closer: str, inner: Any) -> Any:
         self._closers.append(closer)
@@ -273,8 +262,7 @@ class _Reader:
         raise Unreadable(f"{value!r} is not understood")
 
     def _number(self, value: str) -> Tree:
-        if self._peek() == ("command", "overline") and "." in value:  # 0.1\overline{6}
-            self._at += 1
+        if "." in value and self._take("overline", kinds=("command",)):  # 0.1\overline{6}
             self._need("{")
             digits = self._next()[1]
             self._need("}")
@@ -282,7 +270,7 @@ class _Reader:
                 raise Unreadable("a repeating decimal")
             places = len(value) - value.index(".") - 1
             tail = Fraction(int(digits), 10**places * (10 ** len(digits) - 1))
-            return ("number", Fraction(value if value[-1] != "." else value + "0") + tail, False)
+            return ("number", Fraction(value) + tail, False)
         if self._peek() == ("symbol", "_"):
             base = self._subscript()[1:]
             if not base.isdecimal() or not 2 <= int(base) <= 36 or not value.isdecimal():
@@ -293,9 +281,7 @@ class _Reader:
     def _subscript(self) -> str:
         if not self._take("_"):
             return ""
-        if not self._take("{"):
-            return "_" + self._next()[1]
-        return "_" + self._rest_of_brace()
+        return "_" + (self._rest_of_brace() if self._take("{") else self._next()[1])
 
     def _rest_of_brace(self) -> str:
         """Read the tokens up to the next closing brace, and return them joined."""
@@ -326,8 +312,7 @@ class _Reader:
     def _call(self, name: str) -> Tree:
         if name == "sqrt":
             root: Tree = ("number", Fraction(2), False)
-            if self._peek()[1] == "[":
-                self._at += 1
+            if self._take("["):
                 root = self._closed("]", self._sum)
             inner = self._argument()
             return ("pow", inner, ("div", ("number", Fraction(1), False), root))
@@ -337,17 +322,12 @@ class _Reader:
                 base = self._argument()
             if self._take("^"):
                 power = self._argument()
-        if self._peek()[1] in ("(", "[", "{") and self._peek()[0] == "symbol":
-            closer = _OPEN[self._next()[1]]
-            items = self._closed(closer, self._items)
+        if opener := self._take("(", "[", "{", kinds=("symbol",)):
+            items = self._closed(_OPEN[opener], self._items)
             inner = items[0] if len(items) == 1 else items
         else:
             inner = self._power()
-            while self._peek()[0] in ("word", "command") and (
-                _GREEK.fullmatch(self._peek()[1]) or len(self._peek()[1]) == 1
-            ):
-                if not self._starts_factor(*self._peek()):
-                    break
+            while self._at_factor() and self._at_name():
                 inner = ("mul", inner, self._power())  # \sin 2x
         if power == ("number", Fraction(-1), False):
             name, power = "arc" + name, None
@@ -358,10 +338,8 @@ class _Reader:
 
     def _bracket(self, opener: str) -> Tree:
         is_set = self._tokens[self._at - 1] == ("command", "{")
-        if opener == "|":
-            return ("call", "abs", self._closed("|", self._sum))
-        if opener in ("lfloor", "lceil"):
-            return ("call", opener[1:], self._closed(_OPEN[opener], self._sum))
+        if opener in _CALLS:
+            return ("call", _CALLS[opener], self._closed(_OPEN[opener], self._sum))
         if is_set and self._take("}"):
             return ("group", "{}", ())
         closers = {"}"} if opener == "{" else {")", "]"}
@@ -375,7 +353,7 @@ class _Reader:
             raise Unreadable(f"expected {' or '.join(sorted(closers))}, got {closer!r}")
         self._at += 1
         if opener == "{" and not is_set:
-            return items[0] if len(items) == 1 else ("list", items)
+            return _one_or_list(items)
         if len(items) == 1 and opener + closer in ("()", "[]"):
             return items[0] if items[0][0] != "text" else ("group", "()", items)
         return ("group", opener + closer, items)
@@ -386,26 +364,29 @@ class _Reader:
             self._environment()
         elif not name.endswith("matrix"):
             raise Unreadable(f"{name} is not understood")
-        rows, row = list[tuple[Tree, ...]](), list[Tree]()
-        while True:
-            row.append(self._sum())
-            if self._take("&"):
-                continue
+        rows: list[tuple[Tree, ...]] = []
+        more = True
+        while more:
+            row = [self._sum()]
+            while self._take("&"):
+                row.append(self._sum())
             rows.append(tuple(row))
-            row = []
-            if self._take("\\") and self._peek() != ("command", "end"):
-                continue
-            self._need("end")
-            self._environment()
-            return ("matrix", tuple(rows))
+            more = self._take("\\") and self._peek() != ("command", "end")
+        self._need("end")
+        self._environment()
+        return ("matrix", tuple(rows))
 
     def _environment(self) -> str:
         self._need("{")
         return self._rest_of_brace()
 
 
+def _one_or_list(items: tuple[Tree, ...]) -> Tree:
+    return items[0] if len(items) == 1 else ("list", items)
+
+
 def _signed(sign: str, tree: Tree) -> Tree:
-    if sign == "+":
+    if sign in ("", "+"):
         return tree
     if sign in ("pm", "mp"):
         return ("pm", tree)

@@ -37,6 +37,7 @@ def _judge(request: dict[str, Any]) -> dict[str, Any]:
         if request["check"] == "reference":
             verdict = verifier.check_reference(request["gold"])
         else:
+            assert verifier.decide is not None
             verdict = verifier.decide(request["answer"], request["gold"])
         return {"label": verdict.label, "why": verdict.why}
     except MemoryError:

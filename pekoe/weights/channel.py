@@ -6,12 +6,11 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from itertools import accumulate
+from itertools import accumulate, islice
 from pathlib import Path
 from typing import Literal, Protocol, TypeVar
 from weakref import WeakKeyDictionary
 
-import numpy as np
 import torch
 
 from pekoe.core.errors import RunError
@@ -71,8 +70,8 @@ class Sender(Protocol):
         ...
 
     def checksums(self, kind: EngineKind) -> Checksums | None:
-        """What engines of this kind should report of the weights; None: theirs are not comparable. Asked after
-        `broadcast` or `write` with `checksum`, or where nothing was sent."""
+        """What engines of this kind should report, after `broadcast` or `write` with `checksum`, or where nothing was
+        sent; None: theirs are not comparable."""
         ...
 
     def logprobs(self, samples: Sequence[Sample], /) -> Sequence[FloatArray]: ...
@@ -199,7 +198,7 @@ class WeightChannel:
         parts = [targets]
         if self.route == "broadcast":
             parts = [[target for target in targets if target.member.kind == kind] for kind in _kinds(targets)]
-        return float(np.max([self._attempt(part, checksum) for part in parts]))  # not max(): it may pass over NaN
+        return max(self._attempt(part, checksum) for part in parts)
 
     def _attempt(self, targets: list[_Target], checksum: bool) -> float:
         """As `_update`. Where sending fails again and again all these engines are started again, once."""
@@ -251,8 +250,7 @@ class WeightChannel:
         group, joined = self._groups.pop(kind, (None, []))
         fresh = group is None or joined != engines
         if group is None or fresh:
-            limit_s = min(_JOIN_LIMIT_S, self._limit_s)
-            group = new_group(*self._sender.address(), ranks[-1], self._backend, limit_s)
+            group = new_group(*self._sender.address(), ranks[-1], self._backend, min(_JOIN_LIMIT_S, self._limit_s))
         places = [replace(group, first_rank=rank) for rank in ranks[:-1]]
         sources = {target: Broadcast(place, size) for target, place in zip(workers, places, strict=True)}
         coming = self._begin(targets, lambda target: target.engine.update_weights(sources[target], version))
@@ -277,11 +275,10 @@ class WeightChannel:
         if error:
             raise RunError(f"weight sync: {error}")
         samples = [sample_of(completion) for completions, _ in answers.values() for completion in completions]
-        trained = list(self._sender.logprobs(samples)) if samples else []
-        diffs, first = [0.0], 0
+        pairs = zip(samples, self._sender.logprobs(samples) if samples else [], strict=True)
+        diffs = [0.0]
         for target, (completions, wrong) in answers.items():
-            mine = slice(first, first + len(completions))
-            canary, first = Canary.of(samples[mine], trained[mine], len(samples)), mine.stop
+            canary = Canary.of(list(islice(pairs, len(completions))), len(samples))
             self._check_canary(target, completions, canary)
             if wrong:
                 more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
@@ -291,7 +288,7 @@ class WeightChannel:
                 )
             diffs.append(canary.difference)
             self._pool.serve(target.member, target.engine)
-        return float(np.max(diffs))
+        return max(diffs)
 
     def _ask(
         self, target: _Target, expected: Mapping[EngineKind, Checksums | None], checksum: bool

@@ -1,15 +1,13 @@
 """The proof that an engine samples from the weights that it was given (I4).
 
 Every publish asks each engine for a short response to a canary prompt, also beside traffic. Its tokens must be tagged
-with the version, and its log-probs must be the trainer's: this sees wrong weights and stale KV. Checksums over all
-parameters see what some tokens do not show.
+with the version, and its log-probs must be the trainer's: this detects wrong weights and stale KV. Checksums over all
+parameters detect what some tokens do not show.
 
-Where numerics are coarse (bfloat16), an engine that kept the weights of the version before would pass: one optimizer
-step moves log-probs by less than rounding does. So the canary's log-probs are compared with those of publishes before,
-wherever the response up to a token is the same (its random numbers are): the engine's must have moved as the trainer's
-did. An engine in this form gives no log-probs of tokens that it did not sample, so the old response cannot be asked
-for; several short ones have more tokens in common with it than one long one, as they part at the first token that
-differs.
+In bfloat16 one optimizer step moves log-probs by less than rounding does: an engine that kept the weights of the
+version before would pass. So the canary's log-probs are compared with those of publishes before, wherever the response
+up to a token is the same (its random numbers are): the engine's must have moved as the trainer's did. Engines give no
+log-probs of tokens that they did not sample; several short responses have more tokens in common than one long one.
 """
 
 from __future__ import annotations
@@ -55,10 +53,11 @@ class Canary:
     num_sequences: int  # that the trainer computed together: with other ones it may round otherwise
 
     @classmethod
-    def of(cls, samples: Sequence[Sample], trained: Sequence[FloatArray], num_sequences: int) -> Canary:
+    def of(cls, pairs: Sequence[tuple[Sample, FloatArray]], num_sequences: int) -> Canary:
+        """`pairs`: a response, and the trainer's log-probs of it."""
         logprobs: dict[bytes, tuple[float, float]] = {}
         gaps: list[FloatArray] = []
-        for sample, trainer in zip(samples, trained, strict=True):
+        for sample, trainer in pairs:
             mask = sample.loss_mask
             tokens, pair = sample.tokens[mask], (sample.behaviour_logprobs[mask], trainer[mask])
             gaps.append(pair[0] - pair[1])

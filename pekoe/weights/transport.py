@@ -42,20 +42,15 @@ def send(
     add: Callable[[str, Tensor], None] | None = None,
     one_by_one: bool = False,
 ) -> int:
-    """Gather the buckets, at every rank, and broadcast them from the one that has `handle`.
+    """Gather the buckets, at every rank, and broadcast them from the one that has `handle`. Returns the bytes sent.
 
-    While one is on its way the next is gathered. A rank that cannot send goes on to gather: the others wait for it.
+    While one is on its way the next is gathered. A rank that cannot send goes on to gather, as the others wait for it;
+    then it raises RunError.
 
     Args:
         limit_s: of each bucket's transfer.
         add: is given each whole parameter, at the rank that has `handle`.
         one_by_one: each tensor by itself, as servers take them; else as `Receiver` does.
-
-    Returns:
-        Bytes sent.
-
-    Raises:
-        RunError: where an engine broke off, after everything was gathered.
     """
     sent, error = 0, ""
     on_its_way: list[tuple[Any, Tensor]] = []

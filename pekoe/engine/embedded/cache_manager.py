@@ -60,8 +60,7 @@ class KVCacheManager:
         return self.num_free + self.num_cached
 
     def allocate(self, count: int) -> list[int]:
-        """Return `count` blocks, each with one user. Evicts cached ones if it must; OutOfBlocks changes nothing but
-        the cache."""
+        """Return `count` blocks, each with one user, evicting cached ones if it must. OutOfBlocks takes none."""
         self.evict(count - len(self._free))
         if count > len(self._free):
             raise OutOfBlocks(f"{count} KV blocks wanted, {len(self._free)} free of {self.num_blocks}")
@@ -96,9 +95,8 @@ class KVCacheManager:
             child = node.children.get(key)
             if child is None:
                 break
-            self._touch(child)
-            blocks.append(child.block)
-            node = child
+            node = self._touch(child)
+            blocks.append(node.block)
         self.retain(blocks)
         return blocks
 
@@ -118,8 +116,7 @@ class KVCacheManager:
                 child = node.children[key] = self._nodes[block] = _Node(key, block, node)
             elif child.block != blocks[position]:
                 return
-            self._touch(child)
-            node = child
+            node = self._touch(child)
 
     def evict(self, count: int) -> None:
         """Free at least `count` cached blocks, leaves first, least recently used first, as far as there are."""
@@ -166,9 +163,10 @@ class KVCacheManager:
     def _is_unused_leaf(self, node: _Node) -> bool:
         return not node.children and not self._users[node.block]
 
-    def _touch(self, node: _Node) -> None:
+    def _touch(self, node: _Node) -> _Node:
         self._clock += 1
         node.last_used = self._clock
+        return node
 
     def _keys(self, tokens: IntArray) -> Iterator[bytes]:
         size = self._block_tokens

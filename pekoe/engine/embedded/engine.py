@@ -46,7 +46,7 @@ _UNUSABLE = {
 
 
 class EmbeddedEngine(Engine):
-    """An engine in this process, see `engine.base.Engine`.
+    """An engine in this process.
 
     Args:
         model: the decoder to sample from. It is not copied: where it is the trainer's, a publish sends nothing.
@@ -104,7 +104,7 @@ class EmbeddedEngine(Engine):
 
     @property
     def model(self) -> Decoder:
-        """The model whose parameters it samples from."""
+        """The model whose parameters are sampled from."""
         return self._runner.model
 
     @property
@@ -125,7 +125,7 @@ class EmbeddedEngine(Engine):
 
     @property
     def kv_bytes(self) -> int:
-        """Memory that the KV cache takes."""
+        """Memory of the KV cache."""
         return self._runner.cache.num_bytes if self._runner.cache is not None else 0
 
     def check(self, params: SamplingParams) -> None:
@@ -153,10 +153,10 @@ class EmbeddedEngine(Engine):
         source = "engine.kv_tokens, engine.kv_gib" if self.num_kv_tokens < self._longest else "the context"
         validate(requests, self.model.spec.vocab_size, self.max_sequence_tokens, source)
         works: list[Work] = []
-        for _, neighbours in groupby(requests, lambda r: (r.uid, r.draw, r.priority, r.tokens.tobytes())):
-            group, number = list(neighbours), next(self._group_numbers)
-            keys = [sequence_key(r.params, r.uid, r.draw, r.sample) for r in group]
-            works.append(Work(group[0].tokens, [Sequence(r, key, number) for r, key in zip(group, keys, strict=True)]))
+        for _, group in groupby(requests, lambda r: (r.uid, r.draw, r.priority, r.tokens.tobytes())):
+            number = next(self._group_numbers)
+            sequences = [Sequence(r, sequence_key(r.params, r.uid, r.draw, r.sample), number) for r in group]
+            works.append(Work(sequences[0].request.tokens, sequences))
         futures = [sequence.future for work in works for sequence in work.sequences]
         if not futures:
             return []
@@ -275,7 +275,7 @@ class EmbeddedEngine(Engine):
 
     @contextmanager
     def _turn(self, driver: bool = False) -> Iterator[_Ended]:
-        """Exclude all others from the scheduler and the runner. What is put into the list ends when the turn does."""
+        """Exclude all others from the scheduler and the runner. Sequences put into the list end with the turn."""
         with self._condition:
             self._num_waiting += not driver
             try:
@@ -318,7 +318,7 @@ class EmbeddedEngine(Engine):
             self._stats = self._stats.plus(busy_s=time.monotonic() - self._busy_since)
 
     def _fail_all(self, error: RunError) -> _Ended:
-        """Within a turn: give up all requests. The scheduler is made anew, whatever state an error left it in."""
+        """Within a turn: give up all requests. The scheduler is made anew: an error may have left it half changed."""
         with self._condition:
             failed, self._inbox = list(self._unfinished), []
         self._scheduler = self._make_scheduler()
@@ -344,15 +344,15 @@ class EmbeddedEngine(Engine):
                     return
 
     def _step(self) -> list[tuple[Sequence, FinishReason]]:
-        """One forward: a token more for every running sequence, and contexts of others. Returns who is finished."""
+        """One forward: a token more for every running sequence, and chunks of contexts. Returns the finished."""
         scheduler, table = self._scheduler, self._scheduler.table
         chunks = sorted(scheduler.plan(), key=lambda chunk: chunk.start == 0)  # in the order of a ForwardBatch
         shares = self._runner.forward(table, scheduler.order, chunks)
         self._runner.copy_blocks(scheduler.advance(chunks, self._version))
         touched = scheduler.order  # those decoding, then those whose context is complete
         first, stopped = 0, np.zeros(len(touched), np.bool_)
-        for (decoding, its_chunks), logits in shares:
-            continuing = [len(chunk.work.sequences) for chunk in its_chunks if chunk.completes]
+        for (decoding, share_chunks), logits in shares:
+            continuing = [len(chunk.work.sequences) for chunk in share_chunks if chunk.completes]
             rows = np.repeat(np.arange(len(logits)), [1] * len(decoding) + continuing)
             last = first + len(rows)
             stopped[first:last] = self._sample(touched[first:last], logits, rows)
@@ -377,16 +377,13 @@ class EmbeddedEngine(Engine):
         return finished
 
     def _sample(self, touched: IntArray, logits: torch.Tensor, rows: IntArray) -> BoolArray:
-        """Sample a token for each of these rows of the table from its row of logits, rows of equal params at once.
-
-        Returns which of them are stop tokens.
-        """
+        """Sample a token for each of these rows of the table from its row of logits. Returns which are stop tokens."""
         table = self._scheduler.table
         places, which = table.sampled[touched], table.params_index[touched]
         uniform = uniforms(table.keys[touched], places)
         tokens, logprobs = np.empty(len(rows), np.int64), np.empty(len(rows), np.float32)
         stopped = np.zeros(len(rows), np.bool_)
-        for index in np.unique(which):
+        for index in np.unique(which):  # rows of equal params at once
             params, at = table.params[index], np.flatnonzero(which == index)
             ban = places[at] < params.min_new_tokens if params.min_new_tokens else None
             tokens[at], logprobs[at] = sample(logits, uniform[at], params, rows[at], ban)

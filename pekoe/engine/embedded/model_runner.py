@@ -25,12 +25,8 @@ Share = tuple[IntArray, list[Chunk]]
 class ModelRunner:
     """Computes logits. Its caller excludes forwards while weights or memory change.
 
-    Args:
-        model: the decoder to sample from. It is not copied, but for linear layers where a copy is faster (on CPUs, and
-            where it computes in a lower precision); `use` makes them anew (see `kernels.packed_linear`).
-        num_blocks: of KV, each of `block_tokens`.
-        kv_dtype: of keys and values.
-        compute_dtype: of the matrix products (autocast).
+    The model is not copied, but for linear layers where a copy is faster: on CPUs, and where `compute_dtype` (of the
+    matrix products, by autocast) is lower. `use` makes these copies anew (see `kernels.packed_linear`).
     """
 
     def __init__(
@@ -99,9 +95,8 @@ class ModelRunner:
         """Split a forward's rows among the CPU's threads; the chunks, which may read one another, stay together.
 
         Threads that each take some rows through all layers do not wait for one another after every operation. Where
-        chunks are most of the work, torch spreads each operation over its threads instead.
-
-        Returns the shares, and whether each is computed by one thread alone.
+        chunks are most of the work, torch spreads each operation over its threads instead. Returns the shares, and
+        whether each is computed by one thread alone.
         """
         num_threads, num_chunk = torch.get_num_threads(), sum(chunk.stop - chunk.start for chunk in chunks)
         num_rows = len(decoding) + num_chunk

@@ -1,15 +1,14 @@
-"""Who runs, who waits, and which KV blocks they have. No tensors: the engine does the arithmetic.
+"""Which sequences run, which wait, and which KV blocks they have. No tensors: the engine does the arithmetic.
 
-Work waits in a queue, higher priorities first. Each piece is a context (a prompt, or a preempted sequence's prompt and
-response so far) and the sequences that continue it: the requests of one group are one piece, so their prompt is
-computed once. Full blocks of the context are shared by all of them; the last, partly filled block is copied for each
-but the first.
+Work waits in a queue, higher priorities first. A piece of work is a context (a prompt, or a preempted sequence's prompt
+and response so far) and the sequences that continue it: the requests of one group are one piece, so their prompt is
+computed once. They share the full blocks of the context; the last, partly filled one is copied for each but the first.
 
-A forward takes one token of every running sequence and, with what its token budget leaves, chunks of contexts. Work
+A forward takes one token of every running sequence and, with the rest of its token budget, chunks of contexts. Work
 whose context is not complete yet is in `prefilling`.
 
-When KV blocks run out, what was admitted last is preempted: it gives up its blocks and waits again, first of its
-priority, keeping what it has sampled; its KV is recomputed when it comes back.
+When KV blocks run out, the work admitted last is preempted: it gives up its blocks and waits again, first of its
+priority, keeping the tokens sampled so far; its KV is recomputed when it is admitted again.
 """
 
 from __future__ import annotations
@@ -29,8 +28,7 @@ from pekoe.engine.embedded.cache_manager import KVCacheManager
 
 @dataclass(slots=True, eq=False)
 class Sequence:
-    """One response being sampled. While it runs its newest tokens are in the `RequestTable`, which returns them when
-    it leaves."""
+    """One response being sampled. While it runs, its newest tokens are in the `RequestTable`."""
 
     request: Request
     key: int  # decides its random numbers, see `engine.sampling`
@@ -49,8 +47,7 @@ class Sequence:
 
 
 class RequestTable:
-    """The decoding state of running sequences as arrays, a row each, so that preparing a forward and storing its
-    tokens is vectorised."""
+    """The decoding state of running sequences as arrays, a row each: preparing and storing a forward is vectorised."""
 
     def __init__(self, num_rows: int, num_blocks: int) -> None:
         self.tables = np.zeros((num_rows, num_blocks), np.int32)
@@ -179,10 +176,8 @@ class Scheduler:
         insort_right(self.waiting, work, key=_urgency)
 
     def plan(self) -> list[Chunk]:
-        """Make room for the next token of every running sequence, and choose the chunks that are computed with them.
-
-        The caller computes both, then calls `advance`.
-        """
+        """Make room for the next token of every running sequence, and choose the chunks that are computed with them
+        before `advance`."""
         self._reserve()
         budget = max(self._prefill_tokens - len(self.running), self._block_tokens)
         chunks: list[Chunk] = []
@@ -291,9 +286,9 @@ class Scheduler:
         removed = [s for s in self.running if chosen(s)]
         self.finish(removed)
         for work in (*self.prefilling, *self.waiting):
-            gone = [s for s in work.sequences if chosen(s)]
+            gone = dict.fromkeys(s for s in work.sequences if chosen(s))  # asked once: a future may be cancelled now
             self._release(gone)
-            work.sequences = [s for s in work.sequences if not chosen(s)]
+            work.sequences = [s for s in work.sequences if s not in gone]
             if not work.sequences:
                 self.cache.release(work.blocks)
             removed += gone

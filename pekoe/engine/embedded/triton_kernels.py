@@ -1,13 +1,12 @@
 """Paged attention for GPUs: the Triton kernels. `attention_cuda` plans what they do.
 
-Importing needs triton, which comes with CUDA builds of torch.
+Importing this needs triton, which comes with CUDA builds of torch.
 
-A row is one query token. An item is a tile of neighbouring rows of one table, with the tokens low..high of it that
-they are to see; rows of a tile may stand at different positions, and see no token behind their own. All query heads
-of one key/value head lie in one tile, G per row, so that each key and value is read once for all of them. An item's
-result is a part: the softmax's running maximum and sum and the unscaled output, all in float32. `merge` joins the
-parts of a row (split-KV, "flash-decoding", Dao et al. 2023). What several rows share is an item of all of them, what
-each has alone is its own: that is the cascade (Ye et al. 2024, "FlashInfer", section 3.1.2).
+A row is one query token. An item is a tile of neighbouring rows of one table, and the tokens low..high of it that they
+see; a row sees no token behind its own position. All G query heads of one key/value head lie in one tile, so that each
+key and value is read once for all of them. An item's result is a part: the softmax's running maximum and sum and the
+unscaled output, in float32. `merge` joins the parts of a row (split-KV, "flash-decoding", Dao et al. 2023). What rows
+share is one item, what each has alone is another (cascade: Ye et al. 2024, "FlashInfer", section 3.1.2).
 
 T rows; H query heads, K key/value heads, G = H / K; D head dimension; S tokens a block; W blocks a table; P parts.
 keys and values [slots, K, D]; token p of a table lies in slot table[p // S] * S + p % S.

@@ -6,10 +6,10 @@ import re
 from collections.abc import Collection
 
 from pekoe.core.errors import UserError, nearest
-from pekoe.verify.kinds import choice, code, countdown, function, gym, logic, math
+from pekoe.verify.kinds import code, function, gym, math, structured
 from pekoe.verify.kinds.base import Verifier
 
-_ALL = (math.VERIFIER, math.UNBOXED, choice.VERIFIER, logic.VERIFIER, countdown.VERIFIER, code.VERIFIER)
+_ALL = (math.VERIFIER, math.UNBOXED, structured.CHOICE, structured.LOGIC, structured.COUNTDOWN, code.VERIFIER)
 VERIFIERS: dict[str, Verifier] = {verifier.name: verifier for verifier in _ALL}
 _FUNCTION = re.compile(r"[\w.]+:\w+")
 

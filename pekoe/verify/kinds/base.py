@@ -1,4 +1,4 @@
-"""The parts of a verifier. Each verifier is one small file in this folder."""
+"""The parts of a verifier, and what several verifiers share."""
 
 from __future__ import annotations
 
@@ -7,11 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from pekoe.core.types import Verdict
-from pekoe.verify.extract import boxed_or_tagged
-
-
-def _never(_answer: str, _gold: Any) -> Verdict:
-    raise AssertionError("`prepare` returned a text, and the verifier has no `decide`")
+from pekoe.verify.extract import last_boxed
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,18 +26,28 @@ class Verifier:
 
     name: str
     prepare: Callable[[str, Any], Verdict | str]
-    decide: Callable[[str, Any], Verdict] = _never  # where `prepare` always decides
+    decide: Callable[[str, Any], Verdict] | None = None  # None where `prepare` always decides
     check_reference: Callable[[Any], Verdict] = lambda _gold: Verdict("correct")  # a limit is the response's fault
     warm_up: Callable[[], object] = lambda: None
     worker_group: str = "math"
     audit_hook: Literal["all", "formulas", "none"] = "all"
 
 
+def bad_reference(expected: str, gold: Any) -> Verdict:
+    """Return FAULT for a reference that has another shape than `expected`, such as "must be a letter"."""
+    return Verdict("fault", None, f"the reference {expected}, got {str(gold)[:80]!r}")
+
+
 def tagged_answer(response: str, max_chars: int) -> Verdict | str:
-    r"""Return the content of the last `\boxed{...}` or `<answer>...</answer>`, or UNPARSED where there is none."""
-    answer = boxed_or_tagged(response)
+    r"""Return what the last complete `\boxed{...}` holds, or else the last `<answer>...</answer>`; or UNPARSED."""
+    answer = last_boxed(response)
     if answer is None:
-        return Verdict("unparsed", None, r"no complete \boxed{...} and no <answer>...</answer>")
+        end = response.rfind("</answer>")
+        start = response.rfind("<answer>", 0, max(end, 0))
+        if start < 0:
+            return Verdict("unparsed", None, r"no complete \boxed{...} and no <answer>...</answer>")
+        answer = response[start + len("<answer>") : end]
+    answer = answer.strip()
     if len(answer) > max_chars:
         return Verdict("unparsed", answer[:200] + "…", f"the answer holds {len(answer):,} characters")
     return answer

@@ -1,5 +1,5 @@
 r"""kind = "code": the answer's program must pass tests, in a process of its own (`pekoe.verify.sandbox` says what that
-keeps out and what not). The answer is the last fenced block of Python of the response (```python, or ``` alone); it has
+refuses and what not). The answer is the last fenced block of Python of the response (```python, or ``` alone); it has
 the standard library.
 
 gold: {"tests": [{"stdin", "stdout"}, ...]}, or {"inputs": [...], "outputs": [...]} as APPS has it, or {"asserts":
@@ -7,7 +7,7 @@ text}; perhaps "time_limit_s" (of one test, 2) and "memory_bytes" (512 MiB; the 
 compared line by line, spaces at the ends of lines and empty lines at the end aside; it may be 1 MiB longer than the
 expected one. All of it must be done within 4 s. Asserts run in the answer's own process, after it; an answer that
 looks for them there can find them, say that they held, or return what equals everything: tests of input and output are
-safer (the expected output never enters the sandbox). A sandbox that cannot be put on gives FAULT, and says why.
+safer (the expected output never enters the sandbox). A sandbox that cannot be set up gives FAULT, and says why.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 
 from pekoe.core.types import Verdict
 from pekoe.verify import sandbox
-from pekoe.verify.kinds.base import Verifier
+from pekoe.verify.kinds.base import Verifier, bad_reference
 
 MAX_CODE_CHARS, MAX_TESTS, MAX_OUTPUT_BYTES = 50_000, 200, 1 << 20  # of output beyond the expected one
 TOTAL_LIMIT_S = 4.0  # below the pool's own limit: a slow answer is WRONG, and no limit of the worker's
@@ -76,7 +76,7 @@ def prepare(response: str, gold: Any) -> Verdict | str:
     if not sandbox.supported():
         return Verdict("fault", None, "code is judged on Linux x86_64 alone, where its sandbox knows the system calls")
     if _tests(gold) is None:
-        return Verdict("fault", None, f"the reference must have tests or asserts, got {str(gold)[:80]!r}")
+        return bad_reference("must have tests or asserts", gold)
     block = _last_block(response)
     if block is None:
         return Verdict("unparsed", None, "no complete ``` block")
@@ -89,7 +89,8 @@ def decide(answer: str, gold: Any) -> Verdict:
     """Run the answer on each test until one fails."""
     tests = _tests(gold)
     assert tests is not None
-    with _Sandbox(answer, tests) as box:
+    with contextlib.ExitStack() as stack:
+        box = _Sandbox(answer, tests, stack)
         deadline = time.monotonic() + TOTAL_LIMIT_S
         for number, (stdin, expected) in enumerate(tests.pairs, 1):
             failure, _ = box.run(stdin, False, deadline)
@@ -107,45 +108,37 @@ def _lines(text: str) -> list[str]:
 
 
 class _Sandbox:
-    """A process that forks a child for each test. An error that the answer did not cause raises, which makes FAULT."""
+    """A process that forks a child for each test; it ends with `stack`. Its exceptions are FAULTs."""
 
-    def __init__(self, code: str, tests: _Tests) -> None:
+    def __init__(self, code: str, tests: _Tests, stack: contextlib.ExitStack) -> None:
         self._limit_s = tests.time_limit_s
         self._max_bytes = MAX_OUTPUT_BYTES + max((len(expected.encode()) for _, expected in tests.pairs), default=0)
         task = {"code": code, "asserts": tests.asserts, "cpu_s": max(1, round(self._limit_s + 0.5))}
         task |= {"memory_bytes": tests.memory_bytes, "file_bytes": self._max_bytes}
-        self._stack = contextlib.ExitStack()
-        with contextlib.ExitStack() as stack:
-            place = stack.enter_context(tempfile.TemporaryDirectory(prefix="pekoe-code-"))
-            program, stdin, stdout = (stack.enter_context(tempfile.TemporaryFile()).fileno() for _ in range(3))
-            _put(program, json.dumps(task))
-            (commands, self._commands), (self._reports, reports) = os.pipe(), os.pipe()
-            for fd in (self._commands, self._reports):
-                stack.callback(os.close, fd)
-            child_fds = program, commands, reports
-            try:
-                process = subprocess.Popen(
-                    [sys.executable, "-I", "-S", "-B", sandbox.__file__, str(os.getpid()), *map(str, child_fds)],
-                    stdin=stdin,
-                    stdout=stdout,
-                    stderr=subprocess.DEVNULL,
-                    cwd=place,
-                    env={"PATH": "/usr/bin:/bin", "PYTHONHASHSEED": "0"},
-                    pass_fds=child_fds,
-                )
-            finally:
-                os.close(commands)
-                os.close(reports)
-            stack.callback(_end, process)
-            self._stdin, self._stdout, self._received = stdin, stdout, b""
-            self._expect("up")
-            self._stack = stack.pop_all()
-
-    def __enter__(self) -> _Sandbox:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stack.close()
+        place = stack.enter_context(tempfile.TemporaryDirectory(prefix="pekoe-code-"))
+        files = [stack.enter_context(tempfile.TemporaryFile()) for _ in range(3)]  # noqa: SIM115
+        program, stdin, stdout = (file.fileno() for file in files)
+        _put(program, json.dumps(task))
+        (commands, self._commands), (self._reports, reports) = os.pipe(), os.pipe()
+        for fd in (self._commands, self._reports):
+            stack.callback(os.close, fd)
+        child_fds = program, commands, reports
+        try:
+            process = subprocess.Popen(
+                [sys.executable, "-I", "-S", "-B", sandbox.__file__, str(os.getpid()), *map(str, child_fds)],
+                stdin=stdin,
+                stdout=stdout,
+                stderr=subprocess.DEVNULL,
+                cwd=place,
+                env={"PATH": "/usr/bin:/bin", "PYTHONHASHSEED": "0"},
+                pass_fds=child_fds,
+            )
+        finally:
+            os.close(commands)
+            os.close(reports)
+        stack.callback(_end, process)
+        self._stdin, self._stdout, self._received = stdin, stdout, b""
+        self._expect("up")
 
     def run(self, stdin: str, asserts: bool, deadline: float) -> tuple[str, bool]:
         """Return how the answer failed (empty: it did not), and whether the asserts held."""

@@ -1,9 +1,9 @@
-"""kind = "function:PACKAGE.MODULE:NAME": a function of the user's own.
+"""kind = "function:PACKAGE.MODULE:NAME": a function that the user has written.
 
 `NAME(response: str, gold) -> bool | float | Verdict`. It is imported in worker processes of its own, from the places
-that this process imports from, and called with the whole response: True, 1.0 (from 0.99 on), or a Verdict. What it
-raises is FAULT: an error of the reward's, never a wrong answer. Its workers have the pool's limits but no audit hook;
-it may execute anything, so the recipe alone names the functions (`verify.functions`); a data row chooses among them.
+that this process imports from, and called with the whole response: True, 1.0 (from 0.99 on), or a Verdict. An
+exception in it is FAULT, never a wrong answer. Its workers have the pool's limits but no audit hook; it may execute
+anything, so the recipe alone names the functions (`verify.functions`); a data row chooses among them.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ import json
 from typing import Any
 
 from pekoe.core.types import Verdict
-from pekoe.verify.kinds.base import Verifier, tagged_answer
+from pekoe.verify.kinds.base import Verifier, bad_reference, tagged_answer
 
 MAX_ANSWER_CHARS, PASSES = 20_000, 0.99
 _NONSENSE = "no answer at all 0x"
@@ -28,7 +28,7 @@ _NONSENSE = "no answer at all 0x"
 
 def prepare(response: str, gold: Any) -> Verdict | str:
     if not isinstance(gold, dict) or not {"question", "answer"} <= gold.keys():
-        return Verdict("fault", None, f"the reference must be an entry of reasoning-gym, got {str(gold)[:80]!r}")
+        return bad_reference("must be an entry of reasoning-gym", gold)
     return tagged_answer(response, MAX_ANSWER_CHARS)
 
 
@@ -43,7 +43,7 @@ def _score(task: str, answer: Any, entry: dict[str, Any]) -> float:
 
 @functools.lru_cache(1024)
 def _fault(task: str, gold: str) -> str:
-    """What is wrong with the scorer for this entry; empty if nothing was seen."""
+    """Return what is wrong with the scorer for this entry; empty if nothing is."""
     entry = json.loads(gold)
     if entry["answer"] is not None and _score(task, entry["answer"], entry) < PASSES:
         return f"gym:{task}: its scorer refuses its own answer"
@@ -70,11 +70,8 @@ def _check_reference(task: str, gold: Any) -> Verdict:
     return Verdict("fault", None, fault) if fault else Verdict("correct")
 
 
-def _warm_up() -> None:
-    importlib.import_module("reasoning_gym")  # some seconds
-
-
 def make_verifier(task: str) -> Verifier:
     """Return the verifier of one task, which reasoning-gym must have: if not, each of its verdicts is FAULT."""
     decide, check = functools.partial(_decide, task), functools.partial(_check_reference, task)
-    return Verifier(f"gym:{task}", prepare, decide, check, _warm_up, worker_group="gym", audit_hook="formulas")
+    warm_up = functools.partial(importlib.import_module, "reasoning_gym")  # some seconds
+    return Verifier(f"gym:{task}", prepare, decide, check, warm_up, worker_group="gym", audit_hook="formulas")

@@ -5,7 +5,7 @@ LaTeX and compares. Its parser is given the content of the box alone: its `parse
 and with `ExprExtractionConfig` execute it. (Its LaTeX path is not safe either: every worker installs
 `pekoe.verify.audit_hook`.) Its own time limits use SIGALRM; they are off, because the pool's wall clock limits it.
 
-A few corrections stand around it, each for an error seen in labelled answers: `_tidy`, `_read_both`, `_contradicts`.
+`_tidy`, `_read_both` and `_contradicts` correct errors of math-verify that labelled answers have shown.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any, NamedTuple, cast
 from pekoe.core.types import Label, Verdict
 from pekoe.verify import equivalence
 from pekoe.verify.extract import conclusion, is_prose, last_boxed, linked_boxes, rewriter, unboxed
-from pekoe.verify.kinds.base import Verifier
+from pekoe.verify.kinds.base import Verifier, bad_reference
 
 MAX_ANSWER_CHARS = 10_000  # no answer is this long; a list of 40,000 numbers would only buy time in the parser
 
@@ -151,11 +151,14 @@ def prepare(response: str, gold: Any) -> Verdict | str:
     """Return the boxed answer, or the verdict where the text alone decides. Linear in the length of `response`."""
     golds = _golds(gold)
     if not golds:
-        return Verdict("fault", None, f"the reference must be text, or a list of texts, got {str(gold)[:80]!r}")
+        return bad_reference("must be text, or a list of texts", gold)
     answer = last_boxed(response)
     if answer is None:
         return Verdict("unparsed", None, r"no complete \boxed{...}")
-    return _prepared(_several(response, golds) or answer, golds)
+    boxes = linked_boxes(response)  # side by side they are one answer, where a reference is a list of as many
+    if len(boxes) > 1 and any(len(_PARTS.findall(_BRACKETS.sub("", text))) == len(boxes) - 1 for text in golds):
+        answer = ", ".join(boxes)
+    return _prepared(answer, golds)
 
 
 def prepare_unboxed(response: str, gold: Any) -> Verdict | str:
@@ -164,14 +167,6 @@ def prepare_unboxed(response: str, gold: Any) -> Verdict | str:
     if golds and last_boxed(response) is None and (answer := unboxed(response)):
         return _prepared(answer, golds)
     return prepare(response, gold)
-
-
-def _several(response: str, golds: list[str]) -> str | None:
-    """Boxes side by side as one answer, where a reference is a list of as many."""
-    boxes = linked_boxes(response)
-    if len(boxes) > 1 and any(len(_PARTS.findall(_BRACKETS.sub("", gold))) == len(boxes) - 1 for gold in golds):
-        return ", ".join(boxes)
-    return None
 
 
 def _prepared(answer: str, golds: list[str]) -> Verdict | str:
@@ -220,7 +215,7 @@ def _compare_once(gold: str, answer: str) -> Label:
     if (equal := _second(reference, response, gold, answer)) is not None:
         return "correct" if equal else "wrong"
     if reference.value is None:
-        _check_alone(reference.value, gold)
+        _check_alone(None, gold)
     if response.value is None:
         return "unparsed"
     equal = _attempt(_equal, reference, response)
