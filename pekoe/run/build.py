@@ -408,8 +408,11 @@ def attach_weights(
     problem: Problem,
     params: SamplingParams,
     log_dir: Path,
-) -> None:
-    """Prove that the engines hold `model`; attached servers, of which that is not known, are given it first."""
+) -> WeightChannel:
+    """Prove that the engines hold `model`; attached servers, of which that is not known, are given it first.
+
+    Returns the channel: an engine that is started again serves only after its `catch_up`.
+    """
     temperature, dtype = params.temperature or 1.0, getattr(torch, config.model.dtype)
     sender = LocalSender(model, dtype, partial(forward_logprobs, model, temperature, dtype))
     canary = tokenizer.encode_prompt(problem.messages)
@@ -418,3 +421,4 @@ def attach_weights(
         channel.publish(0)
     else:
         channel.prove(0)
+    return channel

@@ -210,10 +210,10 @@ def sample_problems(
         samples = ResumableSamples(file, decided_by(config) | about if file else about)
         stack.callback(samples.close)
         pool = open_pool(config, model, longest, [params], log_dir, view, stack)
-        attach_weights(config, pool, model, tokenizer, problems[0], params, log_dir)
+        weights = attach_weights(config, pool, model, tokenizer, problems[0], params, log_dir)
         judge = make_judge(config.verify, tokenizer, config.run.seed)
         stack.callback(judge.close)
-        rollouts = Rollouts(pool, tokenizer, judge, params, StepTimer(view), view, stop)
+        rollouts = Rollouts(pool, tokenizer, judge, params, StepTimer(view), view, stop, weights.catch_up)
         try:
             rows = samples.sample(rollouts, problems, params, config.verify.max_fault_rate)
         except StopRequested:

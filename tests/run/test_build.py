@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
+import pytest
+
+from pekoe.config import EvalConfig, load_config
+from pekoe.core.errors import UserError
 from pekoe.core.journal import read_lines
 from pekoe.core.progress import NoProgress
+from pekoe.core.types import SamplingParams
 from pekoe.data import Tokenizer
-from pekoe.run.build import open_problems
+from pekoe.model import Decoder
+from pekoe.run.build import open_pool, open_problems
 
 
 class Heard(NoProgress):
@@ -55,3 +63,37 @@ def test_an_evaluation_set_is_read_in_order_and_its_losses_are_reported(tiny_dir
     problems = open_problems(str(path), tokenizer, 8, True, view)
     assert [problem.uid for problem in problems] == ["0", "1", "3"]
     assert view.said == [f"{path}: skipped 1 malformed, 1 too long"]
+
+
+def test_servers_that_would_share_a_gpu_are_refused_before_any_starts(
+    tiny_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    server: dict[str, Any] = {"python": "python3", "count": 2}
+    tree: dict[str, Any] = {
+        "model": {"path": str(tiny_dir / "model")},
+        "eval": {"data": str(tiny_dir / "held_out.jsonl")},
+        "engine": {"backend": "vllm", "server": server},
+    }
+
+    class Started(Exception):
+        pass
+
+    def start(*_: object, **__: object) -> None:
+        raise Started
+
+    monkeypatch.setattr("pekoe.run.build.EnginePool", start)
+
+    def open_on(device: str) -> None:
+        weight = SimpleNamespace(device=SimpleNamespace(type=device))
+        model = cast(Decoder, SimpleNamespace(parameters=lambda: iter([weight]), spec=None))
+        config = load_config(tree, kind=EvalConfig)
+        with ExitStack() as stack:
+            open_pool(config, model, 32, [SamplingParams(stream="eval")], tmp_path, NoProgress(), stack)
+
+    with pytest.raises(UserError, match=r'engine.server.gpus: expected the GPUs of each of 2 servers.*\["0", "1"\]'):
+        open_on("cuda")
+    with pytest.raises(Started):
+        open_on("cpu")
+    server["gpus"] = ("0", "1")
+    with pytest.raises(Started):
+        open_on("cuda")

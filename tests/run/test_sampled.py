@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,8 +14,11 @@ from pekoe.core import UserError
 from pekoe.core.errors import RunError
 from pekoe.core.progress import NoProgress
 from pekoe.core.types import Verdict
+from pekoe.engine.base import EngineLost
+from pekoe.engine.embedded import EmbeddedEngine
+from pekoe.engine.pool import EnginePool
 from pekoe.model import load_model, save_model
-from pekoe.run import judging
+from pekoe.run import judging, sample_store
 from pekoe.run.curate import run_curate
 from pekoe.run.evaluate import run_eval
 
@@ -111,3 +115,28 @@ def test_fewer_problems(tiny_dir, tmp_path):
     data.write_text("".join(lines[:3]))
     r = run_eval(load_config(t, kind=EvalConfig), NoProgress())
     assert len(json.loads((tmp_path / "o/results.json").read_text())["problems"]) == r.num_problems
+
+
+@pytest.mark.timeout(60)
+def test_an_engine_that_is_lost_and_started_again_goes_on_with_the_evaluation(tiny_dir, tmp_path, monkeypatch):
+    """The only server dies after its proof: the one in its place gets the weights, and the requests."""
+    pools: list[EnginePool] = []
+    config = load_config(tree_of(tiny_dir, tmp_path / "o"), kind=EvalConfig)
+
+    class DiesOnce(EmbeddedEngine):
+        def submit(self, requests: Any) -> Any:
+            if requests[0].uid != "canary" and pools[0].num_lost == 0:
+                raise EngineLost("it was killed")
+            return super().submit(requests)
+
+    def open_one(config: Any, model: Any, longest: int, planned: Any, logs: Any, view: Any, stack: Any) -> EnginePool:
+        starter = SimpleNamespace(name="server", kind="embedded", start=lambda: DiesOnce(model))
+        pools.append(EnginePool([starter], start_limit_s=30, serving_at_once=True))
+        stack.callback(pools[0].close)
+        pools[0].wait_started()
+        return pools[0]
+
+    monkeypatch.setattr(sample_store, "open_pool", open_one)
+    result = run_eval(config, NoProgress())
+    assert result.num_problems == 7
+    assert pools[0].num_lost == 1
