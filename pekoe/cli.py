@@ -1,4 +1,4 @@
-"""Floor 4: the command line. Reads the user's words, calls one room, turns errors into messages and exit codes.
+"""The command line: parses arguments, calls one package, turns errors into messages and exit codes.
 
 Commands import what they need when they run: `pekoe --help` and a misspelt key must not wait for torch.
 """
@@ -21,7 +21,6 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from pekoe import __version__
-from pekoe.config.cluster import ClusterSection
 from pekoe.config.recipes import (
     Config,
     CurateConfig,
@@ -49,8 +48,7 @@ app = typer.Typer(
 C = TypeVar("C", bound=Config)
 
 # How OpenMP's threads wait at barriers, set before torch is loaded: they spin a little and then sleep (decision 0002).
-# Threads that only spin make a step several times slower as soon as another process (a judge, say) wants a core;
-# threads that sleep at once make small models slow on a machine that is quiet. Other runtimes than GNU's just sleep.
+# Spinning alone makes a step several times slower as soon as a judge wants a core; sleeping alone slows small models.
 WAITING = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "1000"}
 
 Recipe = Annotated[str, typer.Argument(metavar="RECIPE.toml", help="the recipe")]
@@ -63,11 +61,11 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="print the resolved reci
 
 @contextlib.contextmanager
 def viewing(config: TrainingConfig | None = None, results: bool = False) -> Iterator[ProgressReporter]:
-    """The live view, and the trackers of a run's recipe, closed whatever happens.
+    """The progress display, and the trackers of a run's recipe; both are closed at the end.
 
-    `results`: what the command prints is for another program, and the view goes to stderr.
+    `results`: stdout is for the command's results, so the display goes to stderr.
     """
-    if not _leads():
+    if not _is_first_process():
         yield NoProgress()
         return
     view: LiveProgress | PlainProgress = make_progress(Console(stderr=results))
@@ -79,8 +77,8 @@ def viewing(config: TrainingConfig | None = None, results: bool = False) -> Iter
             yield tracked
 
 
-def read_recipe(recipe: str, overrides: list[str] | None, kind: type[C], dry_run: bool) -> C:
-    """The config of a command; with --dry-run it is printed, and the command ends."""
+def read_recipe(recipe: str | dict[str, Any], overrides: list[str] | None, kind: type[C], dry_run: bool) -> C:
+    """The config of a command; with --dry-run, print it and end the command."""
     config = load_config(recipe, overrides or (), kind)
     if dry_run:
         typer.echo(dump_config(config), nl=False)
@@ -105,12 +103,13 @@ def rl(
     beside the run's. Nothing is written.
     """
     if replay:
-        if len(overrides or []) != 1 or not (overrides or [""])[0].isdecimal():
-            raise UserError(f"rl --replay: expected RUN_DIR STEP, got {' '.join([recipe, *(overrides or [])])}")
+        words = [recipe, *(overrides or [])]
+        if len(words) != 2 or not words[1].isdecimal():
+            raise UserError(f"rl --replay: expected RUN_DIR STEP, got {' '.join(words)}")
         from pekoe.run.replay import replay as replay_step
 
         with viewing() as view:
-            replayed = replay_step(Path(recipe), int((overrides or [""])[0]), view)
+            replayed = replay_step(Path(recipe), int(words[1]), view)
         typer.echo(str(replayed))
         return
     config = read_recipe(recipe, overrides, RLConfig, dry_run)
@@ -121,7 +120,7 @@ def rl(
     stop = Stop()
     with stop.listening(), viewing(config) as view, contextlib.ExitStack() as stack:
         if config.cluster is not None:
-            _ray_room().run_cluster(config, view, stop)
+            _ray_package().run_cluster(config, view, stop)
         else:
             run_rl(build_rl(config, view, stop, stack))
     from pekoe.report.findings import findings
@@ -143,7 +142,7 @@ def sft(recipe: Recipe, overrides: Overrides = None, dry_run: DryRun = False) ->
 
     with viewing(config) as view:
         run_sft(config, view)
-    if _leads():
+    if _is_first_process():
         typer.echo(f"done: the model is in {config.run.dir}/model")
 
 
@@ -165,24 +164,20 @@ def evaluate(
 
     --compare BEFORE AFTER compares two such directories (or their results.json) with a paired test.
     """
+    words = [*([recipe] if recipe else []), *(overrides or [])]
     if compare:
-        if recipe is None or len(overrides or []) != 1:
-            raise UserError(f"eval --compare: expected two results, got {' '.join([recipe or '', *(overrides or [])])}")
+        if len(words) != 2:
+            raise UserError(f"eval --compare: expected two results, got {' '.join(words)}")
         from pekoe.run.evaluate import compare as compare_results
 
-        typer.echo(json.dumps(compare_results(Path(recipe), Path((overrides or [""])[0])), indent=2))
+        typer.echo(json.dumps(compare_results(Path(words[0]), Path(words[1])), indent=2))
         return
-    words = [*([recipe] if recipe and "=" in recipe else []), *(overrides or [])]
     if recipe and "=" not in recipe:
         if model or data:
             raise UserError("eval: expected a recipe or --model and --data, got both; model.path=... changes a recipe")
-        config = read_recipe(recipe, words, EvalConfig, dry_run)
+        config = read_recipe(recipe, overrides, EvalConfig, dry_run)
     elif model and data:
-        tree: dict[str, Any] = {"model": {"path": model}, "eval": {"data": data}}
-        config = load_config(tree, words, EvalConfig)
-        if dry_run:
-            typer.echo(dump_config(config), nl=False)
-            raise typer.Exit()
+        config = read_recipe({"model": {"path": model}, "eval": {"data": data}}, words, EvalConfig, dry_run)
     else:
         raise UserError("eval: expected a recipe, or both --model DIR and --data FILE.jsonl")
     from pekoe.run.evaluate import run_eval, table_of
@@ -224,29 +219,23 @@ def demo(
         bool, typer.Option("--cluster", help="then RL again, on Ray: 2 engines and 2 training ranks")
     ] = False,
 ) -> None:
-    """The whole story on a laptop: a small model from nothing, taught by SFT, improved by RL on verified answers."""
+    """SFT and RL of a small model on a laptop, from random weights, on verified answers."""
     from pekoe.demo.run import run_demo
 
-    console = Console()
     with viewing() as view:
-        story = run_demo(Path(out), seed, control, fresh, quick, view, cluster)
-    console.print(story, markup=False, highlight=False, soft_wrap=True)
+        text = run_demo(Path(out), seed, control, fresh, quick, view, cluster)
+    Console().print(text, markup=False, highlight=False, soft_wrap=True)
 
 
-def _ray_room() -> ModuleType:
+def _ray_package() -> ModuleType:
     """`pekoe.ray`; UserError where Ray is not installed."""
     try:
-        import pekoe.ray as room
+        import pekoe.ray as package
     except ModuleNotFoundError as error:
         if error.name != "ray":
             raise
         raise UserError("cluster: expected Ray, which is not installed: pip install 'pekoe[cluster]'") from None
-    return room
-
-
-def _cluster_plan(section: ClusterSection, view: ProgressReporter) -> list[str]:
-    """`pekoe.ray.plan`, imported when a recipe has a cluster."""
-    return _ray_room().plan(section, view)
+    return package
 
 
 @app.command()
@@ -258,24 +247,26 @@ def doctor(
     ] = None,
     processes: Annotated[int, typer.Option(min=1, help="how many will train together (torchrun)")] = 1,
 ) -> None:
-    """What there is on this machine and how to install what is not; with a recipe, whether its training fits in memory.
+    """This machine's hardware and optional packages; with a recipe, whether its training fits in memory.
 
-    Says what a step is: responses, tokens, micro-batches, and how long it took where the run has begun. Predicts
-    the peak of one training process by running a step of the recipe's own shapes on tensors without numbers. Says
-    the largest train.token_budget that fits. Exit status 2 where it does not fit.
+    Describes a step: responses, tokens, micro-batches, and seconds if the run has begun. Predicts the peak memory of
+    one training process from a step of the recipe's shapes on meta tensors, and prints the largest
+    train.token_budget that fits. Exit status 2 if the recipe does not fit.
     """
     from pekoe.run.doctor import available_bytes, examine
     from pekoe.run.hardware import environment
 
-    console = Console()
-    if recipe is None:
-        for name, value in [*environment(), ("memory", f"{available_bytes('cpu') / 2**30:.1f} GiB available")]:
-            console.print(f"{name:<14} {value}", markup=False, highlight=False, soft_wrap=True)
-        return
+    fault: str | None = None
     memory_bytes = int(memory_gib * 2**30) if memory_gib else None
-    lines, fault = examine(recipe, overrides or [], processes, memory_bytes, _cluster_plan)
+    if recipe is None:
+        rows = [*environment(), ("memory", f"{available_bytes('cpu') / 2**30:.1f} GiB available")]
+        lines = [f"{name:<14} {value}" for name, value in rows]
+    else:
+        lines, fault = examine(
+            recipe, overrides or [], processes, memory_bytes, lambda section, view: _ray_package().plan(section, view)
+        )
     for line in lines:
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+        Console().print(line, markup=False, highlight=False, soft_wrap=True)
     if fault:
         raise UserError(fault)
 
@@ -302,9 +293,8 @@ def verify(
     from pekoe.verify.cases import check_case_kinds, error_cells, read_cases
 
     by_file = [(file, read_cases(Path(file))) for file in files]
-    table = Table(
-        "cases", *(Column(name, justify="right") for name in ("right", "wrong", "FN", "FP", "unparsed", "fault"))
-    )
+    columns = (Column(name, justify="right") for name in ("right", "wrong", "FN", "FP", "unparsed", "fault"))
+    table = Table("cases", *columns)
     judged: list[list[Verdict]] = []
     functions = function or []
     for file, cases in by_file:
@@ -355,7 +345,7 @@ def report(
             raise UserError(f"--out: expected a file that can be written, got {file}: {error.strerror}") from None
         typer.echo(f"{file}: {file.stat().st_size / 1e6:.1f} MB")
         return
-    read_history(paths[0])  # a wrong path is said now
+    read_history(paths[0])  # raises for a wrong path
     try:
         server = LiveReport(page, [path / "journal.jsonl" for path in paths], port)
     except OSError as error:
@@ -366,21 +356,17 @@ def report(
 
 
 def _decoder(run: Path) -> Callable[[Sequence[int]], str] | None:
-    """The text of tokens, where the run's model is there to tell."""
+    """The tokenizer's decoding, if the run's model or the one that it started from is there."""
     from pekoe.data.tokenizer import Tokenizer
 
-    for folder in (run / "model", *_model_of(run)):
+    folders = [run / "model"]
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        folders.append(Path(tomllib.loads((run / "config.toml").read_text(encoding="utf-8"))["model"]["path"]))
+    for folder in folders:
         if (folder / "tokenizer.json").is_file():
             tokenizer = Tokenizer.load(folder)
             return lambda tokens: tokenizer.decode(tokens, skip_special_tokens=False)
     return None
-
-
-def _model_of(run: Path) -> list[Path]:
-    try:
-        return [Path(tomllib.loads((run / "config.toml").read_text(encoding="utf-8"))["model"]["path"])]
-    except (OSError, ValueError, KeyError):
-        return []
 
 
 def _version(wanted: bool) -> None:
@@ -399,30 +385,26 @@ def main() -> None:
     """Entry point. Exit status: 0 done, 1 the run failed, 2 the user's input is wrong, 130 interrupted."""
     if not WAITING.keys() & os.environ:
         os.environ |= WAITING
-    sys.path.append(os.getcwd())  # last: rewards of the user's (kind function:...) are found from where they start this
+    sys.path.append(os.getcwd())  # last: the user's rewards (kind function:...) are imported from here
     try:
         app(prog_name="pekoe")
-    except UserError as error:
-        _fail(str(error), 2)
-    except RunError as error:
-        _fail(str(error), 1)
-    except Interrupted as error:
-        _fail(str(error), 130)
+    except (UserError, RunError, Interrupted) as error:
+        _fail(str(error), 2 if isinstance(error, UserError) else 1 if isinstance(error, RunError) else 130)
     except SystemExit as stopped:
-        if stopped.code == 130:  # typer's word for Ctrl-C: before a loop listens, or a second one
+        if stopped.code == 130:  # typer's status after Ctrl-C: before a loop listens, or a second one
             _fail("interrupted; the last checkpoint, if any, is kept. Run the same command again to go on", 130)
         raise
-    except OSError as error:  # a full disk, a file that cannot be read: nobody's bug
+    except OSError as error:  # such as a full disk, or a file that cannot be read
         _fail(f"{type(error).__name__}: {error}; what was saved before is kept", 1)
 
 
-def _leads() -> bool:
-    """Whether this process speaks: the first of those that torchrun started, or the only one."""
+def _is_first_process() -> bool:
+    """Whether this process prints: the first of those that torchrun started, or the only one."""
     return os.environ.get("RANK", "0") == "0"
 
 
 def _fail(message: str, status: int) -> None:
-    if _leads() or status == 1:  # the user's mistake is the same at all of them, a failure may be one's own
+    if _is_first_process() or status == 1:  # all processes make the user's mistake; a failure may be of one process
         print(f"pekoe: {message}", file=sys.stderr)
     raise SystemExit(status)
 

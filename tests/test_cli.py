@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import re
@@ -11,9 +13,11 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 
+from pekoe.cli import main
 from pekoe.core.types import Problem
 from pekoe.data.problems import write_problems
 from pekoe.data.tokenizer import Tokenizer
@@ -44,9 +48,20 @@ random = true
 
 
 def pekoe(*words: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "pekoe.cli", *words], capture_output=True, text=True, timeout=100, cwd=cwd
-    )
+    """The command in this process: torch is imported once for all tests."""
+    out, err, status = io.StringIO(), io.StringIO(), 0
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(contextlib.chdir(cwd or "."))
+        stack.enter_context(patch.object(sys, "argv", ["pekoe", *words]))
+        stack.enter_context(patch.object(sys, "path", [*sys.path]))
+        stack.enter_context(patch.dict(os.environ))
+        stack.enter_context(contextlib.redirect_stdout(out))
+        stack.enter_context(contextlib.redirect_stderr(err))
+        try:
+            main()
+        except SystemExit as stopped:
+            status = int(stopped.code or 0)
+    return subprocess.CompletedProcess(words, status, out.getvalue(), err.getvalue())
 
 
 @pytest.fixture(scope="module")

@@ -1,12 +1,9 @@
-"""Problems made by reasoning-gym's generators, with worked solutions: what the demo learns from.
-
-Prompts are stripped to what matters: on the generators' full English a small model spends its time on boilerplate.
-"""
+"""Arithmetic problems from reasoning-gym's generator, with worked solutions, for the demo."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from typing import Any
 
 from pekoe.core.errors import UserError
@@ -29,11 +26,10 @@ def make_arithmetic(
 ) -> list[tuple[Problem, str]]:
     r"""`num` chains of sums such as `7+25-3+12=`, each with its worked solution, from reasoning-gym's `chain_sum`.
 
-    A solution keeps a running total, one line a step: `7+25=32\n32-3=29\n29+12=41\n\boxed{41}`. A total below zero
-    leads its line with its sign (`-3+12=9`); no term is ever negative, so the text has one reading. Prompts differ
-    from one another and from those in `exclude`; the same arguments give the same problems. The terms of one problem
-    all have the same number of digits (the generator's way). `operators` and `negative_totals=False` drop problems
-    with another operator, or whose running total falls below zero.
+    A solution keeps a running total, one line a step: `7+25=32\n32-3=29\n29+12=41\n\boxed{41}`. Prompts differ from
+    one another and from those in `exclude`; the same arguments give the same problems. The terms of one problem all
+    have the same number of digits. `operators` and `negative_totals=False` drop problems with another operator, or
+    whose running total falls below zero. Prompts are bare: a small model would spend its time on English.
 
     Raises UserError when reasoning-gym is absent, or when the limits leave fewer than `num` problems.
     """
@@ -43,13 +39,19 @@ def make_arithmetic(
         )
     if not operators or set(operators) - {"+", "-"}:
         raise UserError(f"arithmetic operators: expected some of '+', '-', got {sorted(operators)}")
+    if num == 0:
+        return []
+    try:
+        import reasoning_gym  # 4 to 5 seconds, and only the demo needs it
+    except ImportError:
+        raise UserError("reasoning-gym makes these problems and is not installed: pip install 'pekoe[demo]'") from None
     limits = {"min_terms": num_terms[0], "max_terms": num_terms[1]}
-    limits |= {"min_digits": num_digits[0], "max_digits": num_digits[1]}
+    limits |= {"min_digits": num_digits[0], "max_digits": num_digits[1], "size": 200 * num + 10_000}
+    dataset = reasoning_gym.create_dataset("chain_sum", seed=seed * _SEED_STRIDE, **limits)
     seen = set(exclude)
     made: list[tuple[Problem, str]] = []
-    if num == 0:
-        return made
-    for item in _draw("chain_sum", seed, 200 * num + 10_000, limits):
+    for index in range(limits["size"]):
+        item: dict[str, Any] = dataset[index]
         expression: str = item["metadata"]["expression"].replace(" ", "")
         prompt = f"{expression}="
         if prompt in seen or set(re.findall(r"[+-]", expression)) - set(operators):
@@ -62,15 +64,6 @@ def make_arithmetic(
         if len(made) == num:
             return made
     raise UserError(f"arithmetic: expected {num} different problems, got {len(made)}: widen num_terms or num_digits")
-
-
-def _draw(family: str, seed: int, size: int, limits: dict[str, int]) -> Iterator[dict[str, Any]]:
-    try:
-        import reasoning_gym  # 4 to 5 seconds, and only the demo needs it
-    except ImportError:
-        raise UserError("reasoning-gym makes these problems and is not installed: pip install 'pekoe[demo]'") from None
-    dataset = reasoning_gym.create_dataset(family, seed=seed * _SEED_STRIDE, size=size, **limits)
-    return (dataset[index] for index in range(size))
 
 
 def _work_out(expression: str) -> tuple[str, list[int]]:

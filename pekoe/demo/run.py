@@ -1,11 +1,9 @@
-"""The story of the release on a laptop: from nothing to a reasoner.
+"""The demo: SFT and RL of a small decoder from random weights, on a laptop.
 
-A tokenizer and a small decoder are made from scratch and taught by SFT, measured on held-out problems, improved by RL
-on verified answers alone, and measured again. SFT shows two ways to answer, as real data does: some demonstrations
-work the sum out line by line, some guess at once and are mostly off. Nothing tells the model which is better; the
-rewards do.
+SFT shows two ways to answer: some demonstrations work the sum out line by line, some guess at once and are mostly
+wrong. RL on verified answers then teaches the model which is better.
 
-Every stage is the same code that a recipe runs. A finished stage is not run again, an interrupted one goes on.
+Every stage runs the code that a recipe runs. A finished stage is not run again, an interrupted one continues.
 """
 
 from __future__ import annotations
@@ -15,6 +13,7 @@ import os
 import shutil
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -101,7 +100,7 @@ def eval_recipe(out: Path, stage: str, seed: int) -> dict[str, Any]:
     }
 
 
-# A smoke test of every stage in under a minute. It learns nothing worth the name.
+# A smoke test of every stage in under a minute; it learns nothing.
 QUICK_SFT = ("sft.epochs=1", "sft.batch_size=512")
 QUICK_RL = ("num_steps=2", "rollout.prompts_per_step=8", "rollout.max_new_tokens=48", "eval.every=2", "eval.samples=2")
 QUICK_EVAL = ("eval.samples=2", "eval.max_new_tokens=48")
@@ -110,12 +109,14 @@ QUICK_EVAL = ("eval.samples=2", "eval.max_new_tokens=48")
 def run_demo(
     out: Path, seed: int, control: bool, fresh: bool, quick: bool, view: ProgressReporter, cluster: bool = False
 ) -> str:
-    """Run the stages that are not finished yet, write summary.json, and return the story to print.
+    """Run the stages that are not finished yet, write summary.json, and return the text to print.
 
-    With `cluster`, the RL stage is done a second time, on Ray.
+    With `cluster`, the RL stage runs a second time, on Ray.
     """
     if fresh and out.exists():
-        _remove(out)
+        if any(out.iterdir()) and not (out / STAGES).exists():
+            raise UserError(f"{out}: --fresh removes an earlier demo; this directory holds something else")
+        shutil.rmtree(out)
     stages = Stages(out, {"seed": seed, "control": control, "quick": quick}, view)
     stages.run("data", lambda: make_data(out, seed))
     stages.run("sft", lambda: _sft(out, seed, quick, view))
@@ -125,13 +126,18 @@ def run_demo(
     if cluster:
         stages.run("rl_cluster", lambda: _rl(out, seed, control, quick, view, CLUSTER))
         stages.run("measure_rl_cluster", lambda: _measure(out, "rl_cluster", seed, quick, view))
-    summary = summarise(stages)
+    measured = {"sft": stages.results["measure_sft"], "rl": stages.results["measure_rl"]}
+    summary: dict[str, Any] = {
+        name: {"pass_at_1": result["pass_at_1"], "ci95": list(result["ci95"])} for name, result in measured.items()
+    }
+    summary |= {"seconds": stages.seconds, "seed": seed, "control": control}
+    summary |= {name: measured["sft"][name] for name in ("num_problems", "samples_per_problem")}
     (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-    return tell(out, summary, stages.results, control)
+    return describe(out, summary, stages.results, control)
 
 
 class Stages:
-    """What is finished, in stages.json: each stage's seconds and result. A finished stage is not run again."""
+    """The finished stages, with seconds and results, kept in stages.json. A finished stage is not run again."""
 
     def __init__(self, out: Path, settings: dict[str, Any], view: ProgressReporter) -> None:
         self.results: dict[str, Any] = {}
@@ -139,13 +145,13 @@ class Stages:
         self.settings = settings
         self._file, self._view = out / STAGES, view
         if self._file.exists():
-            found = json.loads(self._file.read_text(encoding="utf-8"))
-            if found["settings"] != settings:
+            saved = json.loads(self._file.read_text(encoding="utf-8"))
+            if saved["settings"] != settings:
                 raise UserError(
-                    f"{out}: holds a demo with {found['settings']}, got {settings}; "
+                    f"{out}: holds a demo with {saved['settings']}, got {settings}; "
                     "add --fresh to remove it, or choose another --out"
                 )
-            self.results, self.seconds = found["results"], found["seconds"]
+            self.results, self.seconds = saved["results"], saved["seconds"]
         else:
             try:
                 out.mkdir(parents=True, exist_ok=True)
@@ -177,8 +183,6 @@ def make_data(out: Path, seed: int) -> dict[str, int]:
     worked = make_arithmetic(NUM_WORKED + NUM_GUESSED, 3 * seed + 1, exclude=taken, **TASK)
     taken |= {_prompt(problem) for problem, _ in worked}
     problems = make_arithmetic(NUM_PROBLEMS, 3 * seed + 2, exclude=taken, **TASK)
-    sets = [{_prompt(problem) for problem, _ in part} for part in (held_out, worked, problems)]
-    assert len(set.union(*sets)) == sum(map(len, sets)), "held-out, SFT and RL problems must be disjoint"
     folder = out / "data"
     folder.mkdir(exist_ok=True)
     write_problems(folder / "held_out.jsonl", [problem for problem, _ in held_out])
@@ -194,15 +198,11 @@ def make_data(out: Path, seed: int) -> dict[str, int]:
     model.init_weights(seed)
     model.assets = dict(files)
     save_model(model, out / "start")
-    return {
-        "num_parameters": model.spec.num_parameters,
-        "num_problems": len(problems),
-        "num_held_out": len(held_out),
-    }
+    return {"num_parameters": model.spec.num_parameters, "num_problems": len(problems), "num_held_out": len(held_out)}
 
 
 def _guess(problem: Problem, rng: np.random.Generator) -> str:
-    """A box at once, off by up to MAX_GUESS_ERROR either way, evenly."""
+    """A boxed answer without work, its error uniform in [-MAX_GUESS_ERROR, MAX_GUESS_ERROR]."""
     return f"\\boxed{{{int(problem.gold) + int(rng.integers(-MAX_GUESS_ERROR, MAX_GUESS_ERROR + 1))}}}"
 
 
@@ -220,7 +220,7 @@ def _rl(
 ) -> dict[str, Any]:
     overrides = [*(QUICK_RL if quick else ()), *(["verify.random=true"] if control else [])]
     recipe = rl_recipe(out, seed)
-    if control:  # what it measured would be drawn at random, too
+    if control:  # its evaluations would be random, too
         del recipe["eval"]
         overrides = [override for override in overrides if not override.startswith("eval.")]
     if cluster is not None:
@@ -235,10 +235,13 @@ def _rl(
         else:
             run_rl(build_rl(config, view, stop, stack))
     steps = _steps(Path(config.run.dir))
+    seconds: Counter[str] = Counter()
+    for step in steps:
+        seconds.update(step["seconds"])
     result = {
         "reward": [round(step["reward"], 3) for step in steps],
         "logprob_diff_max": max(step.get("logprob_diff_max", 0.0) for step in steps),
-        "seconds": _sum_phases(steps),
+        "seconds": {name: round(total, 2) for name, total in seconds.items()},
     }
     if cluster is not None:
         result["controller_bytes"] = median(step["controller_bytes"] / step["num_rollouts"] for step in steps)
@@ -247,27 +250,12 @@ def _rl(
 
 
 def _measure(out: Path, stage: str, seed: int, quick: bool, view: ProgressReporter) -> dict[str, Any]:
-    config = load_config(eval_recipe(out, stage, seed), QUICK_EVAL if quick else (), EvalConfig)
-    result = run_eval(config, view)
+    result = run_eval(load_config(eval_recipe(out, stage, seed), QUICK_EVAL if quick else (), EvalConfig), view)
     return {**result.as_dict(), "examples": result.examples}
 
 
-def summarise(stages: Stages) -> dict[str, Any]:
-    """The figures of the story."""
-    before, after = stages.results["measure_sft"], stages.results["measure_rl"]
-    return {
-        "sft": {"pass_at_1": before["pass_at_1"], "ci95": list(before["ci95"])},
-        "rl": {"pass_at_1": after["pass_at_1"], "ci95": list(after["ci95"])},
-        "seconds": stages.seconds,
-        "seed": stages.settings["seed"],
-        "control": stages.settings["control"],
-        "num_problems": before["num_problems"],
-        "samples_per_problem": before["samples_per_problem"],
-    }
-
-
-def tell(out: Path, summary: dict[str, Any], results: dict[str, Any], control: bool) -> str:
-    """What the demo prints in the end."""
+def describe(out: Path, summary: dict[str, Any], results: dict[str, Any], control: bool) -> str:
+    """The text that the demo prints at its end."""
     data, rl = results["data"], results["rl"]
     taught = "verdicts DRAWN AT RANDOM (control)" if control else "verified answers alone"
     lengths = [results[stage]["response_tokens"] for stage in ("measure_sft", "measure_rl")]
@@ -292,37 +280,39 @@ def tell(out: Path, summary: dict[str, Any], results: dict[str, Any], control: b
         "  within RL (s): " + ", ".join(f"{name} {seconds:.0f}" for name, seconds in rl["seconds"].items()),
         "",
     ]
-    for before, after in _contrast(results["measure_sft"]["examples"], results["measure_rl"]["examples"]):
+    examples = zip(results["measure_sft"]["examples"], results["measure_rl"]["examples"], strict=True)
+    # Two examples; first those that were wrong after SFT and are correct after RL.
+    ranked = sorted(examples, key=lambda pair: (pair[1]["label"] != "correct", pair[0]["label"] == "correct"))
+    for before, after in ranked[:2]:
         lines += [f"  {before['prompt']}   (answer {before['gold']})"]
-        lines += [
-            f"    {name}: {_one_line(e['response'])}  {e['label']}" for name, e in (("SFT", before), ("RL ", after))
-        ]
-    return "\n".join(
-        [
-            *lines,
-            "",
-            "What to try next:",
-            f"  the run as a page           {_program()} report {out}/rl",
-            f"  every response, judged      zstd -dc {out}/rl/rollouts/step-000001.jsonl.zst | head -n 3",
-            f"  the RL stage with your lr   {_program()} rl recipes/laptop.toml run.dir=runs/mine optim.lr=1e-3",
-            f"  the control                 {_program()} demo --control --out runs/control",
-            f"  use the model               AutoModelForCausalLM.from_pretrained('{out}/rl/model')",
-        ]
-    )
+        for name, example in (("SFT", before), ("RL ", after)):
+            response = example["response"].replace("\n", "  ")[:120]
+            lines += [f"    {name}: {response}  {example['label']}"]
+    # As the user called this program, so that the commands can be pasted.
+    program = os.path.relpath(sys.argv[0]) if Path(sys.argv[0]).name == "pekoe" else "pekoe"
+    lines += [
+        "",
+        "What to try next:",
+        f"  the run as a page           {program} report {out}/rl",
+        f"  every response, judged      zstd -dc {out}/rl/rollouts/step-000001.jsonl.zst | head -n 3",
+        f"  the RL stage with your lr   {program} rl recipes/laptop.toml run.dir=runs/mine optim.lr=1e-3",
+        f"  the control                 {program} demo --control --out runs/control",
+        f"  use the model               AutoModelForCausalLM.from_pretrained('{out}/rl/model')",
+    ]
+    return "\n".join(lines)
 
 
 def _on_cluster(results: dict[str, Any]) -> list[str]:
-    """What RL on Ray came to, where it was done."""
+    """The lines on RL on Ray, if that stage ran."""
     if "measure_rl_cluster" not in results:
         return []
     after, rl = results["measure_rl_cluster"], results["rl_cluster"]
-    alone = results["rl"]["reward"]
-    apart = max(abs(a - b) for a, b in zip(_tenths(alone), _tenths(rl["reward"]), strict=True))
-    figure = _figure({"pass_at_1": after["pass_at_1"], "ci95": after["ci95"]})
+    tenths = _means(results["rl"]["reward"], 10), _means(rl["reward"], 10)
+    apart = max(abs(a - b) for a, b in zip(*tenths, strict=True))
     num_engines, num_ranks = CLUSTER["generation"]["engines"], CLUSTER["training"]["ranks"]
     return [
-        f"    after RL   {figure}   {after['response_tokens']:.0f} tokens a response, on Ray: {num_engines} engines, "
-        f"{num_ranks} training ranks",
+        f"    after RL   {_figure(after)}   {after['response_tokens']:.0f} tokens a response, on Ray: "
+        f"{num_engines} engines, {num_ranks} training ranks",
         "",
         f"  reward, on Ray            {_sparkline(rl['reward'])}  {rl['reward'][0]:+.1f} -> {rl['reward'][-1]:+.1f}",
         f"  means over tenths of the steps differ from one process's by at most {apart:.2f} (a reward is -5 or 5)",
@@ -331,59 +321,22 @@ def _on_cluster(results: dict[str, Any]) -> list[str]:
     ]
 
 
-def _program() -> str:
-    """How the user called us, so that what we suggest can be pasted."""
-    return os.path.relpath(sys.argv[0]) if Path(sys.argv[0]).name == "pekoe" else "pekoe"
-
-
-def _contrast(before: list[Any], after: list[Any]) -> list[tuple[Any, Any]]:
-    """Up to two examples, those first that RL put right."""
-    pairs = list(zip(before, after, strict=True))
-    return sorted(pairs, key=lambda p: (p[1]["label"] != "correct", p[0]["label"] == "correct"))[:2]
-
-
 def _figure(measured: dict[str, Any]) -> str:
     low, high = measured["ci95"]
     return f"{measured['pass_at_1']:6.1%}  [{low:.1%}, {high:.1%}]"
 
 
-def _one_line(text: str) -> str:
-    return text.replace("\n", "  ")[:120]
+def _means(values: list[float], num_parts: int) -> list[float]:
+    """Means of at most `num_parts` consecutive parts of about equal length."""
+    return [float(part.mean()) for part in np.array_split(values, min(num_parts, len(values)))]
 
 
-def _tenths(values: list[float]) -> list[float]:
-    """Means of ten stretches."""
-    return _means(values, min(10, len(values)))
-
-
-def _means(values: list[float], width: int) -> list[float]:
-    return [sum(part) / len(part) for i in range(width) if (part := _stretch(values, i, width))]
-
-
-def _sparkline(values: list[float], width: int = 40) -> str:
-    """Means of `width` stretches, as bars from the smallest to the largest."""
-    means = _means(values, min(width, len(values)))
+def _sparkline(values: list[float]) -> str:
+    """Means of 40 parts, as bars from the smallest to the largest."""
+    means = _means(values, 40)
     low, span = min(means), (max(means) - min(means)) or 1.0
     return "".join("▁▂▃▄▅▆▇█"[min(7, int(8 * (mean - low) / span))] for mean in means)
 
 
-def _stretch(values: list[float], i: int, width: int) -> list[float]:
-    return values[i * len(values) // width : (i + 1) * len(values) // width]
-
-
 def _steps(run: Path) -> list[dict[str, Any]]:
     return [event for event in read_lines(run / "journal.jsonl") if event["event"] == "step"]
-
-
-def _sum_phases(steps: list[dict[str, Any]]) -> dict[str, float]:
-    total: dict[str, float] = {}
-    for step in steps:
-        for name, seconds in step["seconds"].items():
-            total[name] = round(total.get(name, 0.0) + seconds, 2)
-    return total
-
-
-def _remove(out: Path) -> None:
-    if any(out.iterdir()) and not (out / STAGES).exists():
-        raise UserError(f"{out}: --fresh removes an earlier demo; this directory holds something else")
-    shutil.rmtree(out)

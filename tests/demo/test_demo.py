@@ -64,7 +64,7 @@ def test_the_rl_model_loads_in_transformers_and_decodes_the_same_tokens(tmp_path
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from pekoe.core.types import Prompt, SamplingParams
+    from pekoe.core.types import SamplingParams
     from pekoe.data.tokenizer import Tokenizer
     from pekoe.engine import EmbeddedEngine
     from pekoe.model import load_model
@@ -83,5 +83,5 @@ def test_the_rl_model_loads_in_transformers_and_decodes_the_same_tokens(tmp_path
         with torch.no_grad():
             whole = theirs.generate(torch.tensor([ids.tolist()]), max_new_tokens=40, do_sample=False)
         params = SamplingParams(temperature=0, max_new_tokens=40, stop_token_ids=tokenizer.stop_token_ids)
-        (rollout,) = engine.generate([Prompt(problem.uid, 0, ids)], params)
-        assert rollout.payload.resolve().tokens.tolist() == whole[0, len(ids) :].tolist()
+        ((completion,),) = engine.generate([ids.tolist()], params)
+        assert completion.handle.resolve().tokens.tolist() == whole[0, len(ids) :].tolist()
