@@ -1,19 +1,18 @@
-"""What differs between SGLang's and vLLM's servers: one client speaks to one server.
+"""What differs between SGLang's and vLLM's HTTP APIs: a client sends requests to one server and keeps no state of them.
 
-A client translates and keeps no account. It raises TransportError where no answer came (the request may be sent
-again), and RunError for an answer that refuses, or that it does not understand.
+It raises TransportError if no response came (the request may be sent again), and RunError for an error response or
+one that it cannot read.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, ClassVar, Literal, cast
 
 import httpx
 
@@ -30,22 +29,22 @@ _KEEP_ALIVE_S = 2.0  # shorter than any server's (uvicorn: 5 s), so that no requ
 
 
 class TransportError(Exception):
-    """No answer came: refused, reset, closed half-way, or not connected in time."""
+    """No response: the connection was refused, reset, closed early, or not made in time."""
 
 
 class SilenceError(RunError):
-    """Connected, but no answer within the limit."""
+    """Connected, but no response within the limit."""
 
 
 @dataclass(frozen=True, slots=True)
 class ServerOptions:
-    """How a server is launched, or what an attached one must be."""
+    """How a server is launched, or what an attached server must have been launched with."""
 
     model: Path
     config: ServerSection
     spec: ModelSpec
     max_sequence_tokens: int
-    kv_tokens: int | None  # that the KV cache should hold; None: as many as the server likes
+    kv_tokens: int | None  # capacity of the KV cache; None: the server chooses
     max_running: int  # sequences that decode together
     dtype: str  # "float32" | "bfloat16"
     device: str  # "cpu" | "cuda"
@@ -70,7 +69,13 @@ ABORTED = Answer([], [], "abort", [])
 
 
 class ServerClient(ABC):
-    """Speaks to the server at `url`, from one event loop."""
+    """A client of the server at `url`, used from one event loop."""
+
+    sample_path: ClassVar[str]
+    resume_path: ClassVar[str]
+    offload_path: ClassVar[str]
+    onload_path: ClassVar[str]
+    empty_body: ClassVar[dict[str, Any] | None] = None  # of calls without arguments
 
     def __init__(self, options: ServerOptions, url: str, transport: httpx.AsyncBaseTransport | None = None) -> None:
         self.options, self.url = options, url
@@ -81,11 +86,11 @@ class ServerClient(ABC):
 
     @abstractmethod
     def command(self, port: int) -> tuple[list[str], dict[str, str]]:
-        """The command line of a server on 127.0.0.1:port (`config.args` at its end), and environment variables that
-        it needs beside ours."""
+        """The command line of a server on 127.0.0.1:port, `config.args` at its end, and additional environment
+        variables."""
 
     async def ready(self) -> bool:
-        """Whether its health check passes; False where nobody answers. A paused server may fail it (SGLang's does)."""
+        """Whether its health check passes. A paused server may fail it (SGLang's does)."""
         try:
             answer = await self._http.get(self.url + "/health", timeout=_HEALTH_LIMIT_S)
         except httpx.HTTPError:
@@ -93,59 +98,80 @@ class ServerClient(ABC):
         return answer.status_code == 200
 
     async def reachable(self) -> bool:
-        """Whether anyone answers there, paused or not."""
-        with contextlib.suppress(RunError):  # an answer, though not the one that was asked for
-            try:
-                async with asyncio.timeout(_HEALTH_LIMIT_S):
-                    await self.version()
-            except (TransportError, TimeoutError):
-                return False
+        """Whether the server responds, paused or not."""
+        try:
+            async with asyncio.timeout(_HEALTH_LIMIT_S):
+                await self.version()
+        except (TransportError, TimeoutError):
+            return False
+        except RunError:  # a response, if a wrong one
+            pass
         return True
 
     async def check_attached(self) -> None:  # noqa: B027
-        """UserError for an attached server whose answers would be misread."""
+        """UserError for an attached server whose responses would be misread."""
 
     # Sampling
 
     @staticmethod
     @abstractmethod
     def check_params(params: SamplingParams) -> None:
-        """UserError for what this kind of server cannot do."""
+        """UserError for parameters that this kind of server does not support."""
 
     async def prefill(self, request: Request) -> int:
-        """Bring the prompt's KV into the prefix cache before its samples are asked for, where a server does not share
-        it by itself. Returns how many tokens it computed for it."""
+        """Compute the prompt's KV before its samples are requested, if the server does not share it by itself.
+        Returns the number of tokens computed."""
         return 0
 
-    @abstractmethod
     async def sample(self, request: Request, rid: str) -> Answer:
         """One response under the request id `rid`, with a seed of its own from `sampling.sequence_key`."""
+        content = await self.post(self.sample_path, self.body(request, rid), self.options.config.request_limit_s)
+        try:
+            answer = self.parse(content)
+            if answer.finish not in ("stop", "length", "abort"):
+                raise ValueError(f"finish reason {answer.finish!r}")
+        except (LookupError, TypeError, ValueError) as error:
+            why, shown = f"{type(error).__name__}: {error}", json.dumps(content)[:500]
+            raise RunError(
+                f"{self.url}{self.sample_path}: expected one response of numbered weights, got {shown} ({why})"
+            ) from None
+        return answer
+
+    @staticmethod
+    @abstractmethod
+    def body(request: Request, rid: str) -> dict[str, Any]:
+        """The JSON of a request."""
+
+    @staticmethod
+    @abstractmethod
+    def parse(content: Any) -> Answer:
+        """Read the response to one request. LookupError, TypeError or ValueError for anything unexpected."""
 
     @abstractmethod
     async def abort(self, rids: Sequence[str]) -> None:
-        """End these requests; they are answered with finish "abort". Unknown ones are ignored."""
+        """End these requests; their responses have finish "abort". Unknown ids are ignored."""
 
     # Weights
 
     @abstractmethod
     async def pause(self, mode: Literal["abort", "keep"]) -> None:
-        """Stop sampling. keep: what is in flight goes on after `resume`, with KV that is recomputed or still valid.
-        Pausing what is paused is no error."""
+        """Stop sampling. keep: requests in flight continue after `resume`, with KV that is recomputed or still valid.
+        A paused server may be paused again."""
 
-    @abstractmethod
-    async def resume(self) -> None: ...
+    async def resume(self) -> None:
+        await self.post(self.resume_path, self.empty_body)
 
     @abstractmethod
     async def flush(self) -> None:
-        """Forget all cached KV; the server is paused, or idle. RunError where it did not."""
+        """Drop all cached KV; the server is paused or idle. RunError if it does not."""
 
     @abstractmethod
     async def version(self) -> str:
-        """The tag that the server itself gives its weights."""
+        """The server's own tag of its weights."""
 
     @abstractmethod
     async def set_version(self, version: int) -> None:
-        """Tag the weights that it holds."""
+        """Tag the weights that the server holds."""
 
     @abstractmethod
     async def load(self, directory: Path, version: int) -> None:
@@ -157,28 +183,27 @@ class ServerClient(ABC):
 
     @abstractmethod
     async def join_group(self, group: BroadcastGroup) -> None:
-        """Make its workers join, as ranks `group.first_rank` and up; returns when all ranks have joined."""
+        """Its workers join as ranks `group.first_rank` and up; returns when all ranks have joined."""
 
     @abstractmethod
     async def leave_group(self, group: BroadcastGroup) -> None: ...
 
     @abstractmethod
     async def receive(self, group: BroadcastGroup, parts: Iterable[Tensors], version: int) -> None:
-        """Take these tensors from rank 0 of `group`, one by one, and tag them `version`. Their names, dtypes and shapes
-        are sent to the server, a part at a time; their values come by broadcast. An update that broke off earlier does
-        not stand in the way."""
+        """Receive these tensors from rank 0 of `group`, one by one, and tag them `version`. Names, dtypes and shapes go
+        to the server by HTTP, a part at a time; values by broadcast. Ends an update that broke off earlier."""
 
     async def checksums(self) -> Checksums | None:
         """See `Engine.checksums`."""
         return None
 
-    @abstractmethod
     async def offload(self) -> None:
-        """Give back the memory of weights and KV. Nothing is in flight. A no-op on CPU."""
+        """Free the memory of weights and KV. Nothing is in flight. A no-op on CPU."""
+        await self.post(self.offload_path, self.empty_body)
 
-    @abstractmethod
     async def onload(self) -> None:
-        """Take it again. The weights are undefined until the next update."""
+        """Allocate that memory again. The weights are undefined until the next update."""
+        await self.post(self.onload_path, self.empty_body)
 
     # HTTP
 
@@ -186,7 +211,7 @@ class ServerClient(ABC):
         return await self._request("GET", path, None, limit_s)
 
     async def post(self, path: str, body: Any = None, limit_s: float | None = None) -> Any:
-        """The answer's JSON (None where it has no body; text where it is no JSON).
+        """The response's JSON (None without a body; text if it is not JSON).
 
         Raises TransportError, SilenceError (after `limit_s`, by default config.update_limit_s), and RunError with the
         server's message for any status but 200.
@@ -214,14 +239,14 @@ class ServerClient(ABC):
         return content
 
     def field(self, content: Any, name: str, kind: type) -> Any:
-        """content[name]; RunError where the answer has no such thing, as when somebody else answers there."""
+        """content[name]; RunError if it is missing or of another type, as from another program at this address."""
         if not isinstance(content, dict) or not isinstance(content.get(name), kind):
             raise RunError(f"{self.url}: expected an answer with {name!r}, got {json.dumps(content)[:300]}")
         return cast("dict[str, Any]", content)[name]
 
 
 def group_fields(group: BroadcastGroup) -> dict[str, Any]:
-    """A group, as both servers name its fields."""
+    """A group's fields by the names that both servers use."""
     return {
         "master_address": group.host,
         "master_port": group.port,
@@ -233,7 +258,7 @@ def group_fields(group: BroadcastGroup) -> dict[str, Any]:
 
 
 def tensor_fields(tensors: Tensors, dtypes: str) -> dict[str, Any]:
-    """What a server must know of tensors before their values come; `dtypes` is its name for that field."""
+    """Names, dtypes (under the key `dtypes`) and shapes of tensors, which a server needs before the values."""
     return {
         "names": [name for name, _ in tensors],
         dtypes: [str(tensor.dtype).removeprefix("torch.") for _, tensor in tensors],
@@ -242,7 +267,7 @@ def tensor_fields(tensors: Tensors, dtypes: str) -> dict[str, Any]:
 
 
 def _message(content: Any) -> str:
-    """What a server says of an error, without its wrapping."""
+    """The innermost message of an error response."""
     while isinstance(content, dict):
         inner = next((content[key] for key in ("error", "message", "detail") if content.get(key)), None)
         if inner is None:

@@ -1,8 +1,7 @@
 """One inference server as one engine: SGLang or vLLM, launched here or attached to.
 
-An event loop in a thread of the engine's own speaks to the server, through a `client.ServerClient`; the public
-methods are called from any other thread. An engine judges its server by each answer: whoever has several engines
-(`engine.pool`) decides what to do about one that is lost.
+An event loop in the engine's own thread talks to the server through a `client.ServerClient`; the public methods are
+called from any other thread. A server that fails raises EngineLost; `engine.pool` decides what to do about it.
 """
 
 from __future__ import annotations
@@ -49,14 +48,14 @@ from pekoe.model import Decoder, save_model
 
 _BACKOFF_S = 0.2  # before the first retry; each further one waits twice as long
 _ABORT_AGAIN_S = 0.2
-_LEAVE_LIMIT_S = 5.0  # for what is asked of an attached server at the end
+_LEAVE_LIMIT_S = 5.0  # for the last calls to an attached server
 
 T = TypeVar("T")
 
 
 @dataclass(eq=False, slots=True)
 class _Group:
-    """The requests of one (uid, draw) in one call: they share one prefill."""
+    """The requests of one (uid, draw) in one call, which share a prefill."""
 
     size: int
     prefill: asyncio.Task[None] | None = None
@@ -64,12 +63,12 @@ class _Group:
 
 @dataclass(eq=False, slots=True)
 class _Flight:
-    """A request that is not answered yet."""
+    """A request without a response yet."""
 
     request: Request
     group: _Group
     future: Future[Completion]
-    rid: str = ""  # the server's id of it; empty while it waits here
+    rid: str = ""  # its id at the server; empty while it waits here
     version: int = 0  # of the weights when it was sent
     aborted: bool = False
     error: Exception | None = None  # why its task was cancelled, unless it is aborted
@@ -79,20 +78,19 @@ class ServerEngine(Engine):
     """An Engine (see `engine.base`) on one server. Kinds differ in `client_class`.
 
     Args:
-        model: the Hugging Face directory that a launched server starts from, as version 0. An attached server is
-            taken to hold the same.
+        model: the Hugging Face directory of version 0. An attached server is assumed to hold it.
         config: `config.server` has the limits.
         spec: the model's shape.
-        max_sequence_tokens: the longest prompt with response that will be asked for.
-        log_dir: the server's log, and weights of `update_weights` from a model in this process.
+        max_sequence_tokens: the longest prompt with response that will be requested.
+        log_dir: for the server's log, and weights of `update_weights` from a model in this process.
         dtype: "float32" or "bfloat16", of the server's weights.
         device: "cpu" or "cuda", where a launched server runs.
         threads: CPU threads of a launched server.
-        number: of this server among the run's: in its name, its log's name, and which of `config.server.gpus` it gets.
-        url: a server that runs already; None: launch one.
+        number: this server's index in the run: part of its name and its log's, and its index in `config.server.gpus`.
+        url: of a running server; None: launch one.
         offloads: whether `offload` will be called.
 
-    Blocks until the server is ready. UserError for settings that cannot work, RunError where the server does not start.
+    Blocks until the server is ready. UserError for settings that cannot work, RunError if the server does not start.
     """
 
     client_class: ClassVar[type[ServerClient]]
@@ -137,12 +135,12 @@ class ServerEngine(Engine):
         self._version, self._stats, self._num_workers = 0, EngineStats(), 0
         self._busy_since: float | None = None
         self._flights: dict[asyncio.Task[Completion], _Flight] = {}
-        self._helpers: set[asyncio.Task[Any]] = set()  # a task that nobody refers to may be collected
+        self._helpers: set[asyncio.Task[Any]] = set()  # a task without a reference may be garbage-collected
         self._places = asyncio.Semaphore(server.max_requests)
         self._changing = asyncio.Lock()  # one update or flush at a time
         self._may_send = asyncio.Event()
         self._may_send.set()
-        self._unusable = ""  # why nothing may be sampled: an update that failed
+        self._unusable = ""  # why nothing may be sampled, after a failed update
         self._group: BroadcastGroup | None = None
         self._rid, self._rids = f"pekoe-{uuid.uuid4().hex[:12]}", itertools.count()
         self._closed, self._closing = False, threading.Lock()
@@ -165,7 +163,7 @@ class ServerEngine(Engine):
             if self.process is None:
                 await wait_ready(self.label, None, client.reachable, limit)
                 await client.check_attached()
-                await client.resume()  # whoever used it before may have left it paused
+                await client.resume()  # its last user may have left it paused
             await wait_ready(self.label, self.process, client.ready, limit)
             await client.set_version(0)
         except TransportError as error:
@@ -193,15 +191,15 @@ class ServerEngine(Engine):
 
     @classmethod
     def check_params(cls, params: SamplingParams) -> None:
-        """As `check`, before there is a server."""
+        """As `check`, without a server."""
         cls.client_class.check_params(params)
 
     def check(self, params: SamplingParams) -> None:
         self.check_params(params)
 
     def submit(self, requests: Sequence[Request]) -> list[Future[Completion]]:
-        """See `Engine.submit`. At most `max_requests` are at the server at once; the others wait here, but for those
-        of a priority above 0. What is submitted during an update is sampled after it."""
+        """See `Engine.submit`. At most `max_requests` are at the server at once, plus those of a priority above 0; the
+        others wait here. Requests submitted during an update are sampled after it."""
         self._check_open()
         validate(requests, self._spec.vocab_size, self._limit, "the server's context")
         for params in {request.params for request in requests}:
@@ -223,8 +221,8 @@ class ServerEngine(Engine):
             task.add_done_callback(self._settle)
 
     def _settle(self, task: asyncio.Task[Completion]) -> None:
-        """Settle a request's future. A callback runs for every outcome, cancellation before the task's first line
-        included, which a `finally` in the task would miss."""
+        """Settle a request's future. A callback runs for every outcome, including cancellation before the task's first
+        line, which a `finally` in the task would miss."""
         flight = self._flights.pop(task)
         if not self._flights and self._busy_since is not None:
             self._stats = self._stats.plus(busy_s=time.monotonic() - self._busy_since)
@@ -259,13 +257,13 @@ class ServerEngine(Engine):
             self._stats = self._stats.plus(num_prefill_tokens=computed)
 
     async def _answer(self, flight: _Flight) -> Answer:
-        """Ask the server, again where no answer comes. EngineLost where it is dead, or has other weights than ours."""
+        """Send the request, again after a TransportError. EngineLost if the server is dead or its update failed."""
         why = ""
         for attempt in range(self._config.retries + 1):
             await self._until_usable()
             if flight.aborted:
                 return ABORTED
-            # A new id each time: the old one may live on. All of one length: SGLang takes an id for a prefix of ids.
+            # A new id each time: the old request may still run. Equal lengths: SGLang aborts all ids with a prefix.
             flight.rid = f"{self._rid}-{next(self._rids):012d}"
             flight.version = self._version
             try:
@@ -278,14 +276,14 @@ class ServerEngine(Engine):
                     raise
                 why = f"{error}, and its health check fails"
                 break
-            flight.rid = ""  # nothing is at the server: an abort may end it here
+            flight.rid = ""  # not at the server: an abort ends it here
             if self.process is not None and self.process.exit_code is not None:
                 break
             await asyncio.sleep(_BACKOFF_S * 2**attempt)
         raise self._lost(why)
 
     async def _until_usable(self) -> None:
-        """Wait for the end of an update. EngineLost where it failed and none that succeeds follows it."""
+        """Wait for the end of an update. EngineLost if it failed and no later one succeeded."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(2 * self._config.update_limit_s):
                 await self._may_send.wait()
@@ -298,8 +296,8 @@ class ServerEngine(Engine):
         return EngineLost(f"{self.label}: {why}")
 
     def _checked(self, flight: _Flight, answer: Answer) -> Completion:
-        """A checked answer as a completion. RunError for what no server that works answers; EngineLost for tokens of
-        other versions than the server had meanwhile (somebody restarted it, or a router sends to several)."""
+        """Check an answer and convert it. RunError if it is invalid; EngineLost for tokens of versions that the server
+        did not have meanwhile (somebody restarted it, or it is a router)."""
         tokens, logprobs = np.array(answer.tokens, np.int64), np.array(answer.logprobs, np.float32)
         request, params, size, vocab = flight.request, flight.request.params, len(tokens), self._spec.vocab_size
         versions = tuple(answer.versions) if size else ()
@@ -330,7 +328,7 @@ class ServerEngine(Engine):
 
     def abort(self, uids: Iterable[str] | None = None) -> None:
         """See `Engine.abort`. Does not wait."""
-        with contextlib.suppress(RunError):  # closed: all have ended
+        with contextlib.suppress(RunError):  # closed: all requests have ended
             self._thread.soon(self._begin_abort, None if uids is None else set(uids))
 
     def _begin_abort(self, uids: set[str] | None) -> None:
@@ -342,16 +340,16 @@ class ServerEngine(Engine):
         self._spawn(self._abort_until_ended())
 
     async def _abort_until_ended(self) -> None:
-        """A request may reach the server after its abort did: ask until all have ended."""
+        """A request may reach the server after its abort: repeat until all have ended."""
         while rids := [flight.rid for flight in self._flights.values() if flight.aborted and flight.rid]:
-            with contextlib.suppress(TransportError, RunError):  # a request's own answer tells what is wrong
+            with contextlib.suppress(TransportError, RunError):  # the request's own task raises the error
                 await self._client.abort(rids)
             await asyncio.sleep(_ABORT_AGAIN_S)
 
     # Weights
 
     def update_weights(self, source: WeightSource, version: int) -> None:
-        """See `Engine.update_weights`. Where it fails and the server lives, requests wait for another update."""
+        """See `Engine.update_weights`. After a failure of a living server, requests wait for another update."""
         self._check_open()
         if isinstance(source, Decoder):
             if source.spec != self._spec:
@@ -413,7 +411,7 @@ class ServerEngine(Engine):
     async def _leave(self) -> None:
         if self._group is not None:
             group, self._group = self._group, None
-            with contextlib.suppress(RunError, TransportError):  # one that broke off may be gone
+            with contextlib.suppress(RunError, TransportError):  # a broken group may be gone
                 await self._client.leave_group(group)
 
     def flush_cache(self) -> None:
@@ -426,7 +424,7 @@ class ServerEngine(Engine):
             self._may_send.clear()
             busy = any(flight.rid for flight in self._flights.values())
             try:
-                if busy:  # servers flush only what is not in use: its KV is recomputed
+                if busy:  # servers do not flush KV in use: paused, it is recomputed
                     await self._client.pause("keep")
                 await self._client.flush()
             finally:
@@ -462,7 +460,7 @@ class ServerEngine(Engine):
         return task
 
     def health(self) -> bool:
-        """Whether the server answers: its health check, or, during an update, anything."""
+        """Whether its health check passes; during an update, whether it responds."""
         if self._closed or (self.process is not None and self.process.exit_code is not None):
             return False
         with contextlib.suppress(RunError):  # closed meanwhile
@@ -470,7 +468,7 @@ class ServerEngine(Engine):
         return False
 
     def stats(self) -> EngineStats:
-        """Counters as far as servers tell: forwards and preemptions stay 0."""
+        """Counters; servers do not report forwards and preemptions, which stay 0."""
         stats, since = self._stats, self._busy_since
         return stats if since is None else stats.plus(busy_s=time.monotonic() - since)
 
@@ -492,7 +490,7 @@ class ServerEngine(Engine):
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        if self.process is None:  # it goes on without us: idle, not paused, and in no group
+        if self.process is None:  # leave an attached server idle, not paused, and in no group
             with contextlib.suppress(TransportError, RunError, TimeoutError):
                 async with asyncio.timeout(_LEAVE_LIMIT_S):
                     await self._client.abort(rids)

@@ -1,4 +1,4 @@
-"""A server's process: a process group of its own, a log file, and the removal of everything that it started."""
+"""A server subprocess: its own process group, a log file, and cleanup of everything that it started."""
 
 from __future__ import annotations
 
@@ -17,11 +17,13 @@ import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 
+import psutil
+
 from pekoe.core.errors import RunError, UserError
 
 _GUARD = Path(__file__).with_name("process_guard.py")
-_TAIL_BYTES = 16_384
-_given_ports: set[int] = set()  # servers that start together must not get the same
+_TAIL_BYTES, _TAIL_LINES = 16_384, 15
+_given_ports: set[int] = set()  # servers that start together must not share one
 _OTHER_FILES = 256  # open at the same time as connections to servers
 
 
@@ -29,10 +31,10 @@ class ServerProcess:
     """A command running in its own session, killed with us (see `process_guard`), writing to a log file.
 
     Args:
-        name: what messages call it.
+        name: for messages.
         argv: the command.
         env: its whole environment.
-        log: where stdout and stderr are appended.
+        log: the file that stdout and stderr are appended to.
     """
 
     def __init__(self, name: str, argv: Sequence[str], env: Mapping[str, str], log: Path) -> None:
@@ -67,62 +69,49 @@ class ServerProcess:
                 self._exit_code = ended.si_status if ended.si_code == os.CLD_EXITED else 128 + ended.si_status
         return self._exit_code
 
-    def tail(self, num_lines: int = 15) -> str:
-        """The last lines of its log."""
-        with self.log.open("rb") as file:
-            file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL_BYTES))
-            lines = file.read().decode(errors="replace").strip().splitlines()
-        return "\n".join(lines[-num_lines:]) or "(nothing)"
-
     def describe(self) -> str:
         """Its state, with the end of its log."""
         code = self.exit_code
         state = "runs" if code is None else f"exited with status {code}"
-        return f"{self.name} {state}; the end of its log, {self.log}:\n{self.tail()}"
+        with self.log.open("rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL_BYTES))
+            lines = file.read().decode(errors="replace").strip().splitlines()
+        end = "\n".join(lines[-_TAIL_LINES:]) or "(nothing)"
+        return f"{self.name} {state}; the end of its log, {self.log}:\n{end}"
 
     def stop(self, grace_s: float = 10.0) -> None:
-        """SIGTERM, after `grace_s` SIGKILL, to the whole group; returns when it has ended. Safe to call twice, and from
-        two threads."""
+        """SIGTERM, after `grace_s` SIGKILL, to the whole group; returns when it has ended. Thread-safe, idempotent."""
         with self._stopping:
-            if self._popen.returncode is None:
-                self._stop(grace_s)
-
-    def _stop(self, grace_s: float) -> None:
-        self.note_shared_memory()
-        self._signal(signal.SIGTERM)
-        deadline = time.monotonic() + grace_s
-        while self.exit_code is None and time.monotonic() < deadline:
-            time.sleep(0.05)
-        self._signal(signal.SIGKILL)  # also to whatever it started and left behind
-        deadline = time.monotonic() + 2
-        while len(self._members()) > 1 and time.monotonic() < deadline:
-            time.sleep(0.02)
-        code = self.exit_code  # before it is reaped
-        self._popen.wait()
-        self._exit_code = code if code is not None else 128 + signal.SIGKILL
-        for path in self._shared_memory:
-            path.unlink(missing_ok=True)
+            if self._popen.returncode is not None:
+                return
+            self.note_shared_memory()
+            self._signal(signal.SIGTERM)
+            _wait(lambda: self.exit_code is not None, grace_s)
+            self._signal(signal.SIGKILL)  # also to its descendants that are left
+            _wait(lambda: len(self._members()) <= 1, 2)
+            code = self.exit_code  # before it is reaped
+            self._popen.wait()
+            self._exit_code = code if code is not None else 128 + signal.SIGKILL
+            for path in self._shared_memory:
+                path.unlink(missing_ok=True)
 
     def _signal(self, number: int) -> None:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self.pid, number)
 
     def _members(self) -> list[int]:
-        """Processes of the group, dead ones that nobody has reaped yet among them."""
-        found: list[int] = []
-        for entry in Path("/proc").iterdir():
-            if entry.name.isdigit():
-                with contextlib.suppress(OSError):
-                    fields = (entry / "stat").read_bytes().rpartition(b")")[2].split()  # the name may hold spaces
-                    if int(fields[2]) == self.pid:
-                        found.append(int(entry.name))
-        return found
+        """Processes of the group, including dead ones that are not reaped yet."""
+        members: list[int] = []
+        for pid in psutil.pids():
+            with contextlib.suppress(OSError):
+                if os.getpgid(pid) == self.pid:
+                    members.append(pid)
+        return members
 
     def note_shared_memory(self) -> None:
-        """Note what shared memory the group has made for itself, so that `stop` removes it though the group was killed:
-        files directly in /dev/shm that it has mapped and that are younger than it. (A model in a directory there is
-        left alone.)"""
-        inodes: set[int] = set()  # not names: a semaphore is mapped under one that is gone
+        """Record the group's shared memory, so that `stop` removes it after SIGKILL too: files directly in /dev/shm
+        that are mapped by the group and younger than it. (A model in a directory there is kept.)"""
+        inodes: set[int] = set()  # not names: a semaphore is mapped under a name that no longer exists
         for member in self._members():
             with contextlib.suppress(OSError):
                 maps = Path(f"/proc/{member}/maps").read_bytes()
@@ -134,8 +123,14 @@ class ServerProcess:
                     self._shared_memory.add(Path(entry.path))
 
 
+def _wait(ended: Callable[[], bool], limit_s: float) -> None:
+    deadline = time.monotonic() + limit_s
+    while not ended() and time.monotonic() < deadline:
+        time.sleep(0.02)
+
+
 def check_python(server: str, python: str | None) -> None:
-    """UserError where there is no such program."""
+    """UserError if there is no such program."""
     if python is None or shutil.which(python) is None:
         raise UserError(
             f"engine.server.python: expected the Python of an environment with {server} in it, got {python!r}; "
@@ -144,8 +139,8 @@ def check_python(server: str, python: str | None) -> None:
 
 
 def allow_open_files(num_servers: int, max_requests: int) -> None:
-    """Raise this process's limit of open files: every request at a server is a connection. UserError where the system
-    does not allow that many."""
+    """Raise this process's limit of open files: each request at a server is a connection. UserError if the system does
+    not allow that many."""
     wanted = num_servers * max_requests + _OTHER_FILES
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     most = float("inf") if hard == resource.RLIM_INFINITY else hard
@@ -161,7 +156,7 @@ def allow_open_files(num_servers: int, max_requests: int) -> None:
 async def wait_ready(
     name: str, process: ServerProcess | None, check: Callable[[], Awaitable[bool]], limit_s: float
 ) -> None:
-    """Return when `check` does with True. RunError when the process ends first, or after `limit_s`."""
+    """Wait until `check` returns True. RunError if the process ends first, or after `limit_s`."""
     deadline = time.monotonic() + limit_s
     while True:
         if process is not None and process.exit_code is not None:
@@ -179,7 +174,7 @@ async def wait_ready(
 
 
 def free_port() -> int:
-    """A port of the loopback address that nobody listens on just now; a new one at each call."""
+    """A loopback port without a listener now; a new one at each call."""
     while True:
         with socket.create_server(("127.0.0.1", 0)) as probe:
             port: int = probe.getsockname()[1]

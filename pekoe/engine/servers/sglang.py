@@ -1,15 +1,15 @@
 """SGLang servers (written against 0.5.23): https://docs.sglang.ai.
 
-What SGLang does otherwise than Pekoe needs, and what this client does about it:
+How SGLang differs from what Pekoe needs, and what this client does about it:
 
-1. With n > 1 it gives all samples one seed. So: a request a sample, after one that only computes the prompt.
-2. Seeds decide only where it runs with `--enable-deterministic-inference` (GPU; slower). It is left to
-   `engine.server.args`; `SGLangEngine.seeded` says whether it is so.
-3. Its log-probs are at the sampling temperature, before top-p and top-k; at 1 for greedy. As ours. But with both, it
-   takes top-p of the whole distribution, where others take it of what top-k left. So: one or the other.
-4. `ignore_eos` also ignores `stop_token_ids`. So it is set only where there are none; else the model's own ends of
-   sequence stop too, which `Tokenizer.stop_token_ids` holds all of.
-5. Its context must be longer than the longest sequence by some tokens, or responses are cut silently.
+1. With n > 1 all samples get one seed. So: one request for each sample, after one that only computes the prompt.
+2. Seeds decide the tokens only with `--enable-deterministic-inference` (GPU; slower), which `engine.server.args` may
+   set.
+3. Log-probs are at the sampling temperature (1 for greedy), before top-p and top-k, as Pekoe's. But with both, top-p
+   is of the whole distribution, in other engines of what top-k left. So: only one of them.
+4. `ignore_eos` also ignores `stop_token_ids`. So it is set only without those; otherwise the model's own end tokens
+   stop too, and `Tokenizer.stop_token_ids` includes them.
+5. The context must exceed the longest sequence by some tokens, or responses are cut silently.
 6. KV survives `in_place` pauses and updates without a flush. So: `retract`, and always a flush.
 """
 
@@ -20,7 +20,7 @@ import contextlib
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pekoe.core.errors import RunError, UserError
 from pekoe.core.types import FinishReason, Request, SamplingParams
@@ -37,7 +37,9 @@ _FLUSH_ATTEMPTS, _FLUSH_AGAIN_S = 25, 0.2
 class SGLangClient(ServerClient):
     """SGLang's native API: token ids in, token ids out."""
 
-    seeded = False  # whether seeds decide
+    sample_path, resume_path = "/generate", "/continue_generation"
+    offload_path, onload_path = "/release_memory_occupation", "/resume_memory_occupation"
+    empty_body: ClassVar[dict[str, Any] | None] = {}
 
     def command(self, port: int) -> tuple[list[str], dict[str, str]]:
         options = self.options
@@ -81,7 +83,8 @@ class SGLangClient(ServerClient):
         content = await self.post("/generate", body, self.options.config.request_limit_s)
         return len(request.tokens) - int(self.field(self.field(content, "meta_info", dict), "cached_tokens", int))
 
-    async def sample(self, request: Request, rid: str) -> Answer:
+    @staticmethod
+    def body(request: Request, rid: str) -> dict[str, Any]:
         params = request.params
         sampling: dict[str, Any] = {
             "temperature": params.temperature,
@@ -96,13 +99,30 @@ class SGLangClient(ServerClient):
         }
         if params.stop_token_ids:
             sampling["stop_token_ids"] = list(params.stop_token_ids)
-        body = {"input_ids": request.tokens.tolist(), "rid": rid, "sampling_params": sampling, "return_logprob": True}
-        content = await self.post("/generate", body, self.options.config.request_limit_s)
-        try:
-            return parse_answer(content)
-        except (KeyError, TypeError, ValueError, IndexError) as error:
-            shown = json.dumps(content)[:500]
-            raise RunError(f"{self.url}/generate: not understood ({type(error).__name__}: {error}): {shown}") from None
+        return {"input_ids": request.tokens.tolist(), "rid": rid, "sampling_params": sampling, "return_logprob": True}
+
+    @staticmethod
+    def parse(content: Any) -> Answer:
+        meta = content["meta_info"]
+        finish = meta["finish_reason"]
+        reason: FinishReason = finish["type"]
+        if reason == "abort" and finish.get("status_code") is not None:  # by the server, not by us
+            raise ValueError(str(finish.get("message")))
+        if reason == "stop" and not isinstance(finish["matched"], int):  # a NaN, among others
+            raise ValueError(f"a stop at {finish['matched']!r}, not at a token")
+        tokens = [int(token) for token in content["output_ids"]]
+        if reason == "abort" and not tokens:  # aborted in the queue: such an answer lacks most fields
+            return ABORTED
+        entries = meta["output_token_logprobs"]
+        if [entry[1] for entry in entries] != tokens:
+            raise ValueError("its log-probs are not those of its tokens")
+        spans = meta["weight_versions"]
+        starts = [span["start"] for span in spans] + [len(tokens)]
+        if starts[0] != 0 or starts[1:] != [span["end"] for span in spans]:
+            raise ValueError(f"versions with gaps: {spans}")
+        versions = [(int(span["version"]), int(span["start"])) for span in spans if span["start"] < span["end"]]
+        cached = int(meta.get("cached_tokens", 0) if reason == "abort" else meta["cached_tokens"])
+        return Answer(tokens, [float(entry[0]) for entry in entries], reason, versions, cached)
 
     async def abort(self, rids: Sequence[str]) -> None:
         await asyncio.gather(*(self.post("/abort_request", {"rid": rid}) for rid in rids))
@@ -111,9 +131,6 @@ class SGLangClient(ServerClient):
 
     async def pause(self, mode: Literal["abort", "keep"]) -> None:
         await self.post("/pause_generation", {"mode": "abort" if mode == "abort" else "retract"})
-
-    async def resume(self) -> None:
-        await self.post("/continue_generation", {})
 
     async def flush(self) -> None:
         for attempt in range(_FLUSH_ATTEMPTS):
@@ -129,11 +146,6 @@ class SGLangClient(ServerClient):
         return str(self.field(await self.get("/model_info"), "weight_version", str))
 
     async def set_version(self, version: int) -> None:
-        info = await self.get("/server_info")
-        self.seeded = bool(self.field(info, "enable_deterministic_inference", bool))
-        await self._tag(version)
-
-    async def _tag(self, version: int) -> None:
         body = {"new_version": str(version), "abort_all_requests": False}  # by default it aborts
         self._succeeded(await self.post("/update_weight_version", body))
 
@@ -155,7 +167,7 @@ class SGLangClient(ServerClient):
             body = tensor_fields(tensors, "dtypes") | {"group_name": group.name}
             self._succeeded(await self.post("/update_weights_from_distributed", body))
         self._succeeded(await self.post("/end_weight_update", {}))
-        await self._tag(version)
+        await self.set_version(version)
 
     async def leave_group(self, group: BroadcastGroup) -> None:
         await self.post("/destroy_weights_update_group", {"group_name": group.name})
@@ -165,12 +177,6 @@ class SGLangClient(ServerClient):
         content = await self.post("/weights_checker", {"action": "checksum"})
         ranks = self.field(content, "ranks", list)
         return dict(self.field(ranks[0], "checksums", dict)) if len(ranks) == 1 else None
-
-    async def offload(self) -> None:
-        await self.post("/release_memory_occupation", {})
-
-    async def onload(self) -> None:
-        await self.post("/resume_memory_occupation", {})
 
     def _succeeded(self, content: Any) -> None:
         if not isinstance(content, dict) or content.get("success") is not True:
@@ -183,34 +189,3 @@ class SGLangEngine(ServerEngine):
     client_class = SGLangClient
     name = "SGLang"
     kind: EngineKind = "sglang"
-
-    @property
-    def seeded(self) -> bool:
-        """Whether the same seed gives the same tokens: only with `--enable-deterministic-inference`."""
-        return isinstance(self._client, SGLangClient) and self._client.seeded
-
-
-def parse_answer(content: Any) -> Answer:
-    """Read what /generate answers to one request. Raises KeyError, TypeError or ValueError for anything unexpected."""
-    meta = content["meta_info"]
-    finish = meta["finish_reason"]
-    reason: FinishReason = finish["type"]
-    if reason not in ("stop", "length", "abort"):
-        raise ValueError(f"finish reason {reason!r}")
-    if reason == "abort" and finish.get("status_code") is not None:  # not ours: the server gave up
-        raise ValueError(str(finish.get("message")))
-    if reason == "stop" and not isinstance(finish["matched"], int):  # a NaN, among others
-        raise ValueError(f"a stop at {finish['matched']!r}, not at a token")
-    tokens = [int(token) for token in content["output_ids"]]
-    if reason == "abort" and not tokens:  # aborted in the queue: such an answer lacks most fields
-        return ABORTED
-    entries = meta["output_token_logprobs"]
-    if [entry[1] for entry in entries] != tokens:
-        raise ValueError("its log-probs are not those of its tokens")
-    spans = meta["weight_versions"]
-    starts = [span["start"] for span in spans] + [len(tokens)]
-    if starts[0] != 0 or starts[1:] != [span["end"] for span in spans]:
-        raise ValueError(f"versions with gaps: {spans}")
-    versions = [(int(span["version"]), int(span["start"])) for span in spans if span["start"] < span["end"]]
-    cached = int(meta.get("cached_tokens", 0) if reason == "abort" else meta["cached_tokens"])
-    return Answer(tokens, [float(entry[0]) for entry in entries], reason, versions, cached)

@@ -1,16 +1,16 @@
 """vLLM servers. Written against vLLM 0.32, whose development endpoints (pause, updates) carry no promise of their own.
 
-What it does not do, each found by trying:
+How it differs from what Pekoe needs, each found by experiment:
 
-- Its log-probs at the sampling temperature are those after top-p, top-k and the ban on early stop tokens. So training
-  refuses these; evaluation, which trains on no log-prob, may use them.
-- It ignores unknown parameters, clamps a `max_tokens` or a temperature, and dies of an unknown token: all is checked
-  here before it is sent.
-- On CPU it dies of chunked prefill with seeds (it rewinds a random generator that cannot be), so that is off there.
-- A tied head keeps its old weights on CPU. Updates go through Pekoe's worker extension (`vllm_worker/`), which mends
-  that, and can give checksums of the weights as they act.
-- A plain /reset_prefix_cache is refused while responses are in flight, which would then go on with the KV of the old
-  weights. With `reset_running_requests` their KV goes too, and is computed anew after /resume.
+- Log-probs at the sampling temperature are those after top-p, top-k and the ban on early stop tokens. So training
+  refuses these; evaluation, which does not use log-probs, may sample with them.
+- Unknown parameters are ignored, `max_tokens` and temperature are clamped, and an unknown token kills the server: all
+  is checked before it is sent.
+- On CPU, chunked prefill with seeds kills it (it rewinds a generator that cannot be rewound), so that is off there.
+- On CPU, a tied head keeps its old weights. Updates go through Pekoe's worker extension (`vllm_worker/`), which
+  corrects that and gives checksums of the weights in effect.
+- A plain /reset_prefix_cache is refused while responses are in flight, which would continue with the KV of the old
+  weights. With `reset_running_requests` their KV is dropped too, and computed again after /resume.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ REMOVED = (
     *("swap-space", "preemption-mode", "num-scheduler-steps", "multi-step-stream-outputs", "scheduler-delay-factor"),
     *("num-lookahead-slots", "engine-use-ray", "guided-decoding-backend", "enable-reasoning", "device"),
 )
-"""Flags that older vLLMs had (the release's evaluation used some)."""
+"""Flags of older vLLMs (the release's evaluation used some)."""
 
 SWITCHES = ("enable-chunked-prefill", "enforce-eager", "disable-custom-all-reduce", "disable-sliding-window")
 """Flags without a value."""
@@ -83,6 +83,9 @@ def check_args(args: Sequence[str], device: str) -> None:
 
 class VLLMClient(ServerClient):
     """vLLM's own API for token ids, and its development endpoints."""
+
+    sample_path, resume_path = "/inference/v1/generate", "/resume"
+    offload_path, onload_path = "/sleep?level=1", "/wake_up"
 
     # Starting
 
@@ -144,7 +147,8 @@ class VLLMClient(ServerClient):
                     f"gives log-probs of the distribution that is left after {name}, and training needs those before"
                 )
 
-    async def sample(self, request: Request, rid: str) -> Answer:
+    @staticmethod
+    def body(request: Request, rid: str) -> dict[str, Any]:
         params = request.params
         sampling = {
             "temperature": params.temperature,
@@ -158,9 +162,15 @@ class VLLMClient(ServerClient):
             "logprobs": 0,  # the sampled token's alone
             "detokenize": False,
         }
-        body = {"request_id": rid, "token_ids": request.tokens.tolist(), "sampling_params": sampling}
-        answer = await self.post("/inference/v1/generate", body, self.options.config.request_limit_s)
-        return self._read(answer)
+        return {"request_id": rid, "token_ids": request.tokens.tolist(), "sampling_params": sampling}
+
+    @staticmethod
+    def parse(content: Any) -> Answer:
+        (choice,) = content["choices"]
+        logprobs = [float(entry["logprob"]) for entry in choice["logprobs"]["content"]]
+        spans = [(int(span["version"]), int(span["start"])) for span in choice["weight_versions"] or ()]
+        cached = int((content["usage"]["prompt_tokens_details"] or {}).get("cached_tokens") or 0)
+        return Answer(list(choice["token_ids"]), logprobs, choice["finish_reason"], spans, cached)
 
     async def post(self, path: str, body: Any = None, limit_s: float | None = None) -> Any:
         try:
@@ -178,9 +188,6 @@ class VLLMClient(ServerClient):
 
     async def pause(self, mode: Literal["abort", "keep"]) -> None:
         await self.post(f"/pause?mode={mode}")
-
-    async def resume(self) -> None:
-        await self.post("/resume")
 
     async def flush(self) -> None:
         answer = await self.post("/reset_prefix_cache?reset_running_requests=true")
@@ -243,12 +250,6 @@ class VLLMClient(ServerClient):
         (answer, *_) = await self._rpc("pekoe_checksums")
         return None if answer is None else {name: int(value) for name, value in answer.items()}
 
-    async def offload(self) -> None:
-        await self.post("/sleep?level=1")
-
-    async def onload(self) -> None:
-        await self.post("/wake_up")
-
     async def _rpc(self, method: str, **arguments: str) -> list[Any]:
         """Call a method of Pekoe's extension in every worker."""
         try:
@@ -261,22 +262,6 @@ class VLLMClient(ServerClient):
                 ) from None
             raise
         return cast("list[Any]", answer["results"])
-
-    def _read(self, answer: Any) -> Answer:
-        """An answer of /inference/v1/generate to one sample."""
-        try:
-            (choice,) = answer["choices"]
-            reason, tokens = choice["finish_reason"], list(choice["token_ids"])
-            logprobs = [float(entry["logprob"]) for entry in choice["logprobs"]["content"]]
-            spans = [(int(span["version"]), int(span["start"])) for span in choice["weight_versions"] or ()]
-            cached = (answer["usage"]["prompt_tokens_details"] or {}).get("cached_tokens") or 0
-        except (KeyError, TypeError, ValueError) as error:
-            raise RunError(
-                f"{self.url}: expected one sample under numbered weights, got {str(answer)[:500]}"
-            ) from error
-        if reason not in ("stop", "length", "abort"):
-            raise RunError(f"{self.url}: expected a response that ends by stop, length or abort, got {reason!r}")
-        return Answer(tokens, logprobs, reason, spans, int(cached))
 
 
 class VLLMEngine(ServerEngine):

@@ -110,7 +110,7 @@ class FakeSGLang(ThreadingHTTPServer):
         return (503 if self.paused else 200), None  # the real one samples a token for it
 
     def on_server_info(self, _):
-        return 200, {"enable_deterministic_inference": True, "tp_size": 1}
+        return 200, {"tp_size": 1}
 
     def on_model_info(self, _):
         return 200, {"weight_version": "a lie" if self.lies_about_version else self.version}

@@ -17,7 +17,7 @@ from pekoe.core.errors import RunError
 from pekoe.core.types import Request, SamplingParams
 from pekoe.engine.base import BroadcastGroup
 from pekoe.engine.servers.client import ServerOptions
-from pekoe.engine.servers.sglang import SGLangClient, parse_answer
+from pekoe.engine.servers.sglang import SGLangClient
 from pekoe.model import Decoder
 from pekoe.weights.checksums import SGLangChecksums, checksums_of
 
@@ -94,10 +94,9 @@ def test_every_request_is_one_that_a_real_server_took(record: Callable[..., Reco
         (lambda b: b.receive(GROUP, [tensors], 3), "end_weight_update"),
         (lambda b: b.sample(request(SamplingParams(stop_token_ids=(7,))), "r"), "generate_n16"),
     ]
-    info = {"enable_deterministic_inference": False}
     for call, name in calls:
         real = recorded(name)
-        recording = record(server_info=(200, info), generate=(200, good()))
+        recording = record(generate=(200, good()))
         recording.run(call)
         sent = next(r for r in recording.requests if r["path"] == real["request"]["path"])
         assert sent["method"] == real["request"]["method"]
@@ -158,7 +157,7 @@ def test_recorded_answers_are_understood(name: str, reason: str, versions: Any):
     content = recorded(name)["response"]
     for span in content["meta_info"]["weight_versions"]:
         span["version"] = "4"  # the recording's tags were words
-    answer = parse_answer(content)
+    answer = SGLangClient.parse(content)
     assert answer.finish == reason
     assert answer.tokens == content["output_ids"]
     assert len(answer.logprobs) == len(answer.tokens)
@@ -178,13 +177,13 @@ def good() -> dict[str, Any]:
 
 
 def test_versions_of_tokens():
-    answer = parse_answer(good())
+    answer = SGLangClient.parse(good())
     assert (answer.versions, answer.num_cached_tokens) == ([(1, 0), (2, 2)], 2)
 
 
 def test_an_abort_in_the_queue_has_no_tokens():
     finish = {"type": "abort", "message": "Abort in waiting queue"}
-    answer = parse_answer({"output_ids": [], "meta_info": {"finish_reason": finish}})
+    answer = SGLangClient.parse({"output_ids": [], "meta_info": {"finish_reason": finish}})
     assert (answer.tokens, answer.finish) == ([], "abort")
 
 
@@ -210,9 +209,9 @@ def test_an_abort_in_the_queue_has_no_tokens():
 )
 def test_an_unexpected_answer_is_an_error(record: Callable[..., Recording], change: Callable[[Any], Any]):
     content = good()
-    parse_answer(content)
+    SGLangClient.parse(content)
     change(content)
-    with pytest.raises(RunError, match="not understood"):
+    with pytest.raises(RunError, match="expected one response of numbered weights"):
         record(generate=(200, content)).run(lambda b: b.sample(request(), "r"))
 
 
