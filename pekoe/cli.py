@@ -253,8 +253,7 @@ def doctor(
     one training process from a step of the recipe's shapes on meta tensors, and prints the largest
     train.token_budget that fits. Exit status 2 if the recipe does not fit.
     """
-    from pekoe.run.doctor import available_bytes, examine
-    from pekoe.run.hardware import environment
+    from pekoe.run.doctor import available_bytes, environment, examine
 
     fault: str | None = None
     memory_bytes = int(memory_gib * 2**30) if memory_gib else None

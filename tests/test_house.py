@@ -26,7 +26,7 @@ BUDGETS = {
     "engine": 4370,  # base, pool and sampling 970; embedded 1,710; servers 1,690
     "train": 820,
     "weights": 850,
-    "run": 2950,
+    "run": 2900,
     "report": 1150,
     "ray": 1270,
     "demo": 480,

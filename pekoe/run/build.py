@@ -1,4 +1,4 @@
-"""From a config to the objects that a loop is given, in one process; `pekoe.ray` builds those of a cluster."""
+"""Builds the objects of a loop from a config, in one process; `pekoe.ray` builds those of a cluster."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import torch
 from pekoe.config.data import ProblemSection
 from pekoe.config.recipes import (
     CurateConfig,
+    CurateSection,
     EvalConfig,
     EvalSection,
     ModelSection,
@@ -77,7 +78,7 @@ class RLParts:
 
 
 def prepare(run: Process, train: TrainSection | None = None) -> None:
-    """This process's threads, and its allocator where memory was asked to be spared."""
+    """Set the number of threads, and limit the allocator's cache where activations are checkpointed."""
     if train is not None and train.activation_checkpointing:
         limit_malloc_cache()
     torch.set_num_threads(run.threads or max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
@@ -138,7 +139,7 @@ def sampling(rollout: RolloutSection, stop_token_ids: tuple[int, ...], seed: int
 
 
 def sampling_for(
-    section: EvalSection, max_new_tokens: int, stop_token_ids: tuple[int, ...], seed: int
+    section: EvalSection | CurateSection, max_new_tokens: int, stop_token_ids: tuple[int, ...], seed: int
 ) -> SamplingParams:
     return SamplingParams(
         n=section.samples,
@@ -152,7 +153,7 @@ def sampling_for(
 
 
 def eval_sampling(config: RLConfig, stop_token_ids: tuple[int, ...]) -> SamplingParams:
-    """Of the evaluations while a run trains."""
+    """Sampling parameters of the evaluations while a run trains."""
     new_tokens = config.eval.max_new_tokens or config.rollout.max_new_tokens
     return sampling_for(config.eval, new_tokens, stop_token_ids, config.run.seed)
 
@@ -170,7 +171,7 @@ SamplingConfig = RLConfig | EvalConfig | CurateConfig
 
 @dataclass(frozen=True, slots=True)
 class EmbeddedStarter:
-    """Starts the engine of this process, on a model that somebody else may train (implements `engine.Starter`)."""
+    """Starts the engine of this process on a model that the trainer may share (implements `engine.Starter`)."""
 
     model: Decoder
     config: SamplingConfig
@@ -251,7 +252,12 @@ def open_pool(
         check_room(section.kv_tokens or longest, longest)  # before any is started
         number = len(server.urls) or server.count
         device = next(model.parameters()).device.type
-        _check_gpus(config, device, number)
+        if device == "cuda" and not server.urls and server.count > 1 and not server.gpus:
+            nearest = ", ".join(f'"{i}"' for i in range(number))
+            raise UserError(
+                f"engine.server.gpus: expected the GPUs of each of {number} servers, which would all take the first; "
+                f"nearest: [{nearest}]"
+            )
         threads = max(1, (config.run.threads or os.cpu_count() or 1) // number)
         for params in planned:
             _SERVERS[section.backend].check_params(params)
@@ -274,16 +280,6 @@ def open_pool(
     for params in planned:
         pool.check(params)
     return pool
-
-
-def _check_gpus(config: SamplingConfig, device: str, number: int) -> None:
-    server = config.engine.server
-    if device == "cuda" and not server.urls and server.count > 1 and not server.gpus:
-        each = ", ".join(f'"{i}"' for i in range(number))
-        raise UserError(
-            f"engine.server.gpus: expected the GPUs of each of {number} servers, which would all take the first; "
-            f"nearest: [{each}]"
-        )
 
 
 def make_trainer(config: RLConfig, model: Decoder, dtype: torch.dtype, layout: Layout | None = None) -> Trainer:
@@ -386,7 +382,7 @@ def build_rl(config: RLConfig, view: ProgressReporter, stop: Stop, stack: ExitSt
 def open_channel(
     config: SamplingConfig, pool: EnginePool, sender: LocalSender, canary: IntArray, temperature: float, log_dir: Path
 ) -> WeightChannel:
-    """The way of weights from this process to the engines that the config names."""
+    """The channel of weights from this process to the engines that the config names."""
     server, embedded = config.engine.server, config.engine.backend == "embedded"
     return WeightChannel(
         pool,
@@ -409,7 +405,7 @@ def attach_weights(
     params: SamplingParams,
     log_dir: Path,
 ) -> WeightChannel:
-    """Prove that the engines hold `model`; attached servers, of which that is not known, are given it first.
+    """Prove that the engines hold `model`; servers that ran already are sent it first.
 
     Returns the channel: an engine that is started again serves only after its `catch_up`.
     """

@@ -6,23 +6,21 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from rich.table import Table
 
+from pekoe.config.base import flatten
 from pekoe.config.recipes import CurateConfig
 from pekoe.core.errors import RunError, UserError
 from pekoe.core.progress import ProgressReporter
-from pekoe.core.types import Problem, SamplingParams
+from pekoe.core.types import Problem
 from pekoe.data import write_problems
 from pekoe.data.mix import DataReport, Dropped, gather_problems
 from pekoe.data.tokenizer import Tokenizer
-from pekoe.run.build import check_context, open_model, prepare
+from pekoe.run.build import check_context, open_model, prepare, sampling_for
 from pekoe.run.evaluate import warn_truncation
 from pekoe.run.judging import check_kinds
 from pekoe.run.sample_store import ProblemResult, sample_problems
-
-ALL_RIGHT, ALL_WRONG, NO_VERDICT = "all right", "all wrong", "no verdict"
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,20 +68,10 @@ def _sample(config: CurateConfig, problems: Sequence[Problem], view: ProgressRep
     section, longest = config.curate, config.data.max_prompt_tokens + config.curate.max_new_tokens
     model, tokenizer, _ = open_model(config.model)
     check_context(model.spec, config.data.max_prompt_tokens, section.max_new_tokens)
-    params = SamplingParams(
-        n=section.samples,
-        temperature=section.temperature,
-        top_p=section.top_p,
-        max_new_tokens=section.max_new_tokens,
-        stop_token_ids=tokenizer.stop_token_ids,
-        seed=config.run.seed,
-        stream="eval",
-    )
-    keys: dict[str, Any] = section.model_dump(mode="json", exclude={"drop_all_right", "drop_all_wrong"})
-    out = Path(config.out)
-    about = {f"curate.{key}": value for key, value in keys.items()}
-    file, logs = out / "samples.jsonl", out / "logs"
-    return sample_problems(config, model, tokenizer, problems, params, longest, file, about, logs, view).rows
+    params = sampling_for(section, section.max_new_tokens, tokenizer.stop_token_ids, config.run.seed)
+    about = flatten(section.model_dump(mode="json", exclude={"drop_all_right", "drop_all_wrong"}), "curate.")
+    file, logs = Path(config.out) / "samples.jsonl", Path(config.out) / "logs"
+    return sample_problems(config, model, tokenizer, problems, params, longest, file, about, logs, view)[0]
 
 
 def sort_out(
@@ -91,14 +79,13 @@ def sort_out(
 ) -> Curated:
     """Keep problems by their pass rates; those dropped are added to `report`."""
     kept: list[Problem] = []
+    reasons_to_drop: dict[float | None, str] = {None: "no verdict"}
+    if config.curate.drop_all_right:
+        reasons_to_drop[1.0] = "all right"
+    if config.curate.drop_all_wrong:
+        reasons_to_drop[0.0] = "all wrong"
     for number, (problem, row) in enumerate(zip(problems, rows, strict=True), 1):
-        reason = None
-        if row.pass_rate is None:
-            reason = NO_VERDICT
-        elif config.curate.drop_all_right and row.pass_rate == 1:
-            reason = ALL_RIGHT
-        elif config.curate.drop_all_wrong and row.pass_rate == 0:
-            reason = ALL_WRONG
+        reason = reasons_to_drop.get(row.pass_rate)
         if reason is None:
             kept.append(replace(problem, pass_rate=row.pass_rate))
         else:

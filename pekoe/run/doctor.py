@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import platform
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from math import ceil
 from pathlib import Path
+from statistics import median
 
 import psutil
 import torch
@@ -13,18 +19,33 @@ from pekoe.config.base import read_toml
 from pekoe.config.cluster import ClusterSection, ParallelSection
 from pekoe.config.recipes import RLConfig, SFTConfig, load_config
 from pekoe.core.errors import UserError
+from pekoe.core.journal import read_lines
 from pekoe.core.progress import NoProgress, ProgressReporter
+from pekoe.core.roofline import sampling_flops, training_flops
 from pekoe.core.spec import ModelSpec
 from pekoe.model import read_spec
-from pekoe.run.hardware import GIB, batch, least_time
+from pekoe.run.hardware import measure_ceilings
 from pekoe.train.memory_estimate import StepMemory, predict
 
+GIB = 2**30
 USABLE = 0.9  # of what is available: the rest for allocators' gaps, and what comes and goes
 PROCESS = int(0.6 * GIB)  # Python, torch, compiled kernels; on a GPU its context
 JUDGE = int(0.15 * GIB)  # a judge process
 GAPS = 0.5  # on a CPU, of forward and backward: the most seen; activation checkpointing calls `limit_malloc_cache`
 
 _LIMIT, _USED = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+
+# (what it is for, the package that says whether it is there, how it is installed)
+PARTS = (
+    ("cluster", "ray", "pip install 'pekoe[cluster]'"),
+    ("report", "plotly", "pip install 'pekoe[report]'"),
+    ("data sets", "datasets", "pip install 'pekoe[data]'"),
+    ("demo, gym", "reasoning-gym", "pip install 'pekoe[demo]'"),
+    ("W&B", "wandb", "pip install 'pekoe[wandb]'"),
+    ("Trackio", "trackio", "pip install 'pekoe[trackio]'"),
+)
+# Servers have environments of their own, whose Python is `engine.server.python`.
+SERVERS = (("SGLang", ".venv-sglang"), ("vLLM", ".venv-vllm"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +71,31 @@ class Forecast:
         return self.total <= USABLE * self.available
 
 
+def environment() -> list[tuple[str, str]]:
+    """Software and devices of this machine as names and values; for what is absent, the command that installs it."""
+    gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+    compiler = next(filter(None, map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))), None)
+    rows = [
+        ("pekoe", version("pekoe")),
+        ("Python", f"{platform.python_version()} on {platform.platform(terse=True)}"),
+        ("torch", torch.__version__),
+        ("cores", f"{os.cpu_count()} ({torch.backends.cpu.get_cpu_capability()})"),
+        ("disk", f"{shutil.disk_usage('.').free / GIB:.0f} GiB free here"),
+        ("GPUs", ", ".join(f"{g.name}, {g.total_memory / GIB:.0f} GiB" for g in gpus) or "none"),
+        ("train.compile", f"possible ({compiler})" if compiler or gpus else "no: apt-get install g++"),
+    ]
+    for name, package, install in PARTS:
+        try:
+            rows.append((name, f"{package} {version(package)}"))
+        except PackageNotFoundError:
+            rows.append((name, f"absent: {install}"))
+    for name, folder in SERVERS:
+        python = Path(folder) / "bin" / "python"
+        make = f"make {folder}/.stamp (for a CPU); for a GPU see recipes/server.toml"
+        rows.append((name, str(python) if python.exists() else f"absent here: {make}"))
+    return rows
+
+
 def examine(
     recipe: str,
     overrides: Sequence[str],
@@ -64,30 +110,71 @@ def examine(
     """
     kind = RLConfig if "num_steps" in read_toml(Path(recipe)) else SFTConfig  # a recipe of `rl` must have it
     config = load_config(recipe, overrides, kind)
-    lines: list[str] = []
-    if isinstance(config, RLConfig):
-        lines += batch(config, read_spec(Path(config.model.path))[0])
+    spec, _ = read_spec(Path(config.model.path))
+    lines = step_summary(config, spec) if isinstance(config, RLConfig) else []
     if isinstance(config, RLConfig) and config.cluster is not None:
         assert place is not None
         processes = config.cluster.training.ranks
         lines += [*place(config.cluster, NoProgress()), f"of {processes} training ranks, each:"]
-    found = forecast(config, processes, memory_bytes)
+    memory = forecast(config, processes, memory_bytes)
     if isinstance(config, RLConfig) and config.cluster is None and memory_bytes is None:
-        lines.append(least_time(config, read_spec(Path(config.model.path))[0]))
-    lines += [f"{name:<29} {_size(size)}" for name, size in found.parts.items()]
-    lines.append(f"{'together, at the peak':<29} {_size(found.total)}")
-    lines.append(f"{f'{USABLE:.0%} of what is available':<29} {_size(USABLE * found.available)}")
-    if found.fits:
-        lines.append(f"it fits; the largest train.token_budget that does is about {found.largest_budget:,}")
+        lines.append(min_step_time(config, spec))  # after the forecast, as measuring takes memory
+    lines += [f"{name:<29} {_size(size)}" for name, size in memory.parts.items()]
+    lines.append(f"{'together, at the peak':<29} {_size(memory.total)}")
+    lines.append(f"{f'{USABLE:.0%} of what is available':<29} {_size(USABLE * memory.available)}")
+    if memory.fits:
+        lines.append(f"it fits; the largest train.token_budget that does is about {memory.largest_budget:,}")
         return lines, None
-    if found.largest_budget >= found.smallest_budget:
+    if memory.largest_budget >= memory.smallest_budget:
         return lines, (
-            f"train.token_budget: expected at most {found.largest_budget}, which fits, got {found.token_budget}"
+            f"train.token_budget: expected at most {memory.largest_budget}, which fits, got {memory.token_budget}"
         )
-    nearest = f"; nearest: {found.advice}" if found.advice else ""
+    nearest = f"; nearest: {memory.advice}" if memory.advice else ""
     return lines, (
-        f"memory: expected {found.total / GIB:.1f} GiB or more, got {USABLE * found.available / GIB:.1f} GiB; "
-        f"no train.token_budget fits the longest sequence, {found.smallest_budget} tokens at each process{nearest}"
+        f"memory: expected {memory.total / GIB:.1f} GiB or more, got {USABLE * memory.available / GIB:.1f} GiB; "
+        f"no train.token_budget fits the longest sequence, {memory.smallest_budget} tokens at each process{nearest}"
+    )
+
+
+def step_summary(config: RLConfig, spec: ModelSpec) -> list[str]:
+    """The sizes of a step, and its median seconds where the run directory has steps already."""
+    rollout, algo = config.rollout, config.algo
+    responses = rollout.prompts_per_step * rollout.samples_per_prompt
+    longest = config.data.max_prompt_tokens + rollout.max_new_tokens
+    minibatch = ceil(responses / algo.minibatches)
+    together = min(minibatch, max(1, config.train.token_budget // longest))
+    lines = [
+        f"{spec.family} of {spec.num_parameters / 1e6:,.1f}M parameters, context {spec.max_positions:,}",
+        f"a step: {rollout.prompts_per_step} prompts x {rollout.samples_per_prompt} = {responses:,} responses of at "
+        f"most {rollout.max_new_tokens:,} tokens: at most {responses * rollout.max_new_tokens:,} are sampled",
+        f"trained in {algo.minibatches} optimizer steps of at most {minibatch * longest:,} tokens, {together} or more "
+        f"responses a micro-batch",
+    ]
+    journal = Path(config.run.dir) / "journal.jsonl"
+    steps = [event for event in read_lines(journal) if event["event"] == "step"] if journal.is_file() else []
+    left = config.num_steps - (steps[-1]["step"] if steps else 0)
+    if steps and left > 0:
+        seconds = median(step["step_s"] for step in steps)
+        lines.append(
+            f"{config.run.dir} has {len(steps)} steps, {seconds:.3g} s each (median): about "
+            f"{seconds * left / 60:,.1f} minutes for the {left} that are left"
+        )
+    return lines
+
+
+def min_step_time(config: RLConfig, spec: ModelSpec) -> str:
+    """The least time of a step on this machine, from its floating-point operations alone."""
+    rollout, prompt = config.rollout, config.data.max_prompt_tokens
+    responses, new = rollout.prompts_per_step * rollout.samples_per_prompt, rollout.max_new_tokens
+    device = torch.device("cuda" if config.model.device != "cpu" and torch.cuda.is_available() else "cpu")
+    reached = measure_ceilings(device, getattr(torch, config.model.dtype)).flop_s
+    group = sampling_flops(spec, [(prompt, [new] * rollout.samples_per_prompt)]).total
+    sampling = rollout.prompts_per_step * group / reached
+    training = training_flops(spec, [prompt + new] * responses, responses * new).total / reached
+    return (
+        f"were every response as long as it may be, a step would take at least {sampling + training:.2g} s here: "
+        f"arithmetic alone ({sampling:.2g} s to sample, {training:.2g} s to train), at a matrix product's "
+        f"{reached / 1e9:,.0f} GFLOP/s"
     )
 
 

@@ -37,10 +37,10 @@ def powers_up_to(n: int) -> list[int]:
 def pass_at_k(rows: Sequence[ProblemResult], k: int) -> float:
     """The chance that one of k responses is right, unbiased: 1 - C(n-c, k) / C(n, k), the mean over the problems with
     at least k judged responses (Chen et al. 2021, arXiv:2107.03374, eq. 1)."""
-    found = [
+    rates = [
         1 - comb(row.num_judged - row.num_correct, k) / comb(row.num_judged, k) for row in rows if row.num_judged >= k
     ]
-    return float(np.mean(found)) if found else float("nan")
+    return float(np.mean(rates)) if rates else float("nan")
 
 
 def majority_at_k(rows: Sequence[ProblemResult], k: int) -> float:
@@ -48,7 +48,7 @@ def majority_at_k(rows: Sequence[ProblemResult], k: int) -> float:
     problems. Answers are one where their texts are, spaces aside; a response without an answer has no vote; answers
     that tie share. k < n: the mean of 64 seeded draws without replacement."""
     rng = np.random.default_rng(0)
-    found: list[float] = []
+    rates: list[float] = []
     for row in rows:
         votes = [
             ("".join(answer.split()) if answer else None, label == "correct")
@@ -57,10 +57,9 @@ def majority_at_k(rows: Sequence[ProblemResult], k: int) -> float:
         ]
         if len(votes) >= k:
             draws = 1 if len(votes) == k else MAJORITY_DRAWS
-            found += [
-                float(np.mean([_majority([votes[i] for i in rng.permutation(len(votes))[:k]]) for _ in range(draws)]))
-            ]
-    return float(np.mean(found)) if found else float("nan")
+            shares = [_majority([votes[i] for i in rng.permutation(len(votes))[:k]]) for _ in range(draws)]
+            rates.append(float(np.mean(shares)))
+    return float(np.mean(rates)) if rates else float("nan")
 
 
 def _majority(votes: Sequence[tuple[str | None, bool]]) -> float:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
+from itertools import chain, islice
 from math import isnan
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ import numpy as np
 from rich.table import Table
 
 from pekoe import __version__
+from pekoe.config.base import flatten
 from pekoe.config.recipes import EvalConfig
 from pekoe.core.errors import UserError, nearest
 from pekoe.core.loop import Rollouts
@@ -27,6 +28,7 @@ from pekoe.run.build import check_context, open_model, open_problems, prepare, s
 from pekoe.run.eval_metrics import majority_at_k, paired, pass_at_1, pass_at_k, powers_up_to
 from pekoe.run.judging import check_kinds, response_text
 from pekoe.run.rollouts import check_faults
+from pekoe.run.run_dir import write_whole
 from pekoe.run.sample_store import ProblemResult, sample_problems
 
 MAX_TRUNCATION = 0.05  # above it a figure says more about the length limit than about the model
@@ -99,27 +101,24 @@ def run_eval(config: EvalConfig, view: ProgressReporter) -> EvalResult:
     model, tokenizer, _ = open_model(config.model)
     context = model.spec.max_positions
     sets = _open_sets(config, tokenizer, config.max_prompt_tokens or context - 1, view)
-    problems = [problem for its in sets.values() for problem in its]
+    problems = list(chain.from_iterable(sets.values()))
     prompt_tokens = config.max_prompt_tokens or max(len(tokenizer.encode_prompt(p.messages)) for p in problems)
     new_tokens = config.eval.max_new_tokens or max(1, context - prompt_tokens)
     check_context(model.spec, prompt_tokens, new_tokens)
     params = sampling_for(config.eval, new_tokens, tokenizer.stop_token_ids, config.run.seed)
     longest = prompt_tokens + new_tokens
     out = Path(config.out) if config.out else None
-    keys: dict[str, Any] = config.eval.model_dump(mode="json")
-    about = {"max_prompt_tokens": prompt_tokens} | {f"eval.{key}": value for key, value in keys.items()}
+    about = {"max_prompt_tokens": prompt_tokens} | flatten(config.eval.model_dump(mode="json"), "eval.")
     with _kept_on_failure() as log_dir:
         file = out / "samples.jsonl" if out else None
-        sampled = sample_problems(config, model, tokenizer, problems, params, longest, file, about, log_dir, view)
-    result = replace(result_of(sampled.rows, params.n), examples=_examples(tokenizer, sampled.groups))
-    rows = sampled.rows
-    by_set: dict[str, EvalResult] = {}
-    start = 0
-    for name, its in sets.items():
-        if len(sets) > 1:
-            by_set[name] = result_of(rows[start : start + len(its)], params.n)
-        start += len(its)
-    result = replace(result, by_set=by_set)
+        rows, groups = sample_problems(config, model, tokenizer, problems, params, longest, file, about, log_dir, view)
+    remaining = iter(rows)
+    by_set = {name: result_of(list(islice(remaining, len(its))), params.n) for name, its in sets.items()}
+    result = replace(
+        result_of(rows, params.n),
+        examples=_examples(tokenizer, groups),
+        by_set=by_set if len(sets) > 1 else {},
+    )
     warn_truncation(result.truncation_rate, new_tokens, view)
     if out:
         _write_results(out / "results.json", config, result, rows)
@@ -153,9 +152,7 @@ def _write_results(path: Path, config: EvalConfig, total: EvalResult, rows: Sequ
             for row in sorted(rows, key=lambda row: row.uid)
         ],
     }
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(results, indent=1) + "\n")
-    os.replace(partial, path)
+    write_whole(path, json.dumps(results, indent=1) + "\n")
 
 
 def table_of(result: EvalResult) -> Table:
@@ -173,7 +170,7 @@ def table_of(result: EvalResult) -> Table:
             str(one.num_problems),
             f"{one.pass_at_1:.1%}",
             f"{one.ci95[0]:.1%} to {one.ci95[1]:.1%}",
-            *(f"{found[k]:.1%}" if k in found else "" for found in (one.pass_at_k, one.majority_at_k) for k in wide),
+            *(f"{rates[k]:.1%}" if k in rates else "" for rates in (one.pass_at_k, one.majority_at_k) for k in wide),
             f"{one.response_tokens:.0f}",
             f"{one.truncation_rate:.1%}",
             f"{one.unparsed_rate:.1%}",
@@ -235,7 +232,7 @@ def _kept_on_failure() -> Iterator[Path]:
     shutil.rmtree(path)
 
 
-def _examples(tokenizer: Tokenizer, groups: Sequence[JudgedGroup], number: int = 8) -> tuple[dict[str, Any], ...]:
+def _examples(tokenizer: Tokenizer, groups: Sequence[JudgedGroup]) -> tuple[dict[str, Any], ...]:
     return tuple(
         {
             "prompt": group.problem.messages[-1]["content"],
@@ -243,5 +240,5 @@ def _examples(tokenizer: Tokenizer, groups: Sequence[JudgedGroup], number: int =
             "label": group.verdicts[0].label,
             "gold": group.problem.gold,
         }
-        for group in groups[:number]
+        for group in groups
     )

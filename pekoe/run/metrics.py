@@ -21,12 +21,7 @@ MAX_LOGPROB_DIFF = {"float32": 1e-3, "bfloat16": 0.5}
 
 
 def step_metrics(
-    step: int,
-    batch: Batch,
-    scored: Scored,
-    stats: Sequence[StepStats],
-    config: RLConfig,
-    seconds: dict[str, float],
+    step: int, batch: Batch, scored: Scored, stats: Sequence[StepStats], config: RLConfig, seconds: dict[str, float]
 ) -> dict[str, Any]:
     """Everything measured in one step. Rates are per rollout, `*_tokens_per_s` per second of their phase.
 
@@ -36,7 +31,6 @@ def step_metrics(
     pairs = [pair for g in batch.everything() for pair in zip(g.trajectories, g.verdicts, strict=True)]
     judged = [(r, v) for r, v in pairs if v.label != "fault"]
     lengths = np.array([r.num_tokens for r, _ in pairs])
-    prompt_tokens = sum(r.num_prompt_tokens for r, _ in pairs)
     metrics: dict[str, Any] = {
         "step": step,
         "num_prompts": len(batch.groups) + len(batch.dropped),
@@ -56,26 +50,24 @@ def step_metrics(
     }
     if not stats:
         return metrics | {"skipped": scored.no_signal or "no sample to train on"}
-    targets = sum(s.num_targets for s in stats)
-    first = stats[0].means
+    targets, first = sum(s.num_targets for s in stats), stats[0].means
+
+    def per_token(name: str) -> float:
+        return sum(s.means[name] * s.num_targets for s in stats) / targets
+
     metrics |= {
         "loss": _mean([s.loss for s in stats]),
         "grad_norm": _mean([s.grad_norm for s in stats]),
         "lr": stats[-1].lr,
-        "entropy": sum(s.means["entropy"] * s.num_targets for s in stats) / targets,
-        "clip_fraction": sum(s.means["clip_fraction"] * s.num_targets for s in stats) / targets,
-        "ratio": sum(s.means["ratio"] * s.num_targets for s in stats) / targets,
-        "approx_kl": sum(s.means["approx_kl"] * s.num_targets for s in stats) / targets,
-        "logprob_diff": first["logprob_diff"],
-        "logprob_diff_max": first["logprob_diff_max"],
+        **{name: per_token(name) for name in ("entropy", "clip_fraction", "ratio", "approx_kl")},
+        **{name: first[name] for name in ("logprob_diff", "logprob_diff_max")},
         "num_microbatches": sum(s.num_microbatches for s in stats),
-        "num_prompt_tokens": prompt_tokens,
+        "num_prompt_tokens": sum(r.num_prompt_tokens for r, _ in pairs),
         "train_tokens_per_s": sum(s.num_tokens for s in stats) / seconds["train"],
         "train_peak_bytes": max((s.peak_bytes for s in stats if s.peak_bytes), default=None),
     }
-    for name in ("reference_kl", "correction_weight", "correction_fraction"):
-        if name in first:
-            metrics[name] = sum(s.means[name] * s.num_targets for s in stats) / targets
+    optional = ("reference_kl", "correction_weight", "correction_fraction")
+    metrics |= {name: per_token(name) for name in optional if name in first}
     skipped = [s.skipped for s in stats if s.skipped]
     return metrics | ({"skipped": "; ".join(skipped)} if skipped else {})
 
@@ -88,10 +80,10 @@ def step_work(
     stats: Sequence[StepStats],
     num_forwards: float | None,
 ) -> dict[str, float]:
-    """Operations and bytes that the step could not do without (`pekoe.core.roofline`), as of one process.
+    """Fewest FLOPs and bytes of the step on one process (see `core.roofline`).
 
     Args:
-        num_forwards: of the engine, where it tells.
+        num_forwards: of the engine; None where it does not count them.
     """
     dtype = config.model.dtype
     groups = [

@@ -20,7 +20,7 @@ _LIMIT_S = 3600.0  # of one step's records
 
 @dataclass(frozen=True, slots=True)
 class RecordLine:
-    """A trajectory's line, without its texts, and where its tokens are."""
+    """The fields of a trajectory's line, without its texts, and the handle of its tokens."""
 
     fields: dict[str, Any]
     handle: Handle[Record]
@@ -30,7 +30,7 @@ class RecordWriter(Protocol):
     """Writes the records of a step, one step at a time."""
 
     def write(self, step: int, lines: Sequence[RecordLine]) -> None:
-        """Begin to write; waits for the step before."""
+        """Begin to write. Waits until the step before is written."""
         ...
 
     def settle(self) -> None:
@@ -60,22 +60,21 @@ class LocalRecords:
                 raise RunError(f"the rollouts of a step could not be written: {error}") from None
 
     def close(self) -> None:
-        """Waits for what was begun."""
+        """Wait until the step in hand is written."""
         self._thread.shutdown()
 
 
 def write_lines(stem: Path, lines: Sequence[RecordLine], tokenizer: Tokenizer) -> None:
     """Add the texts, and write one pair of files."""
     records = [line.handle.resolve() for line in lines]
-    fields = [line.fields | texts_of(record, tokenizer) for line, record in zip(lines, records, strict=True)]
-    write_records(stem, fields, records)
-
-
-def texts_of(record: Record, tokenizer: Tokenizer) -> dict[str, str]:
-    return {
-        "prompt": tokenizer.decode(record.tokens[~record.loss_mask], skip_special_tokens=False),
-        "text": tokenizer.decode(record.tokens[record.loss_mask], skip_special_tokens=False),
-    }
+    texts = [
+        {
+            "prompt": tokenizer.decode(record.tokens[~record.loss_mask], skip_special_tokens=False),
+            "text": tokenizer.decode(record.tokens[record.loss_mask], skip_special_tokens=False),
+        }
+        for record in records
+    ]
+    write_records(stem, [line.fields | text for line, text in zip(lines, texts, strict=True)], records)
 
 
 def record_lines(batch: Batch, scored: Scored, reward: float) -> Iterator[RecordLine]:

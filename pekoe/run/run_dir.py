@@ -22,6 +22,7 @@ import shutil
 import time
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from datetime import date
 from pathlib import Path
@@ -76,24 +77,23 @@ class RunDir:
 
     Args:
         config: of the run; its `run.dir`.
-        listeners: hear each event of the journal.
+        listeners: called with each event of the journal.
         leader: whether this process writes. Where several train, the others read, and write their part of checkpoints.
     """
 
-    def __init__(
-        self,
-        config: TrainingConfig,
-        listeners: tuple[Listener, ...] = (),
-        leader: bool = True,
-    ) -> None:
+    def __init__(self, config: TrainingConfig, listeners: tuple[Listener, ...] = (), leader: bool = True) -> None:
         self.path = Path(config.run.dir)
         self._config, self._leader = config, leader
-        self._lock: IO[str] | None = None
-        if leader:
-            self._open()
-        self.journal = Journal(self.path / "journal.jsonl" if leader else None, listeners)
-        self.ledger = JsonLines(self.path / "ledger.jsonl" if leader else None)
-        self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        with ExitStack() as stack:
+            if leader:
+                self._open(stack)
+            self.ledger = JsonLines(self.path / "ledger.jsonl" if leader else None)
+            stack.callback(self.ledger.close)
+            self.journal = Journal(self.path / "journal.jsonl" if leader else None, listeners)
+            stack.callback(self.journal.close)
+            self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+            stack.callback(self._writer.shutdown)  # waits: what was begun may as well stand
+            self._stack = stack.pop_all()
         self._writing: tuple[dict[str, Any], float, Future[int]] | None = None
         self._saved: int | None = None  # the step of the last checkpoint
 
@@ -105,13 +105,13 @@ class RunDir:
             if kind is None:
                 self.settle()
         finally:
-            self._writer.shutdown()  # waits: what was begun may as well stand
-            self.journal.close()
-            self.ledger.close()
-            if self._lock is not None:
-                self._lock.close()
+            self._stack.close()
 
-    def _open(self) -> None:
+    def _open(self, stack: ExitStack) -> None:
+        """Make the directory, lock it for this process until `stack` closes, and write config.toml.
+
+        UserError where the config.toml there is of another run, which has a checkpoint.
+        """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             probe = self.path / ".writable"
@@ -121,22 +121,8 @@ class RunDir:
             raise UserError(
                 f"run.dir: expected a directory that can be written, got {self.path}: {error.strerror}"
             ) from None
-        self._lock = (self.path / ".lock").open("w")
-        try:
-            self._claim()
-        except BaseException:
-            self._lock.close()
-            raise
-
-    def _claim(self) -> None:
-        """Take the directory for this process; write config.toml, or check that the one there is of the same run."""
-        assert self._lock is not None
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(
-                f"{self.path}: another process is running here; wait for it, or choose another run.dir"
-            ) from None
+        busy = f"{self.path}: another process is running here; wait for it, or choose another run.dir"
+        stack.enter_context(lock(self.path / ".lock", busy))
         file = self.path / "config.toml"
         if file.exists():
             now = flatten(self._config.model_dump())
@@ -150,22 +136,19 @@ class RunDir:
                     f"{self.path}: holds a run with {key} = {before.get(key)!r}, got {now[key]!r}; "
                     "go on with the same recipe, or choose another run.dir"
                 )
-        partial = file.with_name(".config.toml")
-        partial.write_text(dump_config(self._config), encoding="utf-8")
-        os.replace(partial, file)
+        write_whole(file, dump_config(self._config))
 
     def resume(self, trainer: Trainer) -> Progress | None:
         """Go back to the newest checkpoint: load the trainer, take back what came later, return the progress.
 
         None where there is no checkpoint: then everything found is taken back, and the run starts anew.
         """
-        found = checkpoints(self.path)
         progress: Progress | None = None
         offsets = {"journal": 0, "ledger": 0}
-        if found:
-            state = json.loads((found[-1] / "state.json").read_text(encoding="utf-8"))
+        if saved := checkpoints(self.path):
+            state = json.loads((saved[-1] / "state.json").read_text(encoding="utf-8"))
             progress, offsets = Progress.of(state["progress"]), state["offsets"]
-            trainer.load(found[-1] / "trainer")
+            trainer.load(saved[-1] / "trainer")
             self._saved = progress.step
         if self._leader:
             self._take_back(progress, offsets)
@@ -188,8 +171,8 @@ class RunDir:
     def save(self, trainer: Trainer, progress: Progress, keep: int) -> None:
         """Begin a checkpoint of `progress.step`, with the model directory; then remove checkpoints beyond `keep`.
 
-        Returns as soon as the trainer's state is copied: it is written while training goes on. One at a time: waits
-        for the one before. What becomes of it, `settle` says.
+        Waits for the checkpoint before. Returns as soon as the trainer's state is copied: it is written while training
+        goes on. `settle` reports success or failure.
         """
         self.settle()
         if self._saved == progress.step:
@@ -208,7 +191,7 @@ class RunDir:
         """
         if self._writing is None:
             return
-        said, start, future = self._writing
+        fields, start, future = self._writing
         if not wait and not future.done():
             return
         self._writing = None
@@ -218,15 +201,15 @@ class RunDir:
             kept = checkpoints(self.path)
             late = isinstance(error, TimeoutError) and not future.done()
             raise RunError(
-                f"checkpoint of step {said['step']}: {f'not written within {WRITE_LIMIT_S} s' if late else error}; "
+                f"checkpoint of step {fields['step']}: {f'not written within {WRITE_LIMIT_S} s' if late else error}; "
                 f"{f'that of step {int(kept[-1].name[5:])} stands' if kept else 'there is none before it'}. "
                 f"With the cause removed, the same command goes on from there"
             ) from None
-        self._saved = said["step"]
-        self.journal.write("checkpoint", **said, seconds=round(time.perf_counter() - start, 4), bytes=size)
+        self._saved = fields["step"]
+        self.journal.write("checkpoint", **fields, seconds=round(time.perf_counter() - start, 4), bytes=size)
 
     def forget_writing(self) -> None:
-        """Wait for a checkpoint whose trainer is lost; whether it stands or not, it is not ours to tell."""
+        """Wait for a checkpoint whose trainer is lost, and ignore its outcome."""
         if self._writing is not None:
             wait([self._writing[2]], WRITE_LIMIT_S)
         self._writing = None
@@ -273,6 +256,24 @@ def with_date(config: C) -> C:
 def checkpoints(run_dir: Path) -> list[Path]:
     """The checkpoints of a run, oldest first."""
     return sorted((run_dir / "checkpoints").glob("step-*"))
+
+
+def lock(path: Path, busy: str) -> IO[bytes]:
+    """Open a file, locked for this process until it is closed. UserError (`busy`) where another process has it."""
+    file = path.open("ab")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise UserError(busy) from None
+    return file
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file that a reader sees whole or not at all."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
 
 
 def _set_aside(file: Path, folder: Path) -> None:

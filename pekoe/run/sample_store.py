@@ -1,4 +1,4 @@
-"""ProblemResult responses to problems, kept as they come: what `eval` and `curate` resume from and count.
+"""Judged responses to problems, kept as they come: what `eval` and `curate` resume from and count.
 
 The file has a first line that says what decided its content, then a line for each problem, in the order in which they
 were finished. A resumed command samples what is not there; in the embedded engine a response depends on nothing but its
@@ -7,14 +7,14 @@ own keys (I8), so the file holds the same in the end.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
+import os
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from pekoe.config.recipes import CurateConfig, EvalConfig
 from pekoe.core.errors import Interrupted, UserError
@@ -27,6 +27,7 @@ from pekoe.run.build import attach_weights, open_pool
 from pekoe.run.interrupt import StepTimer, Stop, StopRequested
 from pekoe.run.judging import make_judge
 from pekoe.run.rollouts import Rollouts, check_faults
+from pekoe.run.run_dir import lock
 
 SYNC_EVERY, CHUNK = 16, 1024  # problems
 NUM_EXAMPLES = 8
@@ -97,45 +98,32 @@ class ResumableSamples:
     process, or cannot be written."""
 
     def __init__(self, path: Path | None, about: dict[str, Any]) -> None:
-        self._about = json.loads(json.dumps(about))
         self.done: dict[str, ProblemResult] = {}
         self.groups: list[JudgedGroup] = []  # the first that were sampled here, for examples
-        self._lock: IO[bytes] | None = None
         try:
             self._lines = JsonLines(path)
         except OSError as error:
             raise UserError(f"out: expected a directory that can be written, got {path}: {error.strerror}") from None
-        if path is not None:
-            self._lock = path.open("rb")  # let go when closed
-            try:
-                self._claim(path, self._lock)
-            except BaseException:
-                self.close()
-                raise
-        if path is not None and not path.stat().st_size:
-            self._lines.append({"about": self._about})
+        with ExitStack() as stack:
+            stack.callback(self._lines.close)
+            if path is not None:
+                stack.enter_context(
+                    lock(path, f"{path}: another process is sampling here; wait for it, or name another out")
+                )
+                self._read(path, json.loads(json.dumps(about)))
+            self._stack = stack.pop_all()
 
-    def _claim(self, path: Path, lock: IO[bytes]) -> None:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"{path}: another process is sampling here; wait for it, or name another out") from None
-        self._read(path)
-
-    def _read(self, path: Path) -> None:
-        whole = path.read_bytes()
-        path_end = whole.rfind(b"\n") + 1
-        if path_end < len(whole):  # a torn last line
-            with path.open("rb+") as file:
-                file.truncate(path_end)
+    def _read(self, path: Path, about: dict[str, Any]) -> None:
+        os.truncate(path, path.read_bytes().rfind(b"\n") + 1)  # without a torn last line
         lines = list(read_lines(path))
         if not lines:
+            self._lines.append({"about": about})
             return
         before = lines[0].get("about", {})
-        for key in sorted(self._about.keys() | before.keys()):
-            if before.get(key) != self._about.get(key):
+        for key in sorted(about.keys() | before.keys()):
+            if before.get(key) != about.get(key):
                 raise UserError(
-                    f"{path}: expected responses sampled with {key} = {self._about.get(key)!r}, got "
+                    f"{path}: expected responses sampled with {key} = {about.get(key)!r}, got "
                     f"{before.get(key)!r}; name another directory, or remove this one"
                 )
         rows = [ProblemResult(**line) for line in lines[1:]]
@@ -169,17 +157,7 @@ class ResumableSamples:
             self._lines.sync()
 
     def close(self) -> None:
-        self._lines.close()
-        if self._lock is not None:
-            self._lock.close()
-
-
-@dataclass(frozen=True, slots=True)
-class Sampled:
-    """The results of all problems, in order, and some groups as examples."""
-
-    rows: list[ProblemResult]
-    groups: list[JudgedGroup]
+        self._stack.close()
 
 
 def sample_problems(
@@ -193,8 +171,10 @@ def sample_problems(
     about: dict[str, Any],
     log_dir: Path,
     view: ProgressReporter,
-) -> Sampled:
+) -> tuple[list[ProblemResult], list[JudgedGroup]]:
     """Sample and judge problems with the engine that the config names.
+
+    Returns the results of all problems, in order, and the first groups that were sampled, as examples.
 
     Args:
         longest: tokens of the longest prompt with its response.
@@ -221,4 +201,4 @@ def sample_problems(
                 f"{len(samples.done)} of {len(problems)} problems are kept" if file else "nothing was kept (no `out`)"
             )
             raise Interrupted(f"stopped; {kept}. Run the same command again to go on") from None
-    return Sampled(rows, samples.groups)
+    return rows, samples.groups

@@ -15,10 +15,8 @@ from pekoe.config import RLConfig, SFTConfig, dump_config, load_config
 from pekoe.core import UserError
 from pekoe.core.roofline import Ceilings, sampling_flops
 from pekoe.model import read_spec
-from pekoe.run import doctor
-from pekoe.run import hardware as machine
-from pekoe.run.doctor import GIB, USABLE, examine, forecast
-from pekoe.run.hardware import batch, environment
+from pekoe.run import doctor, hardware
+from pekoe.run.doctor import GIB, USABLE, environment, examine, forecast, min_step_time, step_summary
 
 
 @pytest.fixture
@@ -109,7 +107,7 @@ def test_what_is_absent_comes_with_the_command_that_installs_it(monkeypatch: pyt
             return "1"
         raise PackageNotFoundError
 
-    monkeypatch.setattr(machine, "version", nothing_but_pekoe)
+    monkeypatch.setattr(doctor, "version", nothing_but_pekoe)
     monkeypatch.chdir(tmp_path)
     found = dict(environment())
     assert found["cluster"] == "absent: pip install 'pekoe[cluster]'"
@@ -117,7 +115,7 @@ def test_what_is_absent_comes_with_the_command_that_installs_it(monkeypatch: pyt
 
 
 def test_a_machines_ceilings_are_those_of_a_product_and_a_copy():
-    found = machine.describe(torch.device("cpu"), torch.float32)
+    found = hardware.describe(torch.device("cpu"), torch.float32)
     size, a = 1024, torch.randn(1024, 1024)
     start = time.perf_counter()
     torch.mm(a, a)
@@ -126,19 +124,19 @@ def test_a_machines_ceilings_are_those_of_a_product_and_a_copy():
     assert 1e8 < found["byte_s"] < 1e13
     assert found["dtype"] == "float32"
     assert found["versions"]["torch"] == torch.__version__
-    assert "flop_s" not in machine.describe()
+    assert "flop_s" not in hardware.describe()
 
 
 def test_the_arithmetic_of_a_step_and_the_time_that_is_left(recipe: dict[str, Any], tmp_path: Path):
     config = load_config(recipe | {"num_steps": 30, "run": {"dir": str(tmp_path)}})
     spec, _ = read_spec(Path(config.model.path))
-    said = batch(config, spec)
+    said = step_summary(config, spec)
     assert "4 prompts x 4 = 16 responses of at most 12 tokens: at most 192 are sampled" in said[1]
     assert "4 optimizer steps of at most 80 tokens, 3 or more responses a micro-batch" in said[2]
     assert len(said) == 3
     steps = [{"event": "step", "step": i, "step_s": 6.0} for i in (1, 2)]
     (tmp_path / "journal.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps))
-    assert "about 2.8 minutes for the 28 that are left" in batch(config, spec)[3]
+    assert "about 2.8 minutes for the 28 that are left" in step_summary(config, spec)[3]
 
 
 def test_the_least_time_of_a_step_is_its_arithmetic(recipe: dict[str, Any], monkeypatch: pytest.MonkeyPatch):
@@ -146,8 +144,8 @@ def test_the_least_time_of_a_step_is_its_arithmetic(recipe: dict[str, Any], monk
     spec, _ = read_spec(Path(config.model.path))
     prompt, new, n = config.data.max_prompt_tokens, config.rollout.max_new_tokens, config.rollout.samples_per_prompt
     sampled = config.rollout.prompts_per_step * sampling_flops(spec, [(prompt, [new] * n)]).total
-    monkeypatch.setattr(machine, "measure_ceilings", lambda *_: Ceilings(flop_s=sampled / 2, byte_s=1.0))
-    said = machine.least_time(config, spec)
+    monkeypatch.setattr(doctor, "measure_ceilings", lambda *_: Ceilings(flop_s=sampled / 2, byte_s=1.0))
+    said = min_step_time(config, spec)
     sampling, training = map(float, re.findall(r"([\d.]+) s to", said))
     assert sampling == 2.0
     assert 4.0 < training < 12.0  # three passes over every token, where sampling computes a prompt once for all
