@@ -29,7 +29,7 @@ class GenerationSection(ConfigSection):
     """How many of them are servers, where engine.backend names one: the last ones; the others are embedded engines.
     Absent: all."""
     gpus_per_engine: int = Field(default=0, ge=0)
-    """GPUs of each; 0: it samples on a CPU. An embedded engine uses one; a server is told by engine.server.args."""
+    """GPUs of each; 0: it samples on a CPU. An embedded engine uses one; engine.server.args tells a server how many."""
     cpus_per_engine: float = Field(default=1.0, gt=0)
     """CPU cores of each: Ray's measure for placement, and the threads of its torch."""
 

@@ -31,7 +31,7 @@ from pekoe.ray.logprob_prefetch import LogprobPrefetcher, LogprobRefs, PendingLo
 from pekoe.ray.placement import WorkerLost, bundles, nodes_of, place, ray_get
 from pekoe.ray.store import StoreRef, StoreRegistry, bytes_of, fetch, ref_of
 from pekoe.run.build import make_trainer, open_model
-from pekoe.run.distributed import joined, make_layout
+from pekoe.run.distributed import make_layout, process_group
 from pekoe.run.hardware import describe
 from pekoe.train.trainer import Objective, RankBatch, pack_minibatch
 from pekoe.weights import LocalSender
@@ -74,8 +74,8 @@ class RankActor:
         use_interface(self._address)
         os.environ |= {"MASTER_ADDR": host, "MASTER_PORT": str(port), "RANK": str(self._rank), "LOCAL_RANK": "0"}
         os.environ |= {"WORLD_SIZE": str(self._section.ranks)}
-        self._joined = joined()
-        self._joined.__enter__()
+        self._process_group = process_group()
+        self._process_group.__enter__()
         model, _, dtype = open_model(self._config.model.model_copy(update={"device": device_of(self._config)}))
         layout = make_layout(model.spec, self._section, next(model.parameters()).device)
         self.trainer = make_trainer(self._config, model, dtype, layout)

@@ -1,4 +1,4 @@
-"""More than one process: those that torchrun starts."""
+"""Processes that torchrun starts."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ WAIT_LIMIT = timedelta(minutes=30)  # of one process for another
 
 
 @contextmanager
-def joined() -> Iterator[int]:
+def process_group() -> Iterator[int]:
     """Join the processes that torchrun started; gives this one's rank. A process of its own has rank 0."""
     if num_processes() == 1:
         yield 0

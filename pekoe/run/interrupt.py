@@ -24,7 +24,7 @@ class Stop:
 
     def __init__(self) -> None:
         self.requested = False
-        self._heard: set[int] = set()
+        self._received: set[int] = set()
 
     def check(self) -> None:
         """Raise StopRequested if the user asked to stop. Called only where nothing is half done."""
@@ -34,16 +34,16 @@ class Stop:
     @contextmanager
     def listening(self) -> Iterator[Stop]:
         if threading.current_thread() is not threading.main_thread():
-            yield self  # only the main thread can hear signals
+            yield self  # only the main thread can handle signals
             return
 
-        def hear(number: int, frame: object) -> None:
-            if number in self._heard:
+        def handle(number: int, frame: object) -> None:
+            if number in self._received:
                 raise KeyboardInterrupt
-            self._heard.add(number)
+            self._received.add(number)
             self.requested = True
 
-        before = {number: signal.signal(number, hear) for number in (signal.SIGINT, signal.SIGTERM)}
+        before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             yield self
         finally:
@@ -59,7 +59,7 @@ class StepTimer:
         self._view = view or NoProgress()
 
     def restart(self) -> None:
-        """A step begins: forget the phases of the one before."""
+        """Forget the phases of the step before."""
         self.seconds = {}
 
     @contextmanager

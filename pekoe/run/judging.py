@@ -30,7 +30,7 @@ class Judge(Protocol):
 
 
 class PoolJudge:
-    """The real one: the response's text against the reference answer, in killable processes."""
+    """Judges the text of a response against the reference answer, in processes that can be killed."""
 
     def __init__(self, verify: VerifySection, tokenizer: Tokenizer) -> None:
         memory_bytes = int(verify.memory_gib * 2**30)

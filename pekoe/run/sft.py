@@ -18,7 +18,7 @@ from pekoe.data.order import DataOrder
 from pekoe.data.problems import Demonstration, read_demonstrations
 from pekoe.data.tokenizer import Tokenizer
 from pekoe.run.build import open_model, prepare
-from pekoe.run.distributed import joined, make_layout
+from pekoe.run.distributed import make_layout, process_group
 from pekoe.run.hardware import describe
 from pekoe.run.interrupt import StepTimer, Stop
 from pekoe.run.run_dir import Progress, RunDir, with_date
@@ -30,7 +30,7 @@ def run_sft(config: SFTConfig, view: ProgressReporter) -> None:
 
     Started by torchrun, all processes call it, and train together as `parallel` says; the first one writes and shows.
     """
-    with joined() as rank:
+    with process_group() as rank:
         _run(config, view if rank == 0 else NoProgress(), rank == 0)
 
 
