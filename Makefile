@@ -31,7 +31,7 @@ demo-cluster: $(VENV)/.stamp-cluster ## The demo, and its RL stage again on Ray:
 	$(BIN)/pekoe demo --cluster $(ARGS)
 
 test: $(VENV)/.stamp-test ## Run the tests: make test ARGS="tests/data -x"
-	$(PY) -m pytest $(ARGS)
+	$(PY) -m pytest -n 2 $(ARGS)
 
 test-slow: $(VENV)/.stamp-test ## Run the tests that take long
 	$(PY) -m pytest -m slow --timeout 3600 $(ARGS)

@@ -92,7 +92,7 @@ def rl(
     overrides: Overrides = None,
     dry_run: DryRun = False,
     replay: Annotated[
-        bool, typer.Option("--replay", help="train again on one saved step: pekoe rl --replay RUN_DIR STEP")
+        bool, typer.Option("--replay", help="train again from saved rollouts: pekoe rl --replay RUN_DIR [STEP]")
     ] = False,
 ) -> None:
     """Reinforcement learning on verified rewards.
@@ -100,17 +100,24 @@ def rl(
     A run found in run.dir goes on from its last checkpoint. Ctrl-C keeps the last complete step.
 
     --replay RUN_DIR STEP trains again on the rollouts of one step, from the checkpoint before it, and prints its loss
-    beside the run's. Nothing is written.
+    beside the run's. --replay RUN_DIR trains the whole run again, from the model that it began with, and says whether
+    the weights are the same (exit status 1 where they are not). Nothing is written.
     """
     if replay:
-        words = [recipe, *(overrides or [])]
-        if len(words) != 2 or not words[1].isdecimal():
-            raise UserError(f"rl --replay: expected RUN_DIR STEP, got {' '.join(words)}")
+        words = overrides or []
+        if len(words) > 1 or not all(word.isdecimal() for word in words):
+            raise UserError(f"rl --replay: expected RUN_DIR, or RUN_DIR STEP, got {' '.join([recipe, *words])}")
         from pekoe.run.replay import replay as replay_step
+        from pekoe.run.replay import replay_run
 
         with viewing() as view:
-            replayed = replay_step(Path(recipe), int(words[1]), view)
-        typer.echo(str(replayed))
+            if words:
+                typer.echo(str(replay_step(Path(recipe), int(words[0]), view)))
+                return
+            again = replay_run(Path(recipe), view)
+        typer.echo(str(again))
+        if not again.same:
+            raise typer.Exit(1)
         return
     config = read_recipe(recipe, overrides, RLConfig, dry_run)
     from pekoe.run.build import build_rl

@@ -105,7 +105,12 @@ def ppo(logprobs: Tensor, entropy: Tensor, batch: MicroBatch, algo: AlgoSection)
         "logprob_diff_max": mismatch.max() if len(mismatch) else mismatch.sum(),
     }
     if algo.correction != "off":
-        sums |= {"correction_weight": weights.sum(), "correction_fraction": bounded.sum()}
+        largest = weights.max() if len(weights) else weights.sum()
+        sums |= {
+            "correction_weight": weights.sum(),
+            "correction_weight_max": largest,
+            "correction_fraction": bounded.sum(),
+        }
     if algo.kl and batch.reference_logprobs is not None:
         delta = batch.reference_logprobs - logprobs
         k3 = (delta.exp() - delta - 1).sum()

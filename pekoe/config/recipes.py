@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, cast
 
 import tomli_w
 from pydantic import Field, ValidationError, model_validator
@@ -57,6 +57,14 @@ class RolloutSection(ConfigSection):
     dynamic_rounds: int = Field(default=0, ge=0)
     """DAPO's dynamic sampling: groups all right or all wrong are dropped, and the missing ones drawn again, in at
     most this many further rounds; 0 is off."""
+    max_lag: int = Field(default=0, ge=0)
+    """Asynchronous training: steps that sampling may be ahead of training. 0: the two take turns."""
+    during_update: Literal["wait", "go_on"] = "wait"
+    """With max_lag: responses that run when new weights come are finished first (the batch of step t is sampled wholly
+    by version max(0, t - 1 - max_lag), and the run repeats to the bit), or go on under the new weights (faster)."""
+    window: int = Field(default=1, ge=1)
+    """With during_update = "go_on": a finished group may overtake unfinished ones, within so many groups from the
+    oldest; the lag is at most max_lag + ceil((window - 1) / prompts_per_step) then. 1: in the order of their draws."""
 
 
 class AlgoSection(ConfigSection):
@@ -75,12 +83,13 @@ class AlgoSection(ConfigSection):
     """A minibatch whose mean importance ratio is above this makes no optimizer step."""
     proximal: Literal["engine", "recompute"] = "engine"
     """The ratio's denominator: the engine's log-probs (the release) or the trainer's own, recomputed at each step's
-    start."""
+    start. Absent with rollout.max_lag: recompute."""
     correction: Literal["off", "weight", "truncate", "mask_token", "mask_sequence"] = "off"
     """What becomes of tokens whose proximal log-probs differ from the engine's (numerics, or samples of older
     versions); needs proximal = "recompute". weight: the loss times w = exp(proximal - engine's), as decoupled PPO.
     truncate: times min(w, correction_limit). mask_token: times w, or 0 where w is beyond the limit either way.
-    mask_sequence: times w, or 0 for responses whose geometric mean of w is beyond it."""
+    mask_sequence: times w, or 0 for responses whose geometric mean of w is beyond it. Absent with rollout.max_lag:
+    truncate."""
     correction_limit: float = Field(default=2.0, gt=1)
     """See `correction`. For mask_sequence nearer 1: it is a mean over a whole response."""
     mask_truncated: bool = False
@@ -217,6 +226,21 @@ class RLConfig(TrainingConfig):
     cluster: ClusterSection | None = None
     """Absent: one process. See `pekoe.config.cluster`."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _corrected_with_lag(cls, tree: Any) -> Any:
+        """Where sampling runs ahead, its log-probs are of older weights: decoupled PPO is the default then."""
+        if not isinstance(tree, dict):
+            return tree
+        tree = cast("dict[str, Any]", tree)
+        rollout, algo = tree.get("rollout"), tree.get("algo", {})
+        if not isinstance(rollout, dict) or not isinstance(algo, dict) or not rollout.get("max_lag"):
+            return tree
+        defaults = {"proximal": "recompute"}
+        if algo.get("proximal", "recompute") == "recompute":
+            defaults["correction"] = "truncate"
+        return {**tree, "algo": {**defaults, **algo}}
+
     @model_validator(mode="after")
     def _possible(self) -> RLConfig:
         rollout, algo = self.rollout, self.algo
@@ -241,11 +265,38 @@ class RLConfig(TrainingConfig):
                 f"rollout.samples_per_prompt: expected at least 2 for algo.advantage = {algo.advantage!r} "
                 f"(a reward is compared with its group's), got {rollout.samples_per_prompt}"
             )
+        self._check_schedule()
         if self.cluster is not None:
             self._check_engines(self.cluster)
         if self.eval.every and self.eval.data is None:
             raise ValueError("eval.data: expected a problem file, as eval.every is set, got none")
         return self
+
+    def _check_schedule(self) -> None:
+        rollout = self.rollout
+        if not rollout.max_lag:
+            if rollout.during_update == "go_on":
+                raise ValueError(
+                    "rollout.during_update: expected 'wait' with rollout.max_lag = 0, where nothing runs when weights "
+                    "come, got 'go_on'; nearest: rollout.max_lag = 1"
+                )
+        elif self.cluster is not None and self.cluster.colocate:
+            raise ValueError(
+                f"rollout.max_lag: expected 0 with cluster.colocate, whose engines and ranks take turns on the same "
+                f"devices, got {rollout.max_lag}; nearest: 0, or cluster.colocate = false"
+            )
+        if rollout.during_update == "wait":
+            if rollout.max_lag and rollout.dynamic_rounds:
+                raise ValueError(
+                    f"rollout.dynamic_rounds: expected 0 with rollout.max_lag and during_update = 'wait', as problems "
+                    f"that are drawn again would meet a later version, got {rollout.dynamic_rounds}; nearest: 0, or "
+                    f"rollout.during_update = 'go_on'"
+                )
+            if rollout.window > 1:
+                raise ValueError(
+                    f"rollout.window: expected 1 with rollout.during_update = 'wait', whose batches are fixed, got "
+                    f"{rollout.window}; nearest: 1, or rollout.during_update = 'go_on'"
+                )
 
     def _check_engines(self, cluster: ClusterSection) -> None:
         generation, server = cluster.generation, self.engine.server

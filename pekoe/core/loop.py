@@ -18,6 +18,19 @@ ChecksumResult = Literal["equal", "unknown", "skipped"]
 """unknown: an engine cannot give a true checksum. skipped: not due."""
 
 
+class InFlight(Protocol):
+    """Draws that were put and not taken, as they were at one moment."""
+
+    @property
+    def draws(self) -> list[Draw]:
+        """In the order in which they were put."""
+        ...
+
+    def sampled(self) -> list[JudgedGroup]:
+        """Those of which every response is sampled; waits for their verdicts."""
+        ...
+
+
 class Rollouts(Protocol):
     """Draws in, judged groups out."""
 
@@ -26,11 +39,17 @@ class Rollouts(Protocol):
         ...
 
     def take(self, n: int) -> list[JudgedGroup]:
-        """Wait for the next n groups, in the order in which they were put."""
+        """Wait for the next n groups, in the order in which they were put, up to `rollout.window`."""
         ...
 
-    def in_flight(self) -> list[Draw]:
-        """Draws that were put and not taken yet."""
+    def drain(self) -> None:
+        """Wait until everything that was put is sampled."""
+        ...
+
+    def in_flight(self) -> InFlight: ...
+
+    def restore(self, draws: Sequence[Draw], sampled: Sequence[JudgedGroup]) -> None:
+        """Put draws that were in flight when a run was stopped; those that were sampled then are not sampled again."""
         ...
 
     def cancel(self) -> None:
@@ -131,6 +150,7 @@ class SyncReport:
     def as_dict(self) -> dict[str, Any]:
         """The fields of a journal event."""
         return {
+            "sync_version": self.version,
             "sync_route": self.route,
             "sync_bytes": self.copied_bytes,
             "sync_canary_diff": self.canary_diff,
@@ -147,8 +167,16 @@ class SyncReport:
 class Weights(Protocol):
     """Brings the trainer's weights to the engines."""
 
-    def publish(self, version: int) -> SyncReport:
-        """Make every engine sample from the trainer's weights as `version`, and prove it (I4), or raise RunError."""
+    def publish(self, version: int, wait: bool = True) -> SyncReport:
+        """Make every engine sample from the trainer's weights as `version`, and prove it (I4), or raise RunError.
+
+        Without `wait` it may return earlier, with the report of the publish before. Requests that are submitted later
+        are sampled by this version in any case.
+        """
+        ...
+
+    def settle(self) -> SyncReport | None:
+        """Wait until the last publish is proven; returns its report."""
         ...
 
     def counters(self) -> Counters: ...

@@ -12,13 +12,14 @@ import io
 import json
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import zstandard
 
-from pekoe.core.types import Record
+from pekoe.core.types import JudgedGroup, Problem, Record, Trajectory, Verdict
 
 LINES, ARRAYS = ".jsonl.zst", ".npz.zst"
 
@@ -52,18 +53,61 @@ def read_records(run_dir: Path, step: int) -> list[dict[str, Any]]:
 
     Empty where the step has no records. Raises ValueError where lines and arrays do not match.
     """
-    lines: list[dict[str, Any]] = []
-    for file in sorted((run_dir / "rollouts").glob(f"step-{step:06d}*{LINES}")):
-        text = zstandard.ZstdDecompressor().decompress(file.read_bytes())
-        rows = [json.loads(line) for line in text.splitlines()]
-        stem = file.name.removesuffix(LINES)
-        data = zstandard.ZstdDecompressor().decompress(file.with_name(stem + ARRAYS).read_bytes())
-        with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
-            prompts = np.split(arrays["prompt_tokens"], arrays["prompt_offsets"][1:-1])
-            tokens, logprobs = (np.split(arrays[name], arrays["offsets"][1:-1]) for name in ("tokens", "logprobs"))
-        for line, prompt, response, values in zip(rows, prompts, tokens, logprobs, strict=bool(rows)):
-            lines.append(line | {"prompt_tokens": prompt, "tokens": response, "logprobs": values})
+    files = sorted((run_dir / "rollouts").glob(f"step-{step:06d}*{LINES}"))
+    lines = [line for file in files for line in _read(file.with_name(file.name.removesuffix(LINES)))]
     return sorted(lines, key=lambda line: (line["group"], line["sample"]))
+
+
+def _read(stem: Path) -> list[dict[str, Any]]:
+    text = zstandard.ZstdDecompressor().decompress(stem.with_name(stem.name + LINES).read_bytes())
+    rows = [json.loads(line) for line in text.splitlines()]
+    data = zstandard.ZstdDecompressor().decompress(stem.with_name(stem.name + ARRAYS).read_bytes())
+    with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
+        prompts = np.split(arrays["prompt_tokens"], arrays["prompt_offsets"][1:-1])
+        tokens, logprobs = (np.split(arrays[name], arrays["offsets"][1:-1]) for name in ("tokens", "logprobs"))
+    return [
+        line | {"prompt_tokens": prompt, "tokens": response, "logprobs": values}
+        for line, prompt, response, values in zip(rows, prompts, tokens, logprobs, strict=bool(rows))
+    ]
+
+
+def record_of(line: Mapping[str, Any]) -> Record:
+    """The tokens of a line that was read."""
+    return Record.of(line["prompt_tokens"].astype(np.int64), line["tokens"].astype(np.int64), line["logprobs"])
+
+
+def write_groups(stem: Path, groups: Sequence[JudgedGroup]) -> None:
+    """Write groups that nothing was trained on yet, with their verdicts; no file where there are none."""
+    pairs = [pair for group in groups for pair in zip(group.trajectories, group.verdicts, strict=True)]
+    if pairs:
+        lines = [
+            {
+                "uid": t.uid,
+                "draw": t.draw,
+                "finish_reason": t.finish,
+                "versions": t.versions,
+                "verdict": asdict(verdict),
+            }
+            for t, verdict in pairs
+        ]
+        write_records(stem, lines, [trajectory.handle.resolve() for trajectory, _ in pairs])
+
+
+def read_groups(stem: Path, problems: Mapping[str, Problem]) -> list[JudgedGroup]:
+    """What `write_groups` wrote, empty where it wrote nothing; `problems` by their uids."""
+    if not stem.with_name(stem.name + LINES).exists():
+        return []
+    groups: dict[tuple[str, int], list[tuple[Trajectory, Verdict]]] = {}
+    for line in _read(stem):
+        record, members = record_of(line), groups.setdefault((line["uid"], line["draw"]), [])
+        versions = tuple((version, start) for version, start in line["versions"])
+        place = line["uid"], line["draw"], len(members), len(line["prompt_tokens"]), len(line["tokens"])
+        trajectory = Trajectory(*place, line["finish_reason"], versions, record)
+        members.append((trajectory, Verdict(**line["verdict"])))
+    return [
+        JudgedGroup(problems[uid], draw, tuple(t for t, _ in members), tuple(verdict for _, verdict in members))
+        for (uid, draw), members in groups.items()
+    ]
 
 
 def steps_recorded(run_dir: Path) -> list[int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from pekoe.config.recipes import RLConfig
@@ -44,10 +45,16 @@ class RayChannel(WeightChannel):
 
     trainer: RayTrainer | None = None  # where it takes turns with the engines
 
-    def publish(self, version: int) -> SyncReport:
+    def publish(self, version: int, wait: bool = True) -> SyncReport:
         if self.trainer is not None:
             self.trainer.call("empty_cache", "the ranks to give memory back")
-        return super().publish(version)
+        return super().publish(version, wait)
+
+
+def _require_engine(pool: EnginePool) -> None:
+    """An engine that comes back while the ranks are a version ahead cannot be given the weights before."""
+    if not pool.in_state("serving"):
+        raise WorkerLost("every engine was lost while it sampled for a step to come")
 
 
 def run_cluster(config: RLConfig, view: ProgressReporter, stop: Stop) -> None:
@@ -72,6 +79,7 @@ def run_with_restarts(cluster: Cluster) -> None:
             parts.view.say(f"training broke off, and begins again from the last checkpoint: {error}")
             trainer.stop()
             parts.rollouts.cancel()
+            parts.eval_rollouts.cancel()
             parts.run.forget_writing()
             cluster.records.forget()
             cluster.channel.forget_groups()
@@ -114,10 +122,11 @@ def build_cluster(config: RLConfig, view: ProgressReporter, stop: Stop, stack: E
     stack.callback(judge.close)
     records = RayRecords(run.path, stores)
     stack.callback(records.forget)
-    prefetches = config.algo.proximal == "recompute" and not section.colocate
+    # The ranks hold the weights at which a step starts while it is sampled, unless sampling is ahead.
+    prefetches = config.algo.proximal == "recompute" and not section.colocate and not config.rollout.max_lag
     add = trainer.prefetcher.add if prefetches else None
-    catch_up, offloads = channel.catch_up, section.colocate
-    rollouts = Rollouts(pool, tokenizer, judge, task.planned[0], timer, view, stop, catch_up, add, offloads)
+    common = pool, tokenizer, judge, task.planned[0], timer, view, stop, channel.catch_up
+    rollouts = Rollouts(*common, partial(_require_engine, pool), add, section.colocate, config.rollout.window)
     parts = RLParts(
         config=config,
         problems=task.problems,
@@ -126,6 +135,7 @@ def build_cluster(config: RLConfig, view: ProgressReporter, stop: Stop, stack: E
         stop_token_ids=tokenizer.stop_token_ids,
         trainer=trainer,
         rollouts=rollouts,
+        eval_rollouts=Rollouts(*common),
         weights=channel,
         records=records,
         run=run,

@@ -25,7 +25,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pekoe.config.recipes import RLConfig
 from pekoe.core.errors import RunError
-from pekoe.core.types import FloatArray, Problem, Record, Trajectory, Verdict
+from pekoe.core.types import FloatArray, Handle, JudgedGroup, Problem, Record, Trajectory, Verdict
 from pekoe.data.tokenizer import Tokenizer
 from pekoe.ray.placement import ByteCount, ray_get, translated
 from pekoe.run.judging import Judge, make_judge
@@ -77,6 +77,8 @@ class StoreActor:
         self._config, self._num_judges = config, num_judges
         self._values: dict[Key, tuple[int, Any]] = {}  # with the number of writes before it was put
         self._num_writes = 0
+        rollout = config.rollout  # what is sampled ahead of training is used so much later
+        self._kept_steps = _KEPT_STEPS + rollout.max_lag + -(-(rollout.window - 1) // rollout.prompts_per_step)
 
     async def put(self, values: Mapping[Key, Record | FloatArray]) -> None:
         self._values |= {key: (self._num_writes, value) for key, value in values.items()}
@@ -95,7 +97,7 @@ class StoreActor:
         lines: list[tuple[dict[str, Any], Key]] = pickle.loads(packed)
         records = [RecordLine(fields, self._values[key][1]) for fields, key in lines]
         self._num_writes += 1
-        written, oldest = {key for _, key in lines}, self._num_writes - _KEPT_STEPS
+        written, oldest = {key for _, key in lines}, self._num_writes - self._kept_steps
         self._values = {
             key: value for key, value in self._values.items() if key[_RECORD] not in written and value[0] >= oldest
         }
@@ -210,11 +212,35 @@ class RayRecords:
         except OSError as error:
             raise RunError(f"the rollouts of a step could not be written: {error}") from None
 
+    def fetch(self, groups: Sequence[JudgedGroup]) -> list[JudgedGroup]:
+        """See `RecordWriter.fetch`."""
+        records = fetch(ref_of(trajectory) for group in groups for trajectory in group.trajectories)
+        return [_with_handles(group, [records[ref_of(t)] for t in group.trajectories]) for group in groups]
+
+    def adopt(self, groups: Sequence[JudgedGroup]) -> list[JudgedGroup]:
+        """See `RecordWriter.adopt`: in the store of this process's node."""
+        if not groups:
+            return []
+        node, actor = self._stores.on(ray.get_runtime_context().get_node_id())
+        keys: list[list[Key]] = [[(t.uid, t.draw, t.sample, -1, 0) for t in group.trajectories] for group in groups]
+        handles = [trajectory.handle for group in groups for trajectory in group.trajectories]
+        records = dict(zip(chain(*keys), [handle.resolve() for handle in handles], strict=True))
+        ray_get([actor.put.remote(records)], _FETCH_LIMIT_S, "tokens of a checkpoint to be stored")
+        return [
+            _with_handles(group, [StoreRef[Record](node, key) for key in of_group])
+            for group, of_group in zip(groups, keys, strict=True)
+        ]
+
     def forget(self) -> None:
         """Wait for what is being written, and ignore the outcome: the steps are made again."""
         if self._writing:
             ray.wait(self._writing, num_returns=len(self._writing), timeout=_WRITE_LIMIT_S)
         self._writing = []
+
+
+def _with_handles(group: JudgedGroup, handles: Sequence[Handle[Record]]) -> JudgedGroup:
+    trajectories = [replace(t, handle=handle) for t, handle in zip(group.trajectories, handles, strict=True)]
+    return replace(group, trajectories=tuple(trajectories))
 
 
 def ref_of(value: object) -> StoreRef[Record]:

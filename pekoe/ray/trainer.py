@@ -305,6 +305,9 @@ class RaySender:
         self._trainer, self._all = trainer, partial(trainer.call, limit_s=limit_s)
         self._first = partial(trainer.first, limit_s=limit_s)
 
+    def stage(self) -> bool:
+        return False  # the ranks keep no copy: a publish is over before they train on
+
     def address(self) -> tuple[str, int]:
         # Answered when the ranks are done with log-probs that they were asked for before: the limit is a step's.
         return self._trainer.first("address", "the first rank's address")

@@ -10,6 +10,7 @@ from statistics import median
 from pekoe.core.journal import Event
 from pekoe.core.roofline import Ceilings
 from pekoe.report.history import History
+from pekoe.report.overlap import overlap
 
 _WORK = {"rollout": "Sampling", "train": "Training"}  # the phases whose operations are counted
 _PREFILL = ("prefill", "cached", "shared")  # the tokens of context that were computed, and those that were not
@@ -23,6 +24,7 @@ def findings(history: History) -> list[str]:
         return []
     sentences = [
         _phases(steps),
+        overlap(history),
         *_bounds(history),
         _prefill(steps),
         _tail(history),
@@ -193,5 +195,8 @@ def _learning(steps: Sequence[Event]) -> list[str]:
 
 
 def _numerics(steps: Sequence[Event]) -> str:
-    values = [step["logprob_diff_max"] for step in steps if "logprob_diff_max" in step]
-    return f"Sampling and training log-probs differ by at most {max(values):.1e} (I1)." if values else ""
+    name, what = "logprob_diff_max", "Sampling and training log-probs differ by at most"
+    if any("lag_max" in step for step in steps):  # those of samples are of older weights
+        name, what = "sync_canary_diff", "After a publish, the canary's log-probs and the trainer's differ by at most"
+    values = [step[name] for step in steps if name in step]
+    return f"{what} {max(values):.1e} (I1)." if values else ""

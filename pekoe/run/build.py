@@ -47,7 +47,7 @@ from pekoe.run.rollouts import Rollouts
 from pekoe.run.run_dir import RunDir, with_date
 from pekoe.train import Layout, Trainer
 from pekoe.train.memory import limit_malloc_cache
-from pekoe.weights import LocalSender, WeightChannel, forward_logprobs
+from pekoe.weights import LocalSender, StagedSender, WeightChannel, forward_logprobs
 
 
 @dataclass(slots=True)
@@ -61,6 +61,8 @@ class RLParts:
     stop_token_ids: tuple[int, ...]
     trainer: core.Trainer
     rollouts: core.Rollouts
+    eval_rollouts: core.Rollouts
+    """The same engines and judges; its groups do not queue behind those of training."""
     weights: core.Weights
     records: RecordWriter
     run: RunDir
@@ -70,6 +72,10 @@ class RLParts:
     spec: ModelSpec
     machine: dict[str, Any] = field(default_factory=dict[str, Any])
     """The journal's event on the machine, written when the run begins."""
+    num_admitted: int = 0
+    """Steps whose groups have been put, since the run began."""
+    in_flight: core.InFlight | None = None
+    """What was put and not taken when the last step was complete."""
 
     def begin_step(self) -> None:
         """Forget the phases and counters of what came before."""
@@ -352,14 +358,18 @@ def build_rl(config: RLConfig, view: ProgressReporter, stop: Stop, stack: ExitSt
         task.report.write(run.path / "data.jsonl")
     records = LocalRecords(run.path, tokenizer)
     stack.callback(records.close)
+    temperature, lag = config.rollout.temperature, config.rollout.max_lag
+    embedded = config.engine.backend == "embedded"
+    staged = StagedSender(model, dtype, temperature, embedded) if lag else None  # before the trainer prepares the model
     trainer, timer = make_trainer(config, model, dtype), StepTimer(view)
-    pool = open_pool(config, model, task.longest, task.planned, run.path / "logs", view, stack)
+    sender = staged or LocalSender(model, dtype, trainer.logprobs)
+    pool = open_pool(config, sender.model, task.longest, task.planned, run.path / "logs", view, stack)
     canary = tokenizer.encode_prompt(task.problems[0].messages)
-    sender = LocalSender(model, dtype, trainer.logprobs)
-    weights = open_channel(config, pool, sender, canary, config.rollout.temperature, run.path / "logs")
+    weights = open_channel(config, pool, sender, canary, temperature, run.path / "logs")
     judge = make_judge(config.verify, tokenizer, config.run.seed)
     stack.callback(judge.close)
-    rollouts = Rollouts(pool, tokenizer, judge, task.planned[0], timer, view, stop, weights.catch_up)
+    common, catch_up = (pool, tokenizer, judge, task.planned[0], timer, view, stop), weights.catch_up
+    rollouts = Rollouts(*common, catch_up, catch_up if lag else lambda: None, window=config.rollout.window)
     return RLParts(
         config=config,
         problems=task.problems,
@@ -368,6 +378,7 @@ def build_rl(config: RLConfig, view: ProgressReporter, stop: Stop, stack: ExitSt
         stop_token_ids=tokenizer.stop_token_ids,
         trainer=trainer,
         rollouts=rollouts,
+        eval_rollouts=Rollouts(*common, catch_up),
         weights=weights,
         records=records,
         run=run,
@@ -387,7 +398,7 @@ def open_channel(
     return WeightChannel(
         pool,
         sender,
-        route="alias" if embedded else server.sync,
+        route=server.sync if not embedded else "copy" if isinstance(sender, StagedSender) else "alias",
         canary=canary,
         temperature=temperature,
         checksum_every=1 if embedded else server.checksum_every,

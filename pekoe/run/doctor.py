@@ -266,6 +266,8 @@ def _beside(config: RLConfig | SFTConfig, spec: ModelSpec, cuda: bool, weights: 
         return beside
     beside["judges"] = 0 if cuda else config.verify.workers * JUDGE
     engine = config.engine
+    if config.rollout.max_lag:
+        beside["copies of the weights"] = weights * (2 if engine.backend == "embedded" else 1)
     if engine.backend == "embedded":
         half = cuda and config.model.dtype == "bfloat16"
         per_token = spec.kv_values_per_token * (2 if half else 4)

@@ -11,6 +11,10 @@ from contextlib import contextmanager
 from pekoe.core.progress import NoProgress, ProgressReporter, phase
 
 
+class StoppedInStep(Exception):
+    """As StopRequested, at a moment when the trainer's weights are of no step that can be gone on from."""
+
+
 class StopRequested(Exception):
     """Ctrl-C arrived and the work in hand can be dropped without loss."""
 

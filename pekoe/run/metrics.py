@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ from pekoe.config.recipes import RLConfig
 from pekoe.core.loop import Counters, StepStats
 from pekoe.core.roofline import sampling_bytes, sampling_flops, training_bytes, training_flops
 from pekoe.core.spec import ModelSpec
+from pekoe.core.types import Trajectory
 from pekoe.run.rollouts import Batch
 
 # Above it something computes other numbers than training does. Tests hold every engine to half of the first; the second
@@ -26,11 +28,13 @@ def step_metrics(
     """Everything measured in one step. Rates are per rollout, `*_tokens_per_s` per second of their phase.
 
     `logprob_diff` and `logprob_diff_max` (I1) are of the first minibatch, whose forward runs on the very weights that
-    sampled it.
+    sampled it; with `rollout.max_lag` they say how far the policy has moved since. I1 is `sync_canary_diff` then, and
+    `pekoe rl --replay` tells it by version.
     """
     pairs = [pair for g in batch.everything() for pair in zip(g.trajectories, g.verdicts, strict=True)]
     judged = [(r, v) for r, v in pairs if v.label != "fault"]
     lengths = np.array([r.num_tokens for r, _ in pairs])
+    lagged = config.rollout.max_lag > 0  # then sampling goes on in all phases
     metrics: dict[str, Any] = {
         "step": step,
         "num_prompts": len(batch.groups) + len(batch.dropped),
@@ -44,10 +48,12 @@ def step_metrics(
         "response_tokens": _mean(lengths),
         "response_tokens_max": int(lengths.max(initial=0)),
         "truncation_rate": _mean([r.finish == "length" for r, _ in pairs]),
-        "rollout_tokens_per_s": float(lengths.sum() / seconds["rollout"]),
+        "rollout_tokens_per_s": float(lengths.sum() / (sum(seconds.values()) if lagged else seconds["rollout"])),
         "seconds": {name: round(value, 4) for name, value in seconds.items()},
         "step_s": round(sum(seconds.values()), 4),
     }
+    if lagged:
+        metrics |= lag_metrics(step, [r for r, _ in pairs])
     if not stats:
         return metrics | {"skipped": scored.no_signal or "no sample to train on"}
     targets, first = sum(s.num_targets for s in stats), stats[0].means
@@ -68,8 +74,26 @@ def step_metrics(
     }
     optional = ("reference_kl", "correction_weight", "correction_fraction")
     metrics |= {name: per_token(name) for name in optional if name in first}
+    if "correction_weight_max" in first:
+        metrics["correction_weight_max"] = max(s.means["correction_weight_max"] for s in stats)
     skipped = [s.skipped for s in stats if s.skipped]
     return metrics | ({"skipped": "; ".join(skipped)} if skipped else {})
+
+
+def lag_metrics(step: int, trajectories: Sequence[Trajectory]) -> dict[str, Any]:
+    """How many versions the weights behind each token were older than those of a synchronous run: mean, maximum and
+    tokens by lag."""
+    tokens: Counter[int] = Counter()
+    for t in trajectories:
+        ends = [start for _, start in t.versions[1:]] + [t.num_tokens]
+        for (version, start), end in zip(t.versions, ends, strict=True):
+            tokens[step - 1 - version] += end - start
+    total = max(1, tokens.total())
+    return {
+        "lag_mean": sum(lag * number for lag, number in tokens.items()) / total,
+        "lag_max": max(tokens, default=0),
+        "lag_tokens": {str(lag): number for lag, number in sorted(tokens.items())},
+    }
 
 
 def step_work(
@@ -140,7 +164,13 @@ def warnings_of(metrics: dict[str, Any], config: RLConfig) -> list[str]:
     """What looks wrong in a step's metrics, and what to do about it (docs/troubleshooting.md has more)."""
     found: list[str] = []
     largest, allowed = metrics.get("logprob_diff_max", 0.0), MAX_LOGPROB_DIFF[config.model.dtype]
-    if not largest <= allowed:
+    if config.rollout.max_lag:
+        if config.algo.correction == "off":
+            found.append(
+                "algo.correction is off, and samples are of older weights (rollout.max_lag): nothing corrects for it; "
+                'nearest: algo.proximal = "recompute" with algo.correction = "truncate", the defaults'
+            )
+    elif not largest <= allowed:
         found.append(
             f"log-probs of sampling and training differ by up to {largest:.2g} (expected: at most {allowed:g} in "
             f'{config.model.dtype}): look at what the engine is started with, or set algo.proximal = "recompute" with '

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 from pekoe.algo.scoring import Scored, reward_of
 from pekoe.core.errors import RunError
 from pekoe.core.records import write_records
-from pekoe.core.types import Handle, Record
+from pekoe.core.types import Handle, JudgedGroup, Record
 from pekoe.data.tokenizer import Tokenizer
 from pekoe.run.rollouts import Batch
 
@@ -37,6 +37,14 @@ class RecordWriter(Protocol):
         """Wait until everything is written. RunError where it could not be."""
         ...
 
+    def fetch(self, groups: Sequence[JudgedGroup]) -> list[JudgedGroup]:
+        """The same groups with their tokens in this process."""
+        ...
+
+    def adopt(self, groups: Sequence[JudgedGroup]) -> list[JudgedGroup]:
+        """Of groups with tokens in this process, those whose tokens are where the trainer fetches them."""
+        ...
+
 
 class LocalRecords:
     """Writes from a thread of this process."""
@@ -58,6 +66,11 @@ class LocalRecords:
                 writing.result(_LIMIT_S)
             except OSError as error:
                 raise RunError(f"the rollouts of a step could not be written: {error}") from None
+
+    def fetch(self, groups: Sequence[JudgedGroup]) -> list[JudgedGroup]:
+        return list(groups)
+
+    adopt = fetch
 
     def close(self) -> None:
         """Wait until the step in hand is written."""

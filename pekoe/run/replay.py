@@ -1,4 +1,5 @@
-"""One saved step again: from a checkpoint before it and the rollouts on disk, without an engine or a judge."""
+"""Training again from the rollouts on disk, without an engine or a judge: one step from the checkpoint before it, or
+the whole run from the model that it began with."""
 
 from __future__ import annotations
 
@@ -8,18 +9,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from pekoe.config.recipes import RLConfig, load_config
 from pekoe.core.errors import UserError
 from pekoe.core.journal import read_lines
 from pekoe.core.loop import StepStats
-from pekoe.core.progress import ProgressReporter
-from pekoe.core.records import read_records
-from pekoe.core.types import Record, Sample
+from pekoe.core.progress import ProgressReporter, phase
+from pekoe.core.records import read_records, record_of
+from pekoe.core.types import Sample
+from pekoe.model import load_model
 from pekoe.run.build import make_trainer, open_model, prepare
 from pekoe.run.interrupt import StepTimer
 from pekoe.run.rl import learn
 from pekoe.run.run_dir import checkpoints
+from pekoe.train import Trainer
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +43,12 @@ class Replayed:
     def grad_norm(self) -> float:
         return float(np.mean([s.grad_norm for s in self.stats]))
 
+    @property
+    def differs(self) -> bool:
+        """Whether the loss or the gradient norm is not the run's."""
+        pairs = [(self.loss, self.before["loss"]), (self.grad_norm, self.before["grad_norm"])]
+        return any(now != was and not (np.isnan(now) and np.isnan(was)) for now, was in pairs)
+
     def __str__(self) -> str:
         lines = [f"step {self.step}, from the weights of step {self.started_from}:"]
         for number, s in enumerate(self.stats, 1):
@@ -53,24 +63,78 @@ class Replayed:
         return "\n".join(lines)
 
 
+@dataclass(frozen=True, slots=True)
+class ReplayedRun:
+    """A whole run as it is again."""
+
+    num_steps: int
+    differing: list[int]  # steps whose loss or gradient norm is another one than the journal's
+    same_weights: bool | None  # as the run's model directory; None: that is of another step
+    logprob_diffs: dict[int, float]  # by version: the largest |engine's - trainer's| of the tokens that it sampled
+
+    @property
+    def same(self) -> bool:
+        return not self.differing and self.same_weights is not False
+
+    def __str__(self) -> str:
+        weights = {True: "the same weights, bit by bit", False: "other weights", None: "no weights to compare with"}
+        steps = "all with the loss of the run" if not self.differing else f"other losses in {_listed(self.differing)}"
+        worst = max(self.logprob_diffs, key=lambda version: self.logprob_diffs[version], default=None)
+        lines = [f"{self.num_steps} steps trained again from their rollouts: {steps}; {weights[self.same_weights]}"]
+        if worst is not None:
+            lines.append(
+                f"log-probs of sampling and training differ by at most {self.logprob_diffs[worst]:.2g} in each of "
+                f"{len(self.logprob_diffs)} versions (the most in version {worst})"
+            )
+        return "\n".join(lines)
+
+
+def _listed(steps: list[int]) -> str:
+    more = f" and {len(steps) - 5} more" if len(steps) > 5 else ""
+    return f"step{'s' * (len(steps) > 1)} {', '.join(map(str, steps[:5]))}{more}"
+
+
+class _Run:
+    """The records of a run, and a trainer that goes through them again."""
+
+    def __init__(self, run_dir: Path) -> None:
+        if not (run_dir / "config.toml").is_file() or not (run_dir / "journal.jsonl").is_file():
+            raise UserError(f"--replay: expected the directory of an rl run, got {run_dir}")
+        self.path = run_dir
+        self.config = load_config(run_dir / "config.toml", kind=RLConfig)
+        self.events = {e["step"]: e for e in read_lines(run_dir / "journal.jsonl") if e["event"] == "step"}
+
+    def open(self) -> Trainer:
+        prepare(self.config.run)
+        self.model, _, dtype = open_model(self.config.model)
+        return make_trainer(self.config, self.model, dtype)
+
+    def records(self, step: int) -> list[dict[str, Any]]:
+        lines = read_records(self.path, step)
+        if not lines:
+            raise UserError(f"--replay: expected the rollouts of step {step} in {self.path / 'rollouts'}, got none")
+        return lines
+
+    def train(self, trainer: Trainer, step: int, view: ProgressReporter) -> list[StepStats]:
+        if "loss" not in self.events[step]:
+            trainer.skip(self.config.algo.minibatches)
+            return []
+        return learn(self.config, trainer, samples_of(self.records(step)), step, StepTimer(view), view)[0]
+
+
 def replay(run_dir: Path, step: int, view: ProgressReporter) -> Replayed:
     """Train on the step's rollouts again, starting from the newest checkpoint before it. Nothing is written.
 
     Steps between that checkpoint and `step` are trained on too, in order. With as many threads as the run had, on the
     same machine, the loss is the same to the last bit.
     """
-    if not (run_dir / "config.toml").is_file() or not (run_dir / "journal.jsonl").is_file():
-        raise UserError(f"--replay: expected the directory of an rl run, got {run_dir}")
-    config = load_config(run_dir / "config.toml", kind=RLConfig)
-    events = {e["step"]: e for e in read_lines(run_dir / "journal.jsonl") if e["event"] == "step"}
-    if step not in events:
-        known = f"1 to {max(events)}" if events else "none"
+    run = _Run(run_dir)
+    if step not in run.events:
+        known = f"1 to {max(run.events)}" if run.events else "none"
         raise UserError(f"--replay: expected a step of {run_dir} ({known}), got {step}")
-    if "loss" not in events[step]:
-        raise UserError(f"--replay: step {step} trained on nothing: {events[step].get('skipped')}")
-    prepare(config.run)
-    model, _, dtype = open_model(config.model)
-    trainer = make_trainer(config, model, dtype)
+    if "loss" not in run.events[step]:
+        raise UserError(f"--replay: step {step} trained on nothing: {run.events[step].get('skipped')}")
+    trainer = run.open()
     earlier = [path for path in checkpoints(run_dir) if int(path.name[5:]) < step]
     start = 0
     if earlier:
@@ -79,14 +143,55 @@ def replay(run_dir: Path, step: int, view: ProgressReporter) -> Replayed:
     stats: list[StepStats] = []
     for number in range(start + 1, step + 1):
         view.say(f"step {number} of {step}")
-        if "loss" not in events[number]:
-            trainer.skip(config.algo.minibatches)
-            continue
-        lines = read_records(run_dir, number)
-        if not lines:
-            raise UserError(f"--replay: expected the rollouts of step {number} in {run_dir / 'rollouts'}, got none")
-        stats, _ = learn(config, trainer, samples_of(lines), number, StepTimer(view), view)
-    return Replayed(step, start, events[step], stats)
+        stats = run.train(trainer, number, view)
+    return Replayed(step, start, run.events[step], stats)
+
+
+def replay_run(run_dir: Path, view: ProgressReporter) -> ReplayedRun:
+    """Train the whole run again from its records, whatever its schedule and its engines. Nothing is written.
+
+    With as many threads, on the same machine, the weights are the same to the last bit. Before each step the tokens
+    that its version sampled, for whichever step, are computed by the trainer (I1 by version).
+    """
+    run = _Run(run_dir)
+    steps = sorted(run.events)
+    if not steps or steps != list(range(1, len(steps) + 1)):
+        raise UserError(f"--replay: expected every step of {run_dir} from the first on, got {steps[:1] or 'none'}")
+    trainer, differing, diffs = run.open(), list[int](), dict[int, float]()
+    rollout = run.config.rollout
+    ahead = 1 + rollout.max_lag + -(-(rollout.window - 1) // rollout.prompts_per_step)
+    with phase(view, "steps", len(steps)):
+        for step in steps:
+            sampled = [line for later in range(step, min(step + ahead, steps[-1] + 1)) for line in run.records(later)]
+            if (largest := _largest_diff(trainer, sampled, step - 1)) is not None:
+                diffs[step - 1] = largest
+            stats = run.train(trainer, step, view)
+            if stats and Replayed(step, step - 1, run.events[step], stats).differs:
+                differing.append(step)
+            view.advance()
+    saved = checkpoints(run_dir)
+    same = None
+    if saved and int(saved[-1].name[5:]) == steps[-1]:
+        written = dict(load_model(run_dir / "model").named_parameters())
+        same = all(torch.equal(tensor.cpu(), written[name]) for name, tensor in run.model.named_parameters())
+    return ReplayedRun(len(steps), differing, same, diffs)
+
+
+def _largest_diff(trainer: Trainer, lines: list[dict[str, Any]], version: int) -> float | None:
+    """The largest |engine's - trainer's log-prob| of the tokens that this version sampled; None where it has none."""
+    lines = [line for line in lines if any(v == version for v, _ in line["versions"]) and len(line["tokens"])]
+    if not lines:
+        return None
+    records = [record_of(line) for line in lines]
+    samples = [Sample(r.tokens, r.loss_mask, r.logprobs, np.zeros(len(r.tokens), np.float32)) for r in records]
+    largest = 0.0
+    for line, sample, logprobs in zip(lines, samples, trainer.logprobs(samples), strict=True):
+        ends = [start for _, start in line["versions"][1:]] + [len(line["tokens"])]
+        gap = np.abs(sample.behaviour_logprobs - logprobs)[sample.loss_mask]
+        for (number, start), end in zip(line["versions"], ends, strict=True):
+            if number == version:
+                largest = max(largest, float(gap[start:end].max(initial=0.0)))
+    return largest
 
 
 def samples_of(lines: list[dict[str, Any]]) -> list[Sample]:
@@ -97,7 +202,7 @@ def samples_of(lines: list[dict[str, Any]]) -> list[Sample]:
         group = groups.setdefault((line["uid"], line["draw"]), len(groups))
         if line["advantage"] is None:
             continue
-        record = Record.of(line["prompt_tokens"].astype(np.int64), line["tokens"].astype(np.int64), line["logprobs"])
+        record = record_of(line)
         advantages = np.where(record.loss_mask, np.float32(line["advantage"]), np.float32(0))
         samples.append(Sample(record.tokens, record.loss_mask, record.logprobs, advantages, group))
     return samples

@@ -21,7 +21,7 @@ from pekoe.core.progress import ProgressReporter, phase
 from pekoe.core.types import AnySample, Draw, JudgedGroup
 from pekoe.run.build import RLParts, eval_sampling
 from pekoe.run.evaluate import evaluate, warn_truncation
-from pekoe.run.interrupt import StepTimer, StopRequested
+from pekoe.run.interrupt import StepTimer, StoppedInStep, StopRequested
 from pekoe.run.metrics import step_metrics, step_work, warnings_of
 from pekoe.run.records import record_lines
 from pekoe.run.rollouts import Batch, check_faults
@@ -31,32 +31,51 @@ WARN_EVERY = 10  # steps: how often a warning is repeated
 
 
 def run_rl(parts: RLParts) -> None:
-    """Train until `num_steps`. Ctrl-C keeps the last complete step and raises Interrupted."""
+    """Train until `num_steps`. Ctrl-C keeps the last complete step and raises Interrupted.
+
+    Version t of the weights is that of step t. With `rollout.max_lag` = S the groups of step t are put when version
+    t - 1 - S serves, and sampled while earlier steps are trained on: by that version alone, or with
+    `during_update = "go_on"` by that and later ones. Groups put are at most (S + version + 1) x prompts_per_step.
+    """
     config, run = parts.config, parts.run
     progress = run.resume(parts.trainer) or Progress(0, parts.order.state(), config.eval.every is None)
     parts.order.restore(progress.order)
+    goes_on = config.rollout.during_update == "go_on"
     if parts.machine:
         run.journal.write("machine", **parts.machine)
     publish_first(parts, progress.step)
+    put_again(parts, progress)
     try:
         progress = evaluate_if_due(parts, progress)
         with phase(parts.view, "steps", config.num_steps, progress.step):
             while progress.step < config.num_steps:
                 step = progress.step + 1
                 parts.begin_step()
+                admit(parts, progress.step)
                 batch = collect(parts)
                 scored = score(batch.groups, config.algo)
                 stats, untrained = train(parts, scored, step)
+                if not goes_on:
+                    parts.rollouts.drain()
                 with parts.timer("sync"):
-                    synced = parts.weights.publish(step)
+                    synced = parts.weights.publish(step, wait=not config.rollout.max_lag)
+                if goes_on:
+                    admit(parts, step)
                 due = config.eval.every is not None and step % config.eval.every == 0
-                progress = Progress(step, parts.order.state(), evaluated=not due)
+                progress = progress_of(parts, step, evaluated=not due)
                 commit(parts, step, batch, scored, stats, untrained, synced)
                 check_finite(parts, progress)
                 progress = evaluate_if_due(parts, progress)
                 if step % config.train.save_every == 0:
                     save(parts, progress)
                 parts.view.advance()
+    except StoppedInStep:
+        run.settle()
+        kept = f"step {run.saved} is saved" if run.saved else "nothing is saved yet"
+        raise Interrupted(
+            f"stopped in step {progress.step + 1} of {config.num_steps}, before all that the version before it samples "
+            f"was complete (rollout.during_update = 'wait'); {kept}; run the same command again to go on from there"
+        ) from None
     except StopRequested:
         save(parts, progress)
         run.settle()
@@ -64,6 +83,7 @@ def run_rl(parts: RLParts) -> None:
             f"stopped after step {progress.step} of {config.num_steps}, which is saved; "
             f"run the same command again to go on from there"
         ) from None
+    parts.weights.settle()
     save(parts, progress)
     run.settle()
 
@@ -75,12 +95,36 @@ def publish_first(parts: RLParts, version: int) -> None:
     parts.view.say(str(report))
 
 
+def put_again(parts: RLParts, progress: Progress) -> None:
+    """What was in flight at the checkpoint, first."""
+    by_uid = {problem.uid: problem for problem in parts.problems}
+    draws = [Draw(by_uid[uid], number) for uid, number in progress.in_flight]
+    sampled = parts.run.sampled_in_flight(by_uid) if draws else []
+    parts.rollouts.restore(draws, parts.records.adopt(sampled))
+    parts.num_admitted = progress.step + len(draws) // parts.config.rollout.prompts_per_step
+    parts.in_flight = parts.rollouts.in_flight()
+
+
+def admit(parts: RLParts, version: int) -> None:
+    """Put the groups of the steps that `version` may be the first to sample for: up to version + 1 + max_lag."""
+    rollout, last = parts.config.rollout, version + 1 + parts.config.rollout.max_lag
+    steps = max(0, min(last, parts.config.num_steps) - parts.num_admitted)
+    parts.num_admitted += steps
+    if steps:
+        put(parts, steps * rollout.prompts_per_step)
+
+
+def put(parts: RLParts, number: int) -> None:
+    parts.rollouts.put([Draw(parts.problems[i], epoch) for i, epoch in parts.order.draw(number)])
+
+
 def collect(parts: RLParts) -> Batch:
-    """Draw problems, sample and judge. With dynamic sampling, draw again for groups that teach nothing (DAPO)."""
+    """Take the groups of a step. With dynamic sampling, draw again for groups that teach nothing (DAPO)."""
     rollout, batch = parts.config.rollout, Batch()
     while len(batch.groups) < rollout.prompts_per_step and batch.num_rounds <= rollout.dynamic_rounds:
         missing = rollout.prompts_per_step - len(batch.groups)
-        parts.rollouts.put([Draw(parts.problems[i], epoch) for i, epoch in parts.order.draw(missing)])
+        if batch.num_rounds:
+            put(parts, missing)
         for group in parts.rollouts.take(missing):
             reason = uninformative(group.verdicts) if rollout.dynamic_rounds else None
             if reason:
@@ -196,12 +240,20 @@ def evaluate_if_due(parts: RLParts, progress: Progress) -> Progress:
         return progress
     parts.begin_step()
     params = eval_sampling(parts.config, parts.stop_token_ids)
-    result = evaluate(parts.rollouts, parts.held_out, params, parts.config.verify.max_fault_rate)
+    result = evaluate(parts.eval_rollouts, parts.held_out, params, parts.config.verify.max_fault_rate)
     parts.run.journal.write("eval", step=progress.step, seconds=parts.timer.seconds, **result.as_dict())
     parts.rollouts.flush_cache()  # the next step finds the caches that a resumed run would find
     return replace(progress, evaluated=True)
 
 
+def progress_of(parts: RLParts, step: int, evaluated: bool) -> Progress:
+    """After a step, with what is in flight."""
+    parts.in_flight = parts.rollouts.in_flight()
+    in_flight = tuple((draw.problem.uid, draw.number) for draw in parts.in_flight.draws)
+    return Progress(step, parts.order.state(), evaluated, in_flight)
+
+
 def save(parts: RLParts, progress: Progress) -> None:
     parts.records.settle()
-    parts.run.save(parts.trainer, progress, parts.config.train.keep_checkpoints)
+    sampled = parts.in_flight.sampled() if parts.in_flight is not None else []
+    parts.run.save(parts.trainer, progress, parts.config.train.keep_checkpoints, parts.records.fetch(sampled))

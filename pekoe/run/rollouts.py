@@ -5,9 +5,10 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import count, takewhile
 from queue import Empty, SimpleQueue
 
 from pekoe.core.errors import RunError
@@ -17,10 +18,11 @@ from pekoe.core.types import Completion, Draw, JudgedGroup, Request, SamplingPar
 from pekoe.data.tokenizer import Tokenizer
 from pekoe.engine.base import requests_of
 from pekoe.engine.pool import EnginePool
-from pekoe.run.interrupt import StepTimer, Stop
+from pekoe.run.interrupt import StepTimer, Stop, StoppedInStep
 from pekoe.run.judging import Judge, await_verdicts
 
 _LOOK_S = 0.5  # between looks at the stop request while nothing finishes
+_STOP_S = 5.0  # that `drain` goes on after a stop request: the step is complete then
 _WAITING_S = 1.0  # between calls of `while_waiting`
 
 
@@ -30,6 +32,7 @@ class _Group:
 
     draw: Draw
     size: int
+    order: int  # in which it was put
     trajectories: dict[int, Trajectory] = field(default_factory=dict[int, Trajectory])  # by sample index
     verdicts: dict[int, Future[Verdict]] = field(default_factory=dict[int, "Future[Verdict]"])
 
@@ -41,13 +44,29 @@ class _Group:
     def judged(self) -> bool:
         return self.sampled and all(verdict.done() for verdict in self.verdicts.values())
 
+    def judge(self, judge: Judge) -> JudgedGroup:
+        """Wait for the verdicts of a group that is sampled."""
+        verdicts = await_verdicts([self.verdicts[i] for i in range(self.size)], judge)
+        trajectories = tuple(self.trajectories[i] for i in range(self.size))
+        return JudgedGroup(self.draw.problem, self.draw.number, trajectories, tuple(verdicts))
 
-_Finished = SimpleQueue[tuple[_Group, Request, "Future[Completion]"]]
+
+@dataclass(frozen=True, slots=True)
+class Flight:
+    """Implements `core.loop.InFlight`."""
+
+    groups: Sequence[_Group]
+    judge: Judge
+
+    @property
+    def draws(self) -> list[Draw]:
+        return [group.draw for group in self.groups]
+
+    def sampled(self) -> list[JudgedGroup]:
+        return [group.judge(self.judge) for group in self.groups if group.sampled]
 
 
-def _hand_over(finished: _Finished, group: _Group, request: Request, future: Future[Completion]) -> None:
-    """Called in a thread of the engine's."""
-    finished.put((group, request, future))
+_Finished = SimpleQueue[tuple[_Group, Trajectory, "Future[Verdict]"] | BaseException]
 
 
 class Rollouts:
@@ -60,9 +79,11 @@ class Rollouts:
         params: how training samples.
         timer: is given the phases "rollout" and "verify".
         while_waiting: called about once a second while `take` waits, when the trainer is idle.
+        while_draining: called so while `drain` waits: the trainer's weights are newer than those that are wanted.
         on_group: called with each group of training, in the order in which they were put, as soon as it and those
             before it are sampled.
         offloads: whether engines and trainer take turns on the same devices.
+        window: a group that is judged may overtake others, within so many from the oldest.
     """
 
     def __init__(
@@ -75,21 +96,26 @@ class Rollouts:
         view: ProgressReporter,
         stop: Stop,
         while_waiting: Callable[[], None] = lambda: None,
+        while_draining: Callable[[], None] = lambda: None,
         on_group: Callable[[Sequence[Trajectory]], None] | None = None,
         offloads: bool = False,
+        window: int = 1,
     ) -> None:
         self._pool, self._tokenizer, self._judge, self._params = pool, tokenizer, judge, params
         self._timer, self._view, self._stop = timer, view, stop
-        self._while_waiting, self._on_group, self._offloads = while_waiting, on_group, offloads
+        self._while_waiting, self._while_draining = while_waiting, while_draining
+        self._on_group, self._offloads, self._window = on_group, offloads, window
         self._groups: deque[_Group] = deque()  # in the order in which they were put
         self._unreported: deque[_Group] = deque()  # those that `on_group` was not called with yet
+        self._orders = count()
         self._finished: _Finished = SimpleQueue()
-        self._waited = 0.0  # when `while_waiting` was last called
+        self._to_judge = ThreadPoolExecutor(1, "to the judges")  # also while the caller trains
+        self._waited = 0.0  # when a callback of those who wait was last called
 
     def put(self, draws: Sequence[Draw], params: SamplingParams | None = None) -> None:
         """See `core.loop.Rollouts`."""
         params = params or self._params
-        groups = [_Group(draw, params.n) for draw in draws]
+        groups = [_Group(draw, params.n, next(self._orders)) for draw in draws]
         requests = [self._requests(draw, params) for draw in draws]
         futures = iter(self._pool.submit([request for group in requests for request in group]))
         self._groups += groups
@@ -97,65 +123,122 @@ class Rollouts:
             self._unreported += groups
         for group, its_requests in zip(groups, requests, strict=True):
             for request in its_requests:
-                next(futures).add_done_callback(partial(_hand_over, self._finished, group, request))
+                next(futures).add_done_callback(partial(self._hand_over, self._finished, group, request))
 
     def _requests(self, draw: Draw, params: SamplingParams) -> list[Request]:
         prompt = self._tokenizer.encode_prompt(draw.problem.messages)
         return requests_of(draw.problem.uid, draw.number, prompt, params)
+
+    def _hand_over(self, finished: _Finished, group: _Group, request: Request, future: Future[Completion]) -> None:
+        """Called in a thread of an engine's, which has other things to do."""
+        self._to_judge.submit(self._have_judged, finished, group, request, future)
+
+    def _have_judged(self, finished: _Finished, group: _Group, request: Request, future: Future[Completion]) -> None:
+        """Have a completion judged; errors are raised in `_receive`. What was cancelled is ignored."""
+        if finished is not self._finished:
+            return
+        try:
+            trajectory = Trajectory.of(request, future.result())
+            finished.put((group, trajectory, self._judge.submit(group.draw.problem, trajectory)))
+        except BaseException as error:
+            finished.put(error)
+
+    def restore(self, draws: Sequence[Draw], sampled: Sequence[JudgedGroup]) -> None:
+        """See `core.loop.Rollouts`."""
+        known = {(group.problem.uid, group.draw): group for group in sampled}
+        for draw in draws:
+            judged = known.get((draw.problem.uid, draw.number))
+            if judged is None:
+                self.put([draw])
+                continue
+            group = _Group(draw, len(judged.trajectories), next(self._orders))
+            group.trajectories = dict(enumerate(judged.trajectories))
+            for index, verdict in enumerate(judged.verdicts):
+                group.verdicts[index] = Future()
+                group.verdicts[index].set_result(verdict)
+            self._groups.append(group)
 
     def take(self, n: int) -> list[JudgedGroup]:
         """See `core.loop.Rollouts`. StopRequested where the user asked to stop; everything in flight is dropped."""
         return list(self.stream(n))
 
     def stream(self, n: int) -> Iterator[JudgedGroup]:
-        """As `take`; yields each group as soon as it and those put before it are judged."""
+        """As `take`; yields each group as soon as it is judged and its turn has come."""
         assert n <= len(self._groups), f"{n} groups are to be taken, {len(self._groups)} were put"
         wanted = [self._groups[i] for i in range(n)]
-        left = n
+        left, last = n, wanted[-1].order if wanted else 0
         try:
             with self._timer("rollout", sum(group.size - len(group.trajectories) for group in wanted)):
-                while not all(group.sampled for group in wanted):
-                    self._receive()
-                    while left and self._groups[0].judged:
+                while left:
+                    self._stop.check()
+                    judged = next((group for group in self._next() if group.judged), None)
+                    if judged is not None:
                         left -= 1
-                        yield self._pop()
+                        yield self._pop(judged)
+                    elif self._enough_sampled(left):
+                        break
+                    else:
+                        self._receive(self._while_waiting, last)
             with self._timer("verify", left):
                 for _ in range(left):
                     self._stop.check()
-                    yield self._pop()
+                    yield self._pop(next(self._next()))
                     self._view.advance()
         except BaseException:  # also where the caller stops iterating
             self.cancel()
             raise
 
-    def _receive(self) -> None:
-        """Wait a moment for a completion, and have it judged."""
-        self._stop.check()
+    def drain(self) -> None:
+        """See `core.loop.Rollouts`. StoppedInStep some seconds after the user asked to stop."""
+        asked: float | None = None  # when
+        with self._timer("rollout"):
+            while not all(group.sampled for group in self._groups):
+                if self._stop.requested:
+                    asked = asked or time.monotonic()
+                    if time.monotonic() - asked > _STOP_S:
+                        self.cancel()
+                        raise StoppedInStep
+                self._receive(self._while_draining)
+
+    def _next(self) -> Iterator[_Group]:
+        """Groups that are sampled and whose turn it is: within the window from the oldest."""
+        end = self._groups[0].order + self._window
+        return (group for group in takewhile(lambda group: group.order < end, self._groups) if group.sampled)
+
+    def _enough_sampled(self, n: int) -> bool:
+        """Whether `n` groups can be given out without another being sampled."""
+        oldest = next((group.order for group in self._groups if not group.sampled), None)
+        end = float("inf") if oldest is None else oldest + self._window
+        return sum(group.sampled for group in takewhile(lambda group: group.order < end, self._groups)) >= n
+
+    def _receive(self, while_waiting: Callable[[], None], last: int = -1) -> None:
+        """Wait a moment for a completion. Progress is that of groups put up to `last`."""
         if time.monotonic() - self._waited > _WAITING_S:
-            self._while_waiting()
+            while_waiting()
             self._waited = time.monotonic()
         try:
-            group, request, future = self._finished.get(timeout=_LOOK_S)
+            finished = self._finished.get(timeout=_LOOK_S)
         except Empty:
             return
-        trajectory = Trajectory.of(request, future.result())
-        group.trajectories[request.sample] = trajectory
-        group.verdicts[request.sample] = self._judge.submit(group.draw.problem, trajectory)
-        self._view.advance()
+        if isinstance(finished, BaseException):
+            raise finished
+        group, trajectory, verdict = finished
+        group.verdicts[trajectory.sample] = verdict
+        group.trajectories[trajectory.sample] = trajectory
+        if group.order <= last:
+            self._view.advance()
         while self._on_group is not None and self._unreported and self._unreported[0].sampled:
             first = self._unreported.popleft()
             self._on_group([first.trajectories[i] for i in range(first.size)])
 
-    def _pop(self) -> JudgedGroup:
-        """The first group, when it is judged."""
-        group = self._groups[0]
-        verdicts = await_verdicts([group.verdicts[i] for i in range(group.size)], self._judge)
-        self._groups.popleft()
-        trajectories = tuple(group.trajectories[i] for i in range(group.size))
-        return JudgedGroup(group.draw.problem, group.draw.number, trajectories, tuple(verdicts))
+    def _pop(self, group: _Group) -> JudgedGroup:
+        """A group that is sampled, when it is judged."""
+        judged = group.judge(self._judge)
+        self._groups.remove(group)
+        return judged
 
-    def in_flight(self) -> list[Draw]:
-        return [group.draw for group in self._groups]
+    def in_flight(self) -> Flight:
+        return Flight(tuple(self._groups), self._judge)
 
     def cancel(self) -> None:
         """See `core.loop.Rollouts`. What the engines still finish is ignored."""

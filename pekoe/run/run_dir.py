@@ -5,7 +5,8 @@
     ledger.jsonl           what became of every prompt drawn
     data.jsonl             problems that were read and dropped, each with the reason; absent if there are none
     rollouts/              the records of each step, see `core.records`
-    checkpoints/           trainer state by torch.distributed.checkpoint, and state.json with everything else
+    checkpoints/           trainer state by torch.distributed.checkpoint, state.json with everything else, and
+                           in-flight.* with the rollouts that were sampled and not trained on yet (`rollout.max_lag`)
     model/                 the last saved version in Hugging Face format
     discarded/             what a resumed run took back
 
@@ -20,7 +21,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -34,6 +35,8 @@ from pekoe.core.errors import RunError, UserError
 from pekoe.core.io import fsync
 from pekoe.core.journal import Journal, JsonLines, Listener
 from pekoe.core.loop import Snapshot, Trainer
+from pekoe.core.records import read_groups, write_groups
+from pekoe.core.types import JudgedGroup, Problem
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,11 +46,13 @@ class Progress:
     step: int
     order: dict[str, Any]  # of the data, see `data.order`
     evaluated: bool = True  # whether the evaluation that follows the step, if any, was made
+    in_flight: tuple[tuple[str, int], ...] = ()  # draws put and not taken, (uid, number), in order
 
     @classmethod
     def of(cls, state: Mapping[str, Any]) -> Progress:
         """From a checkpoint's JSON; `measured` is an older name of `evaluated`."""
-        return cls(state["step"], state["order"], state.get("evaluated", state.get("measured", True)))
+        in_flight = tuple((uid, number) for uid, number in state.get("in_flight", ()))
+        return cls(state["step"], state["order"], state.get("evaluated", state.get("measured", True)), in_flight)
 
 
 C = TypeVar("C", bound=TrainingConfig)
@@ -70,6 +75,7 @@ MAY_CHANGE = {
 }
 MAY_CHANGE_BELOW = ("parallel.", "engine.server.", "cluster.", "track.")  # processes, and who looks on
 WRITE_LIMIT_S = 3600  # of one checkpoint
+IN_FLIGHT = "in-flight"  # the stem of the files of a checkpoint's rollouts
 
 
 class RunDir:
@@ -95,7 +101,7 @@ class RunDir:
             stack.callback(self._writer.shutdown)  # waits: what was begun may as well stand
             self._stack = stack.pop_all()
         self._writing: tuple[dict[str, Any], float, Future[int]] | None = None
-        self._saved: int | None = None  # the step of the last checkpoint
+        self.saved: int | None = None  # the step of the last checkpoint
 
     def __enter__(self) -> RunDir:
         return self
@@ -149,7 +155,7 @@ class RunDir:
             state = json.loads((saved[-1] / "state.json").read_text(encoding="utf-8"))
             progress, offsets = Progress.of(state["progress"]), state["offsets"]
             trainer.load(saved[-1] / "trainer")
-            self._saved = progress.step
+            self.saved = progress.step
         if self._leader:
             self._take_back(progress, offsets)
         return progress
@@ -168,19 +174,24 @@ class RunDir:
         if progress or taken:
             self.journal.write("resumed", step=step, discarded_bytes=taken)
 
-    def save(self, trainer: Trainer, progress: Progress, keep: int) -> None:
+    def sampled_in_flight(self, problems: Mapping[str, Problem]) -> list[JudgedGroup]:
+        """The groups that the newest checkpoint has of its draws in flight; `problems` by their uids."""
+        return read_groups(checkpoints(self.path)[-1] / IN_FLIGHT, problems)
+
+    def save(self, trainer: Trainer, progress: Progress, keep: int, in_flight: Sequence[JudgedGroup] = ()) -> None:
         """Begin a checkpoint of `progress.step`, with the model directory; then remove checkpoints beyond `keep`.
+        `in_flight` was sampled and not trained on yet.
 
         Waits for the checkpoint before. Returns as soon as the trainer's state is copied: it is written while training
         goes on. `settle` reports success or failure.
         """
         self.settle()
-        if self._saved == progress.step:
+        if self.saved == progress.step:
             return
         start = time.perf_counter()
         offsets = {"journal": self.journal.sync(), "ledger": self.ledger.sync()}
         state = trainer.snapshot()
-        future = self._writer.submit(self._write, state, progress, offsets, keep)
+        future = self._writer.submit(self._write, state, progress, offsets, keep, in_flight)
         stall = time.perf_counter() - start
         self._writing = {"step": progress.step, "stall_s": round(stall, 4)}, start, future
 
@@ -205,7 +216,7 @@ class RunDir:
                 f"{f'that of step {int(kept[-1].name[5:])} stands' if kept else 'there is none before it'}. "
                 f"With the cause removed, the same command goes on from there"
             ) from None
-        self._saved = fields["step"]
+        self.saved = fields["step"]
         self.journal.write("checkpoint", **fields, seconds=round(time.perf_counter() - start, 4), bytes=size)
 
     def forget_writing(self) -> None:
@@ -214,7 +225,14 @@ class RunDir:
             wait([self._writing[2]], WRITE_LIMIT_S)
         self._writing = None
 
-    def _write(self, state: Snapshot, progress: Progress, offsets: Mapping[str, int], keep: int) -> int:
+    def _write(
+        self,
+        state: Snapshot,
+        progress: Progress,
+        offsets: Mapping[str, int],
+        keep: int,
+        in_flight: Sequence[JudgedGroup],
+    ) -> int:
         """Write a checkpoint and return its size in bytes. In a thread of its own: touches nothing that changes."""
         target = self.path / "checkpoints" / f"step-{progress.step:06d}"
         partial = target.with_name(f".partial-{target.name}")
@@ -224,6 +242,7 @@ class RunDir:
                 return 0
             text = json.dumps({"progress": asdict(progress), "offsets": offsets}, indent=1)
             (partial / "state.json").write_text(text, encoding="utf-8")
+            write_groups(partial / IN_FLIGHT, in_flight)
             size = _to_disk(partial)
             # The model first: where a checkpoint stands, its model does too. Killed in between, the step is done again.
             state.export(self.path / "model")

@@ -9,6 +9,6 @@ channel.py     publish: one channel for every route and every kind of engine
 
 from pekoe.weights.channel import Sender, WeightChannel
 from pekoe.weights.proof import forward_logprobs
-from pekoe.weights.transport import LocalSender, Receiver
+from pekoe.weights.transport import LocalSender, Receiver, StagedSender
 
-__all__ = ["LocalSender", "Receiver", "Sender", "WeightChannel", "forward_logprobs"]
+__all__ = ["LocalSender", "Receiver", "Sender", "StagedSender", "WeightChannel", "forward_logprobs"]

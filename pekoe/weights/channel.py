@@ -53,6 +53,10 @@ class Sender(Protocol):
     @property
     def compute_dtype(self) -> torch.dtype: ...
 
+    def stage(self) -> bool:
+        """Begin a version. Returns whether the weights were copied: the trainer may train on while they are sent."""
+        ...
+
     def address(self) -> tuple[str, int]:
         """Where rank 0 of a broadcast group would listen: host and free port."""
         ...
@@ -119,15 +123,34 @@ class WeightChannel:
         self._histories: WeakKeyDictionary[Engine, History] = WeakKeyDictionary()
         self._unknown = False  # whether an engine could not give a checksum in the publish in hand
         self._num_bytes, self._send_s = 0, 0.0
+        self._thread = ThreadPoolExecutor(1, "publish")
+        self._sending: Future[SyncReport] | None = None  # a publish that nobody waits for yet
+        self._last: SyncReport | None = None
 
-    def publish(self, version: int) -> SyncReport:
+    def publish(self, version: int, wait: bool = True) -> SyncReport:
         """See `core.loop.Weights`. Members that die meanwhile are lost; the others go on."""
+        before = self.settle()
+        copied = self._sender.stage()
+        self._pool.onload()
+        self._pool.stale()  # requests from now on wait for this version
+        if wait or not copied or before is None:
+            self._last = self._publish(version)
+            return self._last
+        self._sending = self._thread.submit(self._publish, version)
+        return before
+
+    def settle(self) -> SyncReport | None:
+        """See `core.loop.Weights`."""
+        sending, self._sending = self._sending, None
+        if sending is not None:
+            self._last = sending.result()  # each part of it has its limit
+        return self._last
+
+    def _publish(self, version: int) -> SyncReport:
         start, sent = time.perf_counter(), self._num_bytes
         self._version, self._unknown = version, False
         due = self._count < 2 or self._count % self._checksum_every == 0
         self._count += 1
-        self._pool.onload()
-        self._pool.stale()
         diff = 0.0
         while not self._pool.in_state("serving"):
             if targets := self._targets("stale"):
@@ -140,7 +163,10 @@ class WeightChannel:
         return SyncReport(version, self.route, seconds, self._num_bytes - sent, diff, checksum)
 
     def catch_up(self) -> None:
-        """Engines that came back get the current weights. Called where the trainer does not change them."""
+        """Engines that came back get the current weights. Called where the trainer does not change them, or keeps a
+        copy."""
+        if self._sending is not None and not self._sending.done():
+            return
         targets = [target for target in self._targets("stale") if not target.member.offloaded]
         if targets and self._version >= 0:
             self._update(targets, True)

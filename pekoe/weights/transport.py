@@ -9,6 +9,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from pekoe.model import Decoder, save_model
 from pekoe.train.checkpoint import whole_weights
 from pekoe.weights.checksums import ChecksumBuilder, checksum_builder_for, checksums_of
 from pekoe.weights.groups import close_group, free_port, open_group, wait_for
+from pekoe.weights.proof import forward_logprobs
 
 SHARED_MEMORY = Path("/dev/shm")
 _PREFIX = "pekoe-weights-"
@@ -161,6 +163,9 @@ class LocalSender:
         self._handles: dict[EngineKind, tuple[Any, float]] = {}
         self._builders: dict[EngineKind, ChecksumBuilder | None] = {}
 
+    def stage(self) -> bool:
+        return False
+
     def address(self) -> tuple[str, int]:
         return self._host, free_port(self._host)
 
@@ -212,3 +217,32 @@ class LocalSender:
         for handle, _ in self._handles.values():
             close_group(handle)
         self._handles = {}
+
+
+class StagedSender(LocalSender):
+    """For training that goes on while engines sample: sends a copy of the weights, made at each publish.
+
+    Args:
+        trained: the model that is trained, before a trainer has prepared it.
+        temperature: of sampling.
+        alternate: whether an engine in this process samples from the copy: then two take turns, and one is filled while
+            the engine samples from the other.
+    """
+
+    def __init__(self, trained: Decoder, compute_dtype: torch.dtype, temperature: float, alternate: bool) -> None:
+        self._trained = trained
+        self._copies = [deepcopy(trained).requires_grad_(False) for _ in range(1 + alternate)]
+        self._temperature = temperature
+        super().__init__(self._copies[0], compute_dtype, self._logprobs)
+
+    def stage(self) -> bool:
+        self._copies.reverse()
+        self.model = self._copies[0]
+        trained = dict(self._trained.named_parameters())
+        with torch.no_grad():
+            for name, parameter in self.model.named_parameters():
+                parameter.copy_(trained[name])
+        return True
+
+    def _logprobs(self, samples: Sequence[Sample]) -> list[FloatArray]:
+        return forward_logprobs(self.model, self._temperature, self.compute_dtype, samples)

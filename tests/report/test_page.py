@@ -70,10 +70,15 @@ def test_a_run_without_a_step_says_so(tmp_path: Path):
 
 
 def test_the_sentences_say_where_time_goes_and_what_would_help(run_dir: Path):
-    phases, micro, numerics = findings(read_history(run_dir))
+    phases, turns, micro, numerics = findings(read_history(run_dir))
     assert phases == (
         "A step takes 10 s (median of 2): rollout 60%, train 30%, sync 10%. Most of it is rollout, at 100 tokens a "
         "second; were that twice as fast, a step would be 1.43 times as fast."
+    )
+    assert turns == (
+        "Sampling (6 s a step) and training (3 s) take turns: the engines are idle for 40% of a step, the trainer for "
+        "60%. A step takes 10 s; with rollout.max_lag = 1 it would take about 7 s (1.43 times as fast), with 2 about 7 "
+        "s (1.43), if they did not share cores or a GPU as they do here."
     )
     assert "4 micro-batches of at most 20 tokens; a token budget of 40 would make that about 3" in micro
     assert numerics == "Sampling and training log-probs differ by at most 1.0e-06 (I1)."
@@ -109,16 +114,16 @@ def test_a_phase_is_measured_against_the_machine_that_ran_it(tmp_path: Path):
     run = write_run(tmp_path / "run", [MACHINE, *(step_event(i, **work, **sharing) for i in (1, 2))], {})
     history = read_history(run)
     said = findings(history)
-    assert said[1] == (  # 6 s of rollout: 0.3 s of arithmetic, 4.8 s of memory
+    assert said[2] == (  # 6 s of rollout: 0.3 s of arithmetic, 4.8 s of memory
         "Sampling computes 0.1 GFLOP/s; at memory's 0 GB/s, measured here, it would take 80% of its time: memory "
         "bounds it; larger batches would help, little else."
     )
-    assert said[2] == (  # 3 s of training: 0.6 s of arithmetic
+    assert said[3] == (  # 3 s of training: 0.6 s of arithmetic
         "Training computes 0.2 GFLOP/s; at a matrix product's 1 GFLOP/s, measured here, it would take 20% of its time: "
         "the rest goes to Python and small operations between the products, which more tokens a "
         "micro-batch would share."
     )
-    assert said[3].startswith("Prefix sharing saved 90% of prefill: 180 of 200 tokens of context, 140 by a group's")
+    assert said[4].startswith("Prefix sharing saved 90% of prefill: 180 of 200 tokens of context, 140 by a group's")
     page = render([history])
     found = {chart["layout"]["title"]["text"]: chart for chart in data_of(page)["charts"]}
     assert found["utilisation in rollout: share of the machine's ceiling"]["data"][0]["y"] == pytest.approx([0.8, 0.8])

@@ -55,6 +55,8 @@ def test_every_part_of_a_recipe_counts(tree: dict[str, Any]):
     assert parts("algo.kl=0.1", "model.dtype=bfloat16")["reference model"] == plain["weights"] // 2
     assert "KV cache" not in parts("engine.backend='vllm'", "engine.server.urls=['http://127.0.0.1:1']")
     assert parts("verify.workers=3")["judges"] == 3 * doctor.JUDGE
+    assert "copies of the weights" not in plain
+    assert parts("rollout.max_lag=1")["copies of the weights"] == 2 * plain["weights"]
     sft = {key: tree[key] for key in ("run", "model", "train")} | {"data": {"train": "demos.jsonl"}}
     alone, shared = (forecast(load_config(sft, kind=SFTConfig), n, GIB).parts for n in (1, 2))
     assert shared["weights"] == alone["weights"] // 2

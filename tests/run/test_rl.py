@@ -235,7 +235,7 @@ def test_stopped_during_an_evaluation_the_resumed_run_measures_and_has_the_same_
     broken = build(*words, f"run.dir={tmp_path / 'broken'}")
 
     def stop_in_evaluation(parts: RLParts) -> None:
-        rollouts: Any = parts.rollouts
+        rollouts: Any = parts.eval_rollouts
         put = rollouts.put
 
         def watched(draws: Sequence[Draw], params: SamplingParams | None = None) -> None:

@@ -1,0 +1,76 @@
+"""What it gives that sampling runs ahead of training (`rollout.max_lag`), from a run's own measurements."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from statistics import mean
+
+from pekoe.core.journal import Event
+from pekoe.report.history import History
+
+_WAITS = 0.05  # share of a step from which on training waits for samples
+_SAMPLING, _TRAINING = ("rollout", "verify"), ("recompute", "train")
+Times = tuple[float, float, float]  # seconds of one step: sampling with judging, training, sync
+
+
+def overlap(history: History) -> str:
+    """A sentence on who waits for whom, and what another lag would give; empty where there is no choice."""
+    steps = [step for step in history.steps if step["seconds"].get("rollout") and "train" in step["seconds"]]
+    if not steps or history.config.get("cluster", {}).get("colocate"):
+        return ""
+    lagged = [step for step in steps if "lag_max" in step]
+    return _ahead(lagged) if lagged else _in_turns(steps, history)
+
+
+def times_of(step: Event) -> Times:
+    seconds = step["seconds"]
+    sampling, training = (sum(seconds.get(name, 0.0) for name in names) for names in (_SAMPLING, _TRAINING))
+    return sampling, training, seconds.get("sync", 0.0)
+
+
+def step_s(times: Sequence[Times], lag: int) -> float:
+    """Mean seconds of a step at another lag, from times at lag 0.
+
+    The batch of step t is sampled when the one before is and version t - 1 - lag serves, and trained on when it is
+    sampled and step t - 1 is done; both stand still during a sync. With equal steps: the sum of all at lag 0, else
+    max(sampling, training) + sync. Responses are not taken to overlap with those of other batches (the long tail):
+    in flight it may be less.
+    """
+    if not lag:
+        return mean(map(sum, times))
+    sampled, done = 0.0, [0.0] * (lag + 1)
+    for sampling, training, sync in [*times, *times]:  # once more, so that the beginning does not count
+        sampled = max(sampled, done[-1 - lag]) + sampling + sync
+        done.append(max(done[-1], sampled) + training + sync)
+    return (done[-1] - done[-1 - len(times)]) / len(times)
+
+
+def _in_turns(steps: Sequence[Event], history: History) -> str:
+    times = list(map(times_of, steps))
+    now, one, two = (step_s(times, lag) for lag in range(3))
+    sampling, training, _ = map(mean, zip(*times, strict=True))
+    apart = "cluster" in history.config or history.config.get("engine", {}).get("backend", "embedded") != "embedded"
+    return (
+        f"Sampling ({sampling:.3g} s a step) and training ({training:.3g} s) take turns: the engines are idle for "
+        f"{1 - sampling / now:.0%} of a step, the trainer for {sampling / now:.0%}. A step takes {now:.3g} s; with "
+        f"rollout.max_lag = 1 it would take about {one:.3g} s ({now / one:.2f} times as fast), with 2 about {two:.3g} "
+        f"s ({now / two:.2f}){'' if apart else ', if they did not share cores or a GPU as they do here'}."
+    )
+
+
+def _ahead(steps: Sequence[Event]) -> str:
+    waiting, training, sync = map(mean, zip(*map(times_of, steps), strict=True))
+    now = mean(map(History.seconds_of, steps))
+    average, most = mean(step["lag_mean"] for step in steps), max(step["lag_max"] for step in steps)
+    sentence = (
+        f"Sampling runs ahead of training by {average:.2g} versions on average, {most} at most. A step takes "
+        f"{now:.3g} s, of which training waits {waiting:.3g} s for samples"
+    )
+    if waiting < _WAITS * now:
+        return f"{sentence}: training bounds it, and a smaller lag might do."
+    busy = now * (1 - mean(step.get("idle_engines", 0.0) for step in steps)) - sync  # engines stop for a sync alone
+    turns = max(waiting, busy) + training + sync
+    return (
+        f"{sentence}: sampling bounds it. In turns (lag 0) the same work would take about {turns:.3g} s "
+        f"({turns / now:.2f} times as long), and more where the longest responses would hold up the others."
+    )

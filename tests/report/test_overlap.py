@@ -1,0 +1,85 @@
+"""What another lag would give, from a run's own measurements."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pekoe.report.findings import findings
+from pekoe.report.history import History, read_history
+from pekoe.report.overlap import overlap, step_s
+from pekoe.report.page import render
+from tests.report.conftest import response, step_event, write_run
+from tests.report.test_page import data_of
+
+LAG = {"lag_mean": 0.8, "lag_max": 2, "lag_tokens": {"0": 2, "1": 8, "2": 1}, "sync_canary_diff": 3e-6}
+
+
+def history_of(*steps: dict[str, Any], **config: Any) -> History:
+    return History(Path("run"), config, [step_event(i, **step) for i, step in enumerate(steps, 1)], {})
+
+
+def seconds(**phases: float) -> dict[str, Any]:
+    return {"seconds": phases, "step_s": sum(phases.values())}
+
+
+@pytest.mark.parametrize("times", [(6.0, 3.0, 1.0), (3.0, 6.0, 1.0), (4.0, 4.0, 0.0)])
+def test_with_equal_steps_a_lag_gives_the_larger_of_both_and_the_sync(times: tuple[float, float, float]):
+    assert step_s([times] * 5, 0) == sum(times)
+    assert step_s([times] * 5, 1) == step_s([times] * 5, 2) == max(times[:2]) + times[2]
+
+
+def test_a_larger_lag_evens_out_unequal_steps():
+    times = [(9.0, 4.0, 0.0), (1.0, 4.0, 0.0)] * 4
+    assert step_s(times, 0) == 9.0
+    assert step_s(times, 1) > step_s(times, 2) == 5.0
+
+
+def test_training_waits_for_a_sample_of_the_version_it_may_have():
+    """A step whose sampling is long delays its own training, and nothing before it."""
+    assert step_s([(1.0, 1.0, 0.0)] * 3 + [(10.0, 1.0, 0.0)], 1) == (1 + 1 + 1 + 10) / 4
+
+
+def test_devices_of_their_own_are_no_condition_where_they_have_them():
+    steps = seconds(rollout=4.0, verify=1.0, recompute=1.0, train=4.0, sync=0.0)
+    alone = overlap(history_of(steps))
+    assert alone.startswith("Sampling (5 s a step) and training (5 s) take turns: the engines are idle for 50%")
+    assert "with rollout.max_lag = 1 it would take about 5 s (2.00 times as fast)" in alone
+    assert alone.endswith(", if they did not share cores or a GPU as they do here.")
+    assert overlap(history_of(steps, cluster={})).endswith("with 2 about 5 s (2.00).")
+    assert overlap(history_of(steps, engine={"backend": "vllm"})).endswith("with 2 about 5 s (2.00).")
+
+
+def test_nothing_is_proposed_that_is_refused():
+    assert overlap(history_of({}, cluster={"colocate": True})) == ""
+    assert overlap(history_of(seconds(train=3.0))) == "", "SFT"
+
+
+def test_a_run_with_lag_says_who_waits_and_what_turns_would_take():
+    waits = overlap(history_of(seconds(rollout=4.0, train=5.0, sync=1.0) | LAG | {"idle_engines": 0.1}, cluster={}))
+    assert waits == (
+        "Sampling runs ahead of training by 0.8 versions on average, 2 at most. A step takes 10 s, of which training "
+        "waits 4 s for samples: sampling bounds it. In turns (lag 0) the same work would take about 14 s (1.40 times "
+        "as long), and more where the longest responses would hold up the others."
+    )
+    trains = overlap(history_of(seconds(rollout=0.1, train=8.9, sync=1.0) | LAG))
+    assert trains.endswith("training waits 0.1 s for samples: training bounds it, and a smaller lag might do.")
+
+
+def test_the_page_of_a_run_with_lag_shows_it_by_step(tmp_path: Path):
+    steps = [step_event(i, **LAG | {"lag_mean": i / 2, "lag_max": i}) for i in (1, 2)]
+    history = read_history(write_run(tmp_path / "run", steps, {"000001": [response(0, 0)]}))
+    page = render([history])
+    found = {chart["layout"]["title"]["text"]: chart["data"][0]["y"] for chart in data_of(page)["charts"]}
+    assert found["lag of the tokens trained on, mean (versions)"] == [0.5, 1.0]
+    assert found["lag of the oldest token trained on (versions)"] == [1, 2]
+    assert "Sampling runs ahead of training by 0.75 versions on average, 2 at most." in page
+    assert (
+        findings(history)[-1]
+        == "After a publish, the canary's log-probs and the trainer's differ by at most 3.0e-06 (I1)."
+    )
+    synchronous = read_history(write_run(tmp_path / "other", [step_event(1)], {"000001": [response(0, 0)]}))
+    titles = [chart["layout"]["title"]["text"] for chart in data_of(render([synchronous]))["charts"]]
+    assert not any(title.startswith("lag") for title in titles)
