@@ -26,6 +26,11 @@ class InFlight(Protocol):
         """In the order in which they were put."""
         ...
 
+    @property
+    def places(self) -> list[int]:
+        """How many draws were put from the oldest of these to each, those that were taken meanwhile too."""
+        ...
+
     def sampled(self) -> list[JudgedGroup]:
         """Those of which every response is sampled; waits for their verdicts."""
         ...
@@ -48,7 +53,7 @@ class Rollouts(Protocol):
 
     def in_flight(self) -> InFlight: ...
 
-    def restore(self, draws: Sequence[Draw], sampled: Sequence[JudgedGroup]) -> None:
+    def restore(self, draws: Sequence[Draw], places: Sequence[int], sampled: Sequence[JudgedGroup]) -> None:
         """Put draws that were in flight when a run was stopped; those that were sampled then are not sampled again."""
         ...
 

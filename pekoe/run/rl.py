@@ -98,9 +98,10 @@ def publish_first(parts: RLParts, version: int) -> None:
 def put_again(parts: RLParts, progress: Progress) -> None:
     """What was in flight at the checkpoint, first."""
     by_uid = {problem.uid: problem for problem in parts.problems}
-    draws = [Draw(by_uid[uid], number) for uid, number in progress.in_flight]
+    draws = [Draw(by_uid[uid], number) for uid, number, _ in progress.in_flight]
+    places = [place for _, _, place in progress.in_flight]
     sampled = parts.run.sampled_in_flight(by_uid) if draws else []
-    parts.rollouts.restore(draws, parts.records.adopt(sampled))
+    parts.rollouts.restore(draws, places, parts.records.adopt(sampled))
     parts.num_admitted = progress.step + len(draws) // parts.config.rollout.prompts_per_step
     parts.in_flight = parts.rollouts.in_flight()
 
@@ -248,8 +249,9 @@ def evaluate_if_due(parts: RLParts, progress: Progress) -> Progress:
 
 def progress_of(parts: RLParts, step: int, evaluated: bool) -> Progress:
     """After a step, with what is in flight."""
-    parts.in_flight = parts.rollouts.in_flight()
-    in_flight = tuple((draw.problem.uid, draw.number) for draw in parts.in_flight.draws)
+    parts.in_flight = left = parts.rollouts.in_flight()
+    names = ((draw.problem.uid, draw.number) for draw in left.draws)
+    in_flight = tuple((*name, place) for name, place in zip(names, left.places, strict=True))
     return Progress(step, parts.order.state(), evaluated, in_flight)
 
 

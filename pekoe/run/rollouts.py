@@ -62,6 +62,10 @@ class Flight:
     def draws(self) -> list[Draw]:
         return [group.draw for group in self.groups]
 
+    @property
+    def places(self) -> list[int]:
+        return [group.order - self.groups[0].order for group in self.groups]
+
     def sampled(self) -> list[JudgedGroup]:
         return [group.judge(self.judge) for group in self.groups if group.sampled]
 
@@ -115,7 +119,10 @@ class Rollouts:
     def put(self, draws: Sequence[Draw], params: SamplingParams | None = None) -> None:
         """See `core.loop.Rollouts`."""
         params = params or self._params
-        groups = [_Group(draw, params.n, next(self._orders)) for draw in draws]
+        self._begin([_Group(draw, params.n, next(self._orders)) for draw in draws], params)
+
+    def _begin(self, groups: list[_Group], params: SamplingParams) -> None:
+        draws = [group.draw for group in groups]
         requests = [self._requests(draw, params) for draw in draws]
         futures = iter(self._pool.submit([request for group in requests for request in group]))
         self._groups += groups
@@ -143,20 +150,21 @@ class Rollouts:
         except BaseException as error:
             finished.put(error)
 
-    def restore(self, draws: Sequence[Draw], sampled: Sequence[JudgedGroup]) -> None:
+    def restore(self, draws: Sequence[Draw], places: Sequence[int], sampled: Sequence[JudgedGroup]) -> None:
         """See `core.loop.Rollouts`."""
-        known = {(group.problem.uid, group.draw): group for group in sampled}
-        for draw in draws:
-            judged = known.get((draw.problem.uid, draw.number))
-            if judged is None:
-                self.put([draw])
+        judged = {(group.problem.uid, group.draw): group for group in sampled}
+        base = next(self._orders)
+        for draw, place in zip(draws, places, strict=True):
+            group = _Group(draw, self._params.n, base + place)
+            if (known := judged.get((draw.problem.uid, draw.number))) is None:
+                self._begin([group], self._params)
                 continue
-            group = _Group(draw, len(judged.trajectories), next(self._orders))
-            group.trajectories = dict(enumerate(judged.trajectories))
-            for index, verdict in enumerate(judged.verdicts):
+            group.trajectories = dict(enumerate(known.trajectories))
+            for index, verdict in enumerate(known.verdicts):
                 group.verdicts[index] = Future()
                 group.verdicts[index].set_result(verdict)
             self._groups.append(group)
+        self._orders = count(base + max(places, default=0) + 1)
 
     def take(self, n: int) -> list[JudgedGroup]:
         """See `core.loop.Rollouts`. StopRequested where the user asked to stop; everything in flight is dropped."""

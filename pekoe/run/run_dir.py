@@ -46,12 +46,12 @@ class Progress:
     step: int
     order: dict[str, Any]  # of the data, see `data.order`
     evaluated: bool = True  # whether the evaluation that follows the step, if any, was made
-    in_flight: tuple[tuple[str, int], ...] = ()  # draws put and not taken, (uid, number), in order
+    in_flight: tuple[tuple[str, int, int], ...] = ()  # draws put and not taken: uid, number, place (`core.loop`)
 
     @classmethod
     def of(cls, state: Mapping[str, Any]) -> Progress:
         """From a checkpoint's JSON; `measured` is an older name of `evaluated`."""
-        in_flight = tuple((uid, number) for uid, number in state.get("in_flight", ()))
+        in_flight = tuple((uid, number, place) for uid, number, place in state.get("in_flight", ()))
         return cls(state["step"], state["order"], state.get("evaluated", state.get("measured", True)), in_flight)
 
 

@@ -21,6 +21,8 @@ import torch
 from pekoe.config import EvalConfig, RLConfig, SFTConfig, load_config
 from pekoe.config.recipes import CurateConfig
 from pekoe.core.progress import NoProgress
+from pekoe.core.roofline import Ceilings
+from pekoe.run import hardware
 from pekoe.run.build import build_rl
 from pekoe.run.curate import run_curate
 from pekoe.run.evaluate import run_eval
@@ -118,6 +120,8 @@ def arm(point: Point) -> None:
 
 def run(config: RLConfig | SFTConfig, points: Sequence[Point]) -> None:
     """The child's whole life."""
+    # To measure the machine would take half of it.
+    hardware.measure_ceilings = lambda *_: Ceilings(flop_s=1e9, byte_s=1e9)
     for point in points:
         arm(point)
     if isinstance(config, SFTConfig):

@@ -7,6 +7,7 @@ import multiprocessing
 import signal
 import time
 from collections.abc import Callable, Iterable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,8 @@ _LEDGER = lambda lines, *_: lines.path.name == "ledger.jsonl"  # noqa: E731
 _METRICS = lambda _, event: event.get("event") == "step"  # noqa: E731
 _SAVED = lambda _, event: event.get("event") == "checkpoint"  # noqa: E731
 _ROLLOUTS = lambda path, _: path.parent.name == "rollouts"  # noqa: E731
+_IN_FLIGHT = lambda path, *_: Path(path).name.startswith(".in-flight")  # noqa: E731
+_DRAINING = lambda *given: len(given) == 2  # noqa: E731
 
 RESPONSE, OPTIMIZER = "pekoe.run.judging:RandomJudge.submit", "torch.optim:AdamW.step"
 FORWARD, LINE = "pekoe.train.trainer:Trainer.forward", "pekoe.core.journal:JsonLines.append"
@@ -95,6 +98,36 @@ AGAIN: dict[str, Point] = {  # and once more, by the run that goes on
     "half of the line on going on": Point(LINE, 1, "torn_line"),
     "mid-rollout": Point(RESPONSE, 5),
 }
+# Five steps sampled ahead of training by one version each, with an evaluation after the third and saves after 2, 4, 5.
+DRAIN, RECEIVE = "pekoe.run.rollouts:Rollouts.drain", "pekoe.run.rollouts:Rollouts._receive"
+AHEAD: dict[str, Point] = {
+    "before a drain": Point(DRAIN, 2),
+    "mid-drain": Point(RECEIVE, 20, "before", _DRAINING),
+    "after a drain": Point(DRAIN, 3, "after"),
+    "mid-rollout of the first put": Point(RESPONSE, 16),
+    "mid-rollout of a step to come": Point(RESPONSE, 64),
+    "ahead: before an optimizer step": Point(OPTIMIZER, 10),
+    "ahead: mid-backward of step 4": Point(FORWARD, 26, "in_backward"),
+    "ahead: before a sync": Point("pekoe.weights.channel:WeightChannel.publish", 4),
+    "half of a copy of the weights": Point("pekoe.weights.transport:StagedSender.stage", 4),
+    "ahead: after a sync": Point("pekoe.weights.channel:WeightChannel.publish", 4, "after"),
+    "ahead: half of a ledger line": Point(LINE, 11, "torn_line", _LEDGER),
+    "before the records in flight": Point("pekoe.run.run_dir:write_groups", 2),
+    "half of the arrays in flight": Point("pathlib:Path.write_bytes", 3, "torn_bytes", _IN_FLIGHT),
+    "half of the lines in flight": Point("pathlib:Path.write_bytes", 4, "torn_bytes", _IN_FLIGHT),
+    "between arrays and lines in flight": Point("os:replace", 3, "after", _IN_FLIGHT),
+    "after the records in flight": Point("pekoe.run.run_dir:write_groups", 2, "after"),
+    "ahead: before the rename": Point("os:replace", 2, "before", _STEP),
+    "ahead: after the rename": Point("os:replace", 1, "after", _STEP),
+    "ahead: before an evaluation": Point("pekoe.run.rl:evaluate", 2),
+    "ahead: after an evaluation": Point("pekoe.run.rl:evaluate", 2, "after"),
+}
+AHEAD_AGAIN: dict[str, Point] = {  # and once more, by the run that goes on from step 2
+    "before groups in flight are read": Point("pekoe.run.run_dir:read_groups"),
+    "after groups in flight are read": Point("pekoe.run.run_dir:read_groups", 1, "after"),
+    "groups in flight are restored": Point("pekoe.run.rollouts:Rollouts.restore", 1, "after"),
+    "before new groups are put": Point("pekoe.run.rl:put", 1),
+}
 
 
 @pytest.fixture(scope="module")
@@ -119,11 +152,16 @@ def in_child(config: RLConfig | SFTConfig, names: list[str]) -> None:
     killed.run(config, [ALL[name] for name in names])
 
 
-def future_of(run: Path) -> dict[str, Any]:
-    """All that decides what a run would do next, and what it said, but for times."""
+# Of a step's event, what depends on how much was sampled in it for steps to come.
+COUNTED = "rollout_bytes", "prefill_tokens", "cached_tokens", "shared_tokens", "num_preemptions", "num_forwards"
+
+
+def future_of(run: Path, but: tuple[str, ...] = ()) -> dict[str, Any]:
+    """All that decides what a run would do next, and what it said, but for times and what `but` names."""
+    ends = ("_s", "time", "seconds", "peak_bytes", *but)
     said = {
         name: [
-            {k: v for k, v in line.items() if not k.endswith(("_s", "time", "seconds", "peak_bytes"))}
+            {k: v for k, v in line.items() if not k.endswith(ends)}
             for line in read_lines(run / name)
             if line.get("event") not in ("machine", "resumed", "sync", "checkpoint")  # each start has its own
         ]
@@ -175,7 +213,7 @@ def rl(build: Build, tiny_dir: Path, life: Callable[..., int | None], expected: 
     return build(*more)
 
 
-def some_slow(names: Iterable[str]) -> list[Any]:
+def some_slow(names: Iterable[Any]) -> list[Any]:
     """Every third is always run."""
     return [name if i % 3 == 0 else pytest.param(name, marks=pytest.mark.slow) for i, name in enumerate(names)]
 
@@ -193,6 +231,54 @@ def test_killed_while_going_on(name: str, rl: RLConfig, life: Callable[..., int 
     assert life(rl, AGAIN[name]) == -signal.SIGKILL, "the point was not reached"
     assert life(rl) == 0
     assert_same(future_of(Path(rl.run.dir)), expected)
+
+
+@pytest.fixture(scope="module")
+def unbroken() -> dict[int, dict[str, Any]]:
+    return {}
+
+
+@pytest.fixture
+def ahead(
+    build: Build, tiny_dir: Path, life: Callable[..., int | None], unbroken: dict[int, dict[str, Any]], tmp_path: Path
+):
+    """`ahead(lag)`: a recipe that samples ahead of training, and what it comes to when nobody kills it."""
+
+    def make(lag: int) -> tuple[RLConfig, dict[str, Any]]:
+        more = (*MORE, f"eval.data={tiny_dir / 'held_out.jsonl'}", f"rollout.max_lag={lag}", "eval.every=3")
+        more = (*more, "num_steps=5", "train.save_every=2", "eval.samples=1")
+        if lag not in unbroken:
+            assert life(build(*more, f"run.dir={tmp_path / 'whole'}")) == 0
+            unbroken[lag] = future_of(tmp_path / "whole", COUNTED)
+            steps = [e for e in unbroken[lag]["journal.jsonl"] if e["event"] == "step"]
+            assert [e["lag_max"] for e in steps] == [min(step, lag) for step in range(5)]
+        return build(*more), unbroken[lag]
+
+    return make
+
+
+@pytest.mark.parametrize("at", some_slow(product(AHEAD, [1, 2])), ids=str)
+def test_killed_while_sampling_ahead(
+    at: tuple[str, int], ahead: Callable[..., tuple[RLConfig, dict[str, Any]]], life: Callable[..., int | None]
+):
+    name, lag = at
+    config, expected = ahead(lag)
+    assert life(config, AHEAD[name]) == -signal.SIGKILL, "the point was not reached"
+    assert life(config) == 0
+    assert_same(future_of(Path(config.run.dir), COUNTED), expected)
+
+
+@pytest.mark.parametrize("at", some_slow(product(AHEAD_AGAIN, [1, 2])), ids=str)
+def test_killed_while_restoring_what_was_in_flight(
+    at: tuple[str, int], ahead: Callable[..., tuple[RLConfig, dict[str, Any]]], life: Callable[..., int | None]
+):
+    name, lag = at
+    config, expected = ahead(lag)
+    assert life(config, AHEAD["ahead: before the rename"]) == -signal.SIGKILL
+    assert [path.name for path in checkpoints(Path(config.run.dir))] == ["step-000002"]
+    assert life(config, AHEAD_AGAIN[name]) == -signal.SIGKILL, "the point was not reached"
+    assert life(config) == 0
+    assert_same(future_of(Path(config.run.dir), COUNTED), expected)
 
 
 SFT: dict[str, Point] = {
@@ -230,7 +316,7 @@ def test_sft_killed_and_started_again(tiny_dir: Path, tmp_path: Path, life: Call
 
 
 JUDGES: dict[str, Point] = {"judges": Point("pekoe.run.rl:collect", 1, "with_children")}
-ALL = POINTS | AGAIN | SFT | JUDGES
+ALL = POINTS | AGAIN | AHEAD | AHEAD_AGAIN | SFT | JUDGES
 
 
 def test_no_judge_outlives_its_run(rl: RLConfig, life: Callable[..., int | None]):

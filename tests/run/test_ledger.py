@@ -10,6 +10,8 @@ import json
 import os
 import random
 import tempfile
+import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
@@ -58,6 +60,7 @@ class Life:
     seed: int = 0
     calls: int = 0
     dead: bool = False
+    version: int = 0  # of the weights
 
     def tick(self) -> None:
         self.calls += 1
@@ -106,6 +109,8 @@ class Pool:
 
     def abort(self) -> None: ...
 
+    def close(self) -> None: ...
+
     def flush_cache(self) -> None: ...
 
     def stats(self) -> EngineStats:
@@ -113,6 +118,65 @@ class Pool:
 
     def in_state(self, *states: str) -> list[Any]:
         return []
+
+
+class LatePool(Pool):
+    """Answers from a thread of its own, in random order; some requests when there is nothing else to answer. A token is
+    sampled when its request comes, another when it is answered."""
+
+    def __init__(self, life: Life) -> None:
+        super().__init__(life)
+        self._waiting: list[tuple[Request, Future[Completion], int]] = []
+        self._changed, self._closed = threading.Condition(), False
+        self._random = random.Random(life.seed)
+        self._thread = threading.Thread(target=self._answer_all, daemon=True)
+        self._thread.start()
+
+    def submit(self, requests: Sequence[Request]) -> list[Future[Completion]]:
+        self.life.tick()
+        futures: list[Future[Completion]] = [Future() for _ in requests]
+        with self._changed:
+            self._waiting += [(r, f, self.life.version) for r, f in zip(requests, futures, strict=True)]
+            self._changed.notify()
+        return futures
+
+    def abort(self) -> None:
+        with self._changed:
+            self._waiting.clear()
+
+    def close(self) -> None:
+        with self._changed:
+            self._closed = True
+            self._changed.notify()
+        self._thread.join()
+
+    def _answer_all(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._waiting or self._closed)
+                if self._closed:
+                    return
+                early = [each for each in self._waiting if not self._late(each[0])]
+                chosen = self._random.choice(early or self._waiting)
+                self._waiting.remove(chosen)
+            if self._random.random() < 0.2 or not early:
+                time.sleep(self._random.choice([1e-4, 1e-3]))
+            self._answer(*chosen)
+
+    def _late(self, request: Request) -> bool:
+        return random.Random(f"{self.life.seed} {request.uid} {request.draw} {request.sample}").random() < 0.2
+
+    def _answer(self, request: Request, future: Future[Completion], begun: int) -> None:
+        try:
+            self.life.tick()
+        except Killed as error:
+            future.set_exception(error)
+            return
+        fate, now = self.life.fate(request.uid, request.draw), self.life.version
+        finish = {"aborted": "abort", "cut": "length"}.get(fate, "stop")
+        record = Record.of(request.tokens, np.array([request.draw, request.sample]), np.zeros(2, np.float32))
+        versions = ((begun, 0),) if begun == now else ((begun, 0), (now, 1))
+        future.set_result(Completion(2, cast(Any, finish), versions, record))
 
 
 @dataclass
@@ -187,6 +251,7 @@ class Weights:
 
     def publish(self, version: int, wait: bool = True) -> SyncReport:
         self.life.tick()
+        self.life.version = version
         return SyncReport(version, "alias", 0.0, 0, 0.0, "equal")
 
     def settle(self) -> None: ...
@@ -210,14 +275,15 @@ def ticks_around_files(monkeypatch: pytest.MonkeyPatch, life: Callable[[], Life]
         monkeypatch.setattr(owner, name, ticking(getattr(owner, name)))
 
 
-def live(config: RLConfig, life: Life) -> tuple[Trainer, DataOrder]:
+def live(config: RLConfig, life: Life, make_pool: Callable[[Life], Pool] = Pool) -> tuple[Trainer, DataOrder]:
     """Run until the end, starting again after each kill."""
     problems = [Problem(str(i), ({"role": "user", "content": str(i)},), "0") for i in range(7)]
     while True:
         trainer, words = Trainer(life, problems), cast(Any, Words())
         timer, order = StepTimer(), DataOrder([p.uid for p in problems], 0)
         params = sampling(config.rollout, (1,), 0)
-        common = cast(Any, Pool(life)), words, Judge(life), params, timer, NoProgress(), Stop()
+        pool = make_pool(life)
+        common = cast(Any, pool), words, Judge(life), params, timer, NoProgress(), Stop()
         rollouts = Rollouts(*common, window=config.rollout.window)
         try:
             with ExitStack() as stack:
@@ -243,8 +309,10 @@ def live(config: RLConfig, life: Life) -> tuple[Trainer, DataOrder]:
                         spec=SPEC,
                     )
                 )
+            pool.close()
             return trainer, order
         except Killed:
+            pool.close()
             life.kills.pop(0)
             life.calls, life.dead = 0, False
 
@@ -305,6 +373,20 @@ RUNS = st.fixed_dictionaries(
 )
 
 
+def recipe_of(run: dict[str, Any], folder: str, rollout: dict[str, Any]) -> RLConfig:
+    tree: dict[str, Any] = {
+        "num_steps": run["num_steps"],
+        "run": {"dir": folder},
+        "model": {"path": "none"},
+        "data": {"train": "none", "max_prompt_tokens": 1},
+        "rollout": {"samples_per_prompt": SAMPLES, "max_new_tokens": 2} | rollout,
+        "algo": {"minibatches": run["minibatches"], "advantage": "grpo", "mask_truncated": True, "proximal": "engine"},
+        "train": {"save_every": run["save_every"], "keep_checkpoints": 1},
+        "verify": {"max_fault_rate": 1.0},
+    }
+    return load_config(tree)
+
+
 def prove(run: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     lives: list[Life] = []
     ticks_around_files(monkeypatch, lambda: lives[-1])
@@ -316,19 +398,7 @@ def prove(run: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     rounds = 0 if run["lag"] and not run["window"] else run["rounds"]
     for kills in ([], run["kills"]):
         with tempfile.TemporaryDirectory() as folder:
-            tree: dict[str, Any] = {
-                "num_steps": run["num_steps"],
-                "run": {"dir": folder},
-                "model": {"path": "none"},
-                "data": {"train": "none", "max_prompt_tokens": 1},
-                "rollout": {"prompts_per_step": prompts, "samples_per_prompt": SAMPLES, "max_new_tokens": 2}
-                | {"dynamic_rounds": rounds, **schedule},
-                "algo": {"minibatches": run["minibatches"], "advantage": "grpo", "mask_truncated": True}
-                | {"proximal": "engine"},
-                "train": {"save_every": run["save_every"], "keep_checkpoints": 1},
-                "verify": {"max_fault_rate": 1.0},
-            }
-            config = load_config(tree)
+            config = recipe_of(run, folder, {"prompts_per_step": prompts, "dynamic_rounds": rounds, **schedule})
             lives.append(Life(run["fates"], list(kills)))
             ledgers.append(check(config, lives[-1], *live(config, lives[-1])))
     if schedule.get("window", 1) == 1:
@@ -348,3 +418,52 @@ def test_every_prompt_drawn_is_accounted_for(run: dict[str, Any]):
 def test_every_prompt_drawn_is_accounted_for_in_many_runs(run: dict[str, Any]):
     with pytest.MonkeyPatch.context() as monkeypatch:
         prove(run, monkeypatch)
+
+
+WINDOWS = st.fixed_dictionaries(
+    {
+        "fates": st.lists(st.sampled_from(FATES), min_size=1, max_size=12),
+        "kills": st.lists(st.integers(1, 150), max_size=4),
+        "seed": st.integers(0, 1000),
+        "num_steps": st.integers(2, 8),
+        "prompts": st.integers(1, 4),
+        "minibatches": st.just(1),
+        "save_every": st.integers(1, 3),
+        "lag": st.integers(1, 3),
+        "window": st.integers(1, 9),
+    }
+)
+
+
+def prove_bound(run: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is lost, no group is overtaken by window - 1 others or more, and no token is older than the bound."""
+    life, window, prompts = Life(run["fates"], list(run["kills"]), run["seed"]), run["window"], run["prompts"]
+    ticks_around_files(monkeypatch, lambda: life)
+    rollout = {"prompts_per_step": prompts, "max_lag": run["lag"], "during_update": "go_on", "window": window}
+    with tempfile.TemporaryDirectory() as folder:
+        config = recipe_of(run, folder, rollout)
+        lines = check(config, life, *live(config, life, LatePool))
+        steps = [event for event in read_lines(Path(folder) / "journal.jsonl") if event["event"] == "step"]
+    put = DataOrder([str(i) for i in range(7)], 0).draw(len(lines))
+    order = {(str(i), epoch): place for place, (i, epoch) in enumerate(put)}
+    taken = [order[line["uid"], line["draw"]] for line in lines]
+    for place, group in enumerate(taken):
+        overtakers = [other for other in taken[:place] if other > group]
+        assert len(overtakers) < window, f"{group} was overtaken by {overtakers}"
+    for event in steps:
+        assert all(0 <= int(lag) <= run["lag"] - (-(window - 1) // prompts) for lag in event["lag_tokens"]), event
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(run=WINDOWS)
+def test_the_window_bounds_who_overtakes_whom_and_the_lag(run: dict[str, Any]):
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        prove_bound(run, monkeypatch)
+
+
+@pytest.mark.slow
+@settings(max_examples=600, deadline=None)
+@given(run=WINDOWS)
+def test_the_window_bounds_who_overtakes_whom_and_the_lag_in_many_runs(run: dict[str, Any]):
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        prove_bound(run, monkeypatch)

@@ -21,12 +21,14 @@ import torch
 
 from pekoe.config.engine import EngineSection
 from pekoe.core.journal import read_lines
+from pekoe.core.progress import NoProgress
 from pekoe.core.records import read_records
 from pekoe.core.types import Problem
 from pekoe.data.problems import write_problems
 from pekoe.demo.char_tokenizer import make_char_tokenizer
 from pekoe.engine import SGLangEngine
 from pekoe.model import Decoder, load_model, save_model
+from pekoe.run.replay import replay_run
 from pekoe.weights.checksums import SGLangChecksums, checksums_of
 from tests.servers.test_sglang_server import SHAPE as SGLANG_SHAPE
 from tests.servers.test_sglang_server import group_members
@@ -155,6 +157,43 @@ def test_vllm_launched_by_broadcast(lay_out: Callable[..., Path]):
     assert_proven(recipe, "broadcast")
     assert (recipe.parent / "run" / "logs" / "vllm-server-0.log").stat().st_size > 0
     assert_nothing_left()
+
+
+def assert_swapped_in_flight(recipe: Path, num_steps: int) -> None:
+    """Each step's weights came while responses of the next were under way; every token is of the version that it says
+    (I1), none is older than the bound, and training from the records gives the run's weights."""
+    run = recipe.parent / "run"
+    for step in range(2, num_steps + 1):
+        spans = [[version for version, _ in line["versions"]] for line in read_records(run, step)]
+        assert len(spans) == 16
+        assert {version for each in spans for version in each} <= {step - 2, step - 1}
+        assert [step - 2, step - 1] in spans, f"nothing was in flight when version {step - 1} came"
+    again = replay_run(run, NoProgress())
+    assert again.same, str(again)
+    assert again.same_weights
+    assert set(again.logprob_diffs) == set(range(num_steps))
+    assert max(again.logprob_diffs.values()) <= 5e-4
+    assert_nothing_left()
+
+
+LAGGING = {"prompts_per_step": 4, "samples_per_prompt": 4, "max_new_tokens": 400}
+LAGGING |= {"max_lag": 1, "during_update": "go_on"}
+
+
+def test_sglang_goes_on_sampling_while_the_weights_change(
+    lay_out: Callable[..., Path], sglang_section: Callable[..., EngineSection]
+):
+    recipe = lay_out(sglang_section(sync="shm"), SHAPE, rollout=LAGGING, num_steps=5)
+    pekoe("rl", str(recipe))
+    assert_swapped_in_flight(recipe, 5)
+
+
+def test_vllm_goes_on_sampling_while_the_weights_change(lay_out: Callable[..., Path]):
+    server = {"python": vllm_python(), "start_limit_s": START_LIMIT_S, "sync": "broadcast"}
+    engine = EngineSection.model_validate({"backend": "vllm", "server": server, "kv_tokens": 32 * 512})
+    recipe = lay_out(engine, SHAPE, rollout=LAGGING, num_steps=5)
+    pekoe("rl", str(recipe))
+    assert_swapped_in_flight(recipe, 5)
 
 
 def cluster_of(ranks: int = 2, **more: Any) -> dict[str, Any]:
