@@ -176,8 +176,13 @@ def assert_swapped_in_flight(recipe: Path, num_steps: int) -> None:
     assert_nothing_left()
 
 
-LAGGING = {"prompts_per_step": 4, "samples_per_prompt": 4, "max_new_tokens": 400}
-LAGGING |= {"max_lag": 1, "during_update": "go_on"}
+LAGGING = {
+    "prompts_per_step": 4,
+    "samples_per_prompt": 4,
+    "max_new_tokens": 400,
+    "max_lag": 1,
+    "during_update": "go_on",
+}
 
 
 def test_sglang_goes_on_sampling_while_the_weights_change(
