@@ -4,7 +4,7 @@
 VENV_VLLM ?= .venv-vllm
 VENV_SGLANG ?= .venv-sglang
 
-.PHONY: bench-rollout bench-train bench-verify bench-sync kill-matrix hosts chain learn-async
+.PHONY: bench-rollout bench-train bench-verify bench-sync kill-matrix hosts chain bench-async learn-async
 
 bench-rollout: $(VENV)/.stamp-test ## Measure rollouts beside vLLM and transformers: make bench-rollout ARGS=--quick
 	@[ -x $(VENV_VLLM)/bin/python ] || echo "Without vLLM: $(VENV_VLLM) is not there (make $(VENV_VLLM)/.stamp builds it)"
@@ -63,6 +63,9 @@ hosts: $(VENV)/.stamp-test ## Run a cluster of several hosts (network namespaces
 
 chain: $(VENV)/.stamp-test ## Run curate, sft, rl, eval, each killed once and gone on with, on two tasks
 	$(PY) benchmarks/chain.py $(ARGS)
+
+bench-async: $(VENV)/.stamp-test ## Measure training while sampling, by schedule (25 minutes): make bench-async ARGS=--quick
+	$(PY) benchmarks/bench_async.py $(ARGS)
 
 learn-async: $(VENV)/.stamp-test ## Whether RL learns with lag: the demo's RL stage at lags 0, 1, 2, 4 (an hour; needs a finished demo)
 	$(PY) benchmarks/learn_async.py $(ARGS)
