@@ -47,7 +47,7 @@ def learn(demo: Path, folder: Path, lag: int, seed: int, correction: str, words:
     printed = pekoe("eval", str(folder / "eval.toml"))
     result = json.loads(printed[printed.index("{") :])
     steps = [event for event in read_lines(folder / "rl" / "journal.jsonl") if event["event"] == "step"]
-    replayed = pekoe("rl", "--replay", str(folder / "rl"))
+    replayed = pekoe("rl", "--replay", str(folder / "rl")).strip().splitlines()
     return {
         "lag": lag,
         "seed": seed,
@@ -57,7 +57,7 @@ def learn(demo: Path, folder: Path, lag: int, seed: int, correction: str, words:
         "num_steps": len(steps),
         "lag_mean": sum(step.get("lag_mean", 0.0) for step in steps) / len(steps),
         "lag_max": max(step.get("lag_max", 0) for step in steps),
-        "replay": replayed.strip().splitlines(),
+        "replay": [line for line in replayed if "trained again" in line or "log-probs" in line],
     }
 
 
