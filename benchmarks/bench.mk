@@ -4,7 +4,7 @@
 VENV_VLLM ?= .venv-vllm
 VENV_SGLANG ?= .venv-sglang
 
-.PHONY: bench-rollout bench-train bench-verify bench-sync kill-matrix hosts chain
+.PHONY: bench-plan bench-rollout bench-train bench-verify bench-sync kill-matrix hosts chain
 
 bench-rollout: $(VENV)/.stamp-test ## Measure rollouts beside vLLM and transformers: make bench-rollout ARGS=--quick
 	@[ -x $(VENV_VLLM)/bin/python ] || echo "Without vLLM: $(VENV_VLLM) is not there (make $(VENV_VLLM)/.stamp builds it)"
@@ -63,3 +63,8 @@ hosts: $(VENV)/.stamp-test ## Run a cluster of several hosts (network namespaces
 
 chain: $(VENV)/.stamp-test ## Run curate, sft, rl, eval, each killed once and gone on with, on two tasks
 	$(PY) benchmarks/chain.py $(ARGS)
+
+# The planner against published figures, which a file of yours has: --fit fits its constants, --leave-out scores each
+# group with the constants of the others.
+bench-plan: $(VENV)/.stamp-test ## Score the planner: make bench-plan ARGS="--figures FILE.json --json OUT.json"
+	$(PY) benchmarks/bench_plan.py $(ARGS)

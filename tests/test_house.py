@@ -16,7 +16,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "pekoe"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 # Lines that a room may have, with docstrings and blank ones. A feature that needs more says what it costs and why.
 BUDGETS = {
-    "core": 860,
+    "core": 965,  # hardware.py: the table of devices, 105
     "config": 770,
     "kernels": 740,
     "algo": 480,
@@ -27,6 +27,7 @@ BUDGETS = {
     "train": 820,
     "weights": 850,
     "run": 2950,
+    "plan": 900,
     "report": 1150,
     "ray": 1270,
     "demo": 540,
@@ -91,7 +92,7 @@ def test_no_room_is_missing_from_the_plan():
 
 
 @pytest.mark.parametrize(
-    "module", ["pekoe.core", "pekoe.config", "pekoe.data", "pekoe.verify", "pekoe.report", "pekoe.cli"]
+    "module", ["pekoe.core", "pekoe.config", "pekoe.data", "pekoe.verify", "pekoe.report", "pekoe.plan.step", "pekoe.cli"]
 )
 def test_imports_without_torch(module: str):
     code = f"import sys, {module}; sys.exit(3 if 'torch' in sys.modules else 0)"
