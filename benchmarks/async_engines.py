@@ -52,6 +52,7 @@ Q7B = ModelSpec(
 )
 PROMPT_TOKENS, MAX_NEW_TOKENS, MEDIAN_TOKENS, SIGMA = 256, 27_648, 5_000, 0.9  # mean after clipping: about 7,000
 TOKEN_BUDGET = 30_720
+_ENDED = 1e-6  # of a forward: what is left by rounding
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,7 +229,13 @@ class GpuEngine(Sampler):
     def advance(self, now: float) -> list[tuple[Future[Completion], bytes]]:
         """Go on to `now`; returns what ended until then. With the clock's lock held."""
         ended: list[tuple[Future[Completion], bytes]] = []
-        while self._at < now:
+        while True:
+            if self._running and self._left() <= _ENDED:
+                ended.append(self._end(heapq.heappop(self._running)))
+                self._admit()
+                continue
+            if self._at >= now:
+                break
             left = now - self._at
             self._busy_s += left if self._running else 0.0
             if self._stall:
@@ -238,7 +245,7 @@ class GpuEngine(Sampler):
             if not self._running:
                 self._at = now
                 break
-            steps = self._running[0].start + self._running[0].length - self._count
+            steps = self._left()
             needed = self._duration(steps)
             if needed > left:
                 self._pass(self._steps_in(left))
@@ -246,15 +253,16 @@ class GpuEngine(Sampler):
                 break
             self._pass(steps)
             self._at += needed
-            while self._running and self._running[0].start + self._running[0].length <= self._count + 1e-6:
-                ended.append(self._end(heapq.heappop(self._running)))
-            self._admit()
         for canary in [each for each in self._canaries if each[0] <= now]:
             self._canaries.remove(canary)
             _, request, future = canary
             ended.append((future, self._answer(request, CANARY_TOKENS, ((self.version, 0),))))
         self._plan()
         return ended
+
+    def _left(self) -> float:
+        """Forwards until the first response ends."""
+        return self._running[0].start + self._running[0].length - self._count
 
     def _pass(self, steps: float) -> None:
         self._count += steps
@@ -298,8 +306,7 @@ class GpuEngine(Sampler):
     def _plan(self) -> None:
         self.due = math.inf
         if self._running:
-            steps = max(0.0, self._running[0].start + self._running[0].length - self._count)
-            self.due = self._at + self._stall + self._duration(steps)
+            self.due = self._at + self._stall + self._duration(max(0.0, self._left()))
         for at, _, _ in self._canaries:
             self.due = min(self.due, at)
 
@@ -380,10 +387,12 @@ class GpuStarter:
 
 
 class GpuWeights:
-    """Implements `core.loop.Weights`: loads every engine, proves it by a canary, and lets it serve."""
+    """Implements `core.loop.Weights` as a cluster's ranks do, which keep no copy of what they send: loads every engine,
+    proves it by a canary, lets it serve, and only then returns."""
 
     def __init__(self, pool: EnginePool, clock: Clock) -> None:
         self._pool, self._clock = pool, clock
+        self._last: SyncReport | None = None
 
     def publish(self, version: int, wait: bool = True) -> SyncReport:
         start = time.perf_counter()
@@ -400,9 +409,12 @@ class GpuWeights:
 
         with ThreadPoolExecutor(len(members)) as threads:
             list(threads.map(update, members))
-        return SyncReport(version, "broadcast", time.perf_counter() - start, 2 * Q7B.num_parameters, 0.0, "skipped")
+        seconds = time.perf_counter() - start
+        self._last = SyncReport(version, "broadcast", seconds, 2 * Q7B.num_parameters, 0.0, "skipped")
+        return self._last
 
-    def settle(self) -> SyncReport | None: ...
+    def settle(self) -> SyncReport | None:
+        return self._last
 
     def counters(self) -> dict[str, float]:
         return {}

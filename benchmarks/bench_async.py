@@ -89,6 +89,9 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     if args.quick:
         args.parts, args.rounds, args.steps, args.engines, args.scales = ["gpu", "scale"], 1, 8, 2, [4]
         args.scale = 1 / 600
+    least = 2 * (2 if args.quick else 4) + 4
+    if args.steps < least:
+        parser.error(f"--steps: expected at least {least}, got {args.steps}")
     args.device = "cpu"
     return args
 

@@ -99,7 +99,7 @@ def test_new_weights_cost_their_loading_and_the_kv_of_what_runs(engines: ModuleT
     run_until(engine, clock, plain[0] + 0.5)
     engine.update_weights(None, 1)
     ended = run_until(engine, clock, 1e4)
-    (first, at), = [ended[0][1].versions[1:]]  # fmt: skip
+    ((first, at),) = ended[0][1].versions[1:]
     assert (ended[0][1].versions[0], first) == ((0, 0), 1)
     assert 100 < at < 200
     recomputed = gpu.prefill_s([engines.PROMPT_TOKENS + at] * 3)

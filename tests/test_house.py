@@ -16,7 +16,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "pekoe"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 # Lines that a room may have, with docstrings and blank ones. A feature that needs more says what it costs and why.
 BUDGETS = {
-    "core": 930,
+    "core": 1040,  # hardware.py: the table of devices, 105
     "config": 820,
     "kernels": 740,
     "algo": 480,
@@ -31,6 +31,7 @@ BUDGETS = {
     "ray": 1310,
     "demo": 480,
     "cli.py": 420,
+    "plan": 900,
 }
 ROOMS = sorted(room for room in BUDGETS if not room.endswith(".py"))
 MAX_FILE_LINES, MAX_FUNCTION_LINES = 600, 80
@@ -91,7 +92,8 @@ def test_no_room_is_missing_from_the_plan():
 
 
 @pytest.mark.parametrize(
-    "module", ["pekoe.core", "pekoe.config", "pekoe.data", "pekoe.verify", "pekoe.report", "pekoe.cli"]
+    "module",
+    ["pekoe.core", "pekoe.config", "pekoe.data", "pekoe.verify", "pekoe.report", "pekoe.plan.step", "pekoe.cli"],
 )
 def test_imports_without_torch(module: str):
     code = f"import sys, {module}; sys.exit(3 if 'torch' in sys.modules else 0)"

@@ -1,0 +1,103 @@
+"""Devices and how they are connected: what makers state. A table that `pekoe plan` reads, and your own in TOML.
+
+Rates are per device, a second, dense (no sparsity), in operations and bytes; links count one direction. Sources are the
+makers' data sheets, by their titles. What a device reaches of these rates is fitted in `pekoe.plan.costs`.
+"""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from dataclasses import dataclass, fields
+from difflib import get_close_matches
+from pathlib import Path
+
+from pekoe.core.errors import UserError
+
+_GB, _TERA = 1e9, 1e12
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """One accelerator, or a machine as `pekoe doctor --measure` measured it."""
+
+    name: str
+    memory_bytes: float
+    byte_s: float  # of its memory
+    flop_s: float  # bfloat16 with float32 accumulation
+    fp8_flop_s: float  # 0: none
+    fp4_flop_s: float  # 0: none
+    link_byte_s: float  # to the others of its node
+    network_byte_s: float  # to other nodes, its share
+    per_node: int
+    source: str
+
+    def rate(self, weight_bytes: float) -> float:
+        """Operations a second with weights of so many bytes; formats that it lacks are computed as the next wider."""
+        if weight_bytes < 1 and self.fp4_flop_s:
+            return self.fp4_flop_s
+        return self.fp8_flop_s if weight_bytes == 1 and self.fp8_flop_s else self.flop_s
+
+
+def _gpu(name: str, gb: float, tb_s: float, bf16: float, fp8: float, fp4: float, link: float, source: str) -> Device:
+    network = 50.0 if link >= 150 else 12.5  # 400 Gb/s a device where it has NVLink or its like, else 100 Gb/s
+    per_node = 4 if name == "gb200" else 8
+    rates = bf16 * _TERA, fp8 * _TERA, fp4 * _TERA, link * _GB, network * _GB
+    return Device(name, gb * _GB, tb_s * _TERA, *rates, per_node, source)
+
+
+_TABLE = (
+    _gpu("a100-40", 40, 1.555, 312, 0, 0, 300, "NVIDIA A100 data sheet (2022)"),
+    _gpu("a100", 80, 2.039, 312, 0, 0, 300, "NVIDIA A100 data sheet (2022), SXM"),
+    _gpu("a800", 80, 2.039, 312, 0, 0, 200, "as A100; NVLink 400 GB/s both ways"),
+    _gpu("h100", 80, 3.35, 989.5, 1979, 0, 450, "NVIDIA H100 data sheet (2023), SXM"),
+    _gpu("h100-pcie", 80, 2.0, 756, 1513, 0, 64, "NVIDIA H100 data sheet (2023), PCIe gen 5"),
+    _gpu("h100-96", 96, 2.4, 800, 1600, 0, 450, "torchtitan paper (arXiv 2410.06511): HBM2e, 500 W"),
+    _gpu("h800", 80, 3.35, 989.5, 1979, 0, 200, "as H100; NVLink 400 GB/s both ways"),
+    _gpu("h200", 141, 4.8, 989.5, 1979, 0, 450, "NVIDIA H200 data sheet (2024), SXM"),
+    _gpu("gh200", 96, 4.0, 989.5, 1979, 0, 450, "NVIDIA GH200 data sheet (2023), HBM3"),
+    _gpu("h20", 96, 4.0, 148, 296, 0, 450, "NVIDIA H20, figures of its product brief (2024)"),
+    _gpu("b200", 180, 8.0, 2250, 4500, 9000, 900, "NVIDIA DGX B200 data sheet (2024)"),
+    _gpu("gb200", 186, 8.0, 2500, 5000, 10000, 900, "NVIDIA GB200 NVL72 data sheet (2024)"),
+    _gpu("l40s", 48, 0.864, 362, 733, 0, 32, "NVIDIA L40S data sheet (2023), PCIe gen 4"),
+    _gpu("a6000", 48, 0.768, 155, 0, 0, 32, "NVIDIA RTX A6000 data sheet (2021), PCIe gen 4"),
+    _gpu("rtx-4090", 24, 1.008, 165, 330, 0, 32, "NVIDIA Ada architecture white paper (2022)"),
+    _gpu("rtx-pro-6000", 96, 1.792, 504, 1008, 2016, 64, "NVIDIA RTX Blackwell PRO white paper (2025)"),
+    _gpu("mi300x", 192, 5.3, 1307, 2615, 0, 448, "AMD Instinct MI300X data sheet (2023)"),
+)
+DEVICES = {device.name: device for device in _TABLE}
+# How sources spell them, the more special before the more general.
+_SPELT = (
+    (r"rtx ?pro ?6000", "rtx-pro-6000"), (r"a6000", "a6000"), (r"4090", "rtx-4090"), (r"l40s", "l40s"),
+    (r"mi300x?", "mi300x"), (r"gb200", "gb200"), (r"gh200", "gh200"), (r"b200", "b200"), (r"h200", "h200"),
+    (r"h100.*2\.4 ?tb", "h100-96"), (r"h100.*pcie", "h100-pcie"), (r"h100", "h100"), (r"h800", "h800"),
+    (r"h20\b", "h20"), (r"a100.*40 ?g|a100-40", "a100-40"), (r"a100", "a100"), (r"a800", "a800"),
+)  # fmt: skip
+
+
+def recognise(text: str) -> Device | None:
+    """The device that a source names in its own words, such as "NVIDIA H100 80GB HBM3"."""
+    if text in DEVICES:
+        return DEVICES[text]
+    return next((DEVICES[name] for pattern, name in _SPELT if re.search(pattern, text.lower())), None)
+
+
+def load_device(name_or_path: str) -> Device:
+    """A device by name, in anybody's spelling, or of a TOML file with the fields of `Device`.
+
+    Raises UserError for an unknown name, with the nearest, and for a file that lacks a field.
+    """
+    if not name_or_path.endswith(".toml"):
+        if (device := recognise(name_or_path)) is not None:
+            return device
+        near = get_close_matches(name_or_path.lower(), DEVICES, 1, 0.0)
+        raise UserError(f"device: expected one of {', '.join(DEVICES)}, got {name_or_path!r}; nearest: {near[0]!r}")
+    try:
+        row = tomllib.loads(Path(name_or_path).read_text(encoding="utf-8"))
+    except (OSError, tomllib.TOMLDecodeError) as error:
+        raise UserError(f"device: expected a TOML file, got {name_or_path}: {error}") from None
+    names = {field.name for field in fields(Device)}
+    if row.keys() != names:
+        wrong = ", ".join(sorted(row.keys() ^ names))
+        raise UserError(f"{name_or_path}: expected the keys {', '.join(sorted(names))}; missing or unknown: {wrong}")
+    return Device(**row)

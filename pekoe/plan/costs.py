@@ -1,0 +1,311 @@
+"""What each part of a run costs, in seconds and bytes: small pure functions of shape, device, layout and constants.
+
+Every time is a roofline (Williams et al. 2009): bytes over a share of the bandwidth, operations over a share of the
+peak, and overheads of a layer, a sequence and a message. The shares and overheads are `Constants`, fitted to published
+figures by `benchmarks/bench_plan.py` and kept in `fitted.json`. Collectives are rings (Thakur et al. 2005): an
+all-reduce of b bytes over t devices moves 2 b (t - 1) / t through each link, a gather or a reduction half of that.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, fields
+from functools import cache
+from importlib.resources import files
+from math import ceil
+from typing import Literal
+
+from pekoe.core.hardware import Device
+from pekoe.plan.shapes import Shape
+
+
+@dataclass(frozen=True, slots=True)
+class Constants:
+    """Shares are of what `core.hardware` states; times in seconds."""
+
+    weight_share: float = 0.70  # of the memory bandwidth, reading weights
+    expert_share: float = 0.60  # the same, experts' weights
+    kv_share: float = 0.60  # the same, attention over the KV cache
+    decode_flops: float = 0.70  # of the peak, decoding
+    prefill_flops: float = 0.60
+    expert_flops: float = 0.60  # of these two, experts' products
+    served: float = 0.7  # of what an engine does alone, behind a server that is overrun
+    request_s: float = 0.005  # of a request, at such a server's one front
+    link_share: float = 0.50
+    message_s: float = 8e-6  # of an all-reduce
+    layer_s: float = 12e-6  # of a layer's kernels, decoding
+    expert_layer_s: float = 30e-6  # more, of a layer with experts
+    step_s: float = 1e-3  # of a decoding step: the scheduler, sampling
+    sequence_s: float = 5e-6  # of a sequence, in each step
+    prefill_s: float = 2e-3  # of a request: it enters and leaves
+    mixed: float = 1.0  # of others' prefill that delays a running sequence
+    train_flops: float = 0.55
+    train_attention: float = 0.45
+    train_ring: float = 0.6  # of that, where attention goes round a ring of devices (CP)
+    train_fp8: float = 0.65  # of FP8's rate: scaling, and what stays in bfloat16
+    train_eager: float = 0.87  # without torch.compile
+    train_foreign: float = 0.4  # of all products on Blackwell, with kernels written for earlier devices
+    train_adapter: float = 1.15  # LoRA: its small products against the frozen weights' gradients, which it spares
+    train_experts: float = 0.25
+    train_passes: float = 20.0  # reads or writes of a layer's activations (C numbers a token) outside products
+    train_layer_s: float = 1e-4  # of a layer, for each micro-batch
+    train_link: float = 0.6  # of the link's rate, gathering and reducing
+    overlap: float = 0.7  # of the arithmetic that hides communication
+    batch_s: float = 0.05  # of a micro-batch: its data, its loss
+    sync_share: float = 0.8  # of a device's network, in buckets; above 1: over several links
+    sync_tensors: float = 0.1  # the same, tensor by tensor
+    sync_peers: float = 0.05  # the same, from every device
+    disk_byte_s: float = 1.7e9  # through a shared directory
+    sync_tensor_s: float = 5e-4  # of a tensor, gathered and named
+    sync_s: float = 0.3  # of a publish
+    step_overhead: float = 5.0  # of a step: data, rewards, what a controller does
+    rollout_share: float = 0.9  # of what an engine does alone, in a loop: requests travel, groups are spread unevenly
+    reload_s: float = 0.5  # of a GB at a device, that engine and trainer give and take in turns
+
+
+@cache
+def fitted() -> Constants:
+    """The constants in `fitted.json`."""
+    return Constants(**json.loads(files("pekoe.plan").joinpath("fitted.json").read_text())["constants"])
+
+
+NAMES = tuple(field.name for field in fields(Constants))
+AMPERE_KERNELS = 620e12  # operations a second: the most that instructions of that generation give on later devices
+ACTIVATION_BYTES = 2  # bfloat16, of what is sent between devices
+
+
+@dataclass(frozen=True, slots=True)
+class Engine:
+    """An engine: a model on `tp` devices. `weight_bytes` and `kv_bytes` are of one number (2: bfloat16, 1: FP8)."""
+
+    shape: Shape
+    device: Device
+    tp: int = 1
+    weight_bytes: float = 2
+    kv_bytes: float = 2
+    constants: Constants = Constants()
+
+    @property
+    def kv_shards(self) -> int:
+        """Devices over which KV is split: no more than there are KV heads; a latent KV is whole at each."""
+        return 1 if self.shape.kv_width else min(self.tp, self.shape.num_kv_heads)
+
+    @property
+    def weights(self) -> float:
+        """Bytes of the weights, over all devices."""
+        return self.shape.num_parameters * self.weight_bytes
+
+    def kv_tokens(self, share: float = 0.9) -> int:
+        """Tokens whose KV fits beside the weights in `share` of the memory; 0 where not even the weights do."""
+        left = share * self.device.memory_bytes - self.weights / self.tp
+        return max(0, int(left * self.kv_shards / (self.shape.kv_per_token * self.kv_bytes)))
+
+    def decode(self, batch: float, context: float) -> float:
+        """Seconds of a step in which `batch` sequences of `context` tokens each get one more.
+
+        Weights are read once (of experts, those that are chosen), KV once a sequence.
+        """
+        c, shape, device = self.constants, self.shape, self.device
+        common = (shape.common_parameters + shape.head_parameters) * self.weight_bytes / self.tp
+        experts = shape.touched(batch) * self.weight_bytes / self.tp - common
+        read = (common / c.weight_share + experts / c.expert_share) / device.byte_s
+        work = 2 * (self._weighted + shape.head_parameters) * batch / self.tp
+        compute = work / (c.decode_flops * device.rate(self.weight_bytes))
+        kv = shape.kv_per_token * self.kv_bytes * batch * context / self.kv_shards / (c.kv_share * device.byte_s)
+        overheads = shape.num_layers * c.layer_s + shape.expert_layers * c.expert_layer_s + c.step_s
+        return max(read, compute) + kv + self.all_reduces(batch) + overheads + c.sequence_s * batch
+
+    def prefill(self, tokens: float, cached: float = 0.0) -> float:
+        """Seconds of the arithmetic of `tokens` tokens of one prompt, after `cached` ones whose KV is there."""
+        shape, c = self.shape, self.constants
+        pairs = tokens * (cached + tokens / 2)
+        attention = 4 * shape.attending_layers * shape.num_heads * shape.head_dim * pairs
+        work = (2 * self._weighted * tokens + attention) / self.tp
+        sent = self._sent(tokens) / (c.link_share * self._link)
+        return work / (c.prefill_flops * self.device.rate(self.weight_bytes)) + sent + c.prefill_s
+
+    @property
+    def _weighted(self) -> float:
+        """Parameters of all layers that a token is multiplied with, experts' as their slower products count."""
+        experts = self.shape.layer_active - self.shape.common_parameters
+        return self.shape.common_parameters + experts / self.constants.expert_flops
+
+    @property
+    def _link(self) -> float:
+        return self.device.link_byte_s if self.tp <= self.device.per_node else self.device.network_byte_s
+
+    def _sent(self, tokens: float) -> float:
+        """Bytes through each link: two all-reduces a layer."""
+        ring = 2 * (self.tp - 1) / self.tp
+        return 2 * self.shape.num_layers * ring * tokens * self.shape.hidden * ACTIVATION_BYTES
+
+    def all_reduces(self, tokens: float) -> float:
+        if self.tp == 1:
+            return 0.0
+        messages = 2 * self.shape.num_layers * self.constants.message_s * (1 + (self.tp > self.device.per_node))
+        return messages + self._sent(tokens) / (self.constants.link_share * self._link)
+
+    def time_per_token(self, concurrency: float, prompt: float, response: float) -> float:
+        """Seconds between two tokens of a sequence among `concurrency`, each replaced by a new one as it ends.
+
+        While a sequence gets its `response` tokens, every other one is prefilled once.
+        """
+        step = self.decode(concurrency, prompt + response / 2)
+        return step + self.constants.mixed * max(0.0, concurrency - 1) * self.prefill(prompt) / response
+
+    def saturated(
+        self, prompt: float, response: float, most: int, requests: int | None = None, memory: float = 0.9
+    ) -> tuple[float, float]:
+        """Tokens sampled a second at full load, and the sequences that run together.
+
+        Args:
+            most: sequences that the engine is set to run together.
+            requests: those that there are; with few, the last of them run alone.
+            memory: share of the memory for weights and KV.
+        """
+        batch = min(float(most), self.kv_tokens(memory) / (prompt + response))
+        if requests is not None:  # equal waves
+            batch = requests / ceil(requests / max(1.0, batch)) if batch < requests else float(requests)
+        if batch <= 0:
+            return 0.0, 0.0
+        step = self.decode(batch, prompt + response / 2)
+        return batch * response / (response * step + batch * self.prefill(prompt)), batch
+
+
+@dataclass(frozen=True, slots=True)
+class Training:
+    """How a model is trained: `devices` = data-parallel replicas x tp x cp x pp."""
+
+    shape: Shape
+    device: Device
+    devices: int = 1
+    tp: int = 1
+    cp: int = 1
+    pp: int = 1
+    interleave: int = 1  # chunks of layers a pipeline stage
+    recompute: float = 1.0  # share of the forward that is computed again in backward
+    weight_bytes: float = 2  # 1: FP8 matrix products
+    lora: bool = False
+    compiled: bool = True
+    native: bool = True  # kernels written for this generation; without them, those of Ampere
+    sharded: bool = True  # by FSDP; False: whole at each replica
+    experts_split: int = 1  # devices over which experts are split
+    constants: Constants = Constants()
+
+    @property
+    def replicas(self) -> int:
+        return max(1, self.devices // (self.tp * self.cp * self.pp))
+
+    def _compute(self, tokens: float, context: float, forwards: float, head: float = 1.0) -> float:
+        """Seconds of `tokens` tokens of `context` each at one replica; `forwards` in units of a forward's work."""
+        c, shape = self.constants, self.shape
+        common = 2 * tokens * (shape.common_parameters + head * shape.head_parameters)
+        experts = 2 * tokens * (shape.layer_active - shape.common_parameters)
+        pairs = tokens * context / 2
+        attention = 4 * shape.attending_layers * shape.num_heads * shape.head_dim * pairs
+        rate, split = self.device.rate(self.weight_bytes), self.tp * self.cp * self.pp
+        rate *= (1 if rate == self.device.flop_s else c.train_fp8) * (1 if self.compiled else c.train_eager)
+        young = c.train_foreign if self.device.fp4_flop_s and not self.native else 1.0
+        parts = common / c.train_flops + experts / c.train_experts
+        plain = self.device.flop_s if self.native else min(self.device.flop_s, AMPERE_KERNELS)
+        share = c.train_attention * (1 if self.cp == 1 else c.train_ring)
+        moved = c.train_passes * tokens * (shape.num_layers * shape.hidden + shape.vocab) * ACTIVATION_BYTES
+        work = parts / rate / young + attention / (share * plain) + moved / self.device.byte_s
+        return forwards * work / split
+
+    def _exchange(self, tokens: float, passes: float) -> float:
+        """Seconds in which a replica's devices exchange activations: TP's rings, CP's keys and values."""
+        c, shape = self.constants, self.shape
+        own = tokens / self.cp
+        ring = 2 * (self.tp - 1) / self.tp
+        sent = 2 * shape.num_layers / self.pp * ring * own * shape.hidden * ACTIVATION_BYTES * passes
+        turned = shape.kv_per_token / self.pp * ACTIVATION_BYTES * tokens * (self.cp - 1) / self.cp * passes
+        link = self.device.link_byte_s if self.tp * self.cp <= self.device.per_node else self.device.network_byte_s
+        return sent / (c.train_link * self.device.link_byte_s) + turned / (c.train_link * link)
+
+    def _gather(self, passes: int) -> float:
+        """Seconds to gather the weights (each pass) and reduce gradients once, for a micro-batch."""
+        if not self.sharded or self.replicas * self.cp == 1:
+            return 0.0
+        held = self.shape.num_parameters / (self.tp * self.pp) * 2
+        if self.experts_split > 1:
+            experts = self.shape.expert_layers * self.shape.num_experts * self.shape.expert_parameters
+            held -= 2 * experts / (self.tp * self.pp) * (1 - 1 / self.experts_split)
+        moved = held * (passes + (0 if self.lora or passes == 1 else 2))
+        inside = self.devices <= self.device.per_node
+        link = self.device.link_byte_s if inside else self.device.network_byte_s * self.device.per_node / self.tp
+        return moved / (self.constants.train_link * min(link, self.device.link_byte_s))
+
+    def _pass(self, tokens: float, context: float, micro_batches: float, forwards: float, passes: int) -> float:
+        c = self.constants
+        compute = self._compute(tokens, context, forwards) + self._exchange(tokens, passes)
+        gathered = self._gather(passes) * (1 if self.pp > 1 else micro_batches)
+        hidden = min(gathered, c.overlap * compute)
+        layers = self.shape.num_layers / self.pp * c.train_layer_s * forwards * micro_batches
+        bubble = 1 + (self.pp - 1) / (self.interleave * max(1.0, micro_batches))
+        return (compute + layers) * bubble + gathered - hidden + c.batch_s * micro_batches
+
+    def step(self, tokens: float, context: float, micro_batches: float, updates: int = 1) -> float:
+        """Seconds to train on `tokens` tokens (all replicas), in sequences of `context`, and to update `updates` times.
+
+        Args:
+            micro_batches: of each replica.
+        """
+        forwards = (3 + self.recompute) * (self.constants.train_adapter if self.lora else 1)
+        work = self._pass(tokens / self.replicas, context, micro_batches, forwards, 2)
+        return work + updates * self.update()
+
+    def update(self) -> float:
+        """Seconds of AdamW: a parameter, its gradient and two moments read and written in float32 (28 bytes)."""
+        if self.lora:
+            return 0.0
+        held = self.shape.num_parameters / (self.devices if self.sharded else self.tp * self.pp)
+        return held * 28 / (0.7 * self.device.byte_s)
+
+    def logprobs(self, tokens: float, context: float, micro_batches: float) -> float:
+        """Seconds of a forward over `tokens` tokens (all replicas)."""
+        return self._pass(tokens / self.replicas, context, micro_batches, 1, 1)
+
+    def flops(self, tokens: float, context: float) -> float:
+        """Operations that utilisation counts: forward and backward, nothing computed again."""
+        pairs = tokens * context / 2
+        attention = 4 * self.shape.attending_layers * self.shape.num_heads * self.shape.head_dim * pairs
+        return 3 * (2 * tokens * (self.shape.layer_active + self.shape.head_parameters) + attention)
+
+
+Transport = Literal["tensors", "buckets", "peers", "disk"]
+"""How weights are sent: tensor by tensor as they are gathered; in buckets, as `weights.channel` does; from every
+trainer's device to whatever engine's device needs a part; or through a shared directory."""
+
+
+def publish(num_bytes: float, tensors: float, route: Transport, sources: float, device: Device, k: Constants) -> float:
+    """Seconds to bring `num_bytes` to the engines.
+
+    A broadcast in buckets is pipelined: its time is that of one copy through one link, whatever the number of engines.
+    Peers send from `sources` devices at once.
+    """
+    if route == "tensors":
+        return k.sync_s + tensors * k.sync_tensor_s + num_bytes / (k.sync_tensors * device.network_byte_s)
+    if route == "disk":
+        return k.sync_s + num_bytes / k.disk_byte_s
+    if route == "peers":
+        return k.sync_s + num_bytes / sources / (k.sync_peers * device.network_byte_s)
+    return k.sync_s + num_bytes / (k.sync_share * device.network_byte_s)
+
+
+def memory_of_training(training: Training, tokens: float, logit_bytes: float = 0, beside: float = 2e9) -> float:
+    """Bytes of one device at the peak: weights, gradients and moments in float32, activations of a micro-batch.
+
+    Activations (Korthikanti et al. 2022, section 4, bfloat16, sequence-parallel): 34 C a token and layer where all is
+    kept; 2 C where each layer is computed again, whose own 34 C come on top.
+
+    Args:
+        logit_bytes: of each logit of the micro-batch; 0 where they are computed in chunks, as Pekoe does.
+    """
+    shape, split = training.shape, training.tp * training.pp
+    shards = training.devices if training.sharded else split
+    state = shape.num_parameters * (2 if training.lora else 16) / shards
+    gathered = 4 * shape.num_parameters / max(1, shape.num_layers) / training.tp if training.sharded else 0
+    own, layers = tokens / training.cp / training.tp, shape.num_layers / training.pp
+    kept = layers * (2 if training.recompute >= 1 else 34) + 34
+    return state + gathered + own * (shape.hidden * kept + shape.vocab * logit_bytes) + beside
