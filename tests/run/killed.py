@@ -121,7 +121,7 @@ def arm(point: Point) -> None:
 def run(config: RLConfig | SFTConfig, points: Sequence[Point]) -> None:
     """The child's whole life."""
     # To measure the machine would take half of it.
-    hardware.measure_ceilings = lambda *_: Ceilings(flop_s=1e9, byte_s=1e9)
+    hardware.__dict__["measure_ceilings"] = lambda *_: Ceilings(flop_s=1e9, byte_s=1e9)
     for point in points:
         arm(point)
     if isinstance(config, SFTConfig):

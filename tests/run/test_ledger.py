@@ -436,7 +436,7 @@ WINDOWS = st.fixed_dictionaries(
 
 
 def prove_bound(run: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing is lost, no group is overtaken by window - 1 others or more, and no token is older than the bound."""
+    """Nothing is lost, no group is overtaken by more than window - 1 others, and no token is older than the bound."""
     life, window, prompts = Life(run["fates"], list(run["kills"]), run["seed"]), run["window"], run["prompts"]
     ticks_around_files(monkeypatch, lambda: life)
     rollout = {"prompts_per_step": prompts, "max_lag": run["lag"], "during_update": "go_on", "window": window}
