@@ -3,6 +3,7 @@
 I9: FAULT means that our machinery or the reference failed. If judging a response hits a limit (time, memory, recursion,
 the worker's death), the task is retried on a fresh worker. If that hits a limit too, a third judges the reference by
 itself. If that passes, the response was at fault: UNPARSED, with `why` beginning with "limit"; if not, FAULT.
+A worker killed by a signal from outside hit no limit: its task is tried again, MAX_KILLS times, and then FAULT.
 """
 
 from __future__ import annotations
@@ -34,6 +35,9 @@ from pekoe.verify.kinds import check_functions, find_verifier
 
 MAX_SHOWN_CHARS = 10_000  # of an answer in its verdict
 MAX_FAILED_STARTS = 3  # in a row, before the pool gives up
+MAX_KILLS = 20  # of the workers of one item, from outside
+# Signals that others send; not those of a process that goes wrong by itself, as SIGSEGV. An answer cannot send any.
+_FROM_OUTSIDE = {-signal.SIGKILL, -signal.SIGTERM, -signal.SIGINT, -signal.SIGHUP, -signal.SIGQUIT}
 # Not multiprocessing, which would import the user's main script (perhaps without a guard) again, and unpickle.
 WORKER_COMMAND = (sys.executable, "-P", "-m", "pekoe.verify.worker")
 
@@ -57,7 +61,9 @@ class _Task:
     kind: str
     answer: str
     gold: Any
+    time_limit_s: float
     futures: list[Future[Verdict]]
+    num_kills: int = 0
     limits_hit: list[str] = field(default_factory=list[str])  # after two, the reference is judged against itself
 
     @property
@@ -124,6 +130,13 @@ class _Worker:
         """Return the end of its stderr from before it was ready, on one line."""
         self._log.seek(0)
         return " | ".join(self._log.read().decode(errors="replace").strip().splitlines()[-3:])
+
+    def was_killed(self) -> bool:
+        """Whether a worker whose stdout has ended was killed by a signal from outside."""
+        try:
+            return self._process.wait(1.0) in _FROM_OUTSIDE
+        except subprocess.TimeoutExpired:
+            return False
 
     def kill(self) -> None:
         """Kill it and its children, and wait until it is dead."""
@@ -213,6 +226,7 @@ class JudgePool:
         future: Future[Verdict] = Future()
         future.set_running_or_notify_cancel()
         key = b"" if isinstance(prepared, Verdict) else _key(kind, prepared, gold)
+        limit_s = self._time_limit_s + (0.0 if isinstance(prepared, Verdict) else verifier.time_limit_s(gold))
         with self._lock:
             self._check_usable()
             if isinstance(prepared, Verdict):
@@ -226,7 +240,7 @@ class JudgePool:
                 self._num_memo_hits += 1
                 return future
             else:
-                self._in_flight[key] = task = _Task(key, kind, prepared, gold, [future])
+                self._in_flight[key] = task = _Task(key, kind, prepared, gold, limit_s, [future])
                 self._groups.setdefault(verifier.worker_group, _Group(verifier.name)).tasks.append(task)
                 self._wake_up()
                 return future
@@ -321,7 +335,7 @@ class JudgePool:
             else:
                 self._on_message(key.data)
         for worker in [worker for worker in self._workers() if worker.deadline <= now]:
-            late_after_s = self._time_limit_s if worker.ready else self._start_limit_s
+            late_after_s = worker.task.time_limit_s if worker.task else self._start_limit_s
             self._retire(worker, f"time ({late_after_s:g} s)")
 
     def _assign(self, group: _Group) -> None:
@@ -332,7 +346,7 @@ class JudgePool:
                 continue
             worker.task = task = tasks.popleft()
             worker.message_id += 1
-            worker.deadline = time.monotonic() + self._time_limit_s
+            worker.deadline = time.monotonic() + task.time_limit_s
             request = {"id": worker.message_id, "kind": task.kind, "gold": task.gold, "check": task.check}
             self._watch_stdin(worker, worker.send(request | {"answer": task.answer}))
 
@@ -346,7 +360,7 @@ class JudgePool:
     def _on_message(self, worker: _Worker) -> None:
         messages = worker.receive()
         if messages is None:
-            return self._retire(worker, "the worker died")
+            return self._retire(worker, "the worker died", worker.was_killed())
         for message in messages:
             if "failed" in message and not worker.ready:
                 raise RunError(f"the judge of kind {worker.group.kind} cannot start: {message['failed']}")
@@ -380,15 +394,21 @@ class JudgePool:
             verdict = Verdict("fault", shown, f"limit: {task.limits_hit[-1]}; and {why}")
         self._deliver(task, verdict)
 
-    def _retire(self, worker: _Worker, why: str) -> None:
-        """Kill `worker` (the next poll starts another) and decide what becomes of its task."""
+    def _retire(self, worker: _Worker, why: str, killed: bool = False) -> None:
+        """Kill `worker` (the next poll starts another) and decide what becomes of its task. `killed`: from outside."""
         group, task = worker.group, worker.task
         group.workers.remove(worker)
         self._selector.unregister(worker.stdout)
         self._watch_stdin(worker, True)
         stderr_tail = "" if worker.ready else worker.stderr_tail()
         worker.kill()
-        if task is not None:
+        if task is not None and killed:
+            task.num_kills += 1
+            if task.num_kills <= MAX_KILLS:
+                group.retries.append(task)
+            else:
+                self._deliver(task, Verdict("fault", task.answer, f"{task.num_kills} workers were killed from outside"))
+        elif task is not None:
             self._num_limits += 1
             task.limits_hit.append(why)
             if len(task.limits_hit) < 3:
@@ -397,7 +417,7 @@ class JudgePool:
                 self._deliver(task, Verdict("fault", task.answer, f"limit on the reference against itself: {why}"))
         elif worker.num_judged == 0:
             group.num_failed_starts += 1
-            if group.num_failed_starts >= MAX_FAILED_STARTS:
+            if group.num_failed_starts >= (MAX_KILLS if killed else MAX_FAILED_STARTS):
                 waiting = "waiting for one to import its libraries and report that it is ready"
                 start = f"the judge's workers do not start ({group.num_failed_starts} in a row, {waiting})"
                 raise RunError(f"{start}: {why}. {stderr_tail}".rstrip())

@@ -1,24 +1,27 @@
 """The process in which an answer's code runs, on Linux x86_64.
 
-    python -I -S -B sandbox.py PARENT_PID PROGRAM_FD COMMANDS_FD REPORTS_FD
+    python -P -s -S -B sandbox.py PARENT_PID PROGRAM_FD COMMANDS_FD REPORTS_FD
 
 It forks a child for each byte that comes in (start-up is paid once, not for each test): "t" runs the program, "a" its
 asserts too. It reports lines: "up"; then for each child "ready" once the answer may begin (or "failed: why"), and
 "EXIT_STATUS PASSED", where PASSED is 1 if the asserts held. At SIGTERM it kills the child, waits for it, and ends.
 PROGRAM is JSON, {"code", "asserts", "cpu_s", "memory_bytes", "file_bytes"}.
 
-What it keeps out. By limits: CPU time, memory, file size, open files. By Linux's own means, put on before the answer's
-first line: no capability, root's neither (so no change of the clock, the host's name, the user); a seccomp filter that
-refuses sockets, new processes and programs, files opened for writing, made, renamed, removed or changed, signals to
-another process (those of `fcntl` too), tracing, mounts, namespaces, and every system call newer than Linux 6.5; and
+What it keeps out. By limits: CPU time, memory, file size, open files, threads (see MAX_TASKS). By Linux's own means,
+put on before the answer's first line: no capability, root's neither (so no change of the clock, the host's name, the
+user); a seccomp filter that lets through the system calls a program of the standard library needs to compute, to read
+and to print (`_ALLOWED`), and refuses every other, known or not: so no sockets, no new processes and programs, no files
+opened for writing, made, renamed, removed or changed, no signals, priorities, tracing, mounts, namespaces; and
 Landlock, by which it reads the standard library, the system's libraries and its own input, and nothing else: no other
 file, no device, and no other process's memory or pipes in /proc. It has the standard library alone, in an empty
-directory. Where any of this but Landlock cannot be put on, nothing of the answer runs, and "failed" says why.
+directory that has no name any more. Its standard input and output are open file descriptions of its own, so that no
+flag that it sets is seen by the judge. Where any of this but Landlock cannot be put on, nothing of the answer runs, and
+"failed" says why.
 
 What it does not. Where the kernel has no Landlock (before Linux 5.13, left out of it, or refused by a container), the
 answer may read what its user may read, the pipes and memory of that user's other processes included. With Landlock it
-may still see which files exist, their sizes and owners. Threads are bounded by memory alone. The filter names what is
-forbidden; a kernel bug behind an allowed system call is not kept out. Children run one after another as the same user
+may still see which files exist, their sizes and owners. A kernel bug behind an allowed system call is not kept out.
+Children run one after another as the same user
 and leave nothing behind, but the answer's own process holds the asserts, and it may say that they held. For answers
 that nobody trusts at all, run the whole in a container or a virtual machine.
 
@@ -41,27 +44,31 @@ if TYPE_CHECKING:  # `typing` takes as long to import as all the rest
 
 MAX_FILES = 64
 
-# System calls by number, x86_64 (arch/x86/entry/syscalls/syscall_64.tbl).
-_FORBIDDEN = (
-    *(41, 53, 42, 49, 50, 43, 288),  # socket, socketpair, connect, bind, listen, accept, accept4
-    *(57, 58, 59, 322),  # fork, vfork, execve, execveat
-    *(62, 200, 234, 129, 297, 424, 434, 438),  # kill, tkill, tgkill, rt_(tg)sigqueueinfo, pidfd_*
-    *(101, 310, 311, 312),  # ptrace, process_vm_readv, process_vm_writev, kcmp
-    *(85, 76, 77, 82, 264, 316, 83, 258, 84, 87, 263),  # creat, (f)truncate, rename*, mkdir*, rmdir, unlink*
-    *(86, 265, 88, 266, 133, 259),  # link*, symlink*, mknod*
-    *(90, 91, 268, 92, 93, 94, 260),  # chmod*, chown*
-    *(188, 189, 190, 197, 198, 199, 132, 235, 261, 280),  # xattr, utime*
-    *(165, 166, 155, 161, 272, 308, 428, 429, 430, 431, 432, 442),  # mounts, chroot, unshare, setns
-    *(425, 426, 427, 321, 298, 323, 248, 249, 250),  # io_uring, bpf, perf, userfaultfd, keys
-    *(29, 30, 31, 64, 65, 66, 68, 69, 70, 71, 240),  # System V memory, semaphores, queues
-    *(160, 302, 141, 142, 144, 203, 157),  # setrlimit, prlimit64, priorities, affinity, prctl
-    *(109, 112, 135),  # setpgid, setsid, personality
-    *(437, 304),  # openat2 and open_by_handle_at: a filter cannot see the flags of one, nor the file of the other
+# Threads, the first included. Linux counts tasks for a user, not for a process, so the parent looks, every LOOK_S, and
+# kills a child that has more: in between it can make some hundreds.
+MAX_TASKS, LOOK_S = 64, 0.01
+
+# System calls by number, x86_64 (arch/x86/entry/syscalls/syscall_64.tbl). Beside them, with some arguments alone:
+# open, openat, clone, and `_COMMANDS`.
+_ALLOWED = (
+    *(0, 1, 17, 18, 19, 20, 295, 296, 327, 328, 8, 40),  # read, write, with offsets and vectors; lseek, sendfile
+    *(3, 32, 33, 292, 22, 293, 74, 75),  # close, dup*, pipe*, fsync, fdatasync
+    *(4, 5, 6, 262, 332, 21, 269, 439, 89, 267, 78, 217),  # stat*, access, readlink, getdents
+    *(137, 138, 79, 80, 81, 221),  # statfs, getcwd, chdir, fadvise
+    *(9, 10, 11, 12, 25, 26, 27, 28),  # mmap, mprotect, munmap, brk, mremap, msync, mincore, madvise
+    *(13, 14, 15, 127, 128, 130, 131, 34, 36, 37, 38),  # its own handlers of signals; pause, alarm, interval timers
+    *(7, 23, 270, 271, 213, 291, 232, 233, 281, 441, 284, 290),  # poll, select, epoll, eventfd
+    *(96, 201, 228, 229, 35, 230, 219),  # clocks, read alone; nanosleep, restart_syscall
+    *(202, 449, 24, 218, 273, 274, 324, 334, 158, 186, 309),  # futex, yield, what a thread sets up
+    *(39, 102, 104, 107, 108, 110, 111, 115, 118, 120, 121, 124, 95),  # its ids; umask
+    *(97, 98, 99, 100, 63, 143, 145, 146, 147, 148, 204),  # limits, times, uname, scheduling, read alone
+    *(60, 231, 61, 247, 318),  # exit, wait, getrandom
 )
-_CLONE, _CLONE3, _OPEN, _OPENAT = 56, 435, 2, 257
-_FIRST_UNKNOWN = 452
+_CLONE, _OPEN, _OPENAT = 56, 2, 257
 _CLONE_THREAD = 0x10000
-_FCNTL, _SIGNALLING = 72, (8, 10, 15)  # F_SETOWN, F_SETSIG, F_SETOWN_EX: input that comes as a signal
+# fcntl: F_DUPFD*, F_GETFD, F_SETFD, F_GETFL, F_SETFL. ioctl: TCGETS, TIOCGWINSZ, FIONREAD, FIONBIO, FIO(N)CLEX.
+_COMMANDS = {72: (0, 1030, 1, 2, 3, 4), 16: (0x5401, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451)}
+_ABSENT_CALLS = (435, *range(452, 512))  # clone3: the C library falls back to clone, whose flags can be seen
 _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 _ALLOW, _REFUSE, _ABSENT, _KILL = 0x7FFF0000, 0x00050001, 0x00050026, 0x80000000  # errno 1: EPERM, 38: ENOSYS
 _ARCH_X86_64 = 0xC000003E
@@ -74,26 +81,28 @@ def supported() -> bool:
 
 def _program() -> bytes:
     """The filter, in classic BPF: each instruction is (code, jump if true, jump if false, constant)."""
-    load, equal, at_least, done = 0x20, 0x15, 0x35, 0x06
+    load, equal, done = 0x20, 0x15, 0x06
     code: list[tuple[int, int, int, int]] = [
         (load, 0, 0, 4),  # seccomp_data.arch
         (equal, 1, 0, _ARCH_X86_64),
         (done, 0, 0, _KILL),
         (load, 0, 0, 0),  # .nr
-        (at_least, 0, 1, _FIRST_UNKNOWN),  # and the x32 ABI, whose numbers begin higher still
-        (done, 0, 0, _ABSENT),
-        (equal, 0, 1, _CLONE3),  # the C library falls back to clone, whose flags can be seen
-        (done, 0, 0, _ABSENT),
     ]
-    for number, argument, bits, allowed in ((_CLONE, 0, _CLONE_THREAD, True), (_OPEN, 1, _WRITES, False)):
+    for number, argument, bits, allowed in (
+        (_CLONE, 0, _CLONE_THREAD, True),
+        (_OPEN, 1, _WRITES, False),
+        (_OPENAT, 2, _WRITES, False),
+    ):
         code += _if_argument(number, argument, bits, allowed)
-    code += _if_argument(_OPENAT, 2, _WRITES, False)
-    code += [(equal, 0, 6, _FCNTL), (load, 0, 0, 24)]
-    code += [(equal, 3 - place, 0, command) for place, command in enumerate(_SIGNALLING)]
-    code += [(done, 0, 0, _ALLOW), (done, 0, 0, _REFUSE)]
-    for number in _FORBIDDEN:
-        code += [(equal, 0, 1, number), (done, 0, 0, _REFUSE)]
-    return b"".join(struct.pack("HBBI", *instruction) for instruction in [*code, (done, 0, 0, _ALLOW)])
+    for number, commands in _COMMANDS.items():
+        code += [(equal, 0, len(commands) + 3, number), (load, 0, 0, 24)]
+        code += [(equal, len(commands) - place, 0, command) for place, command in enumerate(commands)]
+        code += [(done, 0, 0, _REFUSE), (done, 0, 0, _ALLOW)]
+    for numbers, what in ((_ALLOWED, _ALLOW), (_ABSENT_CALLS, _ABSENT)):
+        for number in numbers:
+            code += [(equal, 0, 1, number), (done, 0, 0, what)]
+    # Every other, the x32 ABI's with their higher numbers among them.
+    return b"".join(struct.pack("HBBI", *instruction) for instruction in [*code, (done, 0, 0, _REFUSE)])
 
 
 def _if_argument(number: int, argument: int, bits: int, allowed: bool) -> list[tuple[int, int, int, int]]:
@@ -158,6 +167,10 @@ def set_limits(limits: dict[int, int]) -> None:
 def _run(task: dict[str, Any], asserts: bool, nonce: bytes, began: int, passed: int, parent_pid: int) -> None:
     """Run the answer in this process. An exception, or an exit of the answer's own, leaves the nonce unwritten."""
     try:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGCHLD})
+        for fd, flags in ((0, os.O_RDONLY), (1, os.O_WRONLY)):
+            os.dup2(own := os.open(f"/proc/self/fd/{fd}", flags), fd)
+            os.close(own)
         limits = {resource.RLIMIT_CPU: task["cpu_s"], resource.RLIMIT_AS: task["memory_bytes"], resource.RLIMIT_CORE: 0}
         set_limits(limits | {resource.RLIMIT_FSIZE: task["file_bytes"], resource.RLIMIT_NOFILE: MAX_FILES})
         _confine(parent_pid)
@@ -189,6 +202,7 @@ def main() -> None:
     with os.fdopen(program, "rb") as file:
         task = json.loads(file.read())
     sys.argv = ["answer.py"]
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD})  # for `_wait`
     os.write(reports, b"up\n")
     while command := os.read(commands, 1):
         begins, began = os.pipe()
@@ -204,12 +218,23 @@ def main() -> None:
         os.close(passed)
         word = os.read(begins, 200)
         os.write(reports, b"ready\n" if word == b"." else b"failed: %b\n" % word)
-        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        status = _wait(child)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         os.write(reports, b"%d %d\n" % (status, os.read(passes, len(nonce)) == nonce))
         os.close(begins)
         os.close(passes)
     return None
+
+
+def _wait(child: int) -> int:
+    """Return the child's exit status. One that has more than MAX_TASKS threads is killed."""
+    while not (ended := os.waitpid(child, os.WNOHANG))[0]:
+        with open(f"/proc/{child}/stat", "rb") as file:
+            num_tasks = int(file.read().rpartition(b")")[2].split()[17])
+        if num_tasks > MAX_TASKS:
+            os.kill(child, signal.SIGKILL)
+        signal.sigtimedwait({signal.SIGCHLD}, LOOK_S)
+    return os.waitstatus_to_exitcode(ended[1])
 
 
 def _kill_first(child: int) -> Any:

@@ -101,8 +101,29 @@ def test_a_worker_killed_in_mid_item_is_replaced_and_the_verdict_is_right():
         os.kill(pid, signal.SIGKILL)
         assert verdict.result().label == "wrong"
         assert [each.result().label for each in later] == ["correct"] * 5
-        assert pool.stats().num_limits == pool.stats().num_restarts == 1
+        assert (pool.stats().num_limits, pool.stats().num_restarts) == (0, 1)
         assert pid not in worker_pids(pool)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGHUP])
+def test_kills_from_outside_are_no_limit(bad_worker: BadWorker, tmp_path: Path, number: int):
+    """As many as two limits, and more: the item is tried again until a worker lives to answer."""
+    source = (
+        "seen = pathlib.Path(sys.argv[0]).with_name('seen'); n = len(seen.read_text()) if seen.exists() else 0\n"
+        f"{READY}one = ask(); seen.write_text('x' * (n + 1))\n"
+        f"if n < 6: os.kill(os.getpid(), {int(number)})\n"
+        "say({'id': one['id'], 'label': 'correct' if one['check'] == 'answer' else 'fault', 'why': ''}); time.sleep(60)"
+    )
+    with JudgePool(num_workers=1, memo_size=0, _command=bad_worker(source)) as pool:
+        assert pool.submit(boxed("0.5"), "1/2").result(timeout=60).label == "correct"
+        assert (pool.stats().num_limits, pool.stats().num_restarts) == (0, 6)
+
+
+def test_kills_without_end_are_a_fault(bad_worker: BadWorker):
+    source = READY + "ask(); os.kill(os.getpid(), 9)"
+    with JudgePool(num_workers=1, _command=bad_worker(source)) as pool:
+        verdict = pool.submit(boxed("0.5"), "1/2").result(timeout=60)
+        assert (verdict.label, verdict.why) == ("fault", "21 workers were killed from outside")
 
 
 def test_an_idle_worker_killed_is_replaced_and_harms_no_item(bad_worker: BadWorker):

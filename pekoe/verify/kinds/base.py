@@ -18,6 +18,7 @@ class Verifier:
     It takes time linear in its input and imports nothing heavy. The others run in a worker, under its limits:
     `decide(answer, gold)` judges the text from `prepare`; `check_reference(gold)` returns CORRECT if the reference can
     be judged, and FAULT if not; `warm_up()` imports everything, before the audit hook is installed.
+    `time_limit_s(gold)` is time that a reference asks for: an item has as much beside the pool's own limit.
     An exception in any of them is a bug in Pekoe, and its verdict is FAULT.
 
     Verifiers of one `worker_group` share workers, and install the same `audit_hook` (`pekoe.verify.audit_hook`): "all"
@@ -29,6 +30,7 @@ class Verifier:
     decide: Callable[[str, Any], Verdict] | None = None  # None where `prepare` always decides
     check_reference: Callable[[Any], Verdict] = lambda _gold: Verdict("correct")  # a limit is the response's fault
     warm_up: Callable[[], object] = lambda: None
+    time_limit_s: Callable[[Any], float] = lambda _gold: 0.0
     worker_group: str = "math"
     audit_hook: Literal["all", "formulas", "none"] = "all"
 

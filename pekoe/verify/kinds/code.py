@@ -3,11 +3,13 @@ refuses and what not). The answer is the last fenced block of Python of the resp
 the standard library.
 
 gold: {"tests": [{"stdin", "stdout"}, ...]}, or {"inputs": [...], "outputs": [...]} as APPS has it, or {"asserts":
-text}; perhaps "time_limit_s" (of one test, 2) and "memory_bytes" (512 MiB; the pool's own limit at most). Output is
-compared line by line, spaces at the ends of lines and empty lines at the end aside; it may be 1 MiB longer than the
-expected one. All of it must be done within 4 s. Asserts run in the answer's own process, after it; an answer that
-looks for them there can find them, say that they held, or return what equals everything: tests of input and output are
-safer (the expected output never enters the sandbox). A sandbox that cannot be set up gives FAULT, and says why.
+text}; perhaps "time_limit_s" (of one test, 2; at most 60) and "memory_bytes" (512 MiB; 64 MiB at least, the pool's own
+limit at most); limits that cannot be meant give FAULT. Output is compared line by line, spaces at the ends of lines and
+empty lines at the end aside; it may be 1 MiB longer than the expected one. All tests are run, until one fails; together
+they have the sum of their limits, but 60 s at most, whatever the pool's own limit is. Asserts run in the answer's own
+process, after it; an answer that looks for them there can find them, say that they held, or return what equals
+everything: tests of input and output are safer (the expected output never enters the sandbox). A sandbox that cannot be
+set up gives FAULT, and says why.
 """
 
 from __future__ import annotations
@@ -26,8 +28,9 @@ from pekoe.core.types import Verdict
 from pekoe.verify import sandbox
 from pekoe.verify.kinds.base import Verifier, bad_reference
 
-MAX_CODE_CHARS, MAX_TESTS, MAX_OUTPUT_BYTES = 50_000, 200, 1 << 20  # of output beyond the expected one
-TOTAL_LIMIT_S = 4.0  # below the pool's own limit: a slow answer is WRONG, and no limit of the worker's
+MAX_CODE_CHARS, MAX_OUTPUT_BYTES = 50_000, 1 << 20  # of output beyond the expected one
+TOTAL_LIMIT_S = 60.0  # of all tests
+MIN_MEMORY_BYTES, MAX_MEMORY_BYTES = 64 << 20, 1 << 40  # less holds no interpreter; more was meant in another unit
 START_LIMIT_S = 60.0  # of our own process; the pool's limit comes first
 _PYTHON = ("", "python", "python3", "py")
 
@@ -39,8 +42,8 @@ class _Tests(NamedTuple):
     memory_bytes: int
 
 
-def _tests(gold: Any) -> _Tests | None:
-    """Return the reference, or None where it has another shape."""
+def _tests(gold: Any) -> _Tests | str:
+    """Return the reference, or what was expected of one that cannot be meant."""
     try:
         if "inputs" in gold:
             pairs = [(str(a), str(b)) for a, b in zip(gold["inputs"], gold["outputs"], strict=True)]
@@ -49,11 +52,24 @@ def _tests(gold: Any) -> _Tests | None:
         asserts = gold.get("asserts", "")
         asserts = asserts if isinstance(asserts, str) else "\n".join(asserts)
         limits = float(gold.get("time_limit_s", 2.0)), int(gold.get("memory_bytes", 512 << 20))
-    except (TypeError, ValueError, KeyError, AttributeError):
-        return None
-    if not (pairs or asserts.strip()) or not min(limits) > 0:
-        return None
-    return _Tests(pairs[:MAX_TESTS], asserts, *limits)
+    except (TypeError, ValueError, KeyError, AttributeError, OverflowError):
+        return "must have tests or asserts"
+    if not (pairs or asserts.strip()):
+        return "must have tests or asserts"
+    if not 0 < limits[0] <= TOTAL_LIMIT_S:
+        return f"must have a time_limit_s above 0 and at most {TOTAL_LIMIT_S:g} (seconds), not {limits[0]:g}"
+    if not MIN_MEMORY_BYTES <= limits[1] <= MAX_MEMORY_BYTES:
+        least, most = f"{MIN_MEMORY_BYTES:,}", f"{MAX_MEMORY_BYTES:,}"
+        return f"must have memory_bytes from {least} to {most} (bytes), not {limits[1]:,}"
+    return _Tests(pairs, asserts, *limits)
+
+
+def time_limit_s(gold: Any) -> float:
+    """Return how long all tests of a reference may take."""
+    tests = _tests(gold)
+    if isinstance(tests, str):
+        return 0.0
+    return min(TOTAL_LIMIT_S, tests.time_limit_s * (len(tests.pairs) + bool(tests.asserts)))
 
 
 def _last_block(response: str) -> str | None:
@@ -75,8 +91,8 @@ def prepare(response: str, gold: Any) -> Verdict | str:
     """Return the last fenced block. Linear in the length of `response`."""
     if not sandbox.supported():
         return Verdict("fault", None, "code is judged on Linux x86_64 alone, where its sandbox knows the system calls")
-    if _tests(gold) is None:
-        return bad_reference("must have tests or asserts", gold)
+    if isinstance(tests := _tests(gold), str):
+        return bad_reference(tests, gold)
     block = _last_block(response)
     if block is None:
         return Verdict("unparsed", None, "no complete ``` block")
@@ -88,10 +104,10 @@ def prepare(response: str, gold: Any) -> Verdict | str:
 def decide(answer: str, gold: Any) -> Verdict:
     """Run the answer on each test until one fails."""
     tests = _tests(gold)
-    assert tests is not None
+    assert not isinstance(tests, str)
     with contextlib.ExitStack() as stack:
         box = _Sandbox(answer, tests, stack)
-        deadline = time.monotonic() + TOTAL_LIMIT_S
+        deadline = time.monotonic() + time_limit_s(gold)
         for number, (stdin, expected) in enumerate(tests.pairs, 1):
             failure, _ = box.run(stdin, False, deadline)
             if failure or _lines(box.output()) != _lines(expected):
@@ -115,7 +131,6 @@ class _Sandbox:
         self._max_bytes = MAX_OUTPUT_BYTES + max((len(expected.encode()) for _, expected in tests.pairs), default=0)
         task = {"code": code, "asserts": tests.asserts, "cpu_s": max(1, round(self._limit_s + 0.5))}
         task |= {"memory_bytes": tests.memory_bytes, "file_bytes": self._max_bytes}
-        place = stack.enter_context(tempfile.TemporaryDirectory(prefix="pekoe-code-"))
         files = [stack.enter_context(tempfile.TemporaryFile()) for _ in range(3)]  # noqa: SIM115
         program, stdin, stdout = (file.fileno() for file in files)
         _put(program, json.dumps(task))
@@ -123,9 +138,11 @@ class _Sandbox:
         for fd in (self._commands, self._reports):
             stack.callback(os.close, fd)
         child_fds = program, commands, reports
+        place = tempfile.mkdtemp(prefix="pekoe-code-")
         try:
             process = subprocess.Popen(
-                [sys.executable, "-I", "-S", "-B", sandbox.__file__, str(os.getpid()), *map(str, child_fds)],
+                # Not -I, which would ignore the seed of hashes.
+                [sys.executable, "-P", "-s", "-S", "-B", sandbox.__file__, str(os.getpid()), *map(str, child_fds)],
                 stdin=stdin,
                 stdout=stdout,
                 stderr=subprocess.DEVNULL,
@@ -134,6 +151,7 @@ class _Sandbox:
                 pass_fds=child_fds,
             )
         finally:
+            os.rmdir(place)  # the process is in it already; whatever kills us now, no directory stays behind
             os.close(commands)
             os.close(reports)
         stack.callback(_end, process)
@@ -188,4 +206,4 @@ def _end(process: subprocess.Popen[bytes]) -> None:
     process.wait()
 
 
-VERIFIER = Verifier("code", prepare, decide, worker_group="code", audit_hook="none")
+VERIFIER = Verifier("code", prepare, decide, time_limit_s=time_limit_s, worker_group="code", audit_hook="none")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -117,6 +118,16 @@ REFUSED = {
     "endless output": "import os\nfor _ in range(9): os.write(1, b'x' * (1 << 20))",
     "memory": "bytearray(1 << 30)",
     "x32 call": "import ctypes\nif ctypes.CDLL(None).syscall(0x40000000 + 41, 2, 1, 0) < 0: raise OSError",
+    # Calls that the list of forbidden ones, which was here before, did not know.
+    "priorities": "import ctypes\nattr = (ctypes.c_uint32 * 12)(48, 5)\n"
+    "if ctypes.CDLL(None).syscall(314, 0, attr, 0) < 0: raise OSError",  # sched_setattr to SCHED_IDLE
+    "priority of reads": "import ctypes\nif ctypes.CDLL(None).syscall(251, 1, 0, 3 << 13) < 0: raise OSError",
+    "reserve room": "import os; os.posix_fallocate(1, 0, 6 << 30)",
+    "reserve room by ioctl": "import fcntl, struct\n"
+    "fcntl.ioctl(1, 0x40305828, struct.pack('hhqqI16x', 0, 0, 0, 1 << 20, 0))",
+    "file in memory": "import os; os.memfd_create('x')",
+    "pipe's size": "import fcntl, os; fcntl.fcntl(os.pipe()[1], 1031, 1 << 20)",
+    "a timer's signals": "import ctypes\nif ctypes.CDLL(None).syscall(283, 1, 0) < 0: raise OSError",
 }
 
 
@@ -263,6 +274,72 @@ except ChildProcessError:
 """
 
 
+# Threads by the system call itself: they share one stack, so that memory does not bound them, and pause for ever.
+THREADS = """
+import ctypes, mmap, time
+code = mmap.mmap(-1, 4096, prot=7)
+code.write(bytes.fromhex("b8380000000f0585c07401c3b8220000000f05ebf7"))
+place = ctypes.addressof(ctypes.c_char.from_buffer(code))  # clone; in the child: pause, again and again
+clone = ctypes.CFUNCTYPE(ctypes.c_long, ctypes.c_ulong, ctypes.c_void_p)(place)
+stack = ctypes.create_string_buffer(1 << 16)
+begin = time.monotonic()
+while time.monotonic() - begin < 3:
+    clone(0x50F00, ctypes.addressof(stack) + 65472)
+def f(x):
+    return x * x
+"""
+
+
+def test_tasks_are_bounded():
+    start = time.monotonic()
+    verdict = judge(THREADS, SQUARE | {"time_limit_s": 20})
+    assert (verdict.label, verdict.why) == ("wrong", "asserts: exit status -9")
+    assert time.monotonic() - start < 2.5
+
+
+def test_an_answer_cannot_choose_a_fault_by_flags_of_its_input():
+    source = "import fcntl, os\nfor fd in (0, 1):\n    fcntl.fcntl(fd, fcntl.F_SETFL, os.O_DIRECT)\n"
+    both = {"tests": [{"stdin": "1", "stdout": ""}, {"stdin": "2", "stdout": "2"}]}
+    assert judge(source, both).label == "wrong"
+
+
+def test_sets_have_one_order():
+    source = "print(*{'a', 'b', 'c', 'd', 'e'})"
+    seeded = subprocess.run([sys.executable, "-c", source], env={"PYTHONHASHSEED": "0"}, capture_output=True, text=True)
+    for _ in range(4):  # by chance once in 120
+        assert judge(source, {"tests": [{"stdin": "", "stdout": seeded.stdout}]}).label == "correct"
+
+
+def test_every_test_counts():
+    tests = [{"stdin": "", "stdout": "1"}] * 200 + [{"stdin": "", "stdout": "2"}]
+    assert judge("print(1)", {"tests": tests}).why == "test 201: another output"
+
+
+@pytest.mark.parametrize(
+    ("limits", "why"),
+    [
+        ({"memory_bytes": 256}, "memory_bytes from 67,108,864 to .* not 256"),
+        ({"memory_bytes": 1 << 70}, "memory_bytes from .* to 1,099,511,627,776 .* not 1,180"),
+        ({"memory_bytes": float("inf")}, "tests or asserts"),
+        ({"time_limit_s": 2000}, r"time_limit_s above 0 and at most 60 \(seconds\), not 2000"),
+        ({"time_limit_s": float("inf")}, "time_limit_s .* not inf"),
+        ({"time_limit_s": -1}, "time_limit_s .* not -1"),
+    ],
+)
+def test_limits_that_cannot_be_meant(limits: dict[str, Any], why: str):
+    verdict = judge(RIGHT, SQUARE | limits)
+    assert verdict.label == "fault"
+    assert re.search(why, verdict.why), verdict.why
+
+
+def test_a_rows_limit_may_be_longer_than_the_pools():
+    slow = {"tests": [{"stdin": "", "stdout": "1"}] * 2, "time_limit_s": 6}
+    with JudgePool(num_workers=1, time_limit_s=2.0) as pool:
+        answer = "```python\nimport time\ntime.sleep(2)\nprint(1)\n```"
+        assert pool.submit(answer, slow, "code").result().label == "correct"
+        assert pool.stats().num_limits == 0
+
+
 def test_a_hanging_answer_leaves_no_dead_process(run_script: Callable[..., subprocess.CompletedProcess[str]]):
     done = run_script(HANG, "0.2")
     assert done.stdout == "test 1: time\nnone left\n", done.stderr
@@ -270,7 +347,8 @@ def test_a_hanging_answer_leaves_no_dead_process(run_script: Callable[..., subpr
 
 def test_an_answer_ends_with_its_judge(tmp_path: Path, repository: Path):
     (tmp_path / "hang.py").write_text(HANG)
-    environment = os.environ | {"PYTHONPATH": str(repository)}
+    (tmp_path / "temporary").mkdir()
+    environment = os.environ | {"PYTHONPATH": str(repository), "TMPDIR": str(tmp_path / "temporary")}
     judging = subprocess.Popen([sys.executable, tmp_path / "hang.py", "30"], env=environment)
     try:
         family = [judging.pid]
@@ -286,6 +364,7 @@ def test_an_answer_ends_with_its_judge(tmp_path: Path, repository: Path):
         judging.send_signal(signal.SIGKILL)
         judging.wait()
     wait_until(lambda: not any(alive(pid) for pid in family))
+    assert os.listdir(tmp_path / "temporary") == []
 
 
 def test_all_tests_share_one_limit(monkeypatch: pytest.MonkeyPatch):
