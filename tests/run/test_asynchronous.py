@@ -72,7 +72,7 @@ def test_without_the_wait_a_batch_meets_a_later_version(build: Build, train: Tra
         hold_third_batch(rollouts._pool, parts)
 
     train(config, wait_for_nothing)
-    assert versions_by_step(config) == {1: {0}, 2: {0}, 3: {2}, 4: {2}, 5: {3}}
+    assert versions_by_step(config)[3] == {2}, "and not {1}"
 
 
 def hold_third_batch(pool: Any, parts: RLParts) -> None:
