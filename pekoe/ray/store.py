@@ -227,7 +227,7 @@ class RayRecords:
         records = dict(zip(chain(*keys), [handle.resolve() for handle in handles], strict=True))
         ray_get([actor.put.remote(records)], _FETCH_LIMIT_S, "tokens of a checkpoint to be stored")
         return [
-            _with_handles(group, [StoreRef[Record](node, key) for key in of_group])
+            _with_handles(group, [_ref(node, key) for key in of_group])
             for group, of_group in zip(groups, keys, strict=True)
         ]
 
@@ -236,6 +236,10 @@ class RayRecords:
         if self._writing:
             ray.wait(self._writing, num_returns=len(self._writing), timeout=_WRITE_LIMIT_S)
         self._writing = []
+
+
+def _ref(node: int, key: Key) -> StoreRef[Record]:
+    return StoreRef(node, key)  # `StoreRef[Record](...)` would set an attribute, and it has no room for one
 
 
 def _with_handles(group: JudgedGroup, handles: Sequence[Handle[Record]]) -> JudgedGroup:
