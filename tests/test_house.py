@@ -28,7 +28,7 @@ BUDGETS = {
     "weights": 910,
     "run": 3230,
     "report": 1230,
-    "ray": 1310,
+    "ray": 1315,
     "demo": 480,
     "cli.py": 420,
     "plan": 900,

@@ -28,7 +28,7 @@ class InFlight(Protocol):
 
     @property
     def places(self) -> list[int]:
-        """How many draws were put from the oldest of these to each, those that were taken meanwhile too."""
+        """Of each draw its offset from the oldest of these, in the order of puts; draws that were taken count."""
         ...
 
     def sampled(self) -> list[JudgedGroup]:

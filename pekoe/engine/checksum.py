@@ -11,7 +11,7 @@ PART_NUMBERS = 2**24  # summed at once: bounds the memory that it takes
 def checksum(tensor: Tensor) -> int:
     """The sum of bits(x_i) * (2 i + 1) modulo 2^64: exact, whatever the order of summation. -0 counts as 0.
 
-    Takes elements of 2, 4 or 8 bytes. `pekoe_vllm_gloo.fingerprint`, in vLLM's workers, is the same function.
+    Takes elements of 2, 4 or 8 bytes. `pekoe_vllm_gloo.checksum`, in vLLM's workers, is the same function.
     """
     integer = {8: torch.int64, 4: torch.int32, 2: torch.int16}[tensor.element_size()]
     total, place = 0, 0
