@@ -160,16 +160,17 @@ def test_vllm_launched_by_broadcast(lay_out: Callable[..., Path]):
 
 
 def assert_swapped_in_flight(recipe: Path, num_steps: int) -> None:
-    """Each step's weights came while responses of the next were under way; every token is of the version that it says
-    (I1), none is older than the bound, and training from the records gives the run's weights."""
+    """Weights came while responses were under way; every token is of the version that it says (I1), none is older than
+    the bound, and training from the records gives the run's weights."""
     run = recipe.parent / "run"
-    crossed = 0  # responses that weights came to while they were sampled
-    for step in range(2, num_steps + 1):
-        spans = [[version for version, _ in line["versions"]] for line in read_records(run, step)]
-        assert len(spans) == 16
-        assert {version for each in spans for version in each} <= {step - 2, step - 1}
-        crossed += spans.count([step - 2, step - 1])
-    assert crossed, "nothing was in flight when weights came"
+    steps = [read_records(run, step) for step in range(1, num_steps + 1)]
+    spans = [[tuple(version for version, _ in line["versions"]) for line in lines] for lines in steps]
+    assert {len(each) for each in spans} == {64}
+    met = [{version for span in each for version in span} for each in spans]
+    assert all(versions <= {max(0, step - 1), step} for step, versions in enumerate(met))
+    # On a machine that is busy training may take longer than sampling now and then.
+    assert sum(len(versions) == 2 for versions in met) >= num_steps // 2
+    assert any(len(span) == 2 for each in spans for span in each)
     again = replay_run(run, NoProgress())
     assert again.same, str(again)
     assert again.same_weights
@@ -178,27 +179,33 @@ def assert_swapped_in_flight(recipe: Path, num_steps: int) -> None:
     assert_nothing_left()
 
 
-LAGGING = {
-    "prompts_per_step": 4,
-    "samples_per_prompt": 4,
-    "max_new_tokens": 400,
-    "max_lag": 1,
-    "during_update": "go_on",
+SIZES = {"prompts_per_step": 8, "samples_per_prompt": 8, "max_new_tokens": 64}
+LAGGING: dict[str, Any] = {
+    "num_steps": 5,
+    "rollout": SIZES | {"max_lag": 1, "during_update": "go_on"},
+    "train": {"token_budget": 128},
+    "optim": {"lr": 1e-3},  # faster, and all responses become short or long
 }
+AT_A_TIME = 4  # requests, in the order of their steps: when a step has been trained on, the next is half sampled
 
 
 def test_sglang_goes_on_sampling_while_the_weights_change(
     lay_out: Callable[..., Path], sglang_section: Callable[..., EngineSection]
 ):
-    recipe = lay_out(sglang_section(sync="shm"), SHAPE, rollout=LAGGING, num_steps=5)
+    recipe = lay_out(sglang_section(sync="shm", max_requests=AT_A_TIME), SHAPE, **LAGGING)
     pekoe("rl", str(recipe))
     assert_swapped_in_flight(recipe, 5)
 
 
 def test_vllm_goes_on_sampling_while_the_weights_change(lay_out: Callable[..., Path]):
-    server = {"python": vllm_python(), "start_limit_s": START_LIMIT_S, "sync": "broadcast"}
+    server = {
+        "python": vllm_python(),
+        "start_limit_s": START_LIMIT_S,
+        "sync": "broadcast",
+        "max_requests": AT_A_TIME,
+    }
     engine = EngineSection.model_validate({"backend": "vllm", "server": server, "kv_tokens": 32 * 512})
-    recipe = lay_out(engine, SHAPE, rollout=LAGGING, num_steps=5)
+    recipe = lay_out(engine, SHAPE, **LAGGING)
     pekoe("rl", str(recipe))
     assert_swapped_in_flight(recipe, 5)
 
