@@ -78,7 +78,7 @@ Result = dict[str, Any]
 def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", choices=("ray", "gpu", "scale"), default=["ray", "gpu", "scale"])
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=3, help="of ray and gpu; scale has one")
     parser.add_argument("--steps", type=int, default=20, help="of each run of ray and gpu; half of it in scale")
     parser.add_argument("--engines", type=int, default=4, help="of gpu, with as many ranks")
     parser.add_argument("--scales", type=int, nargs="+", default=[16, 64], help="engines of scale")
@@ -87,9 +87,9 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help="results (default: benchmarks/results/async_<hardware>_<date>.json)")
     args = parser.parse_args(argv)
     if args.quick:
-        args.parts, args.rounds, args.steps, args.engines, args.scales = ["gpu", "scale"], 1, 8, 2, [4]
+        args.parts, args.rounds, args.steps, args.engines, args.scales = ["gpu", "scale"], 1, 10, 2, [4]
         args.scale = 1 / 600
-    least = 2 * (2 if args.quick else 4) + 4
+    least = 3 * (2 if args.quick else 4) + 4
     if args.steps < least:
         parser.error(f"--steps: expected at least {least}, got {args.steps}")
     args.device = "cpu"
@@ -101,8 +101,9 @@ def steps_of(run: Path) -> list[Result]:
 
 
 def counted(steps: Sequence[Result], lag: int) -> list[Result]:
-    """Without the first steps, and without the last, of which the first one only says when the next began."""
-    return list(steps[lag + 1 : len(steps) - lag])
+    """Without the first steps, and without the last, where less and less is left to sample: from step num_steps - lag
+    on nothing is put, and as many steps before it already end with fewer samples ahead than they began with."""
+    return list(steps[lag + 1 : len(steps) - 2 * lag])
 
 
 def rate_of(steps: Sequence[Result], lag: int) -> float:
@@ -186,6 +187,7 @@ def bench_ray(args: argparse.Namespace) -> Result:
             ),
             **{f"idle_{role}": round(statistics.median(s[f"idle_{role}"] for s in steps), 3) for role in ROLES},
             "seconds": phases_of(steps),
+            "median_step_s": round(statistics.median(step["step_s"] for step in steps), 3),  # without rare long ones
         }
     lengths = {
         key: statistics.median(s[key] for s in seen["lag 0"]) for key in ("response_tokens", "response_tokens_max")
@@ -367,7 +369,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if "scale" in args.parts:
         result["scale"] = []
         for number in args.scales:  # slower, so that the controller's own time stays small beside a step
-            scale, steps = args.scale * max(1.0, number / 16), max(8, args.steps // 2)
+            scale, steps = args.scale * max(1.0, number / 16), max(10, args.steps // 2)
             result["scale"].append(bench_gpu(number, steps, 1, scale, ["lag 0", "in flight 2"]))
             show(f"{number} engines", result["scale"][-1])
     out = args.out or report.default_out(args, "async")

@@ -62,13 +62,15 @@ def run_until(engine: Any, clock: Any, end: float) -> list[tuple[float, Any]]:
 
 def forward_by_forward(gpu: Any, prompt: int, lengths: list[int]) -> list[Any]:
     """When each response ends, if they begin together at 0 and each forward gives all that run a token."""
-    ends, now = dict.fromkeys(range(len(lengths)), 0.0), gpu.prefill_s([prompt])
+    ends: dict[int, float] = dict.fromkeys(range(len(lengths)), 0.0)
+    now = float(gpu.prefill_s([prompt]))
     for done in count():
         running = [i for i, length in enumerate(lengths) if length > done]
         if not running:
             return list(ends.values())
-        now += gpu.decode_s(len(running), len(running) * (prompt + done))
-        ends |= dict.fromkeys(running, now)
+        now += float(gpu.decode_s(len(running), len(running) * (prompt + done)))
+        for i in running:
+            ends[i] = now
     raise AssertionError
 
 
