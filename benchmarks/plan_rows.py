@@ -173,10 +173,12 @@ def load_question(row: Row) -> Question | str:
     return Question("throughput", throughput, assumed)
 
 
-def training_of(
-    row: Row, shape: Shape, device: Device
-) -> tuple[Callable[[Constants], Training], float, float, float] | str:
-    """The training, its sequences' length, sequences of a micro-batch at a replica, and micro-batches."""
+def training_of(row: Row) -> tuple[Callable[[Constants], Training], float, float, float] | str:
+    """The training, its sequences' length, sequences of a micro-batch at a replica, and micro-batches; or why not."""
+    known = place(row)
+    if isinstance(known, str):
+        return known
+    shape, device = known
     layout = str(row["layout"] or "")
     text = f"{layout} {row['system']}".lower()
     length = number(row["response_len"])
@@ -218,10 +220,7 @@ def training_of(
 
 
 def train_question(row: Row) -> Question | str:
-    found = place(row)
-    if isinstance(found, str):
-        return found
-    setting = training_of(row, *found)
+    setting = training_of(row)
     if isinstance(setting, str):
         return setting
     make, length, micro, count = setting
@@ -245,10 +244,7 @@ def train_question(row: Row) -> Question | str:
 
 
 def memory_question(row: Row) -> Question | str:
-    found = place(row)
-    if isinstance(found, str):
-        return found
-    setting = training_of(row, *found)
+    setting = training_of(row)
     if isinstance(setting, str):
         return setting
     make, length, micro, _ = setting

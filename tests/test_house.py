@@ -16,7 +16,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "pekoe"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 # Lines that a room may have, with docstrings and blank ones. A feature that needs more says what it costs and why.
 BUDGETS = {
-    "core": 1040,  # hardware.py: the table of devices, 105
+    "core": 1010,  # hardware.py: the table of devices, 105
     "config": 820,
     "kernels": 740,
     "algo": 480,

@@ -32,7 +32,7 @@ class ServerSection(ConfigSection):
     """Weight updates between two checksums over all parameters, where a server can give a true one; the first two
     updates of a run always have one."""
     during_update: Literal["abort", "keep"] = "keep"
-    """Responses in flight at a weight update: ended, or kept and gone on with under the new version."""
+    """Responses in flight at an update: ended, or kept (which rollout.during_update = "go_on" needs)."""
     max_requests: int = Field(default=256, ge=1)
     """Requests that one server is given at a time; more wait here. It decodes at most `engine.max_running` together."""
     retries: int = Field(default=2, ge=0)

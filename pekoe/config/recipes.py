@@ -274,16 +274,21 @@ class RLConfig(TrainingConfig):
 
     def _check_schedule(self) -> None:
         rollout = self.rollout
-        if not rollout.max_lag:
-            if rollout.during_update == "go_on":
-                raise ValueError(
-                    "rollout.during_update: expected 'wait' with rollout.max_lag = 0, where nothing runs when weights "
-                    "come, got 'go_on'; nearest: rollout.max_lag = 1"
-                )
-        elif self.cluster is not None and self.cluster.colocate:
+        if not rollout.max_lag and rollout.during_update == "go_on":
             raise ValueError(
-                f"rollout.max_lag: expected 0 with cluster.colocate, whose engines and ranks take turns on the same "
-                f"devices, got {rollout.max_lag}; nearest: 0, or cluster.colocate = false"
+                "rollout.during_update: expected 'wait' with rollout.max_lag = 0, where nothing runs as weights come, "
+                "got 'go_on'; nearest: rollout.max_lag = 1"
+            )
+        if rollout.max_lag and self.cluster is not None and self.cluster.colocate:
+            raise ValueError(
+                f"rollout.max_lag: expected 0 with cluster.colocate, whose engines and ranks share devices, got "
+                f"{rollout.max_lag}; nearest: 0, or cluster.colocate = false"
+            )
+        aborts = self.engine.backend != "embedded" and self.engine.server.during_update == "abort"
+        if rollout.during_update == "go_on" and aborts:
+            raise ValueError(
+                "engine.server.during_update: expected 'keep' with rollout.during_update = 'go_on', whose responses go "
+                "on under new weights, got 'abort'; nearest: 'keep'"
             )
         if rollout.during_update == "wait":
             if rollout.max_lag and rollout.dynamic_rounds:

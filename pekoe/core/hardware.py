@@ -1,4 +1,4 @@
-"""Devices and how they are connected: what makers state. A table that `pekoe plan` reads, and your own in TOML.
+"""Devices and how they are connected: what makers state. `pekoe.plan` computes with it; no command reads it yet.
 
 Rates are per device, a second, dense (no sparsity), in operations and bytes; links count one direction. Sources are the
 makers' data sheets, by their titles. What a device reaches of these rates is fitted in `pekoe.plan.costs`.
@@ -7,19 +7,14 @@ makers' data sheets, by their titles. What a device reaches of these rates is fi
 from __future__ import annotations
 
 import re
-import tomllib
-from dataclasses import dataclass, fields
-from difflib import get_close_matches
-from pathlib import Path
-
-from pekoe.core.errors import UserError
+from dataclasses import dataclass
 
 _GB, _TERA = 1e9, 1e12
 
 
 @dataclass(frozen=True, slots=True)
 class Device:
-    """One accelerator, or a machine as `pekoe doctor --measure` measured it."""
+    """One accelerator."""
 
     name: str
     memory_bytes: float
@@ -80,24 +75,3 @@ def recognise(text: str) -> Device | None:
     if text in DEVICES:
         return DEVICES[text]
     return next((DEVICES[name] for pattern, name in _SPELT if re.search(pattern, text.lower())), None)
-
-
-def load_device(name_or_path: str) -> Device:
-    """A device by name, in anybody's spelling, or of a TOML file with the fields of `Device`.
-
-    Raises UserError for an unknown name, with the nearest, and for a file that lacks a field.
-    """
-    if not name_or_path.endswith(".toml"):
-        if (device := recognise(name_or_path)) is not None:
-            return device
-        near = get_close_matches(name_or_path.lower(), DEVICES, 1, 0.0)
-        raise UserError(f"device: expected one of {', '.join(DEVICES)}, got {name_or_path!r}; nearest: {near[0]!r}")
-    try:
-        row = tomllib.loads(Path(name_or_path).read_text(encoding="utf-8"))
-    except (OSError, tomllib.TOMLDecodeError) as error:
-        raise UserError(f"device: expected a TOML file, got {name_or_path}: {error}") from None
-    names = {field.name for field in fields(Device)}
-    if row.keys() != names:
-        wrong = ", ".join(sorted(row.keys() ^ names))
-        raise UserError(f"{name_or_path}: expected the keys {', '.join(sorted(names))}; missing or unknown: {wrong}")
-    return Device(**row)

@@ -183,6 +183,8 @@ def make_data(out: Path, seed: int) -> dict[str, int]:
     worked = make_arithmetic(NUM_WORKED + NUM_GUESSED, 3 * seed + 1, exclude=taken, **TASK)
     taken |= {_prompt(problem) for problem, _ in worked}
     problems = make_arithmetic(NUM_PROBLEMS, 3 * seed + 2, exclude=taken, **TASK)
+    sets = [{_prompt(problem) for problem, _ in part} for part in (held_out, worked, problems)]
+    assert len(set.union(*sets)) == sum(map(len, sets)), "held-out, SFT and RL problems must be disjoint"
     folder = out / "data"
     folder.mkdir(exist_ok=True)
     write_problems(folder / "held_out.jsonl", [problem for problem, _ in held_out])

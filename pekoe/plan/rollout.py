@@ -1,8 +1,7 @@
 """How long engines take to sample a batch whose responses differ in length: a discrete-event model of one engine.
 
 All sequences that run together advance a token a step; a step's time is `Engine.decode`'s. Between two events (a
-response ends, another begins) nothing changes but the context: time passes
-from event to event, not token by token.
+response ends, another begins) nothing changes but the context: time passes from event to event, not token by token.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from numpy.typing import NDArray
 
 from pekoe.plan.costs import Engine
 
-SIGMA = 0.9  # of a log-normal, where nothing else is known: responses of R1-like models; see docs/how-to/plan.md
+SIGMA = 0.9  # of a log-normal, where nothing else is known: assumed, as docs/benchmarks.md says
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,14 +6,8 @@ published figures the planner is measured against.
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any
-
-from pekoe.core.errors import UserError
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,43 +171,3 @@ def dense_of(parameters: float, name: str = "dense") -> Shape:
     per_layer = near.common_parameters / near.num_layers
     layers = max(1, round(near.num_layers + (parameters - near.num_parameters) / per_layer))
     return replace(near, name=name, num_layers=layers)
-
-
-def read_shape(model: Path) -> Shape:
-    """The shape of a Hugging Face directory, from its config.json. UserError where there is none."""
-    try:
-        config = json.loads((model / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        known = recognise_model(model.name)  # not here: known by its name
-        if known is not None:
-            return known
-        raise UserError(
-            f"{model}: expected a directory with config.json, or a model that is known by name: {error}"
-        ) from None
-    return shape_of(config.get("text_config", config), model.name)
-
-
-def shape_of(config: Mapping[str, Any], name: str) -> Shape:
-    """From the fields of a Hugging Face config."""
-    heads = config["num_attention_heads"]
-    head = config.get("head_dim") or config["hidden_size"] // heads
-    experts = config.get("num_experts") or config.get("n_routed_experts") or config.get("num_local_experts") or 0
-    shared = config.get("shared_expert_intermediate_size") or 0
-    kinds = config.get("layer_types")
-    return Shape(
-        name=name,
-        num_layers=config["num_hidden_layers"],
-        hidden=config["hidden_size"],
-        num_heads=heads,
-        num_kv_heads=config.get("num_key_value_heads") or heads,
-        head_dim=head,
-        dense_width=config.get("intermediate_size") or 0,
-        vocab=config["vocab_size"],
-        tied=bool(config.get("tie_word_embeddings", False)),
-        num_experts=experts,
-        top_k=config.get("num_experts_per_tok") or 0,
-        expert_width=config.get("moe_intermediate_size") or (config["intermediate_size"] if experts else 0),
-        shared_width=shared,
-        dense_layers=config.get("first_k_dense_replace") or 0,
-        full_layers=kinds.count("full_attention") if kinds else None,
-    )

@@ -10,7 +10,7 @@ from statistics import median
 from pekoe.core.journal import Event
 from pekoe.core.roofline import Ceilings
 from pekoe.report.history import History
-from pekoe.report.overlap import overlap
+from pekoe.report.lag import overlap
 
 _WORK = {"rollout": "Sampling", "train": "Training"}  # the phases whose operations are counted
 _PREFILL = ("prefill", "cached", "shared")  # the tokens of context that were computed, and those that were not

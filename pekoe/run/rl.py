@@ -83,7 +83,9 @@ def run_rl(parts: RLParts) -> None:
             f"stopped after step {progress.step} of {config.num_steps}, which is saved; "
             f"run the same command again to go on from there"
         ) from None
-    parts.weights.settle()
+    last = parts.weights.settle()
+    if last is not None and config.rollout.max_lag:  # the journal's last step may have the report before
+        run.journal.write("sync", step=progress.step, **last.as_dict())
     save(parts, progress)
     run.settle()
 

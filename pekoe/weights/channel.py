@@ -164,9 +164,11 @@ class WeightChannel:
 
     def catch_up(self) -> None:
         """Engines that came back get the current weights. Called where the trainer does not change them, or keeps a
-        copy."""
-        if self._sending is not None and not self._sending.done():
-            return
+        copy. Raises what a publish that nobody waited for raised."""
+        if self._sending is not None:
+            if not self._sending.done():
+                return
+            self.settle()
         targets = [target for target in self._targets("stale") if not target.member.offloaded]
         if targets and self._version >= 0:
             self._update(targets, True)

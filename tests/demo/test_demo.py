@@ -84,4 +84,4 @@ def test_the_rl_model_loads_in_transformers_and_decodes_the_same_tokens(tmp_path
             whole = theirs.generate(torch.tensor([ids.tolist()]), max_new_tokens=40, do_sample=False)
         params = SamplingParams(temperature=0, max_new_tokens=40, stop_token_ids=tokenizer.stop_token_ids)
         ((completion,),) = engine.generate([ids.tolist()], params)
-        assert completion.handle.resolve().tokens.tolist() == whole[0, len(ids) :].tolist()
+        assert completion.tokens.tolist() == whole[0, len(ids) :].tolist()

@@ -9,8 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pekoe.core.errors import UserError
-from pekoe.core.hardware import DEVICES, load_device, recognise
+from pekoe.core.hardware import DEVICES, recognise
 from pekoe.plan.costs import Engine, Training, fitted, publish
 from pekoe.plan.rollout import EngineModel, Lengths
 from pekoe.plan.shapes import SHAPES, recognise_model
@@ -30,7 +29,7 @@ def test_decoding_takes_time_and_bandwidth_never_hurts(shape: str, device: str, 
 
 
 @given(shapes, devices, st.integers(1, 64), st.floats(100, 1e6), st.floats(10, 1e5))
-def test_training_takes_time_and_devices_help(shape: str, device: str, count: int, tokens: float, context: float):
+def test_training_takes_longer_than_a_forward(shape: str, device: str, count: int, tokens: float, context: float):
     one = Training(SHAPES[shape], DEVICES[device], count, constants=fitted())
     assert one.step(tokens, context, 1) > one.logprobs(tokens, context, 1) > 0
     assert one.flops(tokens, context) > 0
@@ -50,7 +49,7 @@ def test_every_response_ends_once_and_longer_ones_never_before_shorter(lengths: 
     ends: list[tuple[float, int]] = []
     while not model.idle:
         now, key = model.next_end()
-        ends.append((now, key[0]) if isinstance(key, tuple) else (now, key))
+        ends.append((now, key))
     assert sorted(key for _, key in ends) == list(range(len(lengths)))
     assert [now for now, _ in ends] == sorted(now for now, _ in ends)
     if most >= len(lengths):
@@ -81,8 +80,7 @@ def test_names_of_devices_and_models():
     found = recognise("NVIDIA H100 80GB HBM3")
     assert found is not None
     assert found.name == "h100"
-    with pytest.raises(UserError, match="nearest"):
-        load_device("x200")
+    assert recognise("x200") is None
     shape = recognise_model("deepseek-ai/DeepSeek-R1-Distill-Qwen-7B")
     assert shape is not None
     assert shape.num_parameters == pytest.approx(7.6e9, rel=0.01)

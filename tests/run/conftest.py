@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import Future
 from contextlib import ExitStack
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ import pytest
 
 from pekoe.config import RLConfig, load_config
 from pekoe.core.progress import NoProgress, ProgressReporter
-from pekoe.core.types import Problem
+from pekoe.core.types import Problem, Trajectory, Verdict
 from pekoe.data.problems import write_problems
 from pekoe.data.tokenizer import Tokenizer
 from pekoe.demo.char_tokenizer import make_char_tokenizer
@@ -62,6 +64,22 @@ def build(recipe: dict[str, Any]):
         return load_config(recipe, overrides)
 
     return make
+
+
+def stop_after_responses(number: int) -> Callable[[RLParts], None]:
+    """Asks a run to stop (as Ctrl-C does) when it judges one response more."""
+
+    def meddle(parts: RLParts) -> None:
+        rollouts: Any = parts.rollouts
+        submit, seen = rollouts._judge.submit, count(1)
+
+        def counted(problem: Problem, trajectory: Trajectory) -> Future[Verdict]:
+            rollouts._stop.requested |= next(seen) > number
+            return submit(problem, trajectory)
+
+        rollouts._judge.submit = counted
+
+    return meddle
 
 
 @pytest.fixture

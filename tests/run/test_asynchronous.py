@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -14,14 +14,16 @@ from typer.testing import CliRunner
 
 from pekoe.cli import app
 from pekoe.config import RLConfig
-from pekoe.core import Interrupted, UserError
+from pekoe.core import Interrupted, RunError, UserError
 from pekoe.core.journal import read_lines
 from pekoe.core.progress import NoProgress
 from pekoe.core.records import read_records, steps_recorded
-from pekoe.core.types import Completion, Problem, Request, Trajectory, Verdict
-from pekoe.model import load_model
+from pekoe.core.types import Completion, Request
+from pekoe.model import load_model, save_model
+from pekoe.run import rl
 from pekoe.run.build import RLParts
 from pekoe.run.replay import replay_run
+from tests.run.conftest import stop_after_responses
 
 Build = Callable[..., RLConfig]
 Train = Callable[..., None]
@@ -132,8 +134,6 @@ def test_in_flight_no_token_is_older_than_the_bound_and_the_order_is_that_of_dra
 
 def test_one_group_too_many_breaks_the_bound(build: Build, train: Train, monkeypatch: pytest.MonkeyPatch):
     """The test above can fail."""
-    from pekoe.run import rl
-
     config = build("num_steps=6", "rollout.max_lag=1", GO_ON)
     admit = rl.admit
     monkeypatch.setattr(rl, "admit", lambda parts, version: admit(parts, version + 1))
@@ -162,8 +162,6 @@ def test_the_command_trains_the_whole_run_again(build: Build, train: Train):
     assert done.exit_code == 0, done.output
     assert "2 steps trained again from their rollouts: all with the loss of the run; the same weights" in done.output
     model = load_model(Path(config.run.dir) / "model")
-    from pekoe.model import save_model
-
     next(model.parameters()).data[0] += 1e-3
     save_model(model, Path(config.run.dir) / "model")
     done = CliRunner().invoke(app, ["rl", "--replay", config.run.dir])
@@ -180,26 +178,35 @@ def test_a_pinned_run_that_was_stopped_goes_on_to_the_same_bits(
     unbroken = build(*words, f"run.dir={tmp_path / 'unbroken'}")
     train(unbroken)
     broken = build(*words, f"run.dir={tmp_path / 'broken'}")
-    seen = 0
-
-    def stop_judging(parts: RLParts) -> None:
-        rollouts: Any = parts.rollouts
-        submit = rollouts._judge.submit
-
-        def counted(problem: Problem, trajectory: Trajectory) -> Future[Verdict]:
-            nonlocal seen
-            seen += 1
-            rollouts._stop.requested |= seen > stop_after
-            return submit(problem, trajectory)
-
-        rollouts._judge.submit = counted
-
     with pytest.raises(Interrupted, match="run the same command again"):
-        train(broken, stop_judging)
+        train(broken, stop_after_responses(stop_after))
     train(broken)
     assert torch.equal(weights_of(broken), weights_of(unbroken))
     assert order_of_draws(broken) == order_of_draws(unbroken)
     assert versions_by_step(broken) == versions_by_step(unbroken)
+
+
+@pytest.mark.parametrize("words", [[], [GO_ON]])
+def test_a_stale_engine_stops_a_run_that_does_not_wait_for_it(build: Build, train: Train, words: list[str]):
+    """I4 where training goes on while weights are loaded."""
+
+    def make_stale(parts: RLParts) -> None:
+        engine = cast(Any, parts.rollouts)._pool.members[0].engine
+        first, update = load_model(parts.config.model.path), engine.update_weights
+        engine.update_weights = lambda source, version: update(first, version)  # pyright: ignore[reportUnknownLambdaType]
+
+    with pytest.raises(RunError, match="weight sync: expected the embedded engine at version 1"):
+        train(build("num_steps=4", "rollout.max_lag=1", "optim.lr=0.3", *words), make_stale)
+
+
+def test_the_last_publish_is_in_the_journal_too(build: Build, train: Train):
+    config = build("num_steps=3", "rollout.max_lag=1")
+    train(config)
+    proven = [event["sync_version"] for kind in ("sync", "step") for event in events(config, kind)]
+    assert sorted(proven) == [0, 0, 1, 2, 3]
+
+
+SERVERS = ["engine.server.urls=['http://127.0.0.1:1']"]
 
 
 @pytest.mark.parametrize(
@@ -208,9 +215,10 @@ def test_a_pinned_run_that_was_stopped_goes_on_to_the_same_bits(
         ([GO_ON], "rollout.during_update: expected 'wait' with rollout.max_lag = 0"),
         (["rollout.max_lag=1", "rollout.window=2"], "rollout.window: expected 1 with rollout.during_update = 'wait'"),
         (["rollout.max_lag=1", "rollout.dynamic_rounds=1"], "rollout.dynamic_rounds: expected 0 with rollout.max_lag"),
+        (["rollout.max_lag=1", "cluster.colocate=true"], "rollout.max_lag: expected 0 with cluster.colocate"),
         (
-            ["rollout.max_lag=1", "cluster.colocate=true"],
-            "rollout.max_lag: expected 0 with cluster.colocate",
+            ["rollout.max_lag=1", GO_ON, "engine.backend=vllm", *SERVERS, "engine.server.during_update=abort"],
+            "engine.server.during_update: expected 'keep' with rollout.during_update = 'go_on'",
         ),
     ],
 )

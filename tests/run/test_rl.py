@@ -15,9 +15,10 @@ from pekoe.config import RLConfig
 from pekoe.core import Interrupted, RunError, UserError
 from pekoe.core.journal import read_lines
 from pekoe.core.records import read_records
-from pekoe.core.types import Draw, Problem, SamplingParams, Trajectory, Verdict
+from pekoe.core.types import Draw, SamplingParams, Verdict
 from pekoe.model import load_model
 from pekoe.run.build import RLParts
+from tests.run.conftest import stop_after_responses
 
 Build = Callable[..., RLConfig]
 Train = Callable[..., None]
@@ -76,22 +77,8 @@ def test_ctrl_c_keeps_the_last_step_and_the_resumed_run_has_the_same_bits(
     unbroken = build("num_steps=4", f"run.dir={tmp_path / 'unbroken'}")
     train(unbroken)
     broken = build("num_steps=4", f"run.dir={tmp_path / 'broken'}")
-    seen = 0
-
-    def interrupt_rollouts(parts: RLParts) -> None:
-        rollouts: Any = parts.rollouts
-        submit = rollouts._judge.submit
-
-        def counted(problem: Problem, trajectory: Trajectory) -> Future[Verdict]:
-            nonlocal seen
-            seen += 1
-            rollouts._stop.requested |= seen > stop_after
-            return submit(problem, trajectory)
-
-        rollouts._judge.submit = counted
-
     with pytest.raises(Interrupted, match="run the same command again"):
-        train(broken, interrupt_rollouts)
+        train(broken, stop_after_responses(stop_after))
     train(broken)
     assert torch.equal(weights_of(broken), weights_of(unbroken))
     for name in ("journal.jsonl", "ledger.jsonl"):

@@ -68,7 +68,9 @@ def _ahead(steps: Sequence[Event]) -> str:
     )
     if waiting < _WAITS * now:
         return f"{sentence}: training bounds it, and a smaller lag might do."
-    busy = now * (1 - mean(step.get("idle_engines", 0.0) for step in steps)) - sync  # engines stop for a sync alone
+    if not all("idle_engines" in step for step in steps):  # of one process it is not measured
+        return f"{sentence}: sampling bounds it."
+    busy = now * (1 - mean(step["idle_engines"] for step in steps)) - sync  # engines stop for a sync alone
     turns = max(waiting, busy) + training + sync
     return (
         f"{sentence}: sampling bounds it. In turns (lag 0) the same work would take about {turns:.3g} s "

@@ -9,7 +9,7 @@ import pytest
 
 from pekoe.report.findings import findings
 from pekoe.report.history import History, read_history
-from pekoe.report.overlap import overlap, step_s
+from pekoe.report.lag import overlap, step_s
 from pekoe.report.page import render
 from tests.report.conftest import response, step_event, write_run
 from tests.report.test_page import data_of
@@ -64,6 +64,8 @@ def test_a_run_with_lag_says_who_waits_and_what_turns_would_take():
         "waits 4 s for samples: sampling bounds it. In turns (lag 0) the same work would take about 14 s (1.40 times "
         "as long), and more where the longest responses would hold up the others."
     )
+    unmeasured = overlap(history_of(seconds(rollout=4.0, train=5.0, sync=1.0) | LAG))
+    assert unmeasured.endswith("training waits 4 s for samples: sampling bounds it.")
     trains = overlap(history_of(seconds(rollout=0.1, train=8.9, sync=1.0) | LAG))
     assert trains.endswith("training waits 0.1 s for samples: training bounds it, and a smaller lag might do.")
 
