@@ -388,14 +388,15 @@ def _main(
 
 
 def main() -> None:
-    """Entry point. Exit status: 0 done, 1 the run failed, 2 the user's input is wrong, 130 interrupted."""
+    """Entry point. Exit status: 0 done, 1 the run failed, 2 the user's input is wrong, 130, 143 and 129 stopped by
+    Ctrl-C, SIGTERM and SIGHUP."""
     if not WAITING.keys() & os.environ:
         os.environ |= WAITING
     sys.path.append(os.getcwd())  # last: the user's rewards (kind function:...) are imported from here
     try:
         app(prog_name="pekoe")
     except (UserError, RunError, Interrupted) as error:
-        _fail(str(error), 2 if isinstance(error, UserError) else 1 if isinstance(error, RunError) else 130)
+        _fail(str(error), 2 if isinstance(error, UserError) else 1 if isinstance(error, RunError) else error.status)
     except SystemExit as stopped:
         if stopped.code == 130:  # typer's status after Ctrl-C: before a loop listens, or a second one
             _fail("interrupted; the last checkpoint, if any, is kept. Run the same command again to go on", 130)

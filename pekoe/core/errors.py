@@ -18,7 +18,9 @@ class RunError(RuntimeError):
 
 
 class Interrupted(RuntimeError):
-    """The user pressed Ctrl-C. The command line prints how to continue and exits with 130."""
+    """A signal asked the run to stop. The command line prints how to continue and exits with `status`, 128 + signal."""
+
+    status = 130  # SIGINT, Ctrl-C
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:

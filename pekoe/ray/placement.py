@@ -5,8 +5,11 @@ from __future__ import annotations
 import logging
 import os
 import pickle
+import signal
+import threading
 import time
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from threading import Lock
 from typing import Any
 
@@ -35,13 +38,28 @@ def connect(section: ClusterSection, view: ProgressReporter, stack: ExitStack) -
     # Ray leaves CUDA_VISIBLE_DEVICES of an actor of 0 GPUs as we set it: with `colocate` an engine has its ranks' GPUs.
     os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"
     try:
-        ray.init(**options)
+        with _handlers_kept():
+            ray.init(**options)
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise UserError(
             f"cluster.address: expected a Ray cluster that answers at {section.address or 'this machine'}, got: {error}"
         ) from None
     stack.callback(ray.shutdown)
     view.say(f"Ray {ray.__version__}: {len(live_nodes())} node(s), {_total('CPU'):g} cores, {_total('GPU'):g} GPUs")
+
+
+@contextmanager
+def _handlers_kept() -> Iterator[None]:
+    """Put back the handlers of signals that `ray.init` replaces: at a SIGTERM, Ray would abort without saving."""
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    kept = {number: signal.getsignal(number) for number in numbers}
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():  # no other may set any
+            for number, handler in kept.items():
+                if handler is not None:  # None: installed by other than Python
+                    signal.signal(number, handler)
 
 
 def plan(section: ClusterSection, view: ProgressReporter) -> list[str]:

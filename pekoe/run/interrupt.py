@@ -1,13 +1,15 @@
-"""The stop request (Ctrl-C, SIGTERM), and the seconds of a step's phases."""
+"""The stop request (Ctrl-C, SIGTERM, SIGHUP), and the seconds of a step's phases."""
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from pekoe.core.errors import Interrupted
 from pekoe.core.progress import NoProgress, ProgressReporter, phase
 
 
@@ -22,13 +24,14 @@ class StopRequested(Exception):
 class Stop:
     """Ctrl-C as a request: the loop drops what is unfinished, saves the last complete step, and ends.
 
-    While it listens, the first SIGINT or SIGTERM sets the request; the same one again interrupts at once. (At Ctrl-C
-    torchrun sends a SIGTERM after the terminal's SIGINT.)
+    While it listens, the first SIGINT, SIGTERM or SIGHUP sets the request; the same one again interrupts at once. (At
+    Ctrl-C torchrun sends a SIGTERM after the terminal's SIGINT.) SIGHUP stays ignored where it is (nohup). The first
+    signal decides the exit status of an Interrupted that leaves `listening`.
     """
 
     def __init__(self) -> None:
         self.requested = False
-        self._received: set[int] = set()
+        self._received: list[int] = []
 
     def check(self) -> None:
         """Raise StopRequested if the user asked to stop. Called only where nothing is half done."""
@@ -41,15 +44,27 @@ class Stop:
             yield self  # only the main thread can handle signals
             return
 
+        terminals = [fd for fd in (1, 2) if os.isatty(fd)]
+
         def handle(number: int, frame: object) -> None:
+            if number == signal.SIGHUP:  # the terminal is gone: writing to it would fail before the step is saved
+                for fd in terminals:
+                    os.dup2(null := os.open(os.devnull, os.O_WRONLY), fd)
+                    os.close(null)
             if number in self._received:
                 raise KeyboardInterrupt
-            self._received.add(number)
+            self._received.append(number)
             self.requested = True
 
-        before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        numbers = [signal.SIGINT, signal.SIGTERM]
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+            numbers.append(signal.SIGHUP)
+        before = {number: signal.signal(number, handle) for number in numbers}
         try:
             yield self
+        except Interrupted as error:
+            error.status = 128 + self._received[0]
+            raise
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
