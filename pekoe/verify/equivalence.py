@@ -32,7 +32,16 @@ def compare(gold: str, answer: str) -> bool | None:
 
 def same(gold: Tree, answer: Tree) -> bool | None:
     """`compare`, of trees. The order matters: the answer may name what the reference does not (`x = 7` for 7)."""
+    gold, answer = _exact(gold), _exact(answer)
+    if gold[0] != "relation" and answer[0] == "relation" and set(answer[1]) == {"="}:
+        sides = answer[2] if _definition(answer)[0] is None else answer[2][1:]
+        if any(_same_value(*pair) is False for pair in itertools.pairwise(sides)):
+            return False  # 5 = 7; x = 3 + 4 = 7 is none
+        if not any(map(symbols_of, answer[2])):
+            answer = answer[2][-1]
     gold, answer = _named(gold, answer)
+    if gold == answer and gold[0] in ("text", "relation", "ratio"):
+        return True
     if is_region(gold) or is_region(answer):
         regions = region(gold), region(answer)
         if regions[0] is not None and regions[1] is not None:
@@ -42,7 +51,7 @@ def same(gold: Tree, answer: Tree) -> bool | None:
     if "matrix" in kinds:
         return _same_matrix(gold, answer)
     if "text" in kinds:
-        return True if gold == answer else None
+        return None
     if "relation" in kinds or "in" in kinds:
         return _same_relation(gold, answer)
     if {"group", "list", "union", "minus"}.intersection(kinds):
@@ -50,15 +59,32 @@ def same(gold: Tree, answer: Tree) -> bool | None:
     return _same_value(gold, answer)
 
 
+def _exact(tree: Tree) -> Tree:
+    """Return `22/7 ~ 3.14` without its rounding; a name, and what is not close, are told apart by an equals sign."""
+    if tree[0] != "relation" or "~" not in tree[1]:
+        return tree
+    at = tree[1].index("~")
+    exact, *others = tree[2][at:]
+    with contextlib.suppress(ArithmeticError, Unreadable):
+        if all(_close(complex(value_of(exact, {})), complex(value_of(other, {})), 1e-2) for other in others):
+            return ("relation", tree[1][:at], tree[2][: at + 1]) if at else exact
+    return ("relation", tuple("=" if sign == "~" else sign for sign in tree[1]), tree[2])
+
+
 def _named(gold: Tree, answer: Tree) -> tuple[Tree, Tree]:
     """Return both without `x =` (or `f(x) =`), where both have it for the same name or only one has it."""
     (gold_name, gold_value), (answer_name, answer_value) = _definition(gold), _definition(answer)
-    if gold[0] == answer[0] == "relation" and (gold_name is None or gold_name != answer_name):
+    if gold[0] == answer[0] == "relation" and gold_name != answer_name:
+        names: list[Tree] = [name for name in (gold_name, answer_name) if name is not None]
+        if [name[0] for name in names] == ["symbol"] * 2 and _is_numbered(names[0][1], names[1][1]):
+            return gold_value, answer_value  # b = 3, and b_1 = 3
+        if [name[0] for name in names] == ["mul"] * 2 and names[0][1] == names[1][1]:  # f(x) = x, and f(z) = z
+            old, new = names[1][2], names[0][2]
+            renamed: Callable[[Tree], Tree] = lambda symbol: new if symbol == old else symbol  # noqa: E731
+            return gold_value, _rewritten(answer_value, "symbol", renamed)
         return gold, answer  # perhaps y = x + 1 and x = y - 1
-    if gold[0] != "relation" and answer[0] == "relation" and answer_name is not None:
-        sides = answer[2][1:]  # x = 3 + 4 = 7: all are the same, or it contradicts itself
-        if any(_same_value(left, right) is False for left, right in itertools.pairwise(sides)):
-            return gold, answer
+    if gold[0] == answer[0] == "relation" and gold_name is None:
+        return gold, answer
     return gold_value, answer_value
 
 
@@ -68,10 +94,19 @@ def _definition(tree: Tree) -> tuple[Tree | None, Tree]:
         return tree[1], tree[2]
     if tree[0] == "relation" and set(tree[1]) == {"="}:
         name, *_, value = tree[2]
-        is_call = name[0] == "mul" and name[1][0] == name[2][0] == "symbol"  # f(x)
-        if is_call or name[0] in ("symbol", "text"):
+        if name[0] in ("symbol", "text") or _is_call(name) or (name[0] == "group" and all(map(_is_call, name[2]))):
             return name, value
     return None, tree
+
+
+def _is_call(name: Tree) -> bool:
+    return name[0] == "mul" and name[1][0] == name[2][0] == "symbol"  # f(x)
+
+
+def _is_numbered(*names: str) -> bool:
+    """Whether one name is the other with a subscript."""
+    short, long = sorted(names, key=len)
+    return "_" not in short and long.partition("_")[0] == short
 
 
 def _same_matrix(gold: Tree, answer: Tree) -> bool | None:
@@ -178,6 +213,8 @@ def _rewritten(tree: Any, head: str, rule: Callable[[Any], Any]) -> Any:
 
 
 def _same_value(gold: Tree, answer: Tree) -> bool | None:
+    if (gold[0], answer[0]) == ("number", "ratio"):
+        return False  # 2:1 for 2 (and 9:30 for 0.3); 2 for 2:1 is the ratio's value
     signs = _both_signs(gold), _both_signs(answer)
     if len(signs[0]) != len(signs[1]):
         return False
@@ -209,7 +246,8 @@ def _same_value(gold: Tree, answer: Tree) -> bool | None:
         return None
     without_percent = [_rewritten(side, "percent", lambda percent: percent[1]) for side in (gold, answer)]
     if without_percent != [gold, answer]:
-        return False if same(*without_percent) is False else None
+        # 12.5 % is 12.5 where percents were asked for; 0.5 % is not 0.5.
+        return same(*without_percent) and (min(abs(complex(value)) for value in pairs[0]) > 0.01 or None)
     if bool(symbols_of(gold)) != bool(symbols_of(answer)):
         return None  # 10 cm, read as 10 times c times m, may be 10
     # A reference may be the rounding of what the answer has exactly; an answer that is rounded is another number.

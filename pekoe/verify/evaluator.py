@@ -16,6 +16,7 @@ Values = dict[str, Number]
 MAX_BITS, MAX_FACTORIAL = 20_000, 1_000
 _CONSTANTS = {"pi": complex(math.pi), "e": complex(math.e), "i": 1j}
 _OPERATIONS: dict[str, Callable[[Any, Any], Any]] = {"add": operator.add, "mul": operator.mul, "div": operator.truediv}
+_OPERATIONS["ratio"] = operator.truediv
 
 
 class Undefined(ArithmeticError):
@@ -40,7 +41,7 @@ def value_of(tree: Tree, values: Values) -> Number:
             return _CONSTANTS[name]
         case ("symbol", name) if name in values:
             return values[name]
-        case ("add" | "mul" | "div" as name, a, b):
+        case ("add" | "mul" | "div" | "ratio" as name, a, b):
             return _exactly(_OPERATIONS[name], value_of(a, values), value_of(b, values))
         case ("pow", a, b):
             return _power(value_of(a, values), value_of(b, values))

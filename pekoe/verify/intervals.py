@@ -18,18 +18,19 @@ _INFINITY = ("symbol", "infinity")
 End = tuple[float, int]
 Piece = tuple[End, End]
 _LOWEST, _HIGHEST = (-math.inf, 1), (math.inf, -1)
+_ORDER = ("<", "<=", ">", ">=", "!=")
 _MIRRORED = {"<": ">", "<=": ">=", ">": "<", ">=": "<="}
 
 
 def is_region(tree: Tree) -> bool:
     """Whether `tree` can be nothing else: an interval by itself may be a point of the plane."""
     if tree[0] == "relation":
-        return any(operator != "=" for operator in tree[1])
+        return any(operator in _ORDER for operator in tree[1])
     if tree[0] == "or":
         return any(is_region(part) for part in tree[1])
     if tree[0] == "group":
         return tree[2] != () and is_region(tree[2][0])
-    return tree[0] in ("union", "minus", "such_that")
+    return tree[0] in ("union", "minus", "such_that") or tree == ("symbol", "reals")
 
 
 def region(tree: Tree) -> list[Piece] | None:

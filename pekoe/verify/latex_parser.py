@@ -3,7 +3,8 @@ r"""A parser of LaTeX or plain text to a small tree, beside math-verify's, whose
 A tree is a tuple whose head names its type:
 
     ("number", Fraction, is_decimal)  ("symbol", name)  ("text", words)
-    ("add", a, b)  ("mul", a, b)  ("div", a, b)  ("pow", a, b)  ("pm", a)  ("call", name, argument)  ("percent", a)
+    ("add", a, b)  ("mul", a, b)  ("div", a, b)  ("ratio", a, b)  ("pow", a, b)  ("pm", a)
+    ("call", name, argument)  ("percent", a)
     ("relation", operators, sides)  ("group", brackets, items)  ("list", items)  ("union", parts)  ("minus", a, b)
     ("such_that", condition)  ("matrix", rows)  ("in", name, set)  ("or", parts)
 
@@ -18,7 +19,7 @@ from collections.abc import Sequence
 from fractions import Fraction
 from typing import Any
 
-from pekoe.verify.extract import rewriter
+from pekoe.verify.normalize import GREEK, rewriter
 
 MAX_CHARS, MAX_DEPTH = 1_000, 40
 
@@ -30,16 +31,14 @@ class Unreadable(ValueError):
 
 
 _FUNCTION = re.compile(r"(?:arc)?(?:sin|cos|tan)|(?:sin|cos|tan)h|cot|sec|csc|ln|exp|log|lg|max|min|gcd|lcm")
-_GREEK = re.compile(
-    "alpha|beta|(?:var)?(?:epsilon|theta|phi)|[gG]amma|[dD]elta|zeta|eta|iota|kappa|[lL]ambda|mu|nu|[xX]i|rho|[sS]igma|tau"
-    "|upsilon|chi|[pP]si|[oO]mega|Theta|Phi|ell"
-)
-_KNOWN = re.compile(rf"{_FUNCTION.pattern}|pi|or|and|sqrt|infinity|in")
+KNOWN = re.compile(rf"{_FUNCTION.pattern}|pi|or|and|sqrt|infinity|in")
 _RELATIONS = {sign: sign for sign in ("=", "<", ">", "<=", ">=", "!=")}
-_RELATIONS.update(leq="<=", le="<=", leqslant="<=", geq=">=", ge=">=", geqslant=">=", lt="<", gt=">", neq="!=", ne="!=")
-_SKIPPED = {"left", "right", "big", "Big", "bigl", "bigr", "Bigl", "Bigr", "displaystyle", "limits", "quad", "qquad"}
+_RELATIONS.update(
+    leq="<=", le="<=", leqslant="<=", geq=">=", ge=">=", geqslant=">=", lt="<", gt=">", neq="!=", ne="!=", approx="~"
+)
+_RELATIONS.update({name: name for name in ("parallel", "perp", "cong", "sim", "equiv")})
 _CONSTANTS = {"pi": "pi", "infty": "infinity", "R": "reals"}
-_FACTORS = {"*": "mul", "times": "mul", "cdot": "mul", "ast": "mul", "/": "div", "div": "div", ":": "div"}
+_FACTORS = {"*": "mul", "times": "mul", "cdot": "mul", "ast": "mul", "/": "div", "div": "div", ":": "ratio"}
 _NO_FACTORS = {"cup", "setminus", "in", "}", "pm", "mp", "\\", "%", "|", "vee", "lor", "rfloor", "rceil", "end"}
 _LINKS = (",", ";", "and", "or", "vee", "lor")
 _OPEN = {"(": ")", "[": "]", "{": "}", "|": "|", "lfloor": "rfloor", "lceil": "rceil"}
@@ -47,25 +46,27 @@ _CALLS = {"|": "abs", "lfloor": "floor", "lceil": "ceil"}
 _EMPTY = re.compile(r"(there (is|are) )?no (such )?(real |integer )?(solutions?|values?|roots?)|none|empty( set)?")
 
 _TOKEN = re.compile(
-    r"\s+|\\[,;:!> ]|~|\$"  # nothing
-    r"|\\(?:text[a-z]*|mbox|mathrm|operatorname|mathbf|mathit)\s*\{(?P<text>[^{}]*)\}"
-    r"|(?P<number>[0-9]+(?:\.[0-9]+)?|\.[0-9]+)"
+    r"\s+"
+    r"|\\text\s*\{(?P<text>[^{}]*)\}"
+    r"|(?P<number>[0-9]+(?:\.[0-9]+|\.(?=\\overline))?|\.[0-9]+)"
     r"|\\(?P<command>[A-Za-z]+|[\\{}%|])"
     r"|(?P<word>[A-Za-z]+)"
     r"|(?P<symbol><=|>=|!=|.)"
 )
 _A_SET = r"\\[A-Za-z]+ ?(?:\{[A-Z]\})?(?:[_^](?:\{[^{}]*\}|\S))*"  # \mathbb{Q}_{>0}
 _rewritten = rewriter(
-    (r"\\[dtc]frac", r"\\frac"),
-    (r"\\mathbb ?\{?R\}?", r"\\R "),
-    (r"\\(?:\^|degree|circ)|\^ ?\{? ?\\circ ?\}?", r"\\text{degrees}"),
+    (r"\\mathbb\{([A-Z])\}", r"\\\1 "),
+    (r"(?<![0-9])\.(?= ?\\(?:overline|bar))", "0."),
+    (r"(?<=[.0-9]) ?\\bar(?![a-z])", r"\\overline"),
+    (r"\\in ?\\R *(?=[:|]|\\mid)", ""),
+    (r"\\\{ ?([A-Za-z]) *:", r"\\{\1 |"),
+    (r"\(([0-9A-Z]+)\) ?_", r"\1_"),
     (r"\\lbrace(?![a-z])", r"\\{"),
     (r"\\rbrace(?![a-z])", r"\\}"),
     (r"\\(?:mid|vert|lvert|rvert)(?![a-z])", "|"),
     (r"\\(?:ldots|cdots|dots)(?![a-z])", r"\\text{dots}"),
     (r"\\setminus|\\backslash", r"\\setminus "),
     (r"\*\*", "^"),
-    (r"(?<=[0-9])(?:st|nd|rd|th)\b", ""),
     (rf"\\text\s*\{{\s*for (?:all|any|every)\s*\}} ?[a-z](?:, ?[a-z])* ?\\in ?{_A_SET}", ""),
 )
 Token = tuple[str, str]
@@ -76,9 +77,9 @@ def tokens_of(text: str) -> list[Token]:
     tokens: list[Token] = []
     for match in _TOKEN.finditer(_rewritten(text)):
         kind = match.lastgroup
-        if kind is None or (kind == "command" and match[kind] in _SKIPPED):
+        if kind is None:
             continue
-        if kind == "word" and not _KNOWN.fullmatch(match[kind]):
+        if kind == "word" and not KNOWN.fullmatch(match[kind]):
             if len(match[kind]) >= 3:
                 tokens.append(("text", match[kind]))
             else:
@@ -94,10 +95,9 @@ def read(text: str) -> Tree:
     """Return the tree of a whole answer. Raises Unreadable."""
     if len(text) > MAX_CHARS:
         raise Unreadable("too long")
-    plain = re.sub(r"\\(?:text[a-z]*|mathrm|mbox) ?\{([^{}]*)\}", r"\1", text).strip(" .$").lower()
+    plain = re.sub(r"\\text\{([^{}]*)\}", r"\1", text).strip().lower()
     if _EMPTY.fullmatch(plain):
         return ("group", "{}", ())
-    text = re.sub(r"(?<=[0-9])(?:,\\!|\{,\})(?=[0-9]{3})", "", text.strip()).rstrip(" .,$")
     # Thousands separators: at the top alone, for `(1,234)` is a pair.
     if not re.search(r"[()\[\]{}]|,(?![0-9]{3}(?![0-9]))|(?<![0-9])0[0-9]*,", text):
         text = text.replace(",", "")
@@ -141,13 +141,16 @@ class _Reader:
 
     def _items(self) -> tuple[Tree, ...]:
         """Read items between commas, semicolons, "and" or "or"; one "or" tree where only "or" stands between them."""
-        items = [self._relation()]
-        only_or = True
+        items, groups, only_or = [self._relation()], [0], True
         while link := self._take(*_LINKS):
             while self._take("and", "or"):
                 link = "or"
             only_or &= link in ("or", "vee", "lor")
+            groups += [len(items)] if link == ";" else []
             items.append(self._relation())
+        if 1 < len(groups) < len(items):  # p = 5, q = 2; p = 7, q = 3: each a tuple
+            ends = [*groups[1:], len(items)]
+            return tuple(("group", "()", tuple(items[a:b])) for a, b in zip(groups, ends, strict=True))
         return (("or", tuple(items)),) if only_or and len(items) > 1 else tuple(items)
 
     def _relation(self) -> Tree:
@@ -192,8 +195,9 @@ class _Reader:
             elif self._at_factor():
                 before = self._tokens[self._at - 1]
                 right = self._power()
-                if before[0] == "number" and tree[0] == "number" and right[0] == "div":  # a mixed number
-                    tree = ("add", tree, right)
+                mixed = right[1] if right[0] == "percent" else right
+                if before[0] == "number" and tree[0] == "number" and mixed[0] == "div":  # a mixed number
+                    tree = ("add", tree, mixed) if mixed is right else ("percent", ("add", tree, mixed))
                 elif right[0] in ("number", "text"):
                     raise Unreadable("a number or words after a factor")
                 else:
@@ -211,7 +215,7 @@ class _Reader:
 
     def _at_name(self) -> bool:
         kind, value = self._peek()
-        return kind in ("word", "command") and bool(len(value) == 1 or _GREEK.fullmatch(value))
+        return kind in ("word", "command") and bool(len(value) == 1 or GREEK.fullmatch(value))
 
     def _power(self) -> Tree:
         tree = self._atom()
@@ -299,9 +303,9 @@ class _Reader:
             return self._call(name)
         if name in ("emptyset", "varnothing"):
             return ("group", "{}", ())
-        if name in _CONSTANTS:
-            return ("symbol", _CONSTANTS[name])
-        if _GREEK.fullmatch(name):
+        if name in _CONSTANTS or (len(name) == 1 and name.isupper()):  # \R, \Z
+            return ("symbol", _CONSTANTS.get(name) or f"\\{name}")
+        if GREEK.fullmatch(name):
             return ("symbol", name + self._subscript())
         if name == "{" or name in _OPEN:
             return self._bracket(name)

@@ -47,7 +47,9 @@ from pekoe.verify.audit_hook import refuse_code_and_acts
 math.warm_up()
 if sys.argv[1] == "hooked":
     refuse_code_and_acts()
-print(math.decide(Path("attack").read_text(), "\\\\pi").label)
+_, verify = math._library()  # beside the judge, which leaves no words to math-verify
+values = [math._Side(text, "", "").value for text in ("\\\\pi", Path("attack").read_text())]
+print(math._attempt(verify, *values))
 """
 
 
@@ -55,7 +57,7 @@ print(math.decide(Path("attack").read_text(), "\\\\pi").label)
 def test_only_the_hook_stands_between_an_answer_and_eval(run_script: Run, tmp_path: Path, how: str):
     (tmp_path / "attack").write_text(bomb("open('PWNED', 'w')"))
     done = run_script(DECIDE, how)
-    assert done.stdout == "wrong\n", done.stderr
+    assert done.returncode == 0, done.stderr
     # If the open one stops making the file, a new version has closed the hole: say so in audit_hook.py.
     assert (tmp_path / "PWNED").exists() == (how == "open")
 

@@ -9,8 +9,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pekoe.verify.equivalence import compare
+from pekoe.verify import equivalence
 from pekoe.verify.latex_parser import MAX_CHARS, Unreadable, read
+from pekoe.verify.normalize import normalized
+
+
+def compare(gold: str, answer: str) -> bool | None:
+    return equivalence.compare(normalized(gold), normalized(answer))
+
 
 EQUAL = [
     ("1/2", r"\frac12"),
@@ -26,6 +32,23 @@ EQUAL = [
     ("10!", "3628800"),
     (r"\lfloor 7/2 \rfloor", "3"),
     (r"50\%", "1/2"),
+    (r"12.5\%", "12.5"),
+    (r"33\frac{1}{3}\%", r"\frac13"),
+    (r".\overline{36}", r"\frac{4}{11}"),
+    ("0.\\bar{3}", "1/3"),
+    ("(10110)_2", "10110_2"),
+    (r"\mathbb{Z}/6\mathbb{Z}", r"\mathbb{Z}/6\mathbb{Z}"),
+    (r"AB \parallel CD", r"AB\parallel CD"),
+    (r"\mathbb{R}", r"(-\infty, \infty)"),
+    ("[1,3]", r"\{x \in \mathbb{R} : 1 \le x \le 3\}"),
+    ("]1, 2[", "(1, 2)"),
+    ("f(x) = 2x", "f(z) = 2z"),
+    ("(P(x), Q(x)) = (x, 2x)", "(x, 2x)"),
+    ("b = 3 or b = -4", "b_1 = 3, b_2 = -4"),
+    ("p=5, q=2; p=7, q=3", "(5,2), (7,3)"),
+    (r"\frac{22}{7}", r"\frac{22}{7} \approx 3.14"),
+    ("11", r"x \approx 11"),
+    ("2^{10}", "2¹⁰"),
     ("ab + 1", "1 + ba"),
     (r"\sin^2 x + \cos^2 x", "1"),
     (r"\tan^{-1} x", r"\arctan x"),
@@ -64,11 +87,15 @@ DIFFERENT = [
     ("(1,234)", "1234"),
     (r"\begin{pmatrix}1 & 2 \\3 & 4\end{pmatrix}", r"\begin{pmatrix}1 & 2 \\4 & 3\end{pmatrix}"),
     ("1/0.5", "3"),
+    ("x^{12}α", "x_{1}^{2}α"),
+    ("5", "5 \\approx 6"),
+    ("f(x) = x", "f(z) = z + 1"),
+    (r"\mathbb{Z}", r"\mathbb{N}"),
 ]
 UNSURE = [
     ("x", r"\sqrt{x^2}"),  # for some x
     ("0.333333", "1/3"),  # the reference may be rounded
-    (r"50\%", "50"),
+    (r"0.5\%", "0.5"),
     (r"5 \text{ cm}", "5"),
     ("10", "10 cm"),
     ("9^{9^{9^9}}", "1"),
@@ -96,6 +123,11 @@ def test_different(gold: str, answer: str):
 @pytest.mark.parametrize(("gold", "answer"), UNSURE)
 def test_unsure(gold: str, answer: str):
     assert compare(gold, answer) is None
+
+
+def test_a_ratio_has_a_value_but_a_number_is_no_ratio():
+    assert compare("2:1", "2") is True
+    assert compare("2", "2:1") is False
 
 
 def test_contradictory_chains_are_not_their_last_side():

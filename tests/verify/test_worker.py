@@ -59,7 +59,7 @@ def test_protocol(start: Callable[..., Process]):
     assert answer == {"id": 5, "label": "correct", "why": "", "oversized": False}
     assert ask(worker, answer="", gold="0.5", check="reference")["label"] == "correct"
     assert ask(worker, answer="", gold="x + }{", check="reference")["label"] == "fault"
-    assert ask(worker, answer=r"\operatorname{zeros}(100000,100000)", gold="7")["limit"] == "memory"
+    assert ask(worker, kind="function:operator:mul", answer="x", gold=1 << 31)["limit"] == "memory"
     assert ask(worker, answer="1+" * 4000 + "1", gold="7")["limit"] == "recursion"
     assert "UserError" in ask(worker, kind="none", answer="1", gold="7")["error"]
     os.kill(worker.pid, signal.SIGINT)  # Ctrl-C goes to every process of the terminal: it is not the worker's to act on
@@ -97,10 +97,19 @@ def test_too_little_memory_to_start(start: Callable[..., Process]):
 
 
 def test_an_oversized_worker_says_so(start: Callable[..., Process]):
-    worker = start(memory=500 << 20)
+    growing = (
+        "from pekoe.verify import worker\n"
+        "kind, kept = worker.VERIFIERS['math'], []\n"
+        "def decide(answer, gold):\n"
+        "    kept.append(bytearray(int(answer)))\n"  # as sympy's caches do
+        "    return kind.decide('1', '2')\n"
+        "worker.VERIFIERS['math'] = type(kind)('math', kind.prepare, decide, kind.check_reference, kind.warm_up)\n"
+        "worker.main()"
+    )
+    worker = start(memory=500 << 20, command=(sys.executable, "-c", growing))
     assert hear(worker) == {"ready": True}
-    assert ask(worker, answer="0.50", gold="1/2")["oversized"] is False
-    assert ask(worker, answer=r"\operatorname{zeros}(5000,5000)", gold="7")["oversized"] is True  # 200 MB, in a cache
+    assert ask(worker, answer="1", gold="2")["oversized"] is False
+    assert ask(worker, answer=str(200 << 20), gold="2")["oversized"] is True
 
 
 def test_started_by_a_parent_that_is_gone(start: Callable[..., Process]):

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from pekoe.core.types import Verdict
-from pekoe.verify.extract import last_boxed
+from pekoe.verify.extract import after_thinking, last_boxed, tagged
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,13 +42,10 @@ def bad_reference(expected: str, gold: Any) -> Verdict:
 
 def tagged_answer(response: str, max_chars: int) -> Verdict | str:
     r"""Return what the last complete `\boxed{...}` holds, or else the last `<answer>...</answer>`; or UNPARSED."""
+    response = after_thinking(response)
     answer = last_boxed(response)
-    if answer is None:
-        end = response.rfind("</answer>")
-        start = response.rfind("<answer>", 0, max(end, 0))
-        if start < 0:
-            return Verdict("unparsed", None, r"no complete \boxed{...} and no <answer>...</answer>")
-        answer = response[start + len("<answer>") : end]
+    if answer is None and (answer := tagged(response)) is None:
+        return Verdict("unparsed", None, r"no complete \boxed{...} and no <answer>...</answer>")
     answer = answer.strip()
     if len(answer) > max_chars:
         return Verdict("unparsed", answer[:200] + "…", f"the answer holds {len(answer):,} characters")

@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 
 from pekoe.core.types import Verdict
 from pekoe.verify import sandbox
+from pekoe.verify.extract import after_thinking
 from pekoe.verify.kinds.base import Verifier, bad_reference
 
 MAX_CODE_CHARS, MAX_OUTPUT_BYTES = 50_000, 1 << 20  # of output beyond the expected one
@@ -93,7 +94,7 @@ def prepare(response: str, gold: Any) -> Verdict | str:
         return Verdict("fault", None, "code is judged on Linux x86_64 alone, where its sandbox knows the system calls")
     if isinstance(tests := _tests(gold), str):
         return bad_reference(tests, gold)
-    block = _last_block(response)
+    block = _last_block(after_thinking(response))
     if block is None:
         return Verdict("unparsed", None, "no complete ``` block")
     if len(block) > MAX_CODE_CHARS:

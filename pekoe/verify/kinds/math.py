@@ -5,7 +5,9 @@ LaTeX and compares. Its parser is given the content of the box alone: its `parse
 and with `ExprExtractionConfig` execute it. (Its LaTeX path is not safe either: every worker installs
 `pekoe.verify.audit_hook`.) Its own time limits use SIGALRM; they are off, because the pool's wall clock limits it.
 
-`_tidy`, `_read_both` and `_contradicts` correct errors of math-verify that labelled answers have shown.
+Both sides are read in one spelling, without their units (`verify.normalize`, `verify.units`). math-verify decides only
+what `verify.equivalence` does not, and never where words are left, around which it would read. `_contradicts` corrects
+errors of it that labelled answers have shown. A reference in words is compared as text.
 """
 
 from __future__ import annotations
@@ -20,36 +22,20 @@ from typing import Any, NamedTuple, cast
 
 from pekoe.core.types import Label, Verdict
 from pekoe.verify import equivalence
-from pekoe.verify.extract import conclusion, is_prose, last_boxed, linked_boxes, rewriter, unboxed
+from pekoe.verify.extract import after_thinking, claimed, conclusion, is_prose, last_boxed, linked_boxes, unboxed
 from pekoe.verify.kinds.base import Verifier, bad_reference
+from pekoe.verify.latex_parser import KNOWN
+from pekoe.verify.normalize import normalized
+from pekoe.verify.units import split_unit
 
 MAX_ANSWER_CHARS = 10_000  # no answer is this long; a list of 40,000 numbers would only buy time in the parser
 
-_UNICODE = str.maketrans(
-    {"\N{MINUS SIGN}": "-", "\N{EN DASH}": "-", "\N{MULTIPLICATION SIGN}": r"\times ", "∞": r"\infty ", "π": r"\pi "}
-    | {"·": r"\cdot ", "÷": "/", "≤": r"\leq ", "≥": r"\geq ", "≠": r"\neq ", "°": r"^\circ ", "²": "^2", "³": "^3"}
-    | {"\x0c": r"\f", "\x08": r"\b", "€": "", "£": "", "¥": ""}  # \frac and \binom, read as escapes; currencies
-    | {"\N{UNION}": r"\cup ", "∩": r"\cap ", "∅": r"\emptyset ", "½": r"\frac{1}{2}", "¾": r"\frac{3}{4}"}
-)
-_rewritten = rewriter(
-    (r"\s+", " "),
-    (r"√ ?([0-9]+|[a-zA-Z])", r"\\sqrt{\1}"),
-    (r"√", r"\\sqrt"),
-    (r"(^|[(\[,] ?)\+(?= ?\\infty)", r"\1"),
-    (r"(?<![A-Za-z\\])pi(?![A-Za-z])", r"\\pi "),
-    (r"\^\s*$", ""),
-    (r"\\varnothing", r"\\emptyset"),
-    (r" (\\?%)", r"\1"),
-    (r"(?<=[0-9])(?: |\\,|\\ )(?=[0-9]{3}(?![0-9]))", ""),  # 1 000
-    (r"^(-?[0-9]+) ([0-9]+)/([0-9]+)$", r"\1\\frac{\2}{\3}"),  # 1 3/4
-    (r"(?<![\w.])([0-9]+(?:\.[0-9]+)?)[eE]([+-]?[0-9]{1,3})(?!\w)", r"\1 \\times 10^{\2}"),
-    (r"(?<=[0-9A-Za-z})\]])\. ?$", ""),
-)
-_TEXT_GROUP = re.compile(r"\\(?:text[a-z]*|mbox|math(?:rm|it|bf)) ?\{[^{}]*\}")
 _PLAIN = re.compile(r"[+-]?(?:[0-9]{1,40}|[0-9]{1,3}(?:,[0-9]{3}){1,12})")
 _PARTS, _BRACKETS = re.compile(r",(?![0-9]{3})|;|\band\b"), re.compile(r"\([^()]*\)|\[[^\[\]]*\]")
 _COMMA, _POINT = re.compile(r"-?(?:[0-9]+,[0-9]{1,2}|0,[0-9]+)"), re.compile(r"-?[0-9]+\.[0-9]+")
-_VARIABLE = re.compile(r"[A-Za-z]")
+_PLACEHOLDERS = ("proof", "notfound", "n/a", "null", "nan", "unknown", "tbd", "todo")
+_WORDS = re.compile(r"(?<![\\A-Za-z])(?=[A-Za-z]*[a-z])[A-Za-z]{3,}|(?<=\\text\{)[A-Za-z]{2,}")
+_UNCLEAR = re.compile(r"==|\.\.\.|\\[lc]?dots")
 _BASE = re.compile(r"[0-9]_\{?([0-9]+)")
 
 
@@ -57,21 +43,11 @@ class _BadReference(Exception):
     """The reference cannot be used, whatever the response."""
 
 
-class _Read(NamedTuple):
-    text: str  # normalised
-    unit: str  # what was taken off its end
-    value: Any  # a sympy object, or None where it cannot be parsed
-
-
 @functools.cache
 def _library() -> tuple[Any, Any]:
     """Return math-verify's parser module and its `verify`. It has no types; and the parent must never import it."""
     logging.getLogger("math_verify").setLevel(logging.CRITICAL)
     return importlib.import_module("math_verify.parser"), importlib.import_module("math_verify").verify
-
-
-def _tidy(text: str) -> str:
-    return _rewritten(text.strip().translate(_UNICODE)).strip()
 
 
 def _attempt(function: Callable[..., Any], *arguments: Any) -> Any:
@@ -84,31 +60,32 @@ def _attempt(function: Callable[..., Any], *arguments: Any) -> Any:
         return None
 
 
-def _read(text: str, take_unit: bool = True) -> _Read:
-    parser, _ = _library()
-    text = _tidy(text)
-    config = parser.NormalizationConfig
-    plain = parser.normalize_latex(text, config(boxed="last"))
-    # math-verify cuts from the *first* \text{...} to the end: `7 \text{ or so } \frac{8}{1}` would read as 7.
-    rests = [plain[match.end() :] for match in _TEXT_GROUP.finditer(plain)]
-    cut = take_unit and all(re.fullmatch(r" ?(\^\{?[0-9]\}?)?", rest) for rest in rests)
-    bare = parser.normalize_latex(plain, config(boxed="none", units=True)) if cut else plain
-    unit = plain[len(bare) :] if plain.startswith(bare) else ""
-    whole = parser.normalize_latex(bare, config(boxed="none", malformed_operators=True, nits=True))
-    return _Read(whole, unit, _attempt(parser.parse_latex_cached, whole))
+class _Side(NamedTuple):
+    text: str  # normalised, without its unit
+    unit: str  # "" where there is none
+    words: str  # the text alone, for what is compared as words
+
+    @property
+    def value(self) -> Any:
+        """A sympy object, or None where math-verify cannot parse the text."""
+        parser, _ = _library()
+        config = parser.NormalizationConfig(boxed="none", malformed_operators=True, nits=True)
+        return _attempt(lambda: parser.parse_latex_cached(parser.normalize_latex(self.text, config)))
+
+    @property
+    def is_words(self) -> bool:
+        """Whether there are words in it that are no names of functions. math-verify would read around them."""
+        return (
+            any(not KNOWN.fullmatch(word) for word in _WORDS.findall(self.text))
+            or _UNCLEAR.search(self.text) is not None
+        )
 
 
-def _unit_name(unit: str) -> str:
-    return re.sub(r"\\(?:text|mbox)|[^A-Za-z0-9^°]", "", unit).lower().removesuffix("s")
-
-
-def _read_both(gold: str, answer: str) -> tuple[_Read, _Read]:
-    reference, response = _read(gold), _read(answer)
-    # A unit may be left out. It may not be another one (10 cm for 10 m), nor a variable: the t of 2t is not a tonne.
-    units = reference.unit, response.unit
-    if _unit_name(units[0]) != _unit_name(units[1]) and (all(units) or _VARIABLE.fullmatch("".join(units))):
-        return _read(gold, take_unit=False), _read(answer, take_unit=False)
-    return reference, response
+def _side(text: str, is_reference: bool = False) -> _Side:
+    text = normalized(text)
+    value, unit = split_unit(text, is_reference)
+    words = re.sub(r" ?([^\w\s]) ?", r"\1", re.sub(r"\\text ?\{([^{}]*)\}|\s+", r" \1 ", text).strip())
+    return _Side(value, unit, re.sub(r"\s+", " ", words))
 
 
 def _verify(gold: Any, answer: Any) -> bool:
@@ -116,12 +93,11 @@ def _verify(gold: Any, answer: Any) -> bool:
     return bool(_library()[1](gold, answer, timeout_seconds=None, raise_on_error=True))
 
 
-def _contradicts(reference: _Read, response: _Read) -> bool:
+def _contradicts(reference: str, response: str, gold: Any, answer: Any) -> bool:
     """Whether two values that math-verify calls equal are not."""
-    bases = [set(_BASE.findall(side.text)) for side in (reference, response)]
+    bases = [set(_BASE.findall(text)) for text in (reference, response)]
     if bases[0] and bases[1] and bases[0] != bases[1]:  # it ignores the base: 204_5 is not 204_6
         return True
-    gold, answer = reference.value, response.value
     sympy = _library()[0].sympy
     if not gold.atoms(sympy.Equality):
         # It takes the last side of an equation; `5 = 7` is not 7.
@@ -139,7 +115,9 @@ def _contradicts(reference: _Read, response: _Read) -> bool:
 def _golds(gold: Any) -> list[str]:
     """Return the references, or an empty list where `gold` is not text or a list of texts."""
     golds: list[Any] = cast(list[Any], gold) if isinstance(gold, (list, tuple)) else [gold]
-    return golds if all(isinstance(text, str) and text.strip() for text in golds) else []
+    if not all(isinstance(text, str) and text.strip() for text in golds):
+        return []
+    return [", ".join(linked_boxes(text)) or text if "boxed" in text else text for text in golds]
 
 
 def _plain(text: str) -> int | None:
@@ -152,6 +130,7 @@ def prepare(response: str, gold: Any) -> Verdict | str:
     golds = _golds(gold)
     if not golds:
         return bad_reference("must be text, or a list of texts", gold)
+    response = after_thinking(response)
     answer = last_boxed(response)
     if answer is None:
         return Verdict("unparsed", None, r"no complete \boxed{...}")
@@ -163,7 +142,7 @@ def prepare(response: str, gold: Any) -> Verdict | str:
 
 def prepare_unboxed(response: str, gold: Any) -> Verdict | str:
     """As `prepare`, but where no box is complete what follows the last "answer is" will do."""
-    golds = _golds(gold)
+    golds, response = _golds(gold), after_thinking(response)
     if golds and last_boxed(response) is None and (answer := unboxed(response)):
         return _prepared(answer, golds)
     return prepare(response, gold)
@@ -183,24 +162,23 @@ def _prepared(answer: str, golds: list[str]) -> Verdict | str:
     return answer
 
 
-def _check_alone(value: Any, text: str) -> None:
-    if equivalence.compare(_tidy(text), _tidy(text)):
+def _check_alone(side: _Side, text: str) -> None:
+    if side.words.lower() in _PLACEHOLDERS:
+        raise _BadReference(f"the reference {text[:80]!r} says that there is none")
+    if side.is_words or equivalence.compare(side.text, side.text):
         return
+    value = side.value
     if value is None or not _attempt(_verify, value, value):  # math-verify raises for 0/0
         raise _BadReference(f"the reference {text[:80]!r} cannot be {'parsed' if value is None else 'compared'}")
 
 
 def _compare(gold: str, answer: str) -> Label:
     label = _compare_once(gold, answer)
-    if label != "correct" and is_prose(answer) and not is_prose(gold) and (claim := conclusion(answer)):
+    if label == "correct" or is_prose(gold):
+        return label
+    if (is_prose(answer) and (claim := conclusion(answer))) or (claim := claimed(normalized(answer))):
         return _compare_once(gold, claim)
     return label
-
-
-def _second(reference: _Read, response: _Read, gold: str, answer: str) -> bool | None:
-    """The second judgement: on the texts as they are, else on them as math-verify normalises them."""
-    equal = equivalence.compare(_decimal_point(_tidy(gold), answer), _decimal_point(_tidy(answer), gold))
-    return equivalence.compare(reference.text, response.text) if equal is None else equal
 
 
 def _decimal_point(text: str, other: str) -> str:
@@ -209,23 +187,34 @@ def _decimal_point(text: str, other: str) -> str:
 
 
 def _compare_once(gold: str, answer: str) -> Label:
-    reference, response = _read_both(gold, answer)
-    if (reference.text, reference.unit) == (response.text, response.unit):
+    reference, response = _side(gold, True), _side(answer)
+    if reference.words.lower() in _PLACEHOLDERS:
+        _check_alone(reference, gold)
+    words, is_words = [reference.words, response.words], reference.is_words or response.is_words
+    if words[0] == words[1] or (is_words and words[0].lower() == words[1].lower()):
         return "correct"
-    if (equal := _second(reference, response, gold, answer)) is not None:
+    if reference.unit and response.unit and reference.unit != response.unit:  # 10 cm for 10 m
+        return "wrong"
+    texts = _decimal_point(reference.text, response.text), _decimal_point(response.text, reference.text)
+    if {reference.unit, response.unit} == {"", "degree"}:  # an angle in degrees, and perhaps one in radians
+        radians = [
+            rf"({side.text}) \cdot \frac{{\pi}}{{180}}" if side.unit else side.text for side in (reference, response)
+        ]
+        if any("pi" in text for text in texts) and equivalence.compare(*radians):
+            return "correct"
+    if (equal := equivalence.compare(*texts)) is not None:
         return "correct" if equal else "wrong"
-    if reference.value is None:
-        _check_alone(None, gold)
-    if response.value is None:
+    if is_words:
+        return "wrong"
+    values = reference.value, response.value
+    if values[0] is None:
+        _check_alone(reference, gold)
+    if values[1] is None:
         return "unparsed"
-    equal = _attempt(_equal, reference, response)
+    equal = _attempt(lambda: _verify(*values) and not _contradicts(*texts, *values))
     if equal is None:  # if the reference is not the cause, nothing shows that the two are equal
-        _check_alone(reference.value, gold)
+        _check_alone(reference, gold)
     return "correct" if equal else "wrong"
-
-
-def _equal(reference: _Read, response: _Read) -> bool:
-    return _verify(reference.value, response.value) and not _contradicts(reference, response)
 
 
 def decide(answer: str, gold: Any) -> Verdict:
@@ -253,14 +242,14 @@ def check_reference(gold: Any) -> Verdict:
     faults: list[str] = []
     texts = _golds(gold)
     for text in texts:
-        value = _read(text).value
+        side = _side(text, True)
         try:
-            _check_alone(value, text)
+            _check_alone(side, text)
         except _BadReference as fault:
             faults.append(str(fault))
             continue
         with contextlib.suppress(ArithmeticError, AttributeError, PermissionError, TypeError, ValueError):
-            _verify(value, _library()[0].sympy.Integer(0))
+            _verify(side.value, _library()[0].sympy.Integer(0))
     return Verdict("fault", None, "; ".join(faults)) if len(faults) == len(texts) else Verdict("correct")
 
 

@@ -27,12 +27,17 @@ from fractions import Fraction
 from typing import Any, cast
 
 from pekoe.core.types import Verdict
-from pekoe.verify.extract import last_boxed, rewriter, unboxed
+from pekoe.verify.extract import after_thinking, last_boxed, unboxed
 from pekoe.verify.kinds.base import Verifier, bad_reference, tagged_answer
+from pekoe.verify.normalize import normalized, rewriter
 
-_CHOICE_MARKUP = re.compile(r"\\(?:text[a-z]*|math[a-z]*|mbox)\s*|[{}$\\]|(?i:\b(?:option|choice|answer)\b)")
+_CHOICE_MARKUP = re.compile(r"\\text\s*|[{}\\*]|(?i:\b(?:option|choice|answer)\b(?: is)?:?)")
 _LETTER = re.compile(r"\(?([A-Za-z])\)?(?:[.):]?$|[.):]\s|\)\s*\S)")
-_ANOTHER = re.compile(r"(?:\bor\b|\band\b|,|;|/)\s*\(?[A-Z]\)?(?:\W|$)")
+# Behind the letter: a letter marked as an option, one by itself (but for the article), one linked, or a denial.
+_ANOTHER = re.compile(
+    r"\(?\b[A-Za-z][).:](?!\w)|\b[A-J]\b(?!\s+[a-z]{2}|\s*[=+])|(?:\b(?i:or|and|nor|not)\b|[,;/&|])\s*\(?[A-Ja-j]\)?(?:\W|$)"
+    r"|^\W*[a-j]\W*$|(?i:\b(?:is|are|was)\s+(?:not|wrong|incorrect|false)\b)"
+)
 
 MAX_LOGIC_CHARS = 20_000
 _LOGIC_MARKUP = re.compile(r"\\(?:text[a-z]*|math[a-z]*|mbox|quad|qquad|[,;! ])|[{}$*\\]")
@@ -59,15 +64,16 @@ _OPERATIONS: dict[type[ast.operator], Callable[[Fraction, Fraction], Fraction]] 
 
 def _letter(text: str) -> str | None:
     """Return the one letter that `text` chooses: `C`, `(C)`, `C.`, `C) because`, `Option C`; None for two, or none."""
-    text = _CHOICE_MARKUP.sub("", text).strip()
+    text = _CHOICE_MARKUP.sub(" ", normalized(text)).strip()
     match = _LETTER.match(text)
-    return match[1].upper() if match and not _ANOTHER.search(text, match.end(1)) else None
+    return match[1].upper() if match and not _ANOTHER.search(text, match.end(1) + 1) else None
 
 
 def prepare_choice(response: str, gold: Any) -> Verdict:
     expected = _letter(gold) if isinstance(gold, str) else None
     if expected is None:
         return bad_reference("must be a letter", gold)
+    response = after_thinking(response)
     answer = last_boxed(response)
     if answer is None and (answer := unboxed(response)) is None:
         return Verdict("unparsed", None, r"no complete \boxed{...}, and no answer named")
