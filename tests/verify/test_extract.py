@@ -129,13 +129,17 @@ READERS: dict[str, Callable[[str], object]] = {
 }
 
 
+def _cpu_seconds(name: str, text: str) -> float:
+    start = time.process_time()
+    READERS[name](text)
+    return time.process_time() - start
+
+
 @pytest.mark.parametrize("length", [10_000, pytest.param(100_000, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", READERS)
 def test_long_answers_are_read_in_linear_time(name: str, length: int):
     for piece in PIECES_OF_ANSWERS:
         run = (piece * length)[:length]
         for text in (run, "{" * (length // 2) + "}" * (length // 2), rf"\text{{x is [1{run}: x}} y 1\\"):
-            start = time.process_time()
-            READERS[name](text)
             # Measured: at most 6 us a character. A scan of squares takes a hundred times as much.
-            assert time.process_time() - start < 2e-5 * length, (piece, text[:20])
+            assert any(_cpu_seconds(name, text) < 2e-5 * length for _ in range(3)), (piece, text[:20])
