@@ -151,10 +151,11 @@ class SyncReport:
     copied_bytes: int
     canary_diff: float
     checksum: ChecksumResult
+    completed: float | None = None  # Unix time of the proof, where nobody waited for it
 
     def as_dict(self) -> dict[str, Any]:
         """The fields of a journal event."""
-        return {
+        return ({} if self.completed is None else {"sync_time": round(self.completed, 3)}) | {
             "sync_version": self.version,
             "sync_route": self.route,
             "sync_bytes": self.copied_bytes,

@@ -12,6 +12,7 @@ import plotly.graph_objects as go
 from pekoe.core.journal import Event
 from pekoe.report.findings import utilisation
 from pekoe.report.history import History
+from pekoe.report.lag import versions_served
 
 # (metric, title, number format of its axis)
 CURVES = (
@@ -38,6 +39,8 @@ CURVES = (
 )
 COLOURS = ("#2f6f9f", "#c4622d", "#4f8f4f", "#8a5fa0", "#b0913a", "#5b8f95")
 PHASES = {"rollout": COLOURS[0], "verify": COLOURS[3], "recompute": COLOURS[4], "train": COLOURS[1], "sync": COLOURS[2]}
+BANDS = ("#6d8a96", "#a3b8bf")  # of versions, in turn
+_MOST_SHADED = 300  # bands behind the phases; more would be lines
 
 
 def charts(histories: Sequence[History]) -> list[dict[str, Any]]:
@@ -57,7 +60,7 @@ def charts(histories: Sequence[History]) -> list[dict[str, Any]]:
 
 
 def timeline(history: History) -> dict[str, Any] | None:
-    """The phases of each step, over seconds since the first one began."""
+    """The phases of each step, over seconds since the first one began, and the version that engines sample with."""
     steps = history.steps
     if not steps:
         return None
@@ -74,8 +77,27 @@ def timeline(history: History) -> dict[str, Any] | None:
         marker = {"color": PHASES.get(phase, COLOURS[5]), "line": {"width": 0}}
         text = {"hovertext": texts, "hoverinfo": "text"}
         figure.add_bar(name=phase, x=lengths, y=rows, base=starts, orientation="h", marker=marker, **text)
+    _add_versions(figure, history, begin, steps[-1]["time"])
     figure.update_layout(barmode="overlay", showlegend=False, title="phases of each step", xaxis_title="seconds")
     return _json(figure)
+
+
+def _add_versions(figure: go.Figure, history: History, begin: float, end: float) -> None:
+    """A bar for each version, labelled where the label fits, and behind all rows a band for every other one."""
+    served = [(v, max(first, begin), min(last, end)) for v, first, last in versions_served(history)]
+    bands = [(v, round(first - begin, 3), round(last - first, 3)) for v, first, last in served if first < last]
+    if not bands:
+        return
+    versions, starts, lengths = zip(*bands, strict=True)
+    marker = {"color": [BANDS[v % 2] for v in versions], "line": {"width": 0}}
+    text = {"text": [f"v{v}" for v in versions], "textposition": "inside", "insidetextanchor": "middle"}
+    hover = {"hovertext": [f"version {v}: {length:.3g} s" for v, _, length in bands], "hoverinfo": "text"}
+    place = {"x": lengths, "y": ["version"] * len(bands), "base": starts, "orientation": "h"}
+    figure.add_bar(name="version", marker=marker, textangle=0, **place, **text, **hover)
+    band = {"type": "rect", "yref": "paper", "y0": 0, "y1": 1, "layer": "below", "line": {"width": 0}}
+    shown = [(start, start + length) for v, start, length in bands if v % 2 and len(bands) <= _MOST_SHADED]
+    shapes = [band | {"x0": x0, "x1": x1, "fillcolor": "rgba(128,128,128,0.13)"} for x0, x1 in shown]
+    figure.update_layout(uniformtext={"mode": "hide", "minsize": 8}, shapes=shapes)
 
 
 Line = tuple[Sequence[Event], dict[str, Any]]  # the events whose steps are the x axis, and the curve's other attributes

@@ -45,6 +45,25 @@ def step_s(times: Sequence[Times], lag: int) -> float:
     return (done[-1] - done[-1 - len(times)]) / len(times)
 
 
+def versions_served(history: History) -> list[tuple[int, float, float]]:
+    """(version, begin, end) in Unix time, in order: when the engines sampled with which version of the weights.
+
+    A version is served from the end of its publish to the end of the next; the last one up to the last event.
+    """
+    bands: list[tuple[int, float, float]] = []
+    version, begin, now = None, 0.0, 0.0
+    for event in history.events:
+        published, at = event.get("sync_version", version), event.get("sync_time", event["time"])
+        if event["event"] == "resumed":
+            published, at = None, now  # nothing was sampled while the run stood still
+        if published != version:
+            if version is not None:
+                bands.append((version, begin, at))
+            version, begin = published, at
+        now = event["time"]
+    return bands if version is None else [*bands, (version, begin, now)]
+
+
 def _in_turns(steps: Sequence[Event], history: History) -> str:
     times = list(map(times_of, steps))
     now, one, two = (step_s(times, lag) for lag in range(3))

@@ -136,7 +136,7 @@ class WeightChannel:
         if wait or not copied or before is None:
             self._last = self._publish(version)
             return self._last
-        self._sending = self._thread.submit(self._publish, version)
+        self._sending = self._thread.submit(lambda: replace(self._publish(version), completed=time.time()))
         return before
 
     def settle(self) -> SyncReport | None:

@@ -9,7 +9,7 @@ import pytest
 
 from pekoe.report.findings import findings
 from pekoe.report.history import History, read_history
-from pekoe.report.lag import overlap, step_s
+from pekoe.report.lag import overlap, step_s, versions_served
 from pekoe.report.page import render
 from tests.report.conftest import response, step_event, write_run
 from tests.report.test_page import data_of
@@ -85,3 +85,37 @@ def test_the_page_of_a_run_with_lag_shows_it_by_step(tmp_path: Path):
     synchronous = read_history(write_run(tmp_path / "other", [step_event(1)], {"000001": [response(0, 0)]}))
     titles = [chart["layout"]["title"]["text"] for chart in data_of(render([synchronous]))["charts"]]
     assert not any(title.startswith("lag") for title in titles)
+
+
+SYNC = {"event": "sync", "time": 1000.0, "step": 0, "sync_version": 0}
+
+
+def served(*events: dict[str, Any]) -> list[tuple[int, float, float]]:
+    return versions_served(History(Path("run"), {}, [*events], {}))
+
+
+def test_a_version_is_served_from_its_publish_to_the_next():
+    steps = [step_event(i, sync_version=i) for i in (1, 2)]
+    evaluation = {"event": "eval", "time": 1025.0, "step": 2}
+    assert served(SYNC, *steps, evaluation) == [(0, 1000.0, 1010.0), (1, 1010.0, 1020.0), (2, 1020.0, 1025.0)]
+    assert served(step_event(1)) == [], "SFT, which publishes nothing"
+
+
+def test_a_publish_that_nobody_waited_for_ends_when_it_was_proven():
+    """The step's event has the report of the publish before: version 1 was proven 4 s after step 1."""
+    steps = [step_event(1, sync_version=0), step_event(2, sync_version=1, sync_time=1014.0)]
+    last = {"event": "sync", "time": 1023.0, "step": 2, "sync_version": 2, "sync_time": 1022.5}
+    assert served(SYNC, *steps, last) == [(0, 1000.0, 1014.0), (1, 1014.0, 1022.5), (2, 1022.5, 1023.0)]
+
+
+def test_nothing_is_served_while_a_run_stands_still():
+    resumed = {"event": "resumed", "time": 5000.0, "step": 1}
+    again = {"event": "sync", "time": 5003.0, "step": 1, "sync_version": 1}
+    steps = [step_event(1, sync_version=1), {"event": "checkpoint", "time": 1011.0, "step": 1}]
+    later = [step_event(2, time=5010.0, sync_version=1), step_event(3, time=5020.0, sync_version=2, sync_time=5012.0)]
+    assert served(SYNC, *steps, resumed, again, *later) == [
+        (0, 1000.0, 1010.0),
+        (1, 1010.0, 1011.0),
+        (1, 5003.0, 5012.0),
+        (2, 5012.0, 5020.0),
+    ]

@@ -42,6 +42,17 @@ def test_the_page_holds_the_runs_figures_and_nothing_from_elsewhere(run_dir: Pat
     assert "default-src 'none'" in page
 
 
+def test_the_timeline_shows_which_version_engines_sample_with(tmp_path: Path):
+    first = {"event": "sync", "time": 990.0, "step": 0, "sync_version": 0}
+    steps = [step_event(i, sync_version=i) for i in (1, 2, 3)]
+    timeline = data_of(render([read_history(write_run(tmp_path / "run", [first, *steps], {}))]))["timeline"]
+    assert [bar["name"] for bar in timeline["data"]] == ["rollout", "train", "sync", "version"]
+    bands = timeline["data"][-1]
+    assert (bands["text"], bands["base"], bands["x"]) == (["v0", "v1", "v2"], [0, 10, 20], [10, 10, 10])
+    assert timeline["layout"]["uniformtext"]["mode"] == "hide"  # a label that does not fit
+    assert [(band["x0"], band["x1"]) for band in timeline["layout"]["shapes"]] == [(10, 20)]
+
+
 def test_what_a_model_wrote_never_becomes_markup(run_dir: Path):
     page = render([read_history(run_dir)])
     assert HOSTILE not in page

@@ -204,6 +204,13 @@ def test_the_last_publish_is_in_the_journal_too(build: Build, train: Train):
     train(config)
     proven = [event["sync_version"] for kind in ("sync", "step") for event in events(config, kind)]
     assert sorted(proven) == [0, 0, 1, 2, 3]
+    syncs, steps = events(config, "sync"), events(config, "step")
+    proven_at = [event["sync_time"] for event in [*steps[1:], syncs[-1]]]  # the first report is of a publish waited for
+    assert all(
+        step["time"] - 1 < at <= after["time"]
+        for step, at, after in zip(steps, proven_at, [*steps[1:], syncs[-1]], strict=True)
+    )
+    assert not any("sync_time" in event for event in (syncs[0], steps[0]))
 
 
 SERVERS = ["engine.server.urls=['http://127.0.0.1:1']"]
