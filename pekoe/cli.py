@@ -5,10 +5,14 @@ Commands import what they need when they run: `pekoe --help` and a misspelt key 
 
 from __future__ import annotations
 
+import sys
+
+if __name__ == "__main__" and not sys.flags.safe_path:
+    del sys.path[0]  # the current directory, where `-m` (torchrun) puts it: a file in it must not pass for a library
+
 import contextlib
 import json
 import os
-import sys
 import tomllib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
@@ -392,7 +396,6 @@ def main() -> None:
     Ctrl-C, SIGTERM and SIGHUP."""
     if not WAITING.keys() & os.environ:
         os.environ |= WAITING
-    sys.path.append(os.getcwd())  # last: the user's rewards (kind function:...) are imported from here
     try:
         app(prog_name="pekoe")
     except (UserError, RunError, Interrupted) as error:

@@ -280,3 +280,30 @@ def test_verify(folder: Path):
     )
     cases.write_text('{"response": "x"}\n')
     assert "cases.jsonl:1: expected the key 'gold'" in pekoe("verify", str(cases)).stderr
+
+
+@pytest.mark.parametrize(
+    "names", [("gmpy2",), ("typer", "pydantic", "json", "sympy", "pekoe_rewards", "sitecustomize")]
+)
+def test_no_file_of_the_current_directory_runs(tmp_path: Path, names: tuple[str, ...]):
+    """Files with the names of libraries, beside which the command is started, as torchrun starts it (`-m`)."""
+    for name in names:
+        (tmp_path / f"{name}.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'a').write({name + ' '!r})\n")
+    (tmp_path / "cases.jsonl").write_text('{"response": "\\\\boxed{x+1}", "gold": "1+x"}\n')
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    words = [sys.executable, "-m", "pekoe.cli", "verify", "cases.jsonl"]
+    done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    ran = (tmp_path / "ran").read_text() if (tmp_path / "ran").exists() else ""
+    assert (done.returncode, ran) == (0, ""), done.stderr
+    assert json.loads(done.stdout)["label"] == "correct"
+
+
+def test_a_function_that_is_named_is_found_in_the_current_directory(tmp_path: Path):
+    (tmp_path / "own.py").write_text(
+        "from helper import LIMIT\ndef short(response, gold):\n    return len(response) < LIMIT\n"
+    )
+    (tmp_path / "helper.py").write_text("LIMIT = 2\n")
+    (tmp_path / "cases.jsonl").write_text('{"response": "x", "gold": 2, "kind": "function:own:short"}\n')
+    done = pekoe("verify", "cases.jsonl", "--function", "own:short", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["label"] == "correct"

@@ -30,7 +30,7 @@ BUDGETS = {
     "report": 1230,
     "ray": 1330,
     "demo": 480,
-    "cli.py": 420,
+    "cli.py": 425,  # -m without the current directory
     "plan": 900,
 }
 ROOMS = sorted(room for room in BUDGETS if not room.endswith(".py"))

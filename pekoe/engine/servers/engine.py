@@ -150,7 +150,8 @@ class ServerEngine(Engine):
                 gpus = {"CUDA_VISIBLE_DEVICES": server.gpus[number]} if server.gpus else {}
                 omp = {"OMP_NUM_THREADS": str(threads)} if threads else {}
                 log = log_dir / f"{self.label.lower().replace(' ', '-')}.log"
-                env = os.environ | omp | command[1] | server.env | gpus
+                own = {"PYTHONSAFEPATH": "1"}  # its `-m` would import from the current directory first
+                env = os.environ | own | omp | command[1] | server.env | gpus
                 self.process = ServerProcess(self.label, command[0], env, log)
             self._thread.run(self._start())
         except BaseException:

@@ -1,15 +1,18 @@
 """kind = "function:PACKAGE.MODULE:NAME": a function that the user has written.
 
 `NAME(response: str, gold) -> bool | float | Verdict`. It is imported in worker processes of its own, from the places
-that this process imports from, and called with the whole response: True, 1.0 (from 0.99 on), or a Verdict. An
-exception in it is FAULT, never a wrong answer. Its workers have the pool's limits but no audit hook; it may execute
-anything, so the recipe alone names the functions (`verify.functions`); a data row chooses among them.
+that this process imports from and, after them, the current directory; it is called with the whole response and returns
+True, 1.0 (from 0.99 on), or a Verdict. An exception in it is FAULT, never a wrong answer. Its workers have the pool's
+limits but no audit hook; it may execute anything, so the recipe alone names the functions (`verify.functions`); a data
+row chooses among them.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib
+import os
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -28,6 +31,7 @@ def prepare(response: str, gold: Any) -> Verdict | str:
 @functools.cache
 def _function(path: str) -> Callable[[str, Any], Any]:
     module, _, name = path.partition(":")
+    sys.path.append(os.getcwd())  # in these workers alone, and last: no other code may come from there
     return getattr(importlib.import_module(module), name)
 
 
