@@ -12,6 +12,7 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
+from pekoe.config.secrets import without_secrets
 from pekoe.core.errors import UserError
 from pekoe.core.journal import Event, read_lines
 from pekoe.core.records import read_records, steps_recorded
@@ -26,7 +27,7 @@ class History:
     """The contents of a run directory that the report shows."""
 
     path: Path
-    config: dict[str, Any]  # config.toml
+    config: dict[str, Any]  # config.toml, without secrets
     events: list[Event]  # of the journal
     ledger: dict[str, int]  # outcome of a prompt -> number of prompts
     responses: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])  # see `sample_responses`
@@ -61,7 +62,7 @@ def read_history(path: Path, decode: Decode | None = None, max_bytes: int = 2_50
         raise UserError(f"{path}: expected a run directory with journal.jsonl in it, got {_description_of(path)}")
     config: dict[str, Any] = {}
     if (path / "config.toml").is_file():
-        config = tomllib.loads((path / "config.toml").read_text(encoding="utf-8"))
+        config = without_secrets(tomllib.loads((path / "config.toml").read_text(encoding="utf-8")))
     ledger: Counter[str] = Counter()
     if (path / "ledger.jsonl").is_file():
         for line in read_lines(path / "ledger.jsonl"):

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from pekoe.config.recipes import Logging
+from pekoe.config.secrets import without_secrets
 from pekoe.core.errors import UserError
 from pekoe.core.journal import Event
 from pekoe.core.progress import ProgressReporter
@@ -63,7 +64,7 @@ class Hosted(Tracker):
 
     def __init__(self, package: str, project: str, run: Path, config: Mapping[str, Any], **more: Any) -> None:
         self._package = _package(package, f"pip install 'pekoe[{package}]'")
-        self._package.init(project=project, name=run.name, config=dict(config), resume="allow", **more)
+        self._package.init(project=project, name=run.name, config=without_secrets(config), resume="allow", **more)
 
     def log(self, step: int, metrics: Metrics) -> None:
         self._package.log(metrics, step=step)

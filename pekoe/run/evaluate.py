@@ -19,6 +19,7 @@ from rich.table import Table
 from pekoe import __version__
 from pekoe.config.base import flatten
 from pekoe.config.recipes import EvalConfig
+from pekoe.config.secrets import without_secrets
 from pekoe.core.errors import UserError, nearest
 from pekoe.core.loop import Rollouts
 from pekoe.core.progress import ProgressReporter
@@ -145,7 +146,7 @@ def _write_results(path: Path, config: EvalConfig, total: EvalResult, rows: Sequ
     results = {
         "schema": 1,
         "pekoe": __version__,
-        "config": config.model_dump(mode="json", exclude_none=True),
+        "config": without_secrets(config.model_dump(mode="json", exclude_none=True)),
         "total": total.as_dict(),
         "problems": [
             {"uid": row.uid, "num_correct": row.num_correct, "num_judged": row.num_judged}

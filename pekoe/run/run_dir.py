@@ -1,6 +1,6 @@
 """A run directory: what is in it, how a step is committed to it, and how a stopped run goes on from it.
 
-    config.toml            the resolved recipe
+    config.toml            the resolved recipe; readable by its owner alone where it holds secrets
     journal.jsonl          events; `step` events carry all metrics
     ledger.jsonl           what became of every prompt drawn
     data.jsonl             problems that were read and dropped, each with the reason; absent if there are none
@@ -31,6 +31,7 @@ from typing import IO, Any, TypeVar
 
 from pekoe.config.base import flatten, read_toml
 from pekoe.config.recipes import TrainingConfig, dump_config, load_config
+from pekoe.config.secrets import without_secrets
 from pekoe.core.errors import RunError, UserError
 from pekoe.core.io import fsync
 from pekoe.core.journal import Journal, JsonLines, Listener
@@ -142,7 +143,8 @@ class RunDir:
                     f"{self.path}: holds a run with {key} = {before.get(key)!r}, got {now[key]!r}; "
                     "go on with the same recipe, or choose another run.dir"
                 )
-        write_whole(file, dump_config(self._config))
+        tree = self._config.model_dump(mode="json")
+        write_whole(file, dump_config(self._config), private=without_secrets(tree) != tree)
 
     def resume(self, trainer: Trainer) -> Progress | None:
         """Go back to the newest checkpoint: load the trainer, take back what came later, return the progress.
@@ -288,9 +290,11 @@ def lock(path: Path, busy: str) -> IO[bytes]:
     return file
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a file that a reader sees whole or not at all."""
+def write_whole(path: Path, text: str, private: bool = False) -> None:
+    """Write a file that a reader sees whole or not at all. `private`: only its owner may read it."""
     partial = path.with_name(f".{path.name}.partial")
+    partial.unlink(missing_ok=True)
+    partial.touch(0o600 if private else 0o666)  # with its mode from the beginning
     partial.write_text(text, encoding="utf-8")
     os.replace(partial, path)
 

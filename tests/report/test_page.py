@@ -190,3 +190,11 @@ def test_a_live_page_is_made_anew_when_the_run_grows(run_dir: Path):
 def get(url: str, headers: dict[str, str] | None = None) -> str:
     with urllib.request.urlopen(urllib.request.Request(url, headers=headers or {}), timeout=10) as answer:
         return answer.read().decode()
+
+
+def test_secrets_reach_no_report(run_dir: Path):
+    with (run_dir / "config.toml").open("a") as file:
+        file.write('[engine.server]\nurls = ["http://me:s3cret@host:1"]\nenv = { HF_TOKEN = "s3cret", A = "seen" }\n')
+    page = render([read_history(run_dir)])
+    assert "seen" in page
+    assert "s3cret" not in page

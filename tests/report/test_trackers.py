@@ -109,3 +109,13 @@ def test_an_absent_package_is_an_error_before_the_run_starts(tmp_path: Path, mon
         pass
     with tracking(Logging(), tmp_path, {}, view := NoProgress()) as same:
         assert same is view
+
+
+def test_secrets_reach_no_tracker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    wandb = FakeWandb()
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    config = {"engine": {"server": {"env": {"HF_TOKEN": "s3cret"}, "urls": ("http://me:s3cret@host:1",)}}}
+    with tracking(Logging(wandb="p"), tmp_path / "run", config, NoProgress()):
+        pass
+    assert "s3cret" not in str(wandb.calls)
+    assert "http://***@host:1" in str(wandb.calls)

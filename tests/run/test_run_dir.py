@@ -1,5 +1,6 @@
-"""The date that chat templates print is fixed when a run begins, and kept with it (I5)."""
+"""What config.toml holds: the date that chat templates print, fixed when a run begins (I5), and perhaps secrets."""
 
+import os
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -71,3 +72,17 @@ def test_a_date_may_be_tomls_own_or_text(recipe, tmp_path: Path):
         assert config.model.template.date == "2026-01-31"
     with pytest.raises(UserError, match=r"model\.template\.date.*expected a date such as 2026-01-31, got 'today'"):
         load_config(recipe, ["model.template.date=today"], SFTConfig)
+
+
+@pytest.mark.parametrize(("env", "mode"), [({"HF_TOKEN": "s3cret"}, 0o600), ({"HF_HOME": "/x"}, 0o644)])
+def test_a_config_with_secrets_is_its_owners_alone(tmp_path: Path, env: dict[str, str], mode: int):
+    before = os.umask(0o022)
+    try:
+        recipe = {"run": {"dir": str(tmp_path)}, "model": {"path": "m"}, "data": {"train": "t"}, "num_steps": 1}
+        config = load_config(recipe | {"engine": {"server": {"env": env}}})
+        for _ in range(2):  # also where a file is there
+            with RunDir(config) as run:
+                assert (run.path / "config.toml").stat().st_mode & 0o777 == mode
+        assert load_config(tmp_path / "config.toml") == config
+    finally:
+        os.umask(before)
