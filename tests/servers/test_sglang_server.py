@@ -173,7 +173,8 @@ def test_an_update_may_end_what_is_in_flight(sglang_engine_factory: Make, models
     wait_running(engine)
     engine.update_weights(models[1], 1)
     completions = results(futures)
-    assert {completion.finish for completion in completions} == {"abort"}
+    # On a busy machine some may be complete before the update comes.
+    assert {completion.finish for completion in completions} - {"length"} == {"abort"}
     assert max(off(models[0], completion) for completion in completions) <= TOLERANCE
     (completion,) = sample(engine, ask(SamplingParams(max_new_tokens=8))[:1])
     assert off(models[1], completion) <= TOLERANCE
