@@ -3,23 +3,54 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from statistics import mean
+from statistics import mean, median
+from typing import Any
 
+from pekoe.config.base import flatten
 from pekoe.core.journal import Event
 from pekoe.report.history import History
 
 _WAITS = 0.05  # share of a step from which on training waits for samples
 _SAMPLING, _TRAINING = ("rollout", "verify"), ("recompute", "train")
+_SCHEDULE = {"rollout.max_lag": 0, "rollout.during_update": "wait", "rollout.window": 1}
+# Keys that may differ beside the schedule: those that follow from it, and those that leave a step's time as it is.
+_FOLLOW, _NO_TIME = ("algo.proximal", "algo.correction"), ("num_steps", "run.dir", "run.seed", "track.", "eval.")
+_MAY_DIFFER = (*_FOLLOW, *_NO_TIME, "model.template.date", "train.save_every", "train.keep_checkpoints")
 Times = tuple[float, float, float]  # seconds of one step: sampling with judging, training, sync
 
 
 def overlap(history: History) -> str:
     """A sentence on who waits for whom, and what another lag would give; empty where there is no choice."""
-    steps = [step for step in history.steps if step["seconds"].get("rollout") and "train" in step["seconds"]]
+    steps = _trained(history)
     if not steps or history.config.get("cluster", {}).get("colocate"):
         return ""
     lagged = [step for step in steps if "lag_max" in step]
     return _ahead(lagged) if lagged else _in_turns(steps, history)
+
+
+def gain(first: History, second: History) -> str:
+    """A sentence on what the larger lag of two runs gave, beside what `step_s` predicts from the one in turns.
+
+    Empty unless the schedule is the only difference of note between their configs and their machines. Both figures are
+    without the first step and the last; what it gave is by the median step.
+    """
+    before, after = sorted((first, second), key=lambda history: _schedule(history)[0])
+    changes = [
+        f"{key} {was} → {now}"
+        for key, was, now in zip(_SCHEDULE, _schedule(before), _schedule(after), strict=True)
+        if was != now
+    ]
+    steps, later = _trained(before)[1:-1], _trained(after)[1:-1]
+    if not changes or _compared(before) != _compared(after) or not steps or not later:
+        return ""
+    was, now = (median(map(History.seconds_of, each)) for each in (steps, later))
+    took = f"{was:.3g} s a step in {before.name}, {now:.3g} s in {after.name}"
+    lag, predicted = _schedule(after)[0], ""
+    if lag and not _schedule(before)[0]:
+        times = list(map(times_of, steps))
+        shared = "" if _apart(before) else ", if sampling and training did not share cores or a GPU as they do here"
+        predicted = f"; predicted from {before.name}: {step_s(times, 0) / step_s(times, lag):.2f}x{shared}"
+    return f"{', '.join(changes)} gave {was / now:.2f}x steps per second ({took}{predicted})."
 
 
 def times_of(step: Event) -> Times:
@@ -64,16 +95,37 @@ def versions_served(history: History) -> list[tuple[int, float, float]]:
     return bands if version is None else [*bands, (version, begin, now)]
 
 
+def _trained(history: History) -> list[Event]:
+    """The steps that sampled and trained: none of SFT, and none that were skipped."""
+    return [step for step in history.steps if "rollout" in step["seconds"] and "train" in step["seconds"]]
+
+
+def _schedule(history: History) -> list[Any]:
+    config = flatten(history.config)
+    return [config.get(key, default) for key, default in _SCHEDULE.items()]
+
+
+def _compared(history: History) -> dict[str, Any]:
+    """What must be equal in two runs whose speeds are compared."""
+    machine = history.of("machine")[-1] if history.of("machine") else {}
+    config = {k: v for k, v in flatten(history.config).items() if not k.startswith((*_SCHEDULE, *_MAY_DIFFER))}
+    return config | {name: machine.get(name) for name in ("device", "cores")}
+
+
+def _apart(history: History) -> bool:
+    """Whether engines and trainer have cores or GPUs of their own."""
+    return "cluster" in history.config or history.config.get("engine", {}).get("backend", "embedded") != "embedded"
+
+
 def _in_turns(steps: Sequence[Event], history: History) -> str:
     times = list(map(times_of, steps))
     now, one, two = (step_s(times, lag) for lag in range(3))
     sampling, training, _ = map(mean, zip(*times, strict=True))
-    apart = "cluster" in history.config or history.config.get("engine", {}).get("backend", "embedded") != "embedded"
     return (
         f"Sampling ({sampling:.3g} s a step) and training ({training:.3g} s) take turns: the engines are idle for "
         f"{1 - sampling / now:.0%} of a step, the trainer for {sampling / now:.0%}. A step takes {now:.3g} s; with "
         f"rollout.max_lag = 1 it would take about {one:.3g} s ({now / one:.2f} times as fast), with 2 about {two:.3g} "
-        f"s ({now / two:.2f}){'' if apart else ', if they did not share cores or a GPU as they do here'}."
+        f"s ({now / two:.2f}){'' if _apart(history) else ', if they did not share cores or a GPU as they do here'}."
     )
 
 

@@ -17,6 +17,7 @@ from pekoe.core.journal import Event
 from pekoe.report.charts import charts, timeline
 from pekoe.report.findings import findings, phase_shares
 from pekoe.report.history import History
+from pekoe.report.lag import gain
 
 ASSETS = Path(__file__).with_name("assets")
 
@@ -35,7 +36,7 @@ def render(histories: Sequence[History], live: bool = False) -> str:
     data |= {"responses": first.responses, "pieces": first.pieces}
     return environment.get_template("page.html.j2").render(
         title=" and ".join(history.name for history in histories),
-        runs=[_run(history) for history in histories],
+        runs=[_run(history, gain(first, history)) for history in histories],
         left_out=first.left_out,
         has_responses=bool(first.responses),
         faults=[line for line in first.responses if line["label"] == "fault"][:50],
@@ -49,13 +50,13 @@ def render(histories: Sequence[History], live: bool = False) -> str:
     )
 
 
-def _run(history: History) -> dict[str, Any]:
-    """The data of a run that the page shows beside the charts."""
+def _run(history: History, compared: str) -> dict[str, Any]:
+    """The data of a run that the page shows beside the charts. `compared`: with the first run; may be empty."""
     return {
         "name": history.name,
         "path": str(history.path),
         "figures": _figures(history),
-        "findings": findings(history),
+        "findings": [*filter(None, [compared]), *findings(history)],
         "phases": [(name, f"{share:.0%}", share) for name, share in phase_shares(history.steps).items()],
         "ledger": history.ledger,
         "resumed": [event["step"] for event in history.of("resumed")],

@@ -9,7 +9,7 @@ import pytest
 
 from pekoe.report.findings import findings
 from pekoe.report.history import History, read_history
-from pekoe.report.lag import overlap, step_s, versions_served
+from pekoe.report.lag import gain, overlap, step_s, versions_served
 from pekoe.report.page import render
 from tests.report.conftest import response, step_event, write_run
 from tests.report.test_page import data_of
@@ -119,3 +119,70 @@ def test_nothing_is_served_while_a_run_stands_still():
         (1, 5003.0, 5012.0),
         (2, 5012.0, 5020.0),
     ]
+
+
+def run_of(name: str, times: list[tuple[float, float, float]], max_lag: int, **config: Any) -> History:
+    """A run whose steps took these seconds of rollout, training and sync."""
+    steps = [seconds(rollout=a, train=b, sync=c) for a, b, c in times]
+    history = history_of(*steps, **{"rollout": {"max_lag": max_lag}, **config})
+    return History(Path(name), history.config, history.events, {})
+
+
+TURNS = [(90.0, 3.0, 1.0), *[(6.0, 3.0, 1.0)] * 5, (0.5, 3.0, 1.0)]  # the first and the last step are of no account
+AHEAD = [(9.0, 3.0, 1.0), *[(4.0, 3.0, 1.0)] * 2, (40.0, 3.0, 1.0), (9.0, 3.0, 1.0)]  # one long step neither
+APART: dict[str, Any] = {"engine": {"backend": "vllm"}}
+MEASURED = "rollout.max_lag 0 → 1 gave 1.25x steps per second (10 s a step in turns, 8 s in ahead"
+GAVE = f"{MEASURED}; predicted from turns: 1.43x)."
+
+
+def test_what_a_lag_gave_stands_beside_what_was_predicted():
+    turns, ahead = run_of("turns", TURNS, 0, **APART), run_of("ahead", AHEAD, 1, **APART)
+    assert gain(turns, ahead) == gain(ahead, turns) == GAVE
+    assert gain(turns, turns) == "", "no change"
+    assert step_s([(6.0, 3.0, 1.0)] * 5, 0) / step_s([(6.0, 3.0, 1.0)] * 5, 1) == pytest.approx(1.43, abs=0.002)
+    one_process = gain(run_of("turns", TURNS, 0), run_of("ahead", AHEAD, 1))
+    assert one_process.endswith("1.43x, if sampling and training did not share cores or a GPU as they do here).")
+
+
+def test_between_two_lags_nothing_is_predicted():
+    """A run that samples ahead says how long training waits for samples, not how long sampling takes."""
+    one = run_of("pinned", AHEAD, 1)
+    two = run_of("ahead", [(2.0, 3.0, 1.0)] * 4, 2, rollout={"max_lag": 2, "during_update": "go_on"})
+    assert gain(one, two) == (
+        "rollout.max_lag 1 → 2, rollout.during_update wait → go_on gave 1.33x steps per second (8 s a step in "
+        "pinned, 6 s in ahead)."
+    )
+
+
+@pytest.mark.parametrize(
+    ("config", "compared"),
+    [
+        ({"run": {"dir": "b", "seed": 2}, "num_steps": 9, "eval": {"every": 5}, "track": {"wandb": "p"}}, True),
+        ({"algo": {"proximal": "recompute", "correction": "truncate", "minibatches": 4}}, True),
+        ({"algo": {"minibatches": 2}}, False),
+        ({"run": {"dir": "b", "threads": 2}}, False),
+        ({"rollout": {"max_lag": 1, "prompts_per_step": 8}}, False),
+        ({"engine": {"backend": "sglang"}}, False),
+    ],
+)
+def test_only_runs_that_differ_in_the_schedule_are_compared(config: dict[str, Any], compared: bool):
+    turns = run_of("turns", TURNS, 0, **APART, run={"dir": "a"}, algo={"minibatches": 4})
+    other = run_of("ahead", AHEAD, 1, **{**APART, "run": {"dir": "b"}, "algo": {"minibatches": 4}, **config})
+    assert bool(gain(turns, other)) is compared
+
+
+def test_runs_of_two_machines_or_too_short_ones_are_not_compared():
+    turns, ahead = run_of("turns", TURNS, 0), run_of("ahead", AHEAD, 1)
+    assert gain(turns, run_of("ahead", AHEAD[:2], 1)) == ""
+    assert gain(turns, run_of("ahead", [], 1)) == ""
+    ahead.events.insert(0, {"event": "machine", "time": 1.0, "device": "NVIDIA H100", "cores": 16})
+    assert gain(turns, ahead) == ""
+    turns.events.insert(0, {"event": "machine", "time": 1.0, "device": "NVIDIA H100", "cores": 16, "host": "b"})
+    assert gain(turns, ahead)
+
+
+def test_the_page_of_two_runs_says_what_the_lag_gave():
+    turns, ahead = run_of("turns", TURNS, 0, **APART), run_of("ahead", AHEAD, 1, **APART)
+    page = render([turns, ahead])
+    assert page.count(GAVE) == 1
+    assert page.index("<h2>ahead</h2>") < page.index(GAVE), "with the run that it is about"
