@@ -17,7 +17,7 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 # Lines that a room may have, with docstrings and blank ones. A feature that needs more says what it costs and why.
 BUDGETS = {
     "core": 1015,  # hardware.py: the table of devices, 105
-    "config": 860,
+    "config": 930,
     "kernels": 740,
     "algo": 480,
     "model": 870,
@@ -26,7 +26,7 @@ BUDGETS = {
     "engine": 4370,  # base, pool and sampling 970; embedded 1,710; servers 1,690
     "train": 820,
     "weights": 910,
-    "run": 3245,
+    "run": 3255,
     "report": 1325,
     "ray": 1330,
     "demo": 480,

@@ -5,17 +5,59 @@ from __future__ import annotations
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, get_args
+from typing import Annotated, Any, get_args
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic_core import PydanticCustomError
 
 from pekoe.core.errors import UserError, nearest
 
+MAX_COUNT = 2**31 - 1  # of whole numbers without a bound of their own: more tokens, steps or bytes no key can mean
+MAX_DEPTH = 16  # of sections in sections
+MAX_SHOWN_CHARS = 200  # of a value in a message
+
+
+def _not_blank(text: str) -> str:
+    if not text.strip():
+        raise PydanticCustomError("blank", "the name of a file, a directory or a data set")
+    return text
+
+
+FileName = Annotated[str, AfterValidator(_not_blank)]
+Processes = Annotated[int, Field(ge=1, le=1024)]  # or threads of one machine
+Samples = Annotated[int, Field(ge=1, le=65_536)]  # of one problem
+Seconds = Annotated[float, Field(gt=0, le=2_000_000)]  # what the system's waits can take: 23 days
+GiB = Annotated[float, Field(gt=0, le=1_000_000)]
+
 
 class ConfigSection(BaseModel):
-    """Frozen and closed: an unknown key is an error, a wrong type is an error, nothing changes later."""
+    """Frozen and closed: an unknown key is an error, a wrong type is an error, nothing changes later.
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
+    Numbers are finite unless a field says otherwise (`allow_inf_nan`), and whole numbers at most MAX_COUNT.
+    """
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True, allow_inf_nan=False
+    )
+
+    @field_validator("*", mode="after")
+    @classmethod
+    def _sane(cls, value: Any, info: ValidationInfo) -> Any:
+        bounded = any(hasattr(bound, "le") for bound in cls.model_fields[str(info.field_name)].metadata)
+        if isinstance(value, int) and value > MAX_COUNT and not bounded:
+            raise PydanticCustomError("count", "less than or equal to {limit}", {"limit": MAX_COUNT})
+        if not all(map(_is_plain, _texts(value))):
+            raise PydanticCustomError("text", "text in UTF-8 without the character NUL")
+        return value
+
+
+def _texts(value: Any) -> list[str]:
+    items = [*value, *value.values()] if isinstance(value, dict) else value if isinstance(value, tuple) else [value]
+    return [item for item in items if isinstance(item, str)]
+
+
+def _is_plain(text: str) -> bool:
+    return "\0" not in text and not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -40,7 +82,7 @@ def read_toml(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: expected a recipe (a TOML file), found none.{nearest(path.name, siblings)}")
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: expected TOML, got something else: {error}") from None
 
 
@@ -51,6 +93,8 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
         raise UserError(f"override {override!r}: expected section.key=value")
     *sections, last = key.strip().split(".")
     node: Any = tree
+    if len(sections) > MAX_DEPTH:
+        raise UserError(f"override {_cut(override)}: expected at most {MAX_DEPTH} sections, got {len(sections)}")
     for section in sections:
         node = node.setdefault(section, {})
         if not isinstance(node, dict):
@@ -59,6 +103,17 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
         node[last] = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         node[last] = text
+    except (ValueError, RecursionError) as error:  # such as a number of 5,000 digits, or as many brackets
+        raise UserError(f"override {_cut(override)}: expected a value that TOML can have: {error}") from None
+
+
+def _cut(value: Any) -> str:
+    """As in Python, and short."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # a number of more than 4,300 digits; what is nested deeply
+        text = f"{type(value).__name__} too large to be shown"
+    return text if len(text) <= MAX_SHOWN_CHARS else f"{text[:MAX_SHOWN_CHARS]}…"
 
 
 def explain(error: ValidationError, kind: type[ConfigSection], where: str) -> str:
@@ -76,7 +131,7 @@ def explain(error: ValidationError, kind: type[ConfigSection], where: str) -> st
                 lines.append(f"{where}: {problem['msg'].removeprefix('Value error, ')}")
             case _:
                 expected = problem["msg"].removeprefix("Input should be ")
-                shown = type(got).__name__ + " (a section)" if isinstance(got, dict) else repr(got)
+                shown = type(got).__name__ + " (a section)" if isinstance(got, dict) else _cut(got)
                 lines.append(f"{where}: {name}: expected {expected}, got {shown}.")
     return "\n".join(lines)
 

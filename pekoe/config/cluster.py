@@ -2,35 +2,37 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from pekoe.config.base import ConfigSection, check_multiple
+from pekoe.config.base import ConfigSection, Seconds, check_multiple
+
+Peers = Annotated[int, Field(ge=1, le=65_536)]  # processes of a cluster
 
 
 class ParallelSection(ConfigSection):
     """How the processes that torchrun started share the work. What is left of them shards the weights (FSDP)."""
 
-    tp: int = Field(default=1, ge=1)
+    tp: Peers = 1
     """Processes that share each layer's heads and channels (tensor parallelism)."""
-    cp: int = Field(default=1, ge=1)
+    cp: Peers = 1
     """Processes that share each micro-batch's tokens (context parallelism); it may then have cp times as many."""
-    replicas: int = Field(default=1, ge=1)
+    replicas: Peers = 1
     """Groups of processes that each hold all weights (HSDP): one for each node."""
 
 
 class GenerationSection(ConfigSection):
     """The engines of a cluster. Each is one actor, on one node, with weights of its own."""
 
-    engines: int = Field(default=1, ge=1)
+    engines: Peers = 1
     """How many, of the kind that engine.backend says."""
     servers: int | None = Field(default=None, ge=0)
     """How many of them are servers, where engine.backend names one: the last ones; the others are embedded engines.
     Absent: all."""
-    gpus_per_engine: int = Field(default=0, ge=0)
+    gpus_per_engine: int = Field(default=0, ge=0, le=1024)
     """GPUs of each; 0: it samples on a CPU. An embedded engine uses one; engine.server.args tells a server how many."""
-    cpus_per_engine: float = Field(default=1.0, gt=0)
+    cpus_per_engine: float = Field(default=1.0, gt=0, le=1024)
     """CPU cores of each: Ray's measure for placement, and the threads of its torch."""
 
     @property
@@ -42,11 +44,11 @@ class GenerationSection(ConfigSection):
 class TrainingSection(ParallelSection):
     """The processes that train, called ranks."""
 
-    ranks: int = Field(default=1, ge=1)
+    ranks: Peers = 1
     """How many; what tp, cp and replicas leave of them shards the weights (FSDP)."""
     gpus_per_rank: int = Field(default=0, ge=0, le=1)
     """0: it trains on a CPU."""
-    cpus_per_rank: float = Field(default=1.0, gt=0)
+    cpus_per_rank: float = Field(default=1.0, gt=0, le=1024)
     """CPU cores of each: Ray's measure for placement, and the threads of its torch."""
 
 
@@ -67,13 +69,13 @@ class ClusterSection(ConfigSection):
     """Weights are gathered, sent and loaded in pieces of this size, which overlap."""
     max_restarts: int = Field(default=3, ge=0)
     """How often training is begun again from the last checkpoint, by itself, when one of its processes is lost."""
-    start_limit_s: float = Field(default=900, gt=0)
+    start_limit_s: Seconds = 900
     """How long a process may take to start."""
-    silence_limit_s: float = Field(default=120, gt=0)
+    silence_limit_s: Seconds = 120
     """An engine that neither answers nor samples for so long is taken for dead."""
-    step_limit_s: float = Field(default=3600, gt=0)
+    step_limit_s: Seconds = 3600
     """How long an optimizer step, or a checkpoint, may take."""
-    sync_limit_s: float = Field(default=600, gt=0)
+    sync_limit_s: Seconds = 600
     """How long a weight sync may take."""
 
     @model_validator(mode="after")

@@ -7,11 +7,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from pekoe.config.base import ConfigSection
+from pekoe.config.base import ConfigSection, FileName
 
 
 class DataSection(ConfigSection):
-    train: str
+    train: FileName
     """Demonstrations to train on: a .jsonl, .json or .parquet file, or `hf:OWNER/NAME[/CONFIG][:SPLIT]`."""
     skip_malformed: bool = False
     """Skip, and report, rows that cannot be used, in place of stopping."""
@@ -20,11 +20,11 @@ class DataSection(ConfigSection):
 class SourceSection(ConfigSection):
     """One of the sets that a mix is made of."""
 
-    path: str
+    path: FileName
     """A .jsonl, .json or .parquet file, or a Hugging Face data set, `hf:OWNER/NAME[/CONFIG][:SPLIT]`."""
     name: str
     """Stands before its problems' uids (name/uid) and in reports."""
-    weight: float = Field(default=1.0, gt=0)
+    weight: float = Field(default=1.0, gt=0, le=10_000)
     """How often an epoch draws each of its problems: 0.5 takes a seeded half of them; 2 takes each twice, the second
     time as uid#2."""
     limit: int | None = Field(default=None, ge=1)
@@ -34,7 +34,7 @@ class SourceSection(ConfigSection):
 
 
 class ProblemSection(ConfigSection):
-    train: str | None = None
+    train: FileName | None = None
     """Problems to train on: a .jsonl, .json or .parquet file, or `hf:OWNER/NAME[/CONFIG][:SPLIT]`."""
     sources: tuple[SourceSection, ...] = Field(default=(), strict=False)
     """In place of `train`: several sets, mixed."""
@@ -51,7 +51,7 @@ class ProblemSection(ConfigSection):
     conflicts: Literal["drop", "first"] = "drop"
     """Of problems with the same prompt and different answers, with dedup on: drop all (at least one answer is wrong,
     and nobody knows which), or keep the first."""
-    decontaminate: tuple[str, ...] = Field(default=(), strict=False)
+    decontaminate: tuple[FileName, ...] = Field(default=(), strict=False)
     """Evaluation sets (as in `train`); problems that share a run of `ngram` words with one of theirs are dropped."""
     ngram: int = Field(default=13, ge=4)
     """Length of such a run, in words, numbers and operators. Shorter evaluation problems must match as a whole."""

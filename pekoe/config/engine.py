@@ -7,7 +7,7 @@ from urllib.parse import urlsplit
 
 from pydantic import Field, model_validator
 
-from pekoe.config.base import ConfigSection
+from pekoe.config.base import ConfigSection, GiB, Processes, Seconds
 
 
 class ServerSection(ConfigSection):
@@ -17,7 +17,7 @@ class ServerSection(ConfigSection):
     """The Python of the environment that SGLang or vLLM is installed in; starts `count` servers with it."""
     urls: tuple[str, ...] = Field(default=(), strict=False)
     """Servers that run already, http://host:port each; instead of `python`."""
-    count: int = Field(default=1, ge=1)
+    count: Processes = 1
     """Servers to start."""
     gpus: tuple[str, ...] = Field(default=(), strict=False)
     """CUDA_VISIBLE_DEVICES of each server to start, such as ["1", "2,3"]; not the trainer's with sync = "broadcast"."""
@@ -37,11 +37,11 @@ class ServerSection(ConfigSection):
     """Requests that one server is given at a time; more wait here. It decodes at most `engine.max_running` together."""
     retries: int = Field(default=2, ge=0)
     """How often a request is sent again after a transport error."""
-    start_limit_s: float = Field(default=900, gt=0)
+    start_limit_s: Seconds = 900
     """How long a server may take to start."""
-    request_limit_s: float = Field(default=3600, gt=0)
+    request_limit_s: Seconds = 3600
     """How long one request may take."""
-    update_limit_s: float = Field(default=600, gt=0)
+    update_limit_s: Seconds = 600
     """How long a weight update, a pause or a flush may take."""
 
     @model_validator(mode="after")
@@ -65,7 +65,7 @@ class EngineSection(ConfigSection):
     server: ServerSection = ServerSection()
     kv_tokens: int | None = Field(default=None, ge=16)
     """Tokens that the KV cache holds. Absent: enough for max_running sequences of full length, within kv_gib."""
-    kv_gib: float = Field(default=2.0, gt=0)
+    kv_gib: GiB = 2.0
     """The most memory that the KV cache takes when kv_tokens is absent."""
     block_tokens: int = Field(default=16, ge=1)
     """Tokens of a KV block; prefixes are shared by whole blocks."""

@@ -10,7 +10,18 @@ from typing import Annotated, Any, Literal, TypeVar, cast
 import tomli_w
 from pydantic import Field, ValidationError, model_validator
 
-from pekoe.config.base import ConfigSection, apply_override, check_multiple, explain, read_toml
+from pekoe.config.base import (
+    ConfigSection,
+    FileName,
+    GiB,
+    Processes,
+    Samples,
+    Seconds,
+    apply_override,
+    check_multiple,
+    explain,
+    read_toml,
+)
 from pekoe.config.cluster import ClusterSection, ParallelSection
 from pekoe.config.data import DataSection, ProblemSection, TemplateSection
 from pekoe.config.engine import EngineSection
@@ -18,19 +29,19 @@ from pekoe.core.errors import UserError
 
 
 class Process(ConfigSection):
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, le=2**63 - 1)
     """The seed of everything that is drawn: data order, sampling, minibatches."""
-    threads: int | None = Field(default=None, ge=1)
+    threads: Processes | None = None
     """CPU threads of torch in this process. Absent: as many as there are cores."""
 
 
 class RunSection(Process):
-    dir: str
+    dir: FileName
     """The run directory. Made if absent; a run found there is resumed."""
 
 
 class ModelSection(ConfigSection):
-    path: str
+    path: FileName
     """A Hugging Face model directory (config.json, *.safetensors, tokenizer.json)."""
     device: Literal["cpu", "cuda", "auto"] = "auto"
     """Where to train and sample; auto takes a GPU where there is one."""
@@ -42,7 +53,7 @@ class ModelSection(ConfigSection):
 class RolloutSection(ConfigSection):
     prompts_per_step: int = Field(default=512, ge=1)
     """Problems drawn at each step."""
-    samples_per_prompt: int = Field(default=16, ge=1)
+    samples_per_prompt: Samples = 16
     """Responses sampled for each problem (a group)."""
     max_new_tokens: int = Field(default=1024, ge=1)
     """A response is cut at this length."""
@@ -77,9 +88,9 @@ class AlgoSection(ConfigSection):
     """Optimizer steps a rollout batch; must divide rollout.prompts_per_step unless dynamic_rounds is on."""
     clip_low: float = Field(default=0.2, ge=0, lt=1)
     """The ratio is clipped from below at 1 - clip_low."""
-    clip_high: float = Field(default=0.2, ge=0)
+    clip_high: float = Field(default=0.2, ge=0, allow_inf_nan=True)
     """The ratio is clipped from above at 1 + clip_high (DAPO: 0.28)."""
-    max_mean_ratio: float = Field(default=5.0, gt=1)
+    max_mean_ratio: float = Field(default=5.0, gt=1, allow_inf_nan=True)
     """A minibatch whose mean importance ratio is above this makes no optimizer step."""
     proximal: Literal["engine", "recompute"] = "engine"
     """The ratio's denominator: the engine's log-probs (the release) or the trainer's own, recomputed at each step's
@@ -90,7 +101,7 @@ class AlgoSection(ConfigSection):
     truncate: times min(w, correction_limit). mask_token: times w, or 0 where w is beyond the limit either way.
     mask_sequence: times w, or 0 for responses whose geometric mean of w is beyond it. Absent with rollout.max_lag:
     truncate."""
-    correction_limit: float = Field(default=2.0, gt=1)
+    correction_limit: float = Field(default=2.0, gt=1, allow_inf_nan=True)
     """See `correction`. For mask_sequence nearer 1: it is a mean over a whole response."""
     mask_truncated: bool = False
     """Leave responses cut at the length limit out of the loss. Off: they are judged like any other."""
@@ -124,7 +135,7 @@ class OptimSection(ConfigSection):
     """AdamW's epsilon."""
     weight_decay: float = Field(default=0.05, ge=0)
     """Decoupled weight decay; none on biases and norms."""
-    grad_clip: float = Field(default=1.0, gt=0)
+    grad_clip: float = Field(default=1.0, gt=0, allow_inf_nan=True)
     """The gradient's norm is clipped at this."""
 
 
@@ -146,11 +157,11 @@ class TrainSection(ConfigSection):
 
 
 class VerifySection(ConfigSection):
-    workers: int = Field(default=2, ge=1)
+    workers: Processes = 2
     """Judge processes."""
-    time_limit_s: float = Field(default=5.0, gt=0)
+    time_limit_s: Seconds = 5.0
     """Wall-clock limit of one judgement."""
-    memory_gib: float = Field(default=1.0, gt=0)
+    memory_gib: GiB = 1.0
     """Address space of each judge process. A reward that imports torch needs several GiB."""
     functions: Annotated[tuple[str, ...], Field(strict=False)] = ()
     """Rewards of your own, each "MODULE:NAME". A row's `kind` may be `function:MODULE:NAME` for these alone."""
@@ -163,7 +174,7 @@ class VerifySection(ConfigSection):
 
 
 class EvalSection(ConfigSection):
-    samples: int = Field(default=32, ge=1)
+    samples: Samples = 32
     """Responses sampled for each problem."""
     temperature: float = Field(default=1.0, ge=0)
     """Sampling temperature (SFT models 0.6, RL models 1.0)."""
@@ -175,12 +186,12 @@ class EvalSection(ConfigSection):
 
 
 class EvalData(EvalSection):
-    data: str | Annotated[tuple[str, ...], Field(strict=False, min_length=1)]
+    data: FileName | Annotated[tuple[FileName, ...], Field(strict=False, min_length=1)]
     """Held-out problems: a file, or a list of them, measured each and together."""
 
 
 class PeriodicEval(EvalSection):
-    data: str | None = None
+    data: FileName | None = None
     """Held-out problems."""
     every: int | None = Field(default=None, ge=1)
     """Steps between evaluations while training, the first before step 1. Absent: none."""
@@ -344,7 +355,7 @@ class SFTSection(ConfigSection):
     """Passes over the demonstrations."""
     batch_size: int = Field(default=64, ge=1)
     """Demonstrations an optimizer step; the last batch of an epoch may be smaller."""
-    eval_data: str | None = None
+    eval_data: FileName | None = None
     """Held-out demonstrations, whose loss is measured every `eval_every` steps and at the end."""
     eval_every: int = Field(default=100, ge=1)
     """Optimizer steps between these measurements."""
@@ -369,12 +380,12 @@ class EvalConfig(Config):
     verify: VerifySection = VerifySection()
     max_prompt_tokens: int | None = Field(default=None, ge=1)
     """A longer prompt is an error. Absent: as long as the longest of the data."""
-    out: str | None = None
+    out: FileName | None = None
     """A directory for results.json and the verdicts so far, from which the same command goes on. Absent: neither."""
 
 
 class CurateSection(ConfigSection):
-    samples: int = Field(default=8, ge=0)
+    samples: int = Field(default=8, ge=0, le=65_536)
     """Responses sampled for each problem; 0: problems are read, thinned out and written, and nothing is sampled."""
     temperature: float = Field(default=1.0, ge=0)
     """Sampling temperature."""
@@ -392,7 +403,7 @@ class CurateConfig(Config):
     """A recipe of `pekoe curate`."""
 
     data: ProblemSection
-    out: str
+    out: FileName
     """A directory for problems.jsonl, dropped.jsonl, and the verdicts from which the same command goes on."""
     curate: CurateSection = CurateSection()
     run: Process = Process()

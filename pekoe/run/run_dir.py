@@ -144,6 +144,7 @@ class RunDir:
                     "go on with the same recipe, or choose another run.dir"
                 )
         tree = self._config.model_dump(mode="json")
+        check_num_steps(self.path, getattr(self._config, "num_steps", None))
         write_whole(file, dump_config(self._config), private=without_secrets(tree) != tree)
 
     def resume(self, trainer: Trainer) -> Progress | None:
@@ -272,6 +273,15 @@ def with_date(config: C) -> C:
     kept = read_toml(file).get("model", {}).get("template", {}).get("date") if file.is_file() else None
     template = template.model_copy(update={"date": kept or date.today().isoformat()})
     return config.model_copy(update={"model": config.model.model_copy(update={"template": template})})
+
+
+def check_num_steps(run_dir: Path, num_steps: int | None) -> None:
+    """Raise UserError where more steps than `num_steps` are done: the model would be of another step than asked for."""
+    saved = checkpoints(run_dir)
+    if num_steps is not None and saved and (done := int(saved[-1].name[5:])) > num_steps:
+        raise UserError(
+            f"num_steps: expected at least the {done} steps that {run_dir} has done, got {num_steps}; nearest: {done}"
+        )
 
 
 def checkpoints(run_dir: Path) -> list[Path]:

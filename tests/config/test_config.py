@@ -1,5 +1,6 @@
 """Recipes: closed, typed, and every mistake with where, expected, got and the nearest valid name."""
 
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,33 @@ RECIPE: dict[str, Any] = {
         ("eval.every=5", "eval.data: expected a problem file"),
         ("run.seed.x=5", "'seed' is a value, not a section"),
         ("nonsense", "override 'nonsense': expected section.key=value"),
+        ("engine.kv_gib=inf", "engine.kv_gib: expected a finite number, got inf"),
+        ("optim.lr=nan", "optim.lr: expected a finite number, got nan"),
+        ("verify.time_limit_s=inf", "verify.time_limit_s: expected a finite number, got inf"),
+        ("verify.time_limit_s=1e9", "verify.time_limit_s: expected less than or equal to 2000000, got 1000000000.0"),
+        ("verify.memory_gib=1e300", "verify.memory_gib: expected less than or equal to 1000000, got 1e+300"),
+        ("engine.server.start_limit_s=1e300", "start_limit_s: expected less than or equal to 2000000, got 1e+300"),
+        *(
+            (f"{key}={2**63}", f"{key}: expected less than or equal to {2**31 - 1}, got {2**63}")
+            for key in ("num_steps", "engine.kv_tokens", "train.token_budget", "eval.every", "rollout.top_k")
+        ),
+        (f"run.seed={2**63}", f"run.seed: expected less than or equal to {2**63 - 1}, got {2**63}"),
+        ("run.threads=100000", "run.threads: expected less than or equal to 1024, got 100000"),
+        ("verify.workers=100000", "verify.workers: expected less than or equal to 1024, got 100000"),
+        ("rollout.samples_per_prompt=1000000000", "samples_per_prompt: expected less than or equal to 65536, got 1000"),
+        ("cluster.generation.engines=1000000", "cluster.generation.engines: expected less than or equal to 65536"),
+        ('run.dir=""', "run.dir: expected the name of a file, a directory or a data set, got ''"),
+        ('run.dir=" "', "run.dir: expected the name of a file, a directory or a data set, got ' '"),
+        ('eval.data=""', "eval.data: expected the name of a file, a directory or a data set, got ''"),
+        ("data.train=", "data.train: expected the name of a file, a directory or a data set, got ''"),
+        ('run.dir="a\\u0000b"', "run.dir: expected text in UTF-8 without the character NUL, got 'a\\x00b'"),
+        ("run.dir=a\udcff", "run.dir: expected text in UTF-8 without the character NUL, got 'a\\udcff'"),
+        ('engine.server.args=["a\\u0000"]', "engine.server.args: expected text in UTF-8 without the character NUL"),
+        ('engine.server.env={A="\\u0000"}', "engine.server.env: expected text in UTF-8 without the character NUL"),
+        (f"run.seed={'[' * 5000}", "override 'run.seed=[[[[.*: expected a value that TOML can have"),
+        (f"run.seed={'9' * 5000}", "override 'run.seed=9999.*: expected a value that TOML can have"),
+        (f"run.seed=0x{'f' * 5000}", "run.seed: expected less than or equal to 9223372036854775807, got int too large"),
+        ("a." * 5000 + "b=1", "expected at most 16 sections, got 5000"),
     ],
 )
 def test_mistakes(override: str, message: str):
@@ -107,3 +135,18 @@ def test_the_defaults_are_the_releases():
     assert (optim.lr, optim.beta1, optim.beta2, optim.eps) == (2e-5, 0.9, 0.95, 1e-5)
     assert (optim.weight_decay, optim.grad_clip, optim.warmup_fraction) == (0.05, 1.0, 0.001)
     assert config.train.token_budget == 30720
+
+
+@pytest.mark.parametrize("key", ["optim.grad_clip", "algo.max_mean_ratio", "algo.correction_limit", "algo.clip_high"])
+def test_infinity_is_refused_only_where_it_means_nothing(key: str):
+    config = load_config(RECIPE, [f"{key}=inf"])
+    assert load_config(tomllib.loads(dump_config(config))) == config
+    with pytest.raises(UserError, match=rf"{key}: expected .*, got nan"):
+        load_config(RECIPE, [f"{key}=nan"])
+
+
+@pytest.mark.parametrize("text", ["run = " + "[" * 5000, "num_steps = " + "9" * 5000, "a\0 = 1"])
+def test_a_recipe_that_toml_cannot_hold(tmp_path: Path, text: str):
+    (tmp_path / "r.toml").write_text(text)
+    with pytest.raises(UserError, match=r"r\.toml: expected TOML, got something else"):
+        load_config(tmp_path / "r.toml")

@@ -86,3 +86,15 @@ def test_a_config_with_secrets_is_its_owners_alone(tmp_path: Path, env: dict[str
         assert load_config(tmp_path / "config.toml") == config
     finally:
         os.umask(before)
+
+
+def test_fewer_steps_than_are_done_are_refused_before_anything_is_written(tmp_path: Path):
+    recipe = {"run": {"dir": str(tmp_path)}, "model": {"path": "m"}, "data": {"train": "t"}, "num_steps": 6}
+    with RunDir(load_config(recipe)) as run:
+        (run.path / "checkpoints" / "step-000005").mkdir(parents=True)
+    before = (tmp_path / "config.toml").read_text()
+    with pytest.raises(UserError, match=r"num_steps: expected at least the 5 steps .* got 4; nearest: 5"):
+        RunDir(load_config(recipe | {"num_steps": 4}))
+    assert (tmp_path / "config.toml").read_text() == before
+    with RunDir(load_config(recipe | {"num_steps": 5})):
+        pass
