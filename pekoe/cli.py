@@ -294,11 +294,28 @@ def verify(
         list[str] | None,
         typer.Option(metavar="MODULE:NAME", help="a reward of your own that lines may name; repeatable"),
     ] = None,
+    references: Annotated[
+        bool, typer.Option("--references", help="the files hold problems: name every reference that is refused")
+    ] = False,
 ) -> None:
     """Judge responses: prints one JSON verdict a line, in input order.
 
     With --summary, where lines carry labels: how many right answers were rejected (FN) and wrong ones accepted (FP).
+    With --references, of files of problems: which references cannot be read, or are not accepted as answers (exit
+    status 1 where there are any).
     """
+    if references:
+        from pekoe.run.references import list_refused
+
+        with viewing(results=True) as view:
+            checked = [list_refused(file, function or (), view) for file in files]
+        for refused, _ in checked:
+            typer.echo("".join(f"{line}\n" for line in refused), nl=False)
+        number, of = (sum(column) for column in zip(*((len(refused), of) for refused, of in checked), strict=True))
+        typer.echo(f"references refused: {number:,} of {of:,}", err=True)
+        if number:
+            raise typer.Exit(1)
+        return
     from pekoe.verify import JudgePool
     from pekoe.verify.cases import check_case_kinds, error_cells, read_cases
 

@@ -9,6 +9,8 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from pekoe.config.base import ConfigSection, FileName
 
+ReferenceCheck = Literal["error", "drop", "warn"]
+
 
 class DataSection(ConfigSection):
     train: FileName
@@ -40,6 +42,10 @@ class ProblemSection(ConfigSection):
     """In place of `train`: several sets, mixed."""
     skip_malformed: bool = False
     """Skip, and report, rows that cannot be used, in place of stopping."""
+    check: ReferenceCheck = "error"
+    """What to do, before anything is sampled, where a judge cannot read a problem's reference or would not accept it as
+    an answer: error stops and names the first ten; drop leaves these problems out; warn names them and keeps them (most
+    of their verdicts will be FAULT). `pekoe verify --references FILE` lists all."""
     max_prompt_tokens: int = Field(default=1024, ge=1)
     """A longer prompt is an error, unless skip_malformed is on."""
     dedup: Literal["off", "exact", "near"] = "off"

@@ -23,7 +23,7 @@ from pekoe.config.base import (
     read_toml,
 )
 from pekoe.config.cluster import ClusterSection, ParallelSection
-from pekoe.config.data import DataSection, ProblemSection, TemplateSection
+from pekoe.config.data import DataSection, ProblemSection, ReferenceCheck, TemplateSection
 from pekoe.config.engine import EngineSection
 from pekoe.core.errors import UserError
 
@@ -188,6 +188,8 @@ class EvalSection(ConfigSection):
 class EvalData(EvalSection):
     data: FileName | Annotated[tuple[FileName, ...], Field(strict=False, min_length=1)]
     """Held-out problems: a file, or a list of them, measured each and together."""
+    check: ReferenceCheck = "warn"
+    """As data.check. A published set is measured whole unless you say otherwise, and FAULTs count in no figure."""
 
 
 class PeriodicEval(EvalSection):

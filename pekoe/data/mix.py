@@ -1,14 +1,15 @@
 """Reads, filters and mixes the problems that a recipe's `[data]` section names, and reports every row that is dropped.
 
-In this order: malformed rows are dropped (or refused), then problems outside the pass rate, duplicates and conflicts,
-prompts that are too long, problems of evaluation sets, and near duplicates. An epoch draws what remains by limit and
-weight. The result depends on the sources' content, the config and the seed alone.
+In this order: malformed rows are dropped (or refused), then problems outside the pass rate, references that their judge
+refuses, duplicates and conflicts, prompts that are too long, problems of evaluation sets, and near duplicates. An epoch
+draws what remains by limit and weight. The result depends on the sources' content, the config and the seed alone.
 """
 
 from __future__ import annotations
 
 import zlib
 from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -22,13 +23,18 @@ from pekoe.core.types import Problem
 from pekoe.data.formats import parse_problem
 from pekoe.data.overlap import Contamination, gold_key, near_duplicates, prompt_key
 from pekoe.data.problems import read_problems
-from pekoe.data.rows import Malformed, parse_rows, write_rows
+from pekoe.data.rows import Malformed, parse_rows, place_of, write_rows
 from pekoe.data.tokenizer import Tokenizer
 
 # Reasons for dropping a problem, as reports print them.
 MALFORMED, TOO_LONG = "malformed", "too long"
 DUPLICATE, CONFLICT, NEAR = "duplicate", "conflicting answers", "near duplicate"
 CONTAMINATED, NOT_DRAWN, PASS_RATE = "contaminated", "not drawn", "pass rate"
+REFERENCE = "with a reference that is refused"
+MAX_NAMED = 10  # references in one message
+
+# Returns why the references of problems are refused, by the problem's index.
+RefusedReferences = Callable[[Sequence[Problem]], Mapping[int, str]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +56,7 @@ class DataReport:
     num_kept: Counter[str] = field(default_factory=Counter[str])  # distinct problems, by source
     num_drawn: Counter[str] = field(default_factory=Counter[str])  # draws of an epoch, by source; repeats count
     dropped: list[Dropped] = field(default_factory=list[Dropped])
+    refused: list[str] = field(default_factory=list[str])  # place and reason: kept for all that (data.check = "warn")
     notes: list[str] = field(default_factory=list[str])
 
     def summary(self) -> list[str]:
@@ -61,7 +68,13 @@ class DataReport:
             line += f"; skipped {skipped}" * bool(skipped) + f"; an epoch draws {drawn:,}" * (drawn != kept)
             if skipped or drawn != kept or len(self.num_read) > 1:
                 lines.append(line)
-        return lines + self.notes
+        return lines + self.warnings() + self.notes
+
+    def warnings(self) -> list[str]:
+        """What is wrong with problems that were kept."""
+        advice = "most verdicts on these problems will be FAULT; check = 'drop' leaves them out"
+        what = "warning: references that their judge cannot read, or would not accept as answers"
+        return [f"{what}: {_some(self.refused)}\n{advice}"] if self.refused else []
 
     def losses(self, source: str) -> str:
         """How many problems of a source were dropped, by reason; empty if none."""
@@ -81,6 +94,7 @@ class _Item:
     problem: Problem
     source: str
     row: int
+    place: str  # file and line
     key: bytes  # of its prompt
 
     def __str__(self) -> str:
@@ -88,20 +102,27 @@ class _Item:
 
 
 def gather_problems(
-    data: ProblemSection, seed: int, tokenizer: Tokenizer | None, view: ProgressReporter | None = None
+    data: ProblemSection,
+    seed: int,
+    tokenizer: Tokenizer | None,
+    view: ProgressReporter | None = None,
+    refused: RefusedReferences | None = None,
 ) -> tuple[list[Problem], DataReport]:
     """Read the sources of `data`. Returns the problems that an epoch draws, and a report on the others.
 
     A problem of `data.sources` is named `source/uid`; one of `data.train` keeps its uid. A second copy (weight above
     1) is named `uid#2`. `tokenizer` measures prompts; with None, no prompt is too long. `view` shows progress.
+    `refused` says which references their judges refuse; with None, all are taken.
 
-    Raises UserError for a source that cannot be used, and, unless `data.skip_malformed`, for the first malformed row
-    or prompt longer than `data.max_prompt_tokens`.
+    Raises UserError for a source that cannot be used; unless `data.skip_malformed`, for the first malformed row or
+    prompt longer than `data.max_prompt_tokens`; and with `data.check = "error"` for references that are refused.
     """
     report, view = DataReport(), view or NoProgress()
     sources = data.sources or (SourceSection(path=data.train or "", name=data.train or ""),)
     items = [item for source in sources for item in _read(source, data, report)]
     items = _without(items, _outside_pass_rate(items, data), report)
+    if refused is not None:
+        items = _without(items, _refused(items, data, refused, report), report)
     items = _without(items, _repeats(items, data, report), report)
     if tokenizer is not None:
         items = _without(items, _long_prompts(items, data, tokenizer, view), report)
@@ -124,7 +145,7 @@ def gather_problems(
 
 def _read(source: SourceSection, data: ProblemSection, report: DataReport) -> list[_Item]:
     """The items of one source, each with a uid of its own. Rows that `where` leaves out do not count as read."""
-    rows: dict[str, tuple[int, bytes]] = {}
+    contents: dict[str, tuple[int, bytes]] = {}
 
     def parse(value: Any, row: int) -> _Item | None:
         matches = (str(value.get(column)) in values for column, values in source.where.items())
@@ -133,14 +154,14 @@ def _read(source: SourceSection, data: ProblemSection, report: DataReport) -> li
         problem = parse_problem(value)
         key = prompt_key(problem)
         content = key + gold_key(problem.gold).encode()
-        first, same = rows.setdefault(problem.uid, (row, content))
+        first, same = contents.setdefault(problem.uid, (row, content))
         if first != row:
             if content != same or data.dedup == "off":
                 raise Malformed(f"uid {problem.uid!r}: expected a name of its own, got that of row {first}")
             report.dropped.append(Dropped(source.name, row, problem.uid, DUPLICATE, f"row {first}"))
             return None
         uid = f"{source.name}/{problem.uid}" if data.sources else problem.uid
-        return _Item(replace(problem, uid=uid), source.name, row, key)
+        return _Item(replace(problem, uid=uid), source.name, row, place_of(source.path, row), key)
 
     parsed, skipped = parse_rows(source.path, parse, data.skip_malformed)
     report.dropped.extend(Dropped(source.name, row, None, MALFORMED, why) for row, why in skipped)
@@ -162,6 +183,27 @@ def _outside_pass_rate(items: list[_Item], data: ProblemSection) -> _Drops:
         if not low <= rate <= high:
             drop[index] = (PASS_RATE, f"{rate:.3g}")
     return drop
+
+
+def _refused(items: list[_Item], data: ProblemSection, refused: RefusedReferences, report: DataReport) -> _Drops:
+    """Items whose reference is refused, where `data.check` drops them. UserError where it is "error"."""
+    why = refused([item.problem for item in items])
+    if not why or data.check == "drop":
+        return {index: (REFERENCE, reason) for index, reason in why.items()}
+    report.refused += [f"{items[index].place}: {reason}" for index, reason in sorted(why.items())]
+    if data.check == "error":
+        raise UserError(
+            f"data.check: expected references that their judge can read and accepts as answers; of {len(items):,} it "
+            f"refuses {_some(report.refused)}\nMend them, or set data.check = 'drop' (leave these out) or 'warn' (keep "
+            f"them); pekoe eval has eval.check. All of them: pekoe verify --references {data.described}"
+        )
+    return {}
+
+
+def _some(refused: list[str]) -> str:
+    """Their number, and the first of them on a line each."""
+    more = [f"and {len(refused) - MAX_NAMED:,} more"] * (len(refused) > MAX_NAMED)
+    return "\n  ".join([f"{len(refused):,}:", *refused[:MAX_NAMED], *more])
 
 
 def _repeats(items: list[_Item], data: ProblemSection, report: DataReport) -> _Drops:

@@ -40,8 +40,8 @@ def parse_rows(
     Raises UserError at the first row for which `parse` raises Malformed, unless `skip_malformed`; for a source that
     cannot be read, and for one without a single usable row.
     """
-    unit, values = _open(path)
-    is_json = unit == ":"  # not parsed yet
+    values = _open(path)
+    is_json = _unit(path) == ":"  # not parsed yet
     rows: list[T] = []
     skipped: list[Skipped] = []
     for number, value in enumerate(values, 1):
@@ -51,7 +51,7 @@ def parse_rows(
             rows.append(parse(_loads(value) if is_json else value, number))
         except Malformed as error:
             if not skip_malformed:
-                raise UserError(f"{path}{unit}{number}: {error}") from None
+                raise UserError(f"{place_of(path, number)}: {error}") from None
             skipped.append((number, str(error)))
     if not rows:
         got = f"{len(skipped)} malformed ones (row {skipped[0][0]}: {skipped[0][1]})" if skipped else "an empty file"
@@ -59,22 +59,34 @@ def parse_rows(
     return tuple(rows), tuple(skipped)
 
 
-def _open(source: str | Path) -> tuple[str, Iterable[Any]]:
-    """The text between a source's name and a row's number in messages (":": rows are lines of JSON), and the rows."""
+def place_of(source: str | Path, number: int) -> str:
+    """Where a row is, for messages: `problems.jsonl:3`, `problems.parquet, row 3`."""
+    return f"{source}{_unit(source)}{number}"
+
+
+def _unit(source: str | Path) -> str:
+    """What stands between a source's name and a row's number (":": rows are lines of JSON)."""
     if str(source).startswith(HUB):
-        return ", row ", read_dataset(str(source))
+        return ", row "
+    return {".parquet": ", row ", ".json": ", item "}.get(Path(source).suffix, ":")
+
+
+def _open(source: str | Path) -> Iterable[Any]:
+    """The rows of a source: lines of JSON, or their values."""
+    if str(source).startswith(HUB):
+        return read_dataset(str(source))
     path = Path(source)
     if path.suffix == ".parquet":
         if not path.exists():
             raise missing(path, "a Parquet file")
-        return ", row ", read_parquet(path)
+        return read_parquet(path)
     text = _read_text(path)
     if path.suffix != ".json":
-        return ":", text.split("\n")  # JSON strings may hold U+2028 and others that `splitlines` cuts at
+        return text.split("\n")  # JSON strings may hold U+2028 and others that `splitlines` cuts at
     try:
         value = _loads(text)
         value = value["examples"] if isinstance(value, dict) and "examples" in value else value
-        return ", item ", expect(value, list, "the file")
+        return expect(value, list, "the file")
     except Malformed as error:
         raise UserError(f"{path}: {error} (a file of one object a line is named .jsonl)") from None
 

@@ -29,7 +29,7 @@ from pekoe.core.errors import UserError
 from pekoe.core.progress import ProgressReporter, phase
 from pekoe.core.spec import ModelSpec
 from pekoe.core.types import IntArray, Problem, SamplingParams
-from pekoe.data.mix import DataReport, gather_problems
+from pekoe.data.mix import DataReport, RefusedReferences, gather_problems
 from pekoe.data.order import DataOrder
 from pekoe.data.tokenizer import Tokenizer
 from pekoe.engine.base import EngineKind
@@ -40,9 +40,10 @@ from pekoe.model import Decoder, load_model
 from pekoe.run.distributed import require_single_process
 from pekoe.run.hardware import describe
 from pekoe.run.interrupt import StepTimer, Stop
-from pekoe.run.judging import check_kinds, make_judge
+from pekoe.run.judging import make_judge
 from pekoe.run.metrics import StepCounters
 from pekoe.run.records import LocalRecords, RecordWriter
+from pekoe.run.references import reference_check
 from pekoe.run.rollouts import Rollouts
 from pekoe.run.run_dir import RunDir, with_date
 from pekoe.train import Layout, Trainer
@@ -110,13 +111,14 @@ def open_model(model: ModelSection) -> tuple[Decoder, Tokenizer, torch.dtype]:
 
 
 def open_problems(
-    path: str, tokenizer: Tokenizer, max_prompt_tokens: int, skip: bool, view: ProgressReporter
+    data: ProblemSection, tokenizer: Tokenizer, view: ProgressReporter, refused: RefusedReferences | None = None
 ) -> list[Problem]:
-    """Read an evaluation set. A prompt that is too long is an error, or skipped and reported."""
-    data = ProblemSection(train=path, max_prompt_tokens=max_prompt_tokens, skip_malformed=skip)
-    problems, report = gather_problems(data, 0, tokenizer, view)
-    if losses := report.losses(path):
-        view.say(f"{path}: skipped {losses}")
+    """Read an evaluation set (`data.train`). What is left out of it, or refused and kept, is reported."""
+    problems, report = gather_problems(data, 0, tokenizer, view, refused)
+    if losses := report.losses(data.described):
+        view.say(f"{data.described}: skipped {losses}")
+    for line in report.warnings():
+        view.say(f"{data.described}: {line}")
     return problems
 
 
@@ -327,15 +329,19 @@ def open_task(config: RLConfig, spec: ModelSpec, tokenizer: Tokenizer, view: Pro
     data, rollout = config.data, config.rollout
     new_tokens = max(rollout.max_new_tokens, config.eval.max_new_tokens or 0)
     check_context(spec, data.max_prompt_tokens, new_tokens)
-    problems, report = gather_problems(data, config.run.seed, tokenizer, view)
+    folder = config.run.dir
+    refused = reference_check(config.verify, data.described, view, folder)
+    problems, report = gather_problems(data, config.run.seed, tokenizer, view, refused)
     for line in report.summary():
         view.say(line)
-    check_kinds(problems, config.verify, data.described)
     planned = [sampling(rollout, tokenizer.stop_token_ids, config.run.seed)]
     held_out: list[Problem] = []
     if config.eval.data and config.eval.every:
-        held_out = open_problems(config.eval.data, tokenizer, data.max_prompt_tokens, data.skip_malformed, view)
-        check_kinds(held_out, config.verify, config.eval.data)
+        own = data.model_dump(include={"max_prompt_tokens", "skip_malformed", "check"})
+        refused = reference_check(config.verify, config.eval.data, view, folder)
+        held_out = open_problems(
+            ProblemSection.model_validate({"train": config.eval.data, **own}), tokenizer, view, refused
+        )
         planned.append(eval_sampling(config, tokenizer.stop_token_ids))
     if len(problems) < rollout.prompts_per_step:
         raise UserError(

@@ -19,7 +19,7 @@ from pekoe.data.mix import DataReport, Dropped, gather_problems
 from pekoe.data.tokenizer import Tokenizer
 from pekoe.run.build import check_context, open_model, prepare, sampling_for
 from pekoe.run.evaluate import warn_truncation
-from pekoe.run.judging import check_kinds
+from pekoe.run.references import reference_check
 from pekoe.run.sample_store import ProblemResult, sample_problems
 
 
@@ -45,10 +45,10 @@ def run_curate(config: CurateConfig, view: ProgressReporter) -> Curated:
     except OSError as error:
         raise UserError(f"out: expected a directory that can be written, got {out}: {error.strerror}") from None
     tokenizer = Tokenizer.load(Path(config.model.path)).with_template(config.model.template)
-    problems, report = gather_problems(config.data, config.run.seed, tokenizer, view)
+    refused = reference_check(config.verify, config.data.described, view, config.out)
+    problems, report = gather_problems(config.data, config.run.seed, tokenizer, view, refused)
     for line in report.summary():
         view.say(line)
-    check_kinds(problems, config.verify, config.data.described)
     curated = Curated(tuple(problems), report, {})
     if config.curate.samples:
         rows = _sample(config, problems, view)

@@ -18,6 +18,7 @@ from rich.table import Table
 
 from pekoe import __version__
 from pekoe.config.base import flatten
+from pekoe.config.data import ProblemSection
 from pekoe.config.recipes import EvalConfig
 from pekoe.config.secrets import without_secrets
 from pekoe.core.errors import UserError, nearest
@@ -27,7 +28,8 @@ from pekoe.core.types import Draw, JudgedGroup, Problem, SamplingParams
 from pekoe.data.tokenizer import Tokenizer
 from pekoe.run.build import check_context, open_model, open_problems, prepare, sampling_for
 from pekoe.run.eval_metrics import majority_at_k, paired, pass_at_1, pass_at_k, powers_up_to
-from pekoe.run.judging import check_kinds, response_text
+from pekoe.run.judging import response_text
+from pekoe.run.references import reference_check
 from pekoe.run.rollouts import check_faults
 from pekoe.run.run_dir import write_whole
 from pekoe.run.sample_store import ProblemResult, sample_problems
@@ -109,7 +111,9 @@ def run_eval(config: EvalConfig, view: ProgressReporter) -> EvalResult:
     params = sampling_for(config.eval, new_tokens, tokenizer.stop_token_ids, config.run.seed)
     longest = prompt_tokens + new_tokens
     out = Path(config.out) if config.out else None
-    about = {"max_prompt_tokens": prompt_tokens} | flatten(config.eval.model_dump(mode="json"), "eval.")
+    about = {"max_prompt_tokens": prompt_tokens} | flatten(
+        config.eval.model_dump(mode="json", exclude={"check"}), "eval."
+    )
     with _kept_on_failure() as log_dir:
         file = out / "samples.jsonl" if out else None
         rows, groups = sample_problems(config, model, tokenizer, problems, params, longest, file, about, log_dir, view)
@@ -136,8 +140,8 @@ def _open_sets(
         name = Path(path).stem if len(paths) > 1 else ""
         if name in sets:
             raise UserError(f"eval.data: expected files of different names, got {name!r} twice")
-        problems = open_problems(path, tokenizer, max_prompt_tokens, False, view)
-        check_kinds(problems, config.verify, path)
+        data = ProblemSection(train=path, max_prompt_tokens=max_prompt_tokens, check=config.eval.check)
+        problems = open_problems(data, tokenizer, view, reference_check(config.verify, path, view, config.out))
         sets[name] = [replace(p, uid=f"{name}/{p.uid}") for p in problems] if name else problems
     return sets
 

@@ -73,6 +73,7 @@ MAY_CHANGE = {
     "train.save_every",
     "train.keep_checkpoints",
     "verify.workers",
+    "data.check",  # where it moves problems, the order of the data finds it
 }
 MAY_CHANGE_BELOW = ("parallel.", "engine.server.", "cluster.", "track.")  # processes, and who looks on
 WRITE_LIMIT_S = 3600  # of one checkpoint

@@ -63,12 +63,13 @@ class _Task:
     gold: Any
     time_limit_s: float
     futures: list[Future[Verdict]]
+    itself: bool = False  # the answer is the reference, to be checked
     num_kills: int = 0
     limits_hit: list[str] = field(default_factory=list[str])  # after two, the reference is judged against itself
 
     @property
     def check(self) -> str:
-        return "reference" if len(self.limits_hit) >= 2 else "answer"
+        return "itself" if self.itself else "reference" if len(self.limits_hit) >= 2 else "answer"
 
 
 class _Worker:
@@ -222,12 +223,19 @@ class JudgePool:
         Raises UserError for an unknown kind or a function that is not allowed, and RunError if the pool is closed or
         its workers do not start.
         """
+        return self._submit(find_verifier(kind, self._functions).prepare(response, gold), gold, kind)
+
+    def submit_reference(self, answer: str, gold: Any, kind: str = "math") -> Future[Verdict]:
+        """Begin to check a reference in a worker: CORRECT where `check_reference` passes and `answer`, the reference as
+        `prepare` gives it (or empty), is CORRECT. After two limits it is FAULT. Raises as `submit` does."""
+        return self._submit(answer, gold, kind, itself=True)
+
+    def _submit(self, prepared: Verdict | str, gold: Any, kind: str, itself: bool = False) -> Future[Verdict]:
         self._check_usable()
         verifier = find_verifier(kind, self._functions)
-        prepared = verifier.prepare(response, gold)
         future: Future[Verdict] = Future()
         future.set_running_or_notify_cancel()
-        key = b"" if isinstance(prepared, Verdict) else _key(kind, prepared, gold)
+        key = b"" if isinstance(prepared, Verdict) else _key(kind + " itself" * itself, prepared, gold)
         limit_s = self._time_limit_s + (0.0 if isinstance(prepared, Verdict) else verifier.time_limit_s(gold))
         with self._lock:
             self._check_usable()
@@ -242,7 +250,7 @@ class JudgePool:
                 self._num_memo_hits += 1
                 return future
             else:
-                self._in_flight[key] = task = _Task(key, kind, prepared, gold, limit_s, [future])
+                self._in_flight[key] = task = _Task(key, kind, prepared, gold, limit_s, [future], itself)
                 self._groups.setdefault(verifier.worker_group, _Group(verifier.name)).tasks.append(task)
                 self._wake_up()
                 return future
@@ -387,7 +395,7 @@ class JudgePool:
         why = str(message.get("why", ""))[:300]
         if label not in get_args(Label):
             verdict = Verdict("fault", shown, f"the judge failed: {str(message.get('error'))[:300]}")
-        elif task.check == "answer":
+        elif task.check != "reference":
             verdict = Verdict(label, shown, why)
         elif label == "correct":
             why = f"limit: {task.limits_hit[-1]}, twice; the reference can be judged against itself"
@@ -413,7 +421,7 @@ class JudgePool:
         elif task is not None:
             self._num_limits += 1
             task.limits_hit.append(why)
-            if len(task.limits_hit) < 3:
+            if len(task.limits_hit) < (2 if task.itself else 3):
                 group.retries.append(task)
             else:
                 self._deliver(task, Verdict("fault", task.answer, f"limit on the reference against itself: {why}"))

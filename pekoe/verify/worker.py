@@ -6,7 +6,7 @@ The pool kills it without warning when an item exceeds its time limit, so it hol
 
 KIND names a verifier of the worker group (see `Verifier`); without it the group is that of mathematics.
 
-in:  {"id", "kind", "answer", "gold", "check": "answer" | "reference"}
+in:  {"id", "kind", "answer", "gold", "check": "answer" | "reference" | "itself"}
 out: {"ready"} once, or {"failed": why}; then for each item one of {"id", "label", "why"}, {"id", "limit": which} or
      {"id", "error": what}; each with "oversized": true if the worker has grown so much that the pool should replace it.
 """
@@ -21,6 +21,7 @@ import signal
 import sys
 from typing import Any
 
+from pekoe.core.types import Verdict
 from pekoe.verify.audit_hook import refuse_all_but_formulas, refuse_code_and_acts
 from pekoe.verify.kinds import VERIFIERS, find_verifier
 from pekoe.verify.kinds.base import Verifier
@@ -34,11 +35,13 @@ def _verifier(kind: str) -> Verifier:
 def _judge(request: dict[str, Any]) -> dict[str, Any]:
     try:
         verifier = _verifier(request["kind"])
-        if request["check"] == "reference":
-            verdict = verifier.check_reference(request["gold"])
-        else:
+        check, answer, gold = request["check"], request["answer"], request["gold"]
+        verdict = Verdict("correct")
+        if check != "answer" and verifier.check_reference is not None:
+            verdict = verifier.check_reference(gold)
+        if check == "answer" or (check == "itself" and answer and verdict.label == "correct"):
             assert verifier.decide is not None
-            verdict = verifier.decide(request["answer"], request["gold"])
+            verdict = verifier.decide(answer, gold)
         return {"label": verdict.label, "why": verdict.why}
     except MemoryError:
         return {"limit": "memory"}

@@ -12,6 +12,7 @@ from typing import Any, cast
 import pytest
 
 from pekoe.config import EvalConfig, load_config
+from pekoe.config.data import ProblemSection
 from pekoe.core.errors import UserError
 from pekoe.core.journal import read_lines
 from pekoe.core.progress import NoProgress
@@ -60,7 +61,7 @@ def test_an_evaluation_set_is_read_in_order_and_its_losses_are_reported(tiny_dir
     rows = [{"uid": str(i), "prompt": prompt, "answer": "2"} for i, prompt in enumerate(prompts)]
     path.write_text("\n".join(json.dumps(row) for row in [*rows, {"promt": 1}]))
     view, tokenizer = Heard(), Tokenizer.load(tiny_dir / "model")
-    problems = open_problems(str(path), tokenizer, 8, True, view)
+    problems = open_problems(ProblemSection(train=str(path), max_prompt_tokens=8, skip_malformed=True), tokenizer, view)
     assert [problem.uid for problem in problems] == ["0", "1", "3"]
     assert view.said == [f"{path}: skipped 1 malformed, 1 too long"]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -17,9 +17,14 @@ class Verifier:
     `prepare(response, gold)` runs in the parent. It returns the text to judge, or the verdict if the text decides.
     It takes time linear in its input and imports nothing heavy. The others run in a worker, under its limits:
     `decide(answer, gold)` judges the text from `prepare`; `check_reference(gold)` returns CORRECT if the reference can
-    be judged, and FAULT if not; `warm_up()` imports everything, before the audit hook is installed.
+    be judged, and FAULT if not (None: each can, where `prepare` finds no fault); `warm_up()` imports everything, before
+    the audit hook is installed.
     `time_limit_s(gold)` is time that a reference asks for: an item has as much beside the pool's own limit.
     An exception in any of them is a bug in Pekoe, and its verdict is FAULT.
+
+    For `pekoe.verify.references`, in the parent: `restate(gold)` returns responses that give the reference as their
+    answer, of which one must be CORRECT (an empty one: a reference is no answer, or is not to be run);
+    `is_plain(gold)` is whether the text alone shows that `check_reference` passes.
 
     Verifiers of one `worker_group` share workers, and install the same `audit_hook` (`pekoe.verify.audit_hook`): "all"
     refuses code made of text and every act on the machine, "formulas" allows code that is a formula, "none" allows all.
@@ -28,9 +33,11 @@ class Verifier:
     name: str
     prepare: Callable[[str, Any], Verdict | str]
     decide: Callable[[str, Any], Verdict] | None = None  # None where `prepare` always decides
-    check_reference: Callable[[Any], Verdict] = lambda _gold: Verdict("correct")  # a limit is the response's fault
+    check_reference: Callable[[Any], Verdict] | None = None
     warm_up: Callable[[], object] = lambda: None
     time_limit_s: Callable[[Any], float] = lambda _gold: 0.0
+    restate: Callable[[Any], Sequence[str]] = lambda _gold: ("",)
+    is_plain: Callable[[Any], bool] = lambda _gold: False
     worker_group: str = "math"
     audit_hook: Literal["all", "formulas", "none"] = "all"
 

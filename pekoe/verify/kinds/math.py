@@ -18,6 +18,7 @@ import importlib
 import logging
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NamedTuple, cast
 
 from pekoe.core.types import Label, Verdict
@@ -36,6 +37,12 @@ _COMMA, _POINT = re.compile(r"-?(?:[0-9]+,[0-9]{1,2}|0,[0-9]+)"), re.compile(r"-
 _PLACEHOLDERS = ("proof", "notfound", "n/a", "null", "nan", "unknown", "tbd", "todo")
 _WORDS = re.compile(r"(?<![\\A-Za-z])(?=[A-Za-z]*[a-z])[A-Za-z]{3,}|(?<=\\text\{)[A-Za-z]{2,}")
 _UNCLEAR = re.compile(r"==|\.\.\.|\\[lc]?dots")
+# Nothing here can grow: no factorials, no exponents but single digits, no sums.
+_SMALL = re.compile(
+    r"(?:\\(?:[dt]?frac|sqrt|pi|left|right|cdot|times|pm|infty|cup|in|leq?|geq?|circ|text(?=\{[A-Za-z ]*\}))(?![a-z])"
+    r"|\\[ ,;!{}()$%]|\^(?:-?[0-9]|\{-?[0-9]\}|\\circ|\{\\circ\})(?![0-9^])|[-+*/=.,:()\[\]{}<>$ 0-9A-Za-z])+"
+)
+MAX_SMALL_CHARS = 60
 _BASE = re.compile(r"[0-9]_\{?([0-9]+)")
 
 
@@ -253,6 +260,26 @@ def check_reference(gold: Any) -> Verdict:
     return Verdict("fault", None, "; ".join(faults)) if len(faults) == len(texts) else Verdict("correct")
 
 
+def restate(gold: Any) -> list[str]:
+    """Return a response for each reference, which gives it as its answer."""
+    return [rf"\boxed{{{text}}}" for text in _golds(gold)] or [""]
+
+
+def is_plain(gold: Any) -> bool:
+    """Whether every reference is a number, or an expression too small to cost anything that our own reader can read."""
+    texts = _golds(gold)
+    return bool(texts) and all(_plain(text.strip()) is not None or _is_small(text) for text in texts)
+
+
+def _is_small(text: str) -> bool:
+    if len(text) > MAX_SMALL_CHARS or not _SMALL.fullmatch(text) or text.count("^") > 3:
+        return False
+    side = _side(text, is_reference=True)
+    return side.words.lower() not in _PLACEHOLDERS and (
+        side.is_words or equivalence.compare(side.text, side.text) is True
+    )
+
+
 def warm_up() -> None:
     """Import math-verify, and what sympy would import later; parse and compare once."""
     _library()
@@ -260,5 +287,5 @@ def warm_up() -> None:
     decide("x + 1", "1 + x")
 
 
-VERIFIER = Verifier("math", prepare, decide, check_reference, warm_up)
-UNBOXED = Verifier("math-unboxed", prepare_unboxed, decide, check_reference, warm_up)
+VERIFIER = Verifier("math", prepare, decide, check_reference, warm_up, restate=restate, is_plain=is_plain)
+UNBOXED = replace(VERIFIER, name="math-unboxed", prepare=prepare_unboxed)

@@ -184,6 +184,6 @@ def prepare_countdown(response: str, gold: Any) -> Verdict:
     return Verdict("correct", text) if value == target else Verdict("wrong", text, f"makes {value}"[:100])
 
 
-CHOICE = Verifier("choice", prepare_choice)
-LOGIC = Verifier("logic", prepare_logic)
+CHOICE = Verifier("choice", prepare_choice, restate=lambda gold: (rf"\boxed{{{gold}}}",))
+LOGIC = Verifier("logic", prepare_logic, restate=lambda gold: (f"<answer>{json.dumps(gold, default=str)}</answer>",))
 COUNTDOWN = Verifier("countdown", prepare_countdown)
