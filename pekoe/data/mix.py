@@ -192,10 +192,11 @@ def _refused(items: list[_Item], data: ProblemSection, refused: RefusedReference
         return {index: (REFERENCE, reason) for index, reason in why.items()}
     report.refused += [f"{items[index].place}: {reason}" for index, reason in sorted(why.items())]
     if data.check == "error":
+        files = " ".join(dict.fromkeys(source.path for source in data.sources)) or data.train
         raise UserError(
             f"data.check: expected references that their judge can read and accepts as answers; of {len(items):,} it "
             f"refuses {_some(report.refused)}\nMend them, or set data.check = 'drop' (leave these out) or 'warn' (keep "
-            f"them); pekoe eval has eval.check. All of them: pekoe verify --references {data.described}"
+            f"them); pekoe eval has eval.check. All of them: pekoe verify --references {files}"
         )
     return {}
 

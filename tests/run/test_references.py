@@ -101,13 +101,12 @@ def test_held_out_problems_are_checked_too(build: Any, data: Path, tiny_dir: Pat
 
 
 def test_an_evaluation_warns_unless_told_otherwise(recipe: dict[str, Any], data: Path):
-    keys = {"data": str(data), "samples": 1, "max_new_tokens": 2}
-    config = load_config(tree_of(recipe, eval=keys), kind=EvalConfig)
+    tree = tree_of(recipe, eval={"data": str(data), "samples": 1, "max_new_tokens": 2})
     view = Heard()
-    assert run_eval(config, view).num_problems == 18
+    assert run_eval(load_config(tree, kind=EvalConfig), view).num_problems == 18
     assert any(named(data) in text for text in view.said)
     with pytest.raises(UserError, match=re.escape(named(data))):
-        run_eval(load_config(config.model_dump(), ["eval.check=error"], EvalConfig), NoProgress())
+        run_eval(load_config(tree, ["eval.check=error"], EvalConfig), NoProgress())
 
 
 def test_at_most_ten_are_named(build: Any, data: Path):
