@@ -162,8 +162,8 @@ class _Group:
 def _environment() -> dict[str, str]:
     # The worker imports from the same directories as the parent, but for the current one: a file there with the name of
     # a library, such as gmpy2.py, must not run. `kinds.function` adds it where the recipe names a function.
-    directories = [path for path in map(os.path.abspath, sys.path) if os.path.realpath(path) != os.path.realpath(".")]
-    directories.append(str(Path(__file__).parents[2]))
+    own, here = str(Path(__file__).parents[2]), os.path.realpath(".")
+    directories = [p for p in map(os.path.abspath, sys.path) if p == own or os.path.realpath(p) != here] + [own]
     one_thread = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
     # sympy sometimes orders by hash; with a fixed seed, a verdict does not depend on the worker that gave it.
     return os.environ | one_thread | {"PYTHONHASHSEED": "0", "PYTHONPATH": os.pathsep.join(dict.fromkeys(directories))}

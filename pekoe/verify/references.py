@@ -79,7 +79,7 @@ def _restated(verifier: Verifier, gold: Any) -> Verdict | str:
 
 
 def _why(gold: Any, verdict: Verdict) -> str:
-    """For example: the reference '3.\\overline{6}' cannot be parsed."""
+    """For example: the reference '3 + * 4' cannot be parsed."""
     named = repr(str(gold)[:80])
     if verdict.label != "fault":
         detail = f": {verdict.why}" if verdict.why else ""

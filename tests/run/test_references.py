@@ -22,7 +22,7 @@ from pekoe.run.build import Task, open_task
 from pekoe.run.curate import run_curate
 from pekoe.run.evaluate import run_eval
 
-BAD = [r"3.\overline{6}", "$12:00$"]  # in these, a worker must find the fault
+BAD = ["3 + * 4", "(1, 2"]  # in these, a worker must find the fault
 
 
 class Heard(NoProgress):
@@ -53,8 +53,8 @@ def tree_of(recipe: dict[str, Any], **sections: Any) -> dict[str, Any]:
 
 
 def named(data: Path) -> str:
-    found = [rf"{data}:3: the reference '3.\\overline{{6}}' cannot be parsed"]
-    return "\n  ".join([*found, f"{data}:5: the reference '$12:00$' cannot be compared"])
+    found = [f"{data}:3: the reference '3 + * 4' cannot be parsed"]
+    return "\n  ".join([*found, f"{data}:5: the reference '(1, 2' cannot be parsed"])
 
 
 def open_rl(build: Any, data: Path, *overrides: str, view: NoProgress | None = None) -> Task:
@@ -81,8 +81,8 @@ def test_they_can_be_dropped_or_kept_and_named(build: Any, data: Path):
     task = open_rl(build, data, "data.check=drop")
     assert len(task.problems) == 16
     assert [(drop.row, drop.reason, drop.detail) for drop in task.report.dropped] == [
-        (3, "with a reference that is refused", r"the reference '3.\\overline{6}' cannot be parsed"),
-        (5, "with a reference that is refused", "the reference '$12:00$' cannot be compared"),
+        (3, "with a reference that is refused", "the reference '3 + * 4' cannot be parsed"),
+        (5, "with a reference that is refused", "the reference '(1, 2' cannot be parsed"),
     ]
     view = Heard()
     task = open_rl(build, data, "data.check=warn", view=view)
@@ -131,7 +131,7 @@ def test_a_resumed_run_does_not_judge_them_again(
     for change in ("verify.time_limit_s=19.0", f"run.dir={tmp_path}/other"):
         with pytest.raises(AssertionError, match="judges were started"):
             open_rl(build, data, "data.check=drop", change)
-    data.write_text(data.read_text().replace("$12:00$", "$12:01$"))
+    data.write_text(data.read_text().replace("(1, 2", "(1, 3"))
     with pytest.raises(AssertionError, match="judges were started"):
         open_rl(build, data, "data.check=drop")
 

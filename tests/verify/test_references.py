@@ -26,12 +26,11 @@ def check(pool: JudgePool, *references: tuple[Any, str], functions: tuple[str, .
 @pytest.mark.parametrize(
     ("gold", "kind", "why"),
     [
-        (r"3.\overline{6}", "math", r"the reference '3.\\overline{6}' cannot be parsed"),
+        (r"\lim_{x \to 0}", "math", r"the reference '\\lim_{x \\to 0}' cannot be parsed"),
         ("0/0", "math", "the reference '0/0' cannot be compared"),
         (r"\frac{1}{2", "math", r"given as the answer, is UNPARSED: no complete \boxed{...}"),
-        (r"\boxed{1}\boxed{2}", "math", r"the reference '\\boxed{1}\\boxed{2}', given as the answer, is WRONG"),
         (["", "1"], "math", "the reference must be text, or a list of texts, got"),
-        ([r"3.\overline{6}", r"AB \parallel CD"], "math", "cannot be parsed; the reference"),
+        (["(1, 2", "3 + * 4"], "math", "cannot be parsed; the reference"),
         ({"tests": []}, "code", "the reference must have tests or asserts"),
         ({"tests": [{"stdin": "1"}]}, "code", "the reference must have tests or asserts"),
         ("C or D", "choice", "the reference must be a letter, got 'C or D'"),
@@ -50,8 +49,20 @@ def test_a_reference_that_is_refused_says_why(pool: JudgePool, gold: Any, kind: 
 
 def test_references_that_are_accepted(pool: JudgePool):
     golds: list[tuple[Any, str]] = [
-        *[(text, "math") for text in ("-1,000", "0.5", r"\frac{1}{2}", "$x^2 + 1$", "(1, 2]", "2^{70}", r"\boxed{5}")],
-        ([r"3.\overline{6}", r"\frac{11}{3}"], "math"),  # one that can be read is enough
+        *[
+            (text, "math")
+            for text in (
+                "-1,000",
+                "0.5",
+                r"\frac{1}{2}",
+                "$x^2 + 1$",
+                "(1, 2]",
+                "2^{70}",
+                r"\boxed{5}",
+                r"\boxed{1}\boxed{2}",
+            )
+        ],
+        (["(1, 2", r"\frac{11}{3}"], "math"),  # one that can be read is enough
         ("(C)", "choice"),
         (ZEBRA, "logic"),
         ({"Zoey": "knight"}, "logic"),
