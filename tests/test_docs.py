@@ -134,6 +134,7 @@ def test_the_glossary_has_every_metric_that_a_step_may_carry_and_no_other() -> N
     for file, function in (
         ("run/metrics.py", "step_metrics"),
         ("run/metrics.py", "lag_metrics"),
+        ("algo/loss.py", "logprob_diffs_by_lag"),
         ("run/metrics.py", "step_work"),
         ("core/loop.py", "as_dict"),
         ("run/rollouts.py", "counters"),

@@ -16,18 +16,18 @@ PACKAGE = Path(__file__).resolve().parent.parent / "pekoe"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 # Lines that a room may have, with docstrings and blank ones. A feature that needs more says what it costs and why.
 BUDGETS = {
-    "core": 1015,  # hardware.py: the table of devices, 105
-    "config": 935,
+    "core": 1020,  # hardware.py: the table of devices, 105
+    "config": 940,
     "kernels": 740,
-    "algo": 480,
+    "algo": 515,
     "model": 870,
     "data": 1445,
     "verify": 3345,  # normalize.py and units.py: what users' answers look like, 230
     "engine": 4370,  # base, pool and sampling 970; embedded 1,710; servers 1,690
     "train": 820,
     "weights": 910,
-    "run": 3345,
-    "report": 1325,
+    "run": 3350,
+    "report": 1335,
     "ray": 1330,
     "demo": 480,
     "cli.py": 440,  # -m without the current directory

@@ -6,13 +6,17 @@ The trainer divides by one denominator for the whole optimizer step, summed over
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from itertools import count, takewhile
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from pekoe.algo.packing import MicroBatch
 from pekoe.config.recipes import AlgoSection
+from pekoe.core.loop import StepStats
 
 Sums = dict[str, Tensor]  # statistic -> its sum over the N tokens (`*_max`: its maximum), detached scalars
 
@@ -81,12 +85,15 @@ def importance_weights(batch: MicroBatch, algo: AlgoSection) -> tuple[Tensor, Te
     return torch.where(beyond, torch.zeros_like(weights), weights), beyond
 
 
-def ppo(logprobs: Tensor, entropy: Tensor, batch: MicroBatch, algo: AlgoSection) -> tuple[Tensor, Sums]:
+def ppo(
+    logprobs: Tensor, entropy: Tensor, batch: MicroBatch, algo: AlgoSection, num_lags: int = 0
+) -> tuple[Tensor, Sums]:
     """Sum over tokens of w max(-A r, -A clip(r, 1 - clip_low, 1 + clip_high)) (+ kl x k3), with its statistics.
 
     r = exp(log pi - log pi_old), pi_old the engine's log-probs (AReaL v0.2), or the trainer's where the batch has them.
     PPO: arXiv:1707.06347, eq. 7. Asymmetric clip: DAPO, arXiv:2503.14476, eq. 8. w: see `importance_weights`. KL: the
-    k3 estimator exp(d) - d - 1 with d = log pi_ref - log pi (Schulman 2020; GRPO eq. 4).
+    k3 estimator exp(d) - d - 1 with d = log pi_ref - log pi (Schulman 2020; GRPO eq. 4). `num_lags`: of as many lags,
+    from 0 on, the statistics of `logprob_diffs_by_lag`.
     """
     old = batch.behaviour_logprobs if batch.proximal_logprobs is None else batch.proximal_logprobs
     log_ratio = logprobs - old
@@ -104,6 +111,12 @@ def ppo(logprobs: Tensor, entropy: Tensor, batch: MicroBatch, algo: AlgoSection)
         "logprob_diff": mismatch.sum(),
         "logprob_diff_max": mismatch.max() if len(mismatch) else mismatch.sum(),
     }
+    if num_lags and batch.lags is not None:
+        mismatch = mismatch if batch.proximal_logprobs is None else (old - batch.behaviour_logprobs).abs()
+        for lag in range(num_lags):
+            mine = torch.where(batch.lags == lag, mismatch, 0.0)
+            sums |= {f"lag_{lag}_tokens": (batch.lags == lag).sum(), f"lag_{lag}_diff": mine.sum()}
+            sums[f"lag_{lag}_diff_max"] = mine.max() if len(mine) else mine.sum()
     if algo.correction != "off":
         largest = weights.max() if len(weights) else weights.sum()
         sums |= {
@@ -117,6 +130,21 @@ def ppo(logprobs: Tensor, entropy: Tensor, batch: MicroBatch, algo: AlgoSection)
         loss = loss + algo.kl * k3
         sums["reference_kl"] = k3.detach()
     return loss, sums
+
+
+def logprob_diffs_by_lag(stats: Sequence[StepStats]) -> dict[str, dict[str, float]]:
+    """Mean and largest |log pi_behaviour - log pi_proximal| of the tokens of each lag, over optimizer steps of `ppo`.
+
+    At lag 0 both are of the same weights (I1); the more versions lie between them, the more they differ.
+    """
+    means: dict[str, float] = {}
+    largest: dict[str, float] = {}
+    for lag in takewhile(lambda lag: f"lag_{lag}_tokens" in stats[0].means, count()):
+        tokens = sum(s.means[f"lag_{lag}_tokens"] * s.num_targets for s in stats)
+        if tokens:
+            means[str(lag)] = sum(s.means[f"lag_{lag}_diff"] * s.num_targets for s in stats) / tokens
+            largest[str(lag)] = float(np.max([s.means[f"lag_{lag}_diff_max"] for s in stats]))  # NaN, where one is
+    return {"lag_logprob_diff": means, "lag_logprob_diff_max": largest} if means else {}
 
 
 def cross_entropy(logprobs: Tensor, entropy: Tensor, batch: MicroBatch) -> tuple[Tensor, Sums]:

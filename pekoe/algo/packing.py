@@ -156,6 +156,7 @@ class MicroBatch:
     advantages: Tensor  # [N]
     proximal_logprobs: Tensor | None = None  # [N]
     reference_logprobs: Tensor | None = None  # [N]
+    lags: Tensor | None = None  # [N] int64
 
     @property
     def bounds(self) -> list[int]:
@@ -173,7 +174,8 @@ def pack(samples: Sequence[Sample]) -> MicroBatch:
     work must take part in each forward and backward."""
     if not samples:  # with all log-probs, so that its statistics have the names of every other rank's
         zero = np.zeros(1, np.float32)
-        samples = [Sample(np.zeros(1, np.int64), np.zeros(1, np.bool_), zero, zero, 0, zero, zero)]
+        none = np.zeros(1, np.int64)
+        samples = [Sample(none, np.zeros(1, np.bool_), zero, zero, 0, zero, zero, none)]
     lengths = [len(sample) for sample in samples]
     mask = np.concatenate([sample.loss_mask for sample in samples])
     targets = np.flatnonzero(mask)
@@ -185,6 +187,7 @@ def pack(samples: Sequence[Sample]) -> MicroBatch:
 
     proximal = [s.proximal_logprobs for s in samples if s.proximal_logprobs is not None]
     reference = [s.reference_logprobs for s in samples if s.reference_logprobs is not None]
+    lags = [s.lags for s in samples if s.lags is not None]
     return MicroBatch(
         tokens=torch.from_numpy(np.concatenate([sample.tokens for sample in samples]).astype(np.int64)),
         positions=torch.from_numpy(np.concatenate([np.arange(length) for length in lengths])),
@@ -195,6 +198,7 @@ def pack(samples: Sequence[Sample]) -> MicroBatch:
         advantages=pick([sample.advantages for sample in samples]),
         proximal_logprobs=pick(proximal) if proximal else None,
         reference_logprobs=pick(reference) if reference else None,
+        lags=pick(lags) if lags else None,
     )
 
 

@@ -35,8 +35,8 @@ def uninformative(verdicts: Sequence[Verdict]) -> str | None:
     return "dynamic sampling: all right" if True in right else "dynamic sampling: none right"
 
 
-def score(groups: Sequence[JudgedGroup], algo: AlgoSection) -> Scored:
-    """Make the training samples of a rollout batch.
+def score(groups: Sequence[JudgedGroup], algo: AlgoSection, version: int | None = None) -> Scored:
+    """Make the training samples of a rollout batch. `version`: the trainer's, where samples may be of older ones.
 
     FAULT and aborted trajectories leave their group before advantages, truncated ones after it where `mask_truncated`
     is on. A group with fewer than two trajectories left, of more than one, is dropped.
@@ -68,6 +68,7 @@ def score(groups: Sequence[JudgedGroup], algo: AlgoSection) -> Scored:
             advantage=float(np.float32(advantage)),
             group=position,
             index=trajectory.sample,
+            lags=() if version is None else tuple((version - older, start) for older, start in trajectory.versions),
         )
         for (position, trajectory, _), advantage in zip(kept, advantages, strict=True)
         if not (algo.mask_truncated and trajectory.finish == "length")

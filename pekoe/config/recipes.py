@@ -77,6 +77,11 @@ class RolloutSection(ConfigSection):
     """With during_update = "go_on": a finished group may overtake unfinished ones, within so many groups from the
     oldest; the lag is at most max_lag + ceil((window - 1) / prompts_per_step) then. 1: in the order of their draws."""
 
+    @property
+    def lag_bound(self) -> int:
+        """The largest lag that a token trained on may have."""
+        return self.max_lag + -(-(self.window - 1) // self.prompts_per_step)
+
 
 class AlgoSection(ConfigSection):
     advantage: Literal["global", "grpo", "dr_grpo", "rloo"] = "global"

@@ -198,6 +198,7 @@ class Sample:
     group: int = 0  # which group of the batch it came from; groups are never split between mini-batches
     proximal_logprobs: FloatArray | None = None  # [L] the trainer's at the step's start, where recomputed
     reference_logprobs: FloatArray | None = None  # [L] the reference model's, where the objective wants them
+    lags: IntArray | None = None  # [L] versions that the weights behind each token are older than the trainer's
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -226,6 +227,7 @@ class SampleRef:
     index: int  # of the trajectory in its group
     proximal_logprobs: FloatArray | Handle[FloatArray] | None = None
     reference_logprobs: FloatArray | Handle[FloatArray] | None = None
+    lags: tuple[tuple[int, int], ...] = ()  # (lag, index of the first response token that has it); empty: not wanted
 
     def __len__(self) -> int:
         return self.num_tokens
@@ -237,7 +239,13 @@ class SampleRef:
             value if value is None or isinstance(value, np.ndarray) else value.resolve()
             for value in (self.proximal_logprobs, self.reference_logprobs)
         )
-        return Sample(record.tokens, record.loss_mask, record.logprobs, advantages, self.group, proximal, reference)
+        common = record.tokens, record.loss_mask, record.logprobs, advantages, self.group, proximal, reference
+        if not self.lags:
+            return Sample(*common)
+        numbers, starts = zip(*self.lags, strict=True)
+        lags = np.zeros(len(record.tokens), np.int64)
+        lags[record.loss_mask] = np.repeat(numbers, np.diff([*starts, self.num_targets]))
+        return Sample(*common, lags)
 
 
 AnySample = Sample | SampleRef

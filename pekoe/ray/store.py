@@ -78,7 +78,7 @@ class StoreActor:
         self._values: dict[Key, tuple[int, Any]] = {}  # with the number of writes before it was put
         self._num_writes = 0
         rollout = config.rollout  # what is sampled ahead of training is used so much later
-        self._kept_steps = _KEPT_STEPS + rollout.max_lag + -(-(rollout.window - 1) // rollout.prompts_per_step)
+        self._kept_steps = _KEPT_STEPS + rollout.lag_bound
 
     async def put(self, values: Mapping[Key, Record | FloatArray]) -> None:
         self._values |= {key: (self._num_writes, value) for key, value in values.items()}

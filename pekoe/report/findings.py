@@ -199,4 +199,10 @@ def _numerics(steps: Sequence[Event]) -> str:
     if any("lag_max" in step for step in steps):  # those of samples are of older weights
         name, what = "sync_canary_diff", "After a publish, the canary's log-probs and the trainer's differ by at most"
     values = [step[name] for step in steps if name in step]
-    return f"{what} {max(values):.1e} (I1)." if values else ""
+    by_lag: dict[int, float] = {}
+    for step in steps:
+        for lag, value in step.get("lag_logprob_diff_max", {}).items():
+            by_lag[int(lag)] = max(by_lag.get(int(lag), 0.0), value)
+    listed = ", ".join(f"{by_lag[lag]:.1e} at lag {lag}{'' if lag else ' (I1)'}" for lag in sorted(by_lag))
+    more = f" Of samples, sampling and training log-probs differ by at most {listed}." if listed else ""
+    return f"{what} {max(values):.1e} (I1).{more}" if values else ""

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from pekoe.algo.loss import logprob_diffs_by_lag
 from pekoe.algo.scoring import Scored, reward_of
 from pekoe.config.recipes import RLConfig
 from pekoe.core.loop import Counters, StepStats
@@ -28,8 +29,8 @@ def step_metrics(
     """Everything measured in one step. Rates are per rollout, `*_tokens_per_s` per second of their phase.
 
     `logprob_diff` and `logprob_diff_max` (I1) are of the first minibatch, whose forward runs on the very weights that
-    sampled it; with `rollout.max_lag` they say how far the policy has moved since. I1 is `sync_canary_diff` then, and
-    `pekoe rl --replay` tells it by version.
+    sampled it; with `rollout.max_lag` they say how far the policy has moved since, and I1 is `lag_logprob_diff_max` at
+    lag 0, `sync_canary_diff`, and what `pekoe rl --replay` gives by version.
     """
     pairs = [pair for g in batch.everything() for pair in zip(g.trajectories, g.verdicts, strict=True)]
     judged = [(r, v) for r, v in pairs if v.label != "fault"]
@@ -72,6 +73,8 @@ def step_metrics(
         "train_tokens_per_s": sum(s.num_tokens for s in stats) / seconds["train"],
         "train_peak_bytes": max((s.peak_bytes for s in stats if s.peak_bytes), default=None),
     }
+    if lagged:  # proximal log-probs are of the step's start, those of an optimizer step of what the ones before made
+        metrics |= logprob_diffs_by_lag(stats if config.algo.proximal == "recompute" else stats[:1])
     optional = ("reference_kl", "correction_weight", "correction_fraction")
     metrics |= {name: per_token(name) for name in optional if name in first}
     if "correction_weight_max" in first:
@@ -165,16 +168,18 @@ def warnings_of(metrics: dict[str, Any], config: RLConfig) -> list[str]:
     found: list[str] = []
     largest, allowed = metrics.get("logprob_diff_max", 0.0), MAX_LOGPROB_DIFF[config.model.dtype]
     if config.rollout.max_lag:
+        largest = metrics.get("lag_logprob_diff_max", {}).get("0", 0.0)  # of the step's own version
         if config.algo.correction == "off":
             found.append(
                 "algo.correction is off, and samples are of older weights (rollout.max_lag): nothing corrects for it; "
                 'nearest: algo.proximal = "recompute" with algo.correction = "truncate", the defaults'
             )
-    elif not largest <= allowed:
+    if not largest <= allowed:
+        remedy = ', or set algo.proximal = "recompute" with algo.correction = "truncate"'
         found.append(
             f"log-probs of sampling and training differ by up to {largest:.2g} (expected: at most {allowed:g} in "
-            f'{config.model.dtype}): look at what the engine is started with, or set algo.proximal = "recompute" with '
-            f'algo.correction = "truncate"'
+            f"{config.model.dtype}): look at what the engine is started with"
+            f"{remedy if config.algo.correction == 'off' else ''}"
         )
     if "skipped" in metrics and "loss" not in metrics:
         found.append(

@@ -158,8 +158,7 @@ def replay_run(run_dir: Path, view: ProgressReporter) -> ReplayedRun:
     if not steps or steps != list(range(1, len(steps) + 1)):
         raise UserError(f"--replay: expected every step of {run_dir} from the first on, got {steps[:1] or 'none'}")
     trainer, differing, diffs = run.open(), list[int](), dict[int, float]()
-    rollout = run.config.rollout
-    ahead = 1 + rollout.max_lag + -(-(rollout.window - 1) // rollout.prompts_per_step)
+    ahead = 1 + run.config.rollout.lag_bound
     with phase(view, "steps", len(steps)):
         for step in steps:
             sampled = [line for later in range(step, min(step + ahead, steps[-1] + 1)) for line in run.records(later)]

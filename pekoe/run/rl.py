@@ -53,7 +53,7 @@ def run_rl(parts: RLParts) -> None:
                 parts.begin_step()
                 admit(parts, progress.step)
                 batch = collect(parts)
-                scored = score(batch.groups, config.algo)
+                scored = score(batch.groups, config.algo, step - 1 if config.rollout.max_lag else None)
                 stats, untrained = train(parts, scored, step)
                 if not goes_on:
                     parts.rollouts.drain()
@@ -160,7 +160,7 @@ def learn(
     view: ProgressReporter,
 ) -> tuple[list[StepStats], dict[int, str]]:
     """The optimizer steps of a batch; nothing but its arguments decides them. Returns as `train`."""
-    algo = config.algo
+    algo, num_lags = config.algo, config.rollout.lag_bound + 1 if config.rollout.max_lag else 0
     if algo.proximal == "recompute":
         with timer("recompute"):
             proximal = trainer.logprobs(samples)
@@ -178,7 +178,7 @@ def learn(
             stats.append(
                 trainer.step(
                     minibatch,
-                    partial(ppo, algo=algo),
+                    partial(ppo, algo=algo, num_lags=num_lags),
                     fixed if algo.normalise == "max_length" else None,
                     algo.max_mean_ratio,
                 )

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from pekoe.algo import loss as loss_module
-from pekoe.algo.loss import Sums, chosen_logprobs, cross_entropy, ppo
+from pekoe.algo.loss import Sums, chosen_logprobs, cross_entropy, logprob_diffs_by_lag, ppo
 from pekoe.algo.packing import MicroBatch, pack
 from pekoe.config.recipes import AlgoSection
+from pekoe.core.loop import StepStats
 from pekoe.core.types import Sample
 
 
@@ -49,6 +50,58 @@ def test_recomputed_proximal_logprobs_replace_the_engines():
     loss, sums = ppo(torch.tensor([-1.0]), torch.zeros(1), micro, AlgoSection())
     assert float(loss) == pytest.approx(-1.0)  # ratio 1 against the proximal policy
     assert float(sums["logprob_diff"]) == pytest.approx(2.0)  # the mismatch is against the engine always
+
+
+def by_lag(lags: list[int], gaps: list[float], proximal: bool = True) -> MicroBatch:
+    """Tokens that an engine sampled with log-prob -1, of these lags; the trainer's log-probs are this much larger."""
+    micro = replace(
+        batch([1.0] * len(lags)), behaviour_logprobs=torch.full((len(lags),), -1.0), lags=torch.tensor(lags)
+    )
+    return replace(micro, proximal_logprobs=torch.tensor(gaps) - 1) if proximal else micro
+
+
+def stats_of(sums: Sums, num: int) -> StepStats:
+    means = {name: float(value) / (1 if name.endswith("_max") else num) for name, value in sums.items()}
+    return StepStats(0.0, 0.0, 0.0, num, num, 1, means)
+
+
+def test_differences_of_logprobs_are_told_by_lag():
+    micro, moved = by_lag([0, 2, 2, 0], [1e-6, 0.5, -1.5, -3e-6]), torch.tensor([-9.0] * 4)
+    loss, sums = ppo(moved, torch.zeros(4), micro, AlgoSection(), num_lags=4)
+    alone, fewer = ppo(moved, torch.zeros(4), replace(micro, lags=None), AlgoSection())
+    assert torch.equal(loss, alone)
+    assert all(torch.equal(sums[name], value) for name, value in fewer.items())
+    diffs = logprob_diffs_by_lag([stats_of(sums, 4)])
+    assert diffs["lag_logprob_diff"] == pytest.approx({"0": 2e-6, "2": 1.0}, rel=0.1)
+    assert diffs["lag_logprob_diff_max"] == pytest.approx({"0": 3e-6, "2": 1.5}, rel=0.1)
+    assert logprob_diffs_by_lag([stats_of(fewer, 4)]) == {}
+
+
+def test_differences_by_lag_are_of_all_optimizer_steps_and_keep_a_nan():
+    parts = [([0, 1], [0.25, 0.5]), ([0, 0, 0, 0], [0.0, 0.0, 0.0, 0.5]), ([1], [float("nan")])]
+    stats = [
+        stats_of(
+            ppo(torch.zeros(len(lags)), torch.zeros(len(lags)), by_lag(lags, gaps), AlgoSection(), 2)[1], len(lags)
+        )
+        for lags, gaps in parts
+    ]
+    diffs = logprob_diffs_by_lag(stats)
+    assert (diffs["lag_logprob_diff"]["0"], diffs["lag_logprob_diff_max"]["0"]) == (pytest.approx(0.15), 0.5)
+    assert np.isnan(diffs["lag_logprob_diff"]["1"])
+    assert np.isnan(diffs["lag_logprob_diff_max"]["1"])
+
+
+def test_without_proximal_logprobs_those_of_the_forward_are_compared():
+    _, sums = ppo(torch.tensor([-1.0, -3.0]), torch.zeros(2), by_lag([0, 1], [], False), AlgoSection(), num_lags=2)
+    assert logprob_diffs_by_lag([stats_of(sums, 2)])["lag_logprob_diff_max"] == {"0": 0.0, "1": 2.0}
+
+
+def test_a_rank_without_work_has_the_same_statistics():
+    """As they are summed over ranks."""
+    empty, nothing = pack([]), torch.zeros(0)
+    _, sums = ppo(nothing, nothing, empty, AlgoSection(), num_lags=3)
+    assert list(sums) == list(ppo(torch.zeros(2), torch.zeros(2), by_lag([0, 1], [0, 0]), AlgoSection(), 3)[1])
+    assert all(float(value) == 0 for value in sums.values())
 
 
 def off_policy(

@@ -1,5 +1,7 @@
 """From verdicts to samples; a fault never becomes a number (I9)."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -72,6 +74,19 @@ def test_a_sample_trains_on_the_response_alone():
     assert sample.behaviour_logprobs.tolist() == [0, 0, 0, -0.5, -0.5]
     assert not sample.advantages[:3].any()
     np.testing.assert_array_equal(sample.advantages[3:], np.float32(reference.advantage))
+
+
+def test_a_sample_knows_the_lag_of_each_token_where_the_trainers_version_is_given():
+    groups = [group((2, "correct"), (4, "wrong"))]
+    assert all(ref.lags == () and ref.resolve().lags is None for ref in score(groups, AlgoSection()).samples)
+    crossed = replace(groups[0].trajectories[1], versions=((5, 0), (6, 1), (7, 3)))
+    groups = [replace(groups[0], trajectories=(groups[0].trajectories[0], crossed))]
+    first, second = score(groups, AlgoSection(), version=7).samples
+    assert (first.lags, second.lags) == (((7, 0),), ((2, 0), (1, 1), (0, 3)))
+    for ref, lags in ((first, [7, 7]), (second, [2, 1, 1, 0])):
+        sample = ref.resolve()
+        assert sample.lags is not None
+        assert sample.lags.tolist() == [0, 0, 0, *lags]
 
 
 @pytest.mark.parametrize("reward", [5.0, 0.1, 1 / 3])

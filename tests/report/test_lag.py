@@ -82,6 +82,12 @@ def test_the_page_of_a_run_with_lag_shows_it_by_step(tmp_path: Path):
         findings(history)[-1]
         == "After a publish, the canary's log-probs and the trainer's differ by at most 3.0e-06 (I1)."
     )
+    for step, largest in zip(history.steps, ({"0": 1e-6}, {"0": 2e-6, "1": 0.25}), strict=True):
+        step["lag_logprob_diff_max"] = largest
+    assert findings(history)[-1].endswith(
+        "3.0e-06 (I1). Of samples, sampling and training log-probs differ by at most 2.0e-06 at lag 0 (I1), 2.5e-01 at "
+        "lag 1."
+    )
     synchronous = read_history(write_run(tmp_path / "other", [step_event(1)], {"000001": [response(0, 0)]}))
     titles = [chart["layout"]["title"]["text"] for chart in data_of(render([synchronous]))["charts"]]
     assert not any(title.startswith("lag") for title in titles)

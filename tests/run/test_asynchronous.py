@@ -20,7 +20,7 @@ from pekoe.core.progress import NoProgress
 from pekoe.core.records import read_records, steps_recorded
 from pekoe.core.types import Completion, Request
 from pekoe.model import load_model, save_model
-from pekoe.run import rl
+from pekoe.run import metrics, rl
 from pekoe.run.build import RLParts
 from pekoe.run.replay import replay_run
 from tests.run.conftest import stop_after_responses
@@ -153,6 +153,44 @@ def test_training_again_from_the_records_gives_the_same_weights(build: Build, tr
     assert again.differing == []
     assert 0 < max(again.logprob_diffs.values()) <= 1e-4, "I1, version by version"
     assert set(again.logprob_diffs) <= set(range(4))
+
+
+def test_log_probs_are_compared_by_lag(build: Build, train: Train, tmp_path: Path):
+    """I1 for the tokens of the step's own version; those of older versions differ by what was learned since."""
+    config = build("num_steps=6", "rollout.max_lag=1", "optim.lr=0.01")
+    train(config)
+    first, *steps = events(config, "step")
+    assert set(first["lag_logprob_diff_max"]) == {"0"}
+    assert 0 < first["lag_logprob_diff"]["0"] < first["lag_logprob_diff_max"]["0"] <= 1e-4
+    for step in steps:
+        assert set(step["lag_logprob_diff_max"]) == set(step["lag_tokens"]) == {"1"}
+        assert step["lag_logprob_diff_max"]["1"] > 1e-3
+    synchronous = build("num_steps=2", f"run.dir={tmp_path / 'synchronous'}")
+    train(synchronous)
+    assert not any(name.startswith("lag_") for step in events(synchronous, "step") for name in step)
+
+
+@pytest.mark.parametrize("words", [[], ["algo.proximal=engine"], ["rollout.window=6"]])
+def test_in_flight_the_tokens_of_the_newest_version_have_the_trainers_log_probs(
+    build: Build, train: Train, words: list[str]
+):
+    config = build("num_steps=6", "rollout.max_lag=2", "optim.lr=0.01", GO_ON, *words)
+    train(config)
+    steps = [step for step in events(config, "step") if "loss" in step]
+    newest = [step["lag_logprob_diff_max"]["0"] for step in steps if "0" in step["lag_logprob_diff_max"]]
+    assert newest
+    assert 0 < max(newest) <= 1e-4
+    if not words:  # every token trained on
+        assert all(set(step["lag_logprob_diff_max"]) <= set(step["lag_tokens"]) for step in steps)
+
+
+def test_an_engine_with_other_log_probs_is_warned_of_with_lag(build: Build, train: Train, monkeypatch: Any):
+    monkeypatch.setattr(metrics, "MAX_LOGPROB_DIFF", {"float32": 1e-9})
+    said: list[str] = []
+    view = NoProgress()
+    monkeypatch.setattr(view, "say", said.append, raising=False)
+    train(build("num_steps=1", "rollout.max_lag=1"), lambda _: None, view)
+    assert any("log-probs of sampling and training differ by up to" in line for line in said)
 
 
 def test_the_command_trains_the_whole_run_again(build: Build, train: Train):

@@ -40,3 +40,16 @@ def test_a_step_that_taught_nothing():
 def test_bfloat16_is_allowed_its_rounding():
     config = load_config(RECIPE, ["model.dtype=bfloat16"], RLConfig)
     assert warnings_of(WELL | {"logprob_diff_max": 0.2}, config) == []
+
+
+def test_with_lag_the_log_probs_of_the_steps_own_version_must_agree():
+    """Those of older versions differ as the policy moves."""
+    config = load_config(RECIPE, ["rollout.max_lag=2"], RLConfig)
+    lagged = WELL | {"logprob_diff_max": 0.7, "lag_logprob_diff_max": {"0": 2e-5, "1": 0.2, "2": 0.7}}
+    assert warnings_of(lagged, config) == []
+    assert warnings_of(lagged | {"lag_logprob_diff_max": {"2": 0.7}}, config) == []
+    for wrong in (0.2, float("nan")):
+        (warning,) = warnings_of(lagged | {"lag_logprob_diff_max": {"0": wrong, "1": 0.2}}, config)
+        assert re.search(
+            rf"differ by up to {wrong:.2g} \(expected: at most 0.001 in float32\): .* started with$", warning
+        )
