@@ -261,4 +261,6 @@ class RayStarter:
         except (RunError, UserError):
             ray.kill(engine)
             raise
+        except SystemExit:  # what Ray raises in a thread that waits while it is shut down; the engine ends with it
+            raise NoPlace(f"Ray was shut down while {self.name} started") from None
         return RayEngine(engine, self.kind, info, cluster.sync_limit_s, self.stores.passed)
