@@ -305,14 +305,16 @@ def verify(
     status 1 where there are any).
     """
     if references:
+        if summary:
+            raise UserError("--references: expected without --summary, which judges responses, got both")
         from pekoe.run.references import list_refused
 
         with viewing(results=True) as view:
             checked = [list_refused(file, function or (), view) for file in files]
         for refused, _ in checked:
             typer.echo("".join(f"{line}\n" for line in refused), nl=False)
-        number, of = (sum(column) for column in zip(*((len(refused), of) for refused, of in checked), strict=True))
-        typer.echo(f"references refused: {number:,} of {of:,}", err=True)
+        number = sum(len(refused) for refused, _ in checked)
+        typer.echo(f"references refused: {number:,} of {sum(of for _, of in checked):,}", err=True)
         if number:
             raise typer.Exit(1)
         return

@@ -10,23 +10,13 @@ import pytest
 
 from pekoe.config import RLConfig, load_config
 from pekoe.core.journal import read_lines
-from pekoe.core.progress import NoProgress
 from pekoe.ray import run_cluster
 from pekoe.run.interrupt import Stop
+from tests.run.conftest import Messages
 from tests.run.conftest import recipe as recipe
 from tests.run.conftest import tiny_dir as tiny_dir
 
 Say = Callable[[str], None]
-
-
-class Ears(NoProgress):
-    """Keeps what is said."""
-
-    def __init__(self) -> None:
-        self.said: list[str] = []
-
-    def say(self, text: str) -> None:
-        self.said.append(text)
 
 
 @pytest.fixture
@@ -45,9 +35,9 @@ def run() -> Callable[[RLConfig], list[str]]:
     """Runs a config to its end; returns what was said."""
 
     def go(config: RLConfig) -> list[str]:
-        ears = Ears()
-        run_cluster(config, ears, Stop())
-        return ears.said
+        messages = Messages()
+        run_cluster(config, messages, Stop())
+        return messages.said
 
     return go
 

@@ -26,7 +26,8 @@ from pekoe.run import replay
 from pekoe.run.interrupt import Stop
 from pekoe.run.replay import replay_run
 from pekoe.run.rollouts import Rollouts
-from tests.ray.conftest import Ears, events, ledger
+from tests.ray.conftest import events, ledger
+from tests.run.conftest import Messages
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
 MakeConfig = Callable[..., RLConfig]
@@ -89,7 +90,7 @@ def test_a_pinned_batch_is_sampled_by_one_version_also_after_an_interrupt(
     monkeypatch.setattr(RayRecords, "adopt", counted)
     config = cluster(*PINNED)
     with pytest.raises(Interrupted, match="stopped after step 3"), ExitStack() as stack:
-        run_with_restarts(build_cluster(config, Ears(), stop, stack))
+        run_with_restarts(build_cluster(config, Messages(), stop, stack))
     monkeypatch.setattr(RayTrainer, "step", step)
     run(config)
     assert adopted == [0, 4], "the groups of step 4 are not sampled again"
@@ -121,12 +122,12 @@ def test_an_engine_that_is_killed_while_sampling_ahead(cluster: MakeConfig, monk
             os.kill(built.pool.members[0].engine.info.pid, signal.SIGKILL)
 
     monkeypatch.setattr(Rollouts, "put", killing)
-    config, ears = cluster(*PINNED, "rollout.samples_per_prompt=16"), Ears()
+    config, messages = cluster(*PINNED, "rollout.samples_per_prompt=16"), Messages()
     with ExitStack() as stack:
-        built = build_cluster(config, ears, Stop(), stack)
+        built = build_cluster(config, messages, Stop(), stack)
         run_with_restarts(built)
-    assert any("engine 0 is lost" in text for text in ears.said)
-    assert not any("begins again" in text for text in ears.said)
+    assert any("engine 0 is lost" in text for text in messages.said)
+    assert not any("begins again" in text for text in messages.said)
     assert versions(config) == pinned(config)
     assert len(set(ledger(config))) == len(ledger(config)) == 20
 
@@ -143,11 +144,11 @@ def test_all_engines_killed_while_the_ranks_are_a_version_ahead(cluster: MakeCon
             kill_engines(built)
 
     monkeypatch.setattr(Rollouts, "put", killing)
-    config, ears = cluster(*PINNED, "rollout.samples_per_prompt=16"), Ears()
+    config, messages = cluster(*PINNED, "rollout.samples_per_prompt=16"), Messages()
     with ExitStack() as stack:
-        built = build_cluster(config, ears, Stop(), stack)
+        built = build_cluster(config, messages, Stop(), stack)
         run_with_restarts(built)
-    assert any("begins again" in text and "every engine was lost" in text for text in ears.said), ears.said
+    assert any("begins again" in text and "every engine was lost" in text for text in messages.said), messages.said
     assert [event["step"] for event in events(config, "resumed")] == [2]
     assert versions(config) == pinned(config)
     assert len(set(ledger(config))) == len(ledger(config)) == 20

@@ -27,7 +27,8 @@ from pekoe.report.history import read_history
 from pekoe.run.interrupt import Stop
 from pekoe.run.replay import replay
 from pekoe.run.rollouts import Rollouts
-from tests.ray.conftest import Ears, events, ledger
+from tests.ray.conftest import events, ledger
+from tests.run.conftest import Messages
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
 MakeConfig = Callable[..., RLConfig]
@@ -97,12 +98,12 @@ def test_an_engine_that_is_killed_while_sampling(cluster: MakeConfig, monkeypatc
             os.kill(built.pool.members[0].engine.info.pid, signal.SIGKILL)
 
     monkeypatch.setattr(Rollouts, "put", killing)
-    config, ears = cluster("num_steps=4", "rollout.samples_per_prompt=16"), Ears()
+    config, messages = cluster("num_steps=4", "rollout.samples_per_prompt=16"), Messages()
     with ExitStack() as stack:
-        built = build_cluster(config, ears, Stop(), stack)
+        built = build_cluster(config, messages, Stop(), stack)
         run_with_restarts(built)
-    assert any("engine 0 is lost" in text for text in ears.said)
-    assert any("engine 0 came back" in text for text in ears.said)
+    assert any("engine 0 is lost" in text for text in messages.said)
+    assert any("engine 0 came back" in text for text in messages.said)
     assert len(events(config, "step")) == 4
     assert len(set(ledger(config))) == len(ledger(config)) == 16
 
@@ -143,11 +144,11 @@ def test_a_store_that_is_killed_loses_the_step_alone(cluster: MakeConfig, monkey
         return step(self, *args, **more)
 
     monkeypatch.setattr(RayTrainer, "step", killing)
-    config, ears = cluster("train.save_every=1"), Ears()
+    config, messages = cluster("train.save_every=1"), Messages()
     with ExitStack() as stack:
-        built = build_cluster(config, ears, Stop(), stack)
+        built = build_cluster(config, messages, Stop(), stack)
         run_with_restarts(built)
-    assert any("begins again" in text for text in ears.said)
+    assert any("begins again" in text for text in messages.said)
     assert [event["step"] for event in events(config, "step")] == [1, 2, 3]
     assert len(set(ledger(config))) == len(ledger(config)) == 12
 
@@ -156,7 +157,7 @@ def test_an_engine_in_an_actor_is_an_engine(cluster: MakeConfig):
     """Requests at any time, aborts, and futures that end when it is closed."""
     config = cluster("cluster.generation.engines=1", "cluster.training.ranks=1")
     with ExitStack() as stack:
-        built = build_cluster(config, Ears(), Stop(), stack)
+        built = build_cluster(config, Messages(), Stop(), stack)
         engine = built.pool.members[0].engine
         params = SamplingParams(n=3, max_new_tokens=5)
         first = engine.submit(requests_of("a", 0, [1, 2, 3], params))

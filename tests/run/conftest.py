@@ -25,6 +25,16 @@ from pekoe.run.rl import run_rl
 ALPHABET = "0123456789+=\\{}boxed"
 
 
+class Messages(NoProgress):
+    """A view that keeps the messages."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    def say(self, text: str) -> None:
+        self.said.append(text)
+
+
 @pytest.fixture(scope="session")
 def tiny_dir(tmp_path_factory: pytest.TempPathFactory, make_model: Callable[..., Decoder]) -> Path:
     """A model directory `model` and problem files `train.jsonl`, `held_out.jsonl`."""

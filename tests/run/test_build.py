@@ -20,14 +20,7 @@ from pekoe.core.types import SamplingParams
 from pekoe.data import Tokenizer
 from pekoe.model import Decoder
 from pekoe.run.build import open_pool, open_problems
-
-
-class Heard(NoProgress):
-    def __init__(self) -> None:
-        self.said: list[str] = []
-
-    def say(self, text: str) -> None:
-        self.said.append(text)
+from tests.run.conftest import Messages
 
 
 def test_a_mix_is_drawn_by_weight_and_goes_on_after_a_stop(tiny_dir: Path, tmp_path: Path, recipe: Any, build, train):
@@ -39,7 +32,7 @@ def test_a_mix_is_drawn_by_weight_and_goes_on_after_a_stop(tiny_dir: Path, tmp_p
         {"name": "b", "path": str(tmp_path / "b.jsonl"), "weight": 2.0},
     ]
     recipe["data"] = {"sources": sources, "dedup": "exact", "skip_malformed": True, "max_prompt_tokens": 8}
-    view = Heard()
+    view = Messages()
     train(build("num_steps=2"), view=view)
     assert view.said[:2] == [
         "a: kept 4 of 8 problems; skipped 4 not drawn",
@@ -60,7 +53,7 @@ def test_an_evaluation_set_is_read_in_order_and_its_losses_are_reported(tiny_dir
     prompts = ["1+1=", "1+1=", "1+1+1+1+1=", "2+2="]  # an evaluation set keeps its repeats
     rows = [{"uid": str(i), "prompt": prompt, "answer": "2"} for i, prompt in enumerate(prompts)]
     path.write_text("\n".join(json.dumps(row) for row in [*rows, {"promt": 1}]))
-    view, tokenizer = Heard(), Tokenizer.load(tiny_dir / "model")
+    view, tokenizer = Messages(), Tokenizer.load(tiny_dir / "model")
     problems = open_problems(ProblemSection(train=str(path), max_prompt_tokens=8, skip_malformed=True), tokenizer, view)
     assert [problem.uid for problem in problems] == ["0", "1", "3"]
     assert view.said == [f"{path}: skipped 1 malformed, 1 too long"]

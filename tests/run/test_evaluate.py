@@ -87,6 +87,15 @@ def tree_of(tiny_dir: Path, out: Path | None = None, samples: int = 3) -> dict[s
     } | ({"out": str(out)} if out else {})
 
 
+def test_secrets_reach_no_results(tiny_dir: Path, tmp_path: Path):
+    tree = tree_of(tiny_dir, tmp_path / "out", samples=1)
+    tree["engine"] = {"server": {"env": {"HF_TOKEN": "s3cret", "HF_HOME": "seen"}}}
+    run_eval(load_config(tree, kind=EvalConfig), NoProgress())
+    results = (tmp_path / "out/results.json").read_text()
+    assert "seen" in results
+    assert "s3cret" not in results
+
+
 def test_several_sets_and_a_comparison(tiny_dir: Path, tmp_path: Path):
     trees = [tree_of(tiny_dir, tmp_path / name) for name in ("a", "b")]
     for tree, seed in zip(trees, (0, 1), strict=True):

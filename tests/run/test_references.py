@@ -21,16 +21,9 @@ from pekoe.run import references
 from pekoe.run.build import Task, open_task
 from pekoe.run.curate import run_curate
 from pekoe.run.evaluate import run_eval
+from tests.run.conftest import Messages
 
 BAD = ["3 + * 4", "(1, 2"]  # in these, a worker must find the fault
-
-
-class Heard(NoProgress):
-    def __init__(self) -> None:
-        self.said: list[str] = []
-
-    def say(self, text: str) -> None:
-        self.said.append(text)
 
 
 @pytest.fixture
@@ -84,7 +77,7 @@ def test_they_can_be_dropped_or_kept_and_named(build: Any, data: Path):
         (3, "with a reference that is refused", "the reference '3 + * 4' cannot be parsed"),
         (5, "with a reference that is refused", "the reference '(1, 2' cannot be parsed"),
     ]
-    view = Heard()
+    view = Messages()
     task = open_rl(build, data, "data.check=warn", view=view)
     assert len(task.problems) == 18
     assert len(view.said) == 1
@@ -102,7 +95,7 @@ def test_held_out_problems_are_checked_too(build: Any, data: Path, tiny_dir: Pat
 
 def test_an_evaluation_warns_unless_told_otherwise(recipe: dict[str, Any], data: Path):
     tree = tree_of(recipe, eval={"data": str(data), "samples": 1, "max_new_tokens": 2})
-    view = Heard()
+    view = Messages()
     assert run_eval(load_config(tree, kind=EvalConfig), view).num_problems == 18
     assert any(named(data) in text for text in view.said)
     with pytest.raises(UserError, match=re.escape(named(data))):
@@ -151,3 +144,5 @@ def test_the_command_lists_all_without_a_model(data: Path, tiny_dir: Path):
     assert "references refused: 2 of 25" in result.stderr
     result = CliRunner().invoke(app, ["verify", "--references", str(tiny_dir / "held_out.jsonl")])
     assert (result.exit_code, result.stdout) == (0, "")
+    result = CliRunner().invoke(app, ["verify", "--references", "--summary", str(data)])
+    assert "expected without --summary" in str(result.exception)
