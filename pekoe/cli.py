@@ -319,7 +319,7 @@ def verify(
             raise typer.Exit(1)
         return
     from pekoe.verify import JudgePool
-    from pekoe.verify.cases import check_case_kinds, error_cells, read_cases
+    from pekoe.verify.cases import check_case_kinds, error_cells, item_of, read_cases
 
     by_file = [(file, read_cases(Path(file))) for file in files]
     columns = (Column(name, justify="right") for name in ("right", "wrong", "FN", "FP", "unparsed", "fault"))
@@ -330,14 +330,14 @@ def verify(
         check_case_kinds(Path(file), cases, kind, functions)
     with JudgePool(os.cpu_count() or 1, functions=functions) as pool, viewing(results=True) as view:
         for _, cases in by_file:
-            asked = [(case["response"], case["gold"], case.get("kind", kind)) for case in cases]
-            judged.append(pool.judge_many(asked, view))
+            judged.append(pool.judge_many([item_of(case, kind) for case in cases], view))
     for (file, cases), verdicts in zip(by_file, judged, strict=True):
         if summary:
             table.add_row(Path(file).stem, *error_cells(cases, verdicts))
             continue
         for case, verdict in zip(cases, verdicts, strict=True):
-            typer.echo(json.dumps({"id": case["id"], **asdict(verdict)}))
+            shown = {"id": case["id"], **asdict(verdict)}
+            typer.echo(json.dumps({k: v for k, v in shown.items() if k != "score" or v is not None}))
     if summary:
         Console().print(table)
 

@@ -21,22 +21,41 @@ class Scored:
     no_signal: str = ""  # why the step is skipped though there are samples
 
 
-def reward_of(verdict: Verdict, reward: float) -> float:
-    """+reward for CORRECT, -reward for WRONG and UNPARSED. A FAULT has no reward (I9)."""
+def reward_of(verdict: Verdict, algo: AlgoSection, num_tokens: int = 0, max_new_tokens: int = 0) -> float:
+    """The reward of a verdict by `algo.reward_formula`, less the soft length penalty (DAPO, arXiv:2503.14476, eq. 13).
+
+    A FAULT has no reward (I9).
+
+    Args:
+        num_tokens: of the response; `max_new_tokens` is where responses are cut.
+    """
     assert verdict.label != "fault", "a FAULT has no reward"
-    return reward if verdict.label == "correct" else -reward
+    wrong = -algo.reward if algo.reward_wrong is None else algo.reward_wrong
+    if verdict.score is None or algo.reward_formula == "label":
+        reward = algo.reward if verdict.label == "correct" else wrong
+    else:
+        reward = wrong + verdict.score * (algo.reward - wrong)
+    if not algo.overlong_tokens:
+        return reward
+    over = (num_tokens - max_new_tokens) / algo.overlong_tokens + 1
+    return reward - max(0.0, over) * (algo.overlong_penalty or algo.reward)
 
 
-def uninformative(verdicts: Sequence[Verdict]) -> str | None:
-    """Why dynamic sampling (DAPO) drops a group, or None: all of it is right, or none; FAULTs left out."""
-    right = {verdict.label == "correct" for verdict in verdicts if verdict.label != "fault"}
-    if len(right) != 1:
+def uninformative(verdicts: Sequence[Verdict], algo: AlgoSection) -> str | None:
+    """Why dynamic sampling (DAPO) drops a group, or None: its rewards are equal, lengths and FAULTs left out."""
+    judged = [verdict for verdict in verdicts if verdict.label != "fault"]
+    if len({reward_of(verdict, algo) for verdict in judged}) != 1:
         return None
-    return "dynamic sampling: all right" if True in right else "dynamic sampling: none right"
+    right = {verdict.label == "correct" for verdict in judged}
+    what = "all scores equal" if len(right) > 1 else "all right" if True in right else "none right"
+    return f"dynamic sampling: {what}"
 
 
-def score(groups: Sequence[JudgedGroup], algo: AlgoSection, version: int | None = None) -> Scored:
-    """Make the training samples of a rollout batch. `version`: the trainer's, where samples may be of older ones.
+def score(
+    groups: Sequence[JudgedGroup], algo: AlgoSection, version: int | None = None, max_new_tokens: int = 0
+) -> Scored:
+    """Make the training samples of a rollout batch. `version`: the trainer's, where samples may be of older ones;
+    `max_new_tokens`: where responses are cut.
 
     FAULT and aborted trajectories leave their group before advantages, truncated ones after it where `mask_truncated`
     is on. A group with fewer than two trajectories left, of more than one, is dropped.
@@ -46,7 +65,7 @@ def score(groups: Sequence[JudgedGroup], algo: AlgoSection, version: int | None 
     for position, group in enumerate(groups):
         size = len(group.trajectories)
         good = [
-            (position, trajectory, reward_of(verdict, algo.reward))
+            (position, trajectory, reward_of(verdict, algo, trajectory.num_tokens, max_new_tokens))
             for trajectory, verdict in zip(group.trajectories, group.verdicts, strict=True)
             if verdict.label != "fault" and trajectory.finish != "abort" and trajectory.num_tokens
         ]

@@ -25,7 +25,7 @@ from pekoe.config.base import (
 from pekoe.config.cluster import ClusterSection, ParallelSection
 from pekoe.config.data import DataSection, ProblemSection, ReferenceCheck, TemplateSection
 from pekoe.config.engine import EngineSection
-from pekoe.core.errors import UserError
+from pekoe.core.errors import UserError, nearest
 
 
 class Process(ConfigSection):
@@ -88,7 +88,17 @@ class AlgoSection(ConfigSection):
     """global: reward normalised over all response tokens of the batch (the release). grpo, dr_grpo, rloo: the
     reward against its group's."""
     reward: float = Field(default=5.0, gt=0)
-    """CORRECT earns +reward, WRONG and UNPARSED earn -reward."""
+    """What CORRECT earns, or a score of 1."""
+    reward_wrong: float | None = None
+    """What WRONG and UNPARSED earn, or a score of 0. Absent: -reward."""
+    reward_formula: Literal["score", "label"] = "score"
+    """score: where a verdict has a score (a reward of your own that returns a number), reward_wrong + score x (reward -
+    reward_wrong). label, and where it has none: reward or reward_wrong, by the verdict's label."""
+    overlong_tokens: int = Field(default=0, ge=0)
+    """Soft length penalty (DAPO): over the last so many tokens before rollout.max_new_tokens the reward falls linearly,
+    by overlong_penalty in the end; 0 is off."""
+    overlong_penalty: float | None = Field(default=None, gt=0)
+    """What a response as long as rollout.max_new_tokens loses. Absent: reward."""
     minibatches: int = Field(default=4, ge=1)
     """Optimizer steps a rollout batch; must divide rollout.prompts_per_step unless dynamic_rounds is on."""
     clip_low: float = Field(default=0.2, ge=0, lt=1)
@@ -116,7 +126,11 @@ class AlgoSection(ConfigSection):
     """Weight of the KL term to the starting model; the reference forward runs only when above 0."""
 
     @model_validator(mode="after")
-    def _corrected(self) -> AlgoSection:
+    def _consistent(self) -> AlgoSection:
+        if (wrong := self.reward_wrong) is not None and wrong >= self.reward:
+            raise ValueError(f"algo.reward_wrong: expected less than algo.reward ({self.reward:g}), got {wrong:g}")
+        if self.overlong_penalty is not None and not self.overlong_tokens:
+            raise ValueError("algo.overlong_penalty: expected algo.overlong_tokens beside it, which is 0 (off)")
         if self.correction != "off" and self.proximal == "engine":
             raise ValueError(
                 f"algo.correction: expected 'off' with algo.proximal = 'engine', whose log-probs are those that it "
@@ -168,14 +182,46 @@ class VerifySection(ConfigSection):
     """Wall-clock limit of one judgement."""
     memory_gib: GiB = 1.0
     """Address space of each judge process. A reward that imports torch needs several GiB."""
+    reward: str | None = None
+    """A reward of your own, "MODULE:NAME", that judges every problem, whatever kind its row names."""
     functions: Annotated[tuple[str, ...], Field(strict=False)] = ()
     """Rewards of your own, each "MODULE:NAME". A row's `kind` may be `function:MODULE:NAME` for these alone."""
+    arguments: dict[str, dict[str, Any]] = Field(default_factory=dict[str, dict[str, Any]])
+    """Arguments that your rewards are given by name: {"MODULE:NAME" = {limit = 200}}."""
+    score_range: tuple[float, float] = Field(default=(0.0, 1.0), strict=False)
+    """What your rewards' numbers lie between: the first is the score 0, the second the score 1 (algo.reward_formula). A
+    number beyond is FAULT."""
+    correct_from: float = Field(default=0.99, gt=0, le=1)
+    """A verdict is CORRECT from this score on, in pass rates as in labels."""
     max_fault_rate: float = Field(default=0.05, ge=0, le=1)
     """The run stops when more than this share of a step's verdicts are FAULT."""
     unboxed: bool = False
     """Mathematics: where no box is complete, what a response says that the answer is will do (kind math-unboxed)."""
     random: bool = False
     """A control: verdicts are drawn at random, whatever the response says. The reward must not rise."""
+
+    @property
+    def rewards(self) -> tuple[str, ...]:
+        """All functions of the user's own."""
+        return tuple(dict.fromkeys((*((self.reward,) if self.reward else ()), *self.functions)))
+
+    def kind_of(self, kind: str) -> str:
+        """The kind by which a problem of `kind` is judged."""
+        if self.reward:
+            return f"function:{self.reward}"
+        return "math-unboxed" if self.unboxed and kind == "math" else kind
+
+    @model_validator(mode="after")
+    def _consistent(self) -> VerifySection:
+        for name in self.arguments:
+            if name not in self.rewards:
+                raise ValueError(
+                    f"verify.arguments: expected names of verify.reward or verify.functions, got {name!r}."
+                    f"{nearest(name, self.rewards)}"
+                )
+        if not self.score_range[0] < self.score_range[1]:
+            raise ValueError(f"verify.score_range: expected [low, high], got {list(self.score_range)}")
+        return self
 
 
 class EvalSection(ConfigSection):
@@ -269,6 +315,11 @@ class RLConfig(TrainingConfig):
             raise ValueError(
                 f"rollout.min_new_tokens: expected at most rollout.max_new_tokens ({rollout.max_new_tokens}), "
                 f"got {rollout.min_new_tokens}"
+            )
+        if algo.overlong_tokens > rollout.max_new_tokens:
+            raise ValueError(
+                f"algo.overlong_tokens: expected at most rollout.max_new_tokens ({rollout.max_new_tokens}), "
+                f"got {algo.overlong_tokens}"
             )
         longest = self.data.max_prompt_tokens + rollout.max_new_tokens
         cp = 1 if self.cluster is None else self.cluster.training.cp

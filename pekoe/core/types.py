@@ -32,6 +32,7 @@ class Problem:
     gold: Any
     kind: str = "math"
     pass_rate: float | None = None  # of some model's samples, as `pekoe curate` measured it
+    row: Any = None  # of the data, as it was read: kept where rewards of the user's own may ask for it
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,11 +171,19 @@ class Trajectory:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """A judge's verdict on one trajectory. `why` explains all but a plain CORRECT or WRONG."""
+    """A judge's verdict on one trajectory. `why` explains all but a plain CORRECT or WRONG.
+
+    Example: Verdict("wrong", "12", "score 0.4", 0.4), of a reward that gives a share of 1.
+    """
 
     label: Label
     extracted: str | None = None
     why: str = ""
+    score: float | None = None  # in [0, 1]; None where the label is all that is known
+
+    def __post_init__(self) -> None:
+        if self.score is not None and not 0 <= self.score <= 1:
+            raise ValueError(f"Verdict.score: expected None or a number in [0, 1], got {self.score!r}")
 
 
 @dataclass(frozen=True, slots=True)

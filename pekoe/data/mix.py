@@ -107,19 +107,20 @@ def gather_problems(
     tokenizer: Tokenizer | None,
     view: ProgressReporter | None = None,
     refused: RefusedReferences | None = None,
+    keep_rows: bool = False,
 ) -> tuple[list[Problem], DataReport]:
     """Read the sources of `data`. Returns the problems that an epoch draws, and a report on the others.
 
     A problem of `data.sources` is named `source/uid`; one of `data.train` keeps its uid. A second copy (weight above
     1) is named `uid#2`. `tokenizer` measures prompts; with None, no prompt is too long. `view` shows progress.
-    `refused` says which references their judges refuse; with None, all are taken.
+    `refused` says which references their judges refuse; with None, all are taken. `keep_rows` fills `Problem.row`.
 
     Raises UserError for a source that cannot be used; unless `data.skip_malformed`, for the first malformed row or
     prompt longer than `data.max_prompt_tokens`; and with `data.check = "error"` for references that are refused.
     """
     report, view = DataReport(), view or NoProgress()
     sources = data.sources or (SourceSection(path=data.train or "", name=data.train or ""),)
-    items = [item for source in sources for item in _read(source, data, report)]
+    items = [item for source in sources for item in _read(source, data, report, keep_rows)]
     items = _without(items, _outside_pass_rate(items, data), report)
     if refused is not None:
         items = _without(items, _refused(items, data, refused, report), report)
@@ -143,7 +144,7 @@ def gather_problems(
     return problems, report
 
 
-def _read(source: SourceSection, data: ProblemSection, report: DataReport) -> list[_Item]:
+def _read(source: SourceSection, data: ProblemSection, report: DataReport, keep_rows: bool) -> list[_Item]:
     """The items of one source, each with a uid of its own. Rows that `where` leaves out do not count as read."""
     contents: dict[str, tuple[int, bytes]] = {}
 
@@ -161,7 +162,8 @@ def _read(source: SourceSection, data: ProblemSection, report: DataReport) -> li
             report.dropped.append(Dropped(source.name, row, problem.uid, DUPLICATE, f"row {first}"))
             return None
         uid = f"{source.name}/{problem.uid}" if data.sources else problem.uid
-        return _Item(replace(problem, uid=uid), source.name, row, place_of(source.path, row), key)
+        problem = replace(problem, uid=uid, row=value if keep_rows else None)
+        return _Item(problem, source.name, row, place_of(source.path, row), key)
 
     parsed, skipped = parse_rows(source.path, parse, data.skip_malformed)
     report.dropped.extend(Dropped(source.name, row, None, MALFORMED, why) for row, why in skipped)

@@ -20,6 +20,7 @@ from pekoe.ray.placement import WorkerLost, bundles, connect, node_of, place
 from pekoe.ray.store import RayJudge, RayRecords, StoreRegistry
 from pekoe.ray.trainer import RaySender, RayTrainer
 from pekoe.run.build import RLParts, check_room, open_task, open_tokenizer
+from pekoe.run.inputs import check_inputs, say_changes
 from pekoe.run.interrupt import StepTimer, Stop
 from pekoe.run.metrics import StepCounters
 from pekoe.run.rl import run_rl
@@ -95,6 +96,8 @@ def build_cluster(config: RLConfig, view: ProgressReporter, stop: Stop, stack: E
     tokenizer = open_tokenizer(config.model, spec)
     task = open_task(config, spec, tokenizer, view)
     run = stack.enter_context(RunDir(config, (view.event,)))
+    check_inputs(run, config, tokenizer, task.problems)
+    say_changes(run, config, view)
     if task.report.dropped:
         task.report.write(run.path / "data.jsonl")
     connect(section, view, stack)

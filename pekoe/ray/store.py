@@ -107,7 +107,7 @@ class StoreActor:
     @cached_property
     def _judge(self) -> Judge:
         verify = self._config.verify.model_copy(update={"workers": self._num_judges})
-        return make_judge(verify, self._tokenizer, self._config.run.seed)
+        return make_judge(verify, self._tokenizer, self._config.run.seed, Path(self._config.run.dir) / "logs")
 
     @cached_property
     def _tokenizer(self) -> Tokenizer:
@@ -166,7 +166,9 @@ class RayJudge:
         verdict: Future[Verdict] = Future()
         self._pending.add(verdict)
         verdict.add_done_callback(self._pending.discard)
-        work = self._stores.passed.pack((replace(problem, messages=()), trajectory))
+        if problem.row is None:  # else a reward of the user's may ask for the conversation
+            problem = replace(problem, messages=())
+        work = self._stores.passed.pack((problem, trajectory))
         answer = self._stores.actors[ref.node].judge.remote(work)
         answer.future().add_done_callback(partial(self._settle, verdict))
         return verdict

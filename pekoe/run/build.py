@@ -39,6 +39,7 @@ from pekoe.engine.servers import ServerEngine, SGLangEngine, VLLMEngine
 from pekoe.model import Decoder, load_model
 from pekoe.run.distributed import require_single_process
 from pekoe.run.hardware import describe
+from pekoe.run.inputs import check_inputs, say_changes
 from pekoe.run.interrupt import StepTimer, Stop
 from pekoe.run.judging import make_judge
 from pekoe.run.metrics import StepCounters
@@ -111,10 +112,14 @@ def open_model(model: ModelSection) -> tuple[Decoder, Tokenizer, torch.dtype]:
 
 
 def open_problems(
-    data: ProblemSection, tokenizer: Tokenizer, view: ProgressReporter, refused: RefusedReferences | None = None
+    data: ProblemSection,
+    tokenizer: Tokenizer,
+    view: ProgressReporter,
+    refused: RefusedReferences | None = None,
+    keep_rows: bool = False,
 ) -> list[Problem]:
     """Read an evaluation set (`data.train`). What is left out of it, or refused and kept, is reported."""
-    problems, report = gather_problems(data, 0, tokenizer, view, refused)
+    problems, report = gather_problems(data, 0, tokenizer, view, refused, keep_rows)
     if losses := report.losses(data.described):
         view.say(f"{data.described}: skipped {losses}")
     for line in report.warnings():
@@ -331,7 +336,8 @@ def open_task(config: RLConfig, spec: ModelSpec, tokenizer: Tokenizer, view: Pro
     check_context(spec, data.max_prompt_tokens, new_tokens)
     folder = config.run.dir
     refused = reference_check(config.verify, data.described, view, folder)
-    problems, report = gather_problems(data, config.run.seed, tokenizer, view, refused)
+    keep_rows = bool(config.verify.rewards)
+    problems, report = gather_problems(data, config.run.seed, tokenizer, view, refused, keep_rows)
     for line in report.summary():
         view.say(line)
     planned = [sampling(rollout, tokenizer.stop_token_ids, config.run.seed)]
@@ -340,7 +346,7 @@ def open_task(config: RLConfig, spec: ModelSpec, tokenizer: Tokenizer, view: Pro
         own = data.model_dump(include={"max_prompt_tokens", "skip_malformed", "check"})
         refused = reference_check(config.verify, config.eval.data, view, folder)
         held_out = open_problems(
-            ProblemSection.model_validate({"train": config.eval.data, **own}), tokenizer, view, refused
+            ProblemSection.model_validate({"train": config.eval.data, **own}), tokenizer, view, refused, keep_rows
         )
         planned.append(eval_sampling(config, tokenizer.stop_token_ids))
     if len(problems) < rollout.prompts_per_step:
@@ -360,6 +366,8 @@ def build_rl(config: RLConfig, view: ProgressReporter, stop: Stop, stack: ExitSt
     machine = describe(next(model.parameters()).device, dtype)  # before an engine takes what memory there is
     task = open_task(config, model.spec, tokenizer, view)
     run = stack.enter_context(RunDir(config, (view.event,)))
+    check_inputs(run, config, tokenizer, task.problems)
+    say_changes(run, config, view)
     if task.report.dropped:
         task.report.write(run.path / "data.jsonl")
     records = LocalRecords(run.path, tokenizer)
@@ -372,7 +380,7 @@ def build_rl(config: RLConfig, view: ProgressReporter, stop: Stop, stack: ExitSt
     pool = open_pool(config, sender.model, task.longest, task.planned, run.path / "logs", view, stack)
     canary = tokenizer.encode_prompt(task.problems[0].messages)
     weights = open_channel(config, pool, sender, canary, temperature, run.path / "logs")
-    judge = make_judge(config.verify, tokenizer, config.run.seed)
+    judge = make_judge(config.verify, tokenizer, config.run.seed, run.path / "logs")
     stack.callback(judge.close)
     common, catch_up = (pool, tokenizer, judge, task.planned[0], timer, view, stop), weights.catch_up
     rollouts = Rollouts(*common, catch_up, catch_up if lag else lambda: None, window=config.rollout.window)

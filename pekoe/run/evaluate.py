@@ -51,17 +51,21 @@ class EvalResult:
     truncation_rate: float
     unparsed_rate: float
     fault_rate: float
+    score: float | None = None  # mean, of the verdicts that have one
     examples: tuple[dict[str, Any], ...] = ()  # one response to each of the first problems
     by_set: dict[str, EvalResult] = field(default_factory=dict[str, "EvalResult"])  # where there are several
 
     def as_dict(self) -> dict[str, Any]:
         figures = {k: v for k, v in asdict(self).items() if k not in ("examples", "by_set")}
+        if self.score is None:
+            del figures["score"]
         return figures | ({"sets": {k: v.as_dict() for k, v in self.by_set.items()}} if self.by_set else {})
 
 
 def result_of(rows: Sequence[ProblemResult], num_samples: int) -> EvalResult:
     """The figures of judged problems."""
     labels = [label for row in rows for label in row.labels]
+    scores = [score for row in rows for score in row.scores if score is not None]
     mean, interval = pass_at_1(rows)
     sizes = powers_up_to(num_samples)
     return EvalResult(
@@ -75,6 +79,7 @@ def result_of(rows: Sequence[ProblemResult], num_samples: int) -> EvalResult:
         truncation_rate=float(np.mean([reason == "length" for row in rows for reason in row.reasons])),
         unparsed_rate=labels.count("unparsed") / len(labels),
         fault_rate=labels.count("fault") / len(labels),
+        score=float(np.mean(scores)) if scores else None,
     )
 
 
@@ -141,7 +146,8 @@ def _open_sets(
         if name in sets:
             raise UserError(f"eval.data: expected files of different names, got {name!r} twice")
         data = ProblemSection(train=path, max_prompt_tokens=max_prompt_tokens, check=config.eval.check)
-        problems = open_problems(data, tokenizer, view, reference_check(config.verify, path, view, config.out))
+        refused = reference_check(config.verify, path, view, config.out)
+        problems = open_problems(data, tokenizer, view, refused, bool(config.verify.rewards))
         sets[name] = [replace(p, uid=f"{name}/{p.uid}") for p in problems] if name else problems
     return sets
 

@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
+from pathlib import Path
 from typing import Protocol
 
 from pekoe.config.recipes import VerifySection
@@ -14,6 +15,7 @@ from pekoe.core.types import Problem, Trajectory, Verdict
 from pekoe.data.tokenizer import Tokenizer
 from pekoe.verify import JudgePool
 from pekoe.verify.kinds import check_functions, find_verifier
+from pekoe.verify.kinds.function import Options
 
 
 class Judge(Protocol):
@@ -32,22 +34,20 @@ class Judge(Protocol):
 class PoolJudge:
     """Judges the text of a response against the reference answer, in processes that can be killed."""
 
-    def __init__(self, verify: VerifySection, tokenizer: Tokenizer) -> None:
-        memory_bytes = int(verify.memory_gib * 2**30)
-        self._pool = JudgePool(verify.workers, verify.time_limit_s, memory_bytes, functions=verify.functions)
-        self._tokenizer = tokenizer
-        self._time_limit_s, self._unboxed = verify.time_limit_s, verify.unboxed
+    def __init__(self, verify: VerifySection, tokenizer: Tokenizer, log_dir: Path | None = None) -> None:
+        self._pool = open_judges(verify, verify.workers, log_dir)
+        self._tokenizer, self._verify = tokenizer, verify
         self._pending: set[Future[Verdict]] = set()
 
     @property
     def limit_s(self) -> float:
         # An item is tried twice and its reference once (I9), each on a worker that may have to start first.
-        return 120 + 4 * self._time_limit_s * len(self._pending)
+        return 120 + 4 * self._verify.time_limit_s * len(self._pending)
 
     def submit(self, problem: Problem, trajectory: Trajectory) -> Future[Verdict]:
         text = response_text(trajectory, self._tokenizer)
-        kind = "math-unboxed" if self._unboxed and problem.kind == "math" else problem.kind
-        future = self._pool.submit(text, problem.gold, kind)
+        context = {"messages": problem.messages, "row": problem.row}
+        future = self._pool.submit(text, problem.gold, self._verify.kind_of(problem.kind), context)
         self._pending.add(future)
         future.add_done_callback(self._pending.discard)
         return future
@@ -82,19 +82,27 @@ def response_text(trajectory: Trajectory, tokenizer: Tokenizer) -> str:
 
 def check_kinds(problems: Iterable[Problem], verify: VerifySection, source: str) -> None:
     """Raise UserError for the first problem whose kind no judge has or the recipe does not allow."""
-    check_functions(verify.functions)
+    check_functions(verify.rewards)
     allowed: set[str] = set()
     for problem in problems:
         if problem.kind not in allowed:
             try:
-                find_verifier(problem.kind, verify.functions)
+                find_verifier(verify.kind_of(problem.kind), verify.rewards)
             except UserError as error:
                 raise UserError(f"{source}: problem {problem.uid!r}: {error}") from None
             allowed.add(problem.kind)
 
 
-def make_judge(verify: VerifySection, tokenizer: Tokenizer, seed: int) -> Judge:
-    return RandomJudge(seed) if verify.random else PoolJudge(verify, tokenizer)
+def open_judges(verify: VerifySection, num_workers: int, log_dir: Path | None = None) -> JudgePool:
+    """Judges as the recipe says. `log_dir`: for what rewards of the user's own print; without it, stderr."""
+    low, high = verify.score_range
+    functions = {n: Options(verify.arguments.get(n, {}), low, high, verify.correct_from) for n in verify.rewards}
+    memory_bytes = int(verify.memory_gib * 2**30)
+    return JudgePool(num_workers, verify.time_limit_s, memory_bytes, functions=functions, log_dir=log_dir)
+
+
+def make_judge(verify: VerifySection, tokenizer: Tokenizer, seed: int, log_dir: Path | None = None) -> Judge:
+    return RandomJudge(seed) if verify.random else PoolJudge(verify, tokenizer, log_dir)
 
 
 def await_verdicts(futures: Sequence[Future[Verdict]], judge: Judge) -> list[Verdict]:

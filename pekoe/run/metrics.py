@@ -42,7 +42,7 @@ def step_metrics(
         "num_rollouts": len(pairs),
         "num_samples": len(scored.samples),
         "num_dropped_groups": len(batch.dropped) + len(scored.dropped),
-        "reward": _mean([reward_of(v, config.algo.reward) for _, v in judged]),
+        "reward": _mean([reward_of(v, config.algo, r.num_tokens, config.rollout.max_new_tokens) for r, v in judged]),
         "pass_rate": _mean([v.label == "correct" for _, v in judged]),
         "unparsed_rate": _mean([v.label == "unparsed" for _, v in judged]),
         "fault_rate": 1 - len(judged) / max(1, len(pairs)),
@@ -53,6 +53,10 @@ def step_metrics(
         "seconds": {name: round(value, 4) for name, value in seconds.items()},
         "step_s": round(sum(seconds.values()), 4),
     }
+    if scores := [v.score for _, v in judged if v.score is not None]:
+        metrics["score"] = _mean(scores)
+        if config.algo.reward_formula == "label":
+            metrics["score_rounded_rate"] = _mean([0 < one < 1 for one in scores])
     if lagged:
         metrics |= lag_metrics(step, [r for r, _ in pairs])
     if not stats:
@@ -185,6 +189,11 @@ def warnings_of(metrics: dict[str, Any], config: RLConfig) -> list[str]:
         found.append(
             f"nothing was learned ({metrics['skipped']}; pass rate {metrics['pass_rate']:.0%}): `pekoe curate` keeps "
             f"problems that this model sometimes gets right; rollout.samples_per_prompt gives each more tries"
+        )
+    if metrics.get("score_rounded_rate"):
+        found.append(
+            f"{metrics['score_rounded_rate']:.1%} of the scores lie between 0 and 1 and count as CORRECT or WRONG "
+            'alone (algo.reward_formula = "label"); nearest: "score"'
         )
     if metrics["fault_rate"] > 0:
         found.append(

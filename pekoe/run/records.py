@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from pekoe.algo.scoring import Scored, reward_of
+from pekoe.config.recipes import RLConfig
 from pekoe.core.errors import RunError
 from pekoe.core.records import write_records
 from pekoe.core.types import Handle, JudgedGroup, Record
@@ -90,8 +91,9 @@ def write_lines(stem: Path, lines: Sequence[RecordLine], tokenizer: Tokenizer) -
     write_records(stem, [line.fields | text for line, text in zip(lines, texts, strict=True)], records)
 
 
-def record_lines(batch: Batch, scored: Scored, reward: float) -> Iterator[RecordLine]:
+def record_lines(batch: Batch, scored: Scored, config: RLConfig) -> Iterator[RecordLine]:
     """A line for each trajectory, group by group. `group` is the place in the batch; dropped groups come last."""
+    algo, limit = config.algo, config.rollout.max_new_tokens
     advantages = {(sample.group, sample.index): sample.advantage for sample in scored.samples}
     for position, group in enumerate(batch.everything()):
         for trajectory, verdict in zip(group.trajectories, group.verdicts, strict=True):
@@ -105,8 +107,9 @@ def record_lines(batch: Batch, scored: Scored, reward: float) -> Iterator[Record
                 "label": verdict.label,
                 "extracted": verdict.extracted,
                 "why": verdict.why,
+                "score": verdict.score,
                 "gold": group.problem.gold,
-                "reward": None if verdict.label == "fault" else reward_of(verdict, reward),
+                "reward": None if verdict.label == "fault" else reward_of(verdict, algo, trajectory.num_tokens, limit),
                 "advantage": advantages.get((position, trajectory.sample)),
             }
             yield RecordLine(fields, trajectory.handle)

@@ -16,9 +16,8 @@ from pekoe.config.recipes import VerifySection
 from pekoe.core.progress import ProgressReporter
 from pekoe.core.types import Problem
 from pekoe.data.mix import RefusedReferences, gather_problems
-from pekoe.run.judging import check_kinds
+from pekoe.run.judging import check_kinds, open_judges
 from pekoe.run.run_dir import write_whole
-from pekoe.verify import JudgePool
 from pekoe.verify.references import Reference, judge_references, read_references
 
 KEPT = "references.json"
@@ -41,15 +40,16 @@ def _refused(
     check_kinds(problems, verify, source)
     if verify.random:  # nobody reads them
         return {}
-    reading = read_references([(problem.gold, problem.kind) for problem in problems], verify.functions, view)
+    kinds = [verify.kind_of(problem.kind) if verify.reward else problem.kind for problem in problems]
+    golds = [problem.gold for problem in problems]
+    reading = read_references(list(zip(golds, kinds, strict=True)), verify.rewards, view)
     if not reading.unsure:
         return reading.refused
     file, key = Path(folder or ".") / KEPT, _digest(reading.unsure, verify)
     kept = _read(file) if folder else {}
     if key not in kept:
         number = min(MAX_WORKERS, os.cpu_count() or 1, 1 + len(reading.unsure) // PER_WORKER)
-        memory_bytes = int(verify.memory_gib * 2**30)
-        with JudgePool(number, verify.time_limit_s, memory_bytes, functions=verify.functions) as pool:
+        with open_judges(verify, number) as pool:
             judged = judge_references(reading.unsure, pool, view)
         kept[key] = {str(index): why for index, why in judged.items()}
         if folder:

@@ -52,8 +52,9 @@ def run_rl(parts: RLParts) -> None:
                 step = progress.step + 1
                 parts.begin_step()
                 admit(parts, progress.step)
-                batch = collect(parts)
-                scored = score(batch.groups, config.algo, step - 1 if config.rollout.max_lag else None)
+                batch = collect(parts, step)
+                version = step - 1 if config.rollout.max_lag else None
+                scored = score(batch.groups, config.algo, version, config.rollout.max_new_tokens)
                 stats, untrained = train(parts, scored, step)
                 if not goes_on:
                     parts.rollouts.drain()
@@ -121,21 +122,28 @@ def put(parts: RLParts, number: int) -> None:
     parts.rollouts.put([Draw(parts.problems[i], epoch) for i, epoch in parts.order.draw(number)])
 
 
-def collect(parts: RLParts) -> Batch:
-    """Take the groups of a step. With dynamic sampling, draw again for groups that teach nothing (DAPO)."""
+def collect(parts: RLParts, step: int) -> Batch:
+    """Take the groups of a step. With dynamic sampling, draw again for groups that teach nothing (DAPO).
+
+    RunError where too many verdicts are FAULT (I9); the responses are written first."""
     rollout, batch = parts.config.rollout, Batch()
     while len(batch.groups) < rollout.prompts_per_step and batch.num_rounds <= rollout.dynamic_rounds:
         missing = rollout.prompts_per_step - len(batch.groups)
         if batch.num_rounds:
             put(parts, missing)
         for group in parts.rollouts.take(missing):
-            reason = uninformative(group.verdicts) if rollout.dynamic_rounds else None
+            reason = uninformative(group.verdicts, parts.config.algo) if rollout.dynamic_rounds else None
             if reason:
                 batch.dropped.append((group, reason))
             else:
                 batch.groups.append(group)
         batch.num_rounds += 1
-    check_faults(batch.verdicts(), parts.config.verify.max_fault_rate)
+    try:
+        check_faults(batch.verdicts(), parts.config.verify.max_fault_rate)
+    except RunError as error:
+        parts.records.write(step, list(record_lines(batch, Scored((), {}), parts.config)))
+        parts.records.settle()
+        raise RunError(f"{error}. The responses: pekoe report {parts.config.run.dir}") from None
     return batch
 
 
@@ -200,7 +208,7 @@ def commit(
 ) -> None:
     """Write the step down: records, what became of every prompt drawn, metrics."""
     config = parts.config
-    parts.records.write(step, list(record_lines(batch, scored, config.algo.reward)))
+    parts.records.write(step, list(record_lines(batch, scored, config)))
     for position, group in enumerate(batch.groups):
         account(parts, step, group, (scored.dropped | untrained).get(position))
     for group, reason in batch.dropped:
@@ -239,8 +247,8 @@ def account(parts: RLParts, step: int, group: JudgedGroup, reason: str | None) -
 
 def evaluate_if_due(parts: RLParts, progress: Progress) -> Progress:
     """Evaluate on the held-out problems where the step asks for it, and journal it."""
-    if progress.evaluated:
-        return progress
+    if progress.evaluated or not parts.held_out:  # a resumed run's recipe may have dropped them
+        return replace(progress, evaluated=True)
     parts.begin_step()
     params = eval_sampling(parts.config, parts.stop_token_ids)
     result = evaluate(parts.eval_rollouts, parts.held_out, params, parts.config.verify.max_fault_rate)

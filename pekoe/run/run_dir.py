@@ -2,6 +2,7 @@
 
     config.toml            the resolved recipe; readable by its owner alone where it holds secrets
     journal.jsonl          events; `step` events carry all metrics
+    inputs.json            digests of problems, prompts and rewards, see `run.inputs`
     ledger.jsonl           what became of every prompt drawn
     data.jsonl             problems that were read and dropped, each with the reason; absent if there are none
     rollouts/              the records of each step, see `core.records`
@@ -73,9 +74,16 @@ MAY_CHANGE = {
     "train.save_every",
     "train.keep_checkpoints",
     "verify.workers",
-    "data.check",  # where it moves problems, the order of the data finds it
+    "verify.time_limit_s",
+    "verify.memory_gib",
+    "verify.max_fault_rate",
+    "verify.functions",  # a kind that a problem has is found in its content, a function's source by `run.inputs`
+    "sft.eval_data",
+    "sft.eval_every",
 }
-MAY_CHANGE_BELOW = ("parallel.", "engine.server.", "cluster.", "track.")  # processes, and who looks on
+# Processes, who looks on, and what is measured on the way.
+MAY_CHANGE_BELOW = ("parallel.", "engine.server.", "cluster.", "track.", "eval.")
+INPUTS = "inputs.json"  # digests of what decides the result beside the recipe (`run.inputs`)
 WRITE_LIMIT_S = 3600  # of one checkpoint
 IN_FLIGHT = "in-flight"  # the stem of the files of a checkpoint's rollouts
 
@@ -92,6 +100,8 @@ class RunDir:
     def __init__(self, config: TrainingConfig, listeners: tuple[Listener, ...] = (), leader: bool = True) -> None:
         self.path = Path(config.run.dir)
         self._config, self._leader = config, leader
+        self.before: TrainingConfig | None = None  # the recipe of the run that is there
+        self.changed: list[tuple[str, tuple[Any, Any]]] = []  # its keys that have other values now, which are these
         with ExitStack() as stack:
             if leader:
                 self._open(stack)
@@ -133,15 +143,18 @@ class RunDir:
         stack.enter_context(lock(self.path / ".lock", busy))
         file = self.path / "config.toml"
         if file.exists():
-            now = flatten(self._config.model_dump())
-            before = flatten(load_config(file, kind=type(self._config)).model_dump())
+            now, self.before = flatten(self._config.model_dump()), load_config(file, kind=type(self._config))
+            before = flatten(self.before.model_dump())
             before["model.template.date"] = before["model.template.date"] or now["model.template.date"]  # see with_date
-            fixed = (k for k in now if k not in MAY_CHANGE and not k.startswith(MAY_CHANGE_BELOW))
-            differ = [k for k in fixed if now[k] != before.get(k)]
+            # Whatever the recipe says of the data, the problems that come of it are compared.
+            free = (*MAY_CHANGE_BELOW, "data.") if (self.path / INPUTS).is_file() else (*MAY_CHANGE_BELOW, "data.check")
+            changed = [k for k in (now | before) if not _same(k, now.get(k), before.get(k))]
+            differ = [k for k in changed if k not in MAY_CHANGE and not k.startswith(free)]
+            self.changed = [(k, (before.get(k), now.get(k))) for k in changed if k not in ("run.dir", "run.threads")]
             if differ and any((self.path / "checkpoints").glob("step-*")):
                 key = differ[0]
                 raise UserError(
-                    f"{self.path}: holds a run with {key} = {before.get(key)!r}, got {now[key]!r}; "
+                    f"{self.path}: holds a run with {key} = {before.get(key)!r}, got {now.get(key)!r}; "
                     "go on with the same recipe, or choose another run.dir"
                 )
         tree = self._config.model_dump(mode="json")
@@ -260,6 +273,13 @@ class RunDir:
             os.replace(old, doomed)
             shutil.rmtree(doomed)
         return size
+
+
+def _same(key: str, now: Any, before: Any) -> bool:
+    """Whether two values of a key are one; `./a` and `a` are the same path."""
+    if key in ("model.path", "data.train") and isinstance(now, str) and isinstance(before, str):
+        return os.path.abspath(now) == os.path.abspath(before)
+    return now == before
 
 
 def with_date(config: C) -> C:

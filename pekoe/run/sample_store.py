@@ -12,11 +12,11 @@ import json
 import os
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pekoe.config.recipes import CurateConfig, EvalConfig
+from pekoe.config.recipes import CurateConfig, EvalConfig, VerifySection
 from pekoe.core.errors import Interrupted, UserError
 from pekoe.core.journal import JsonLines, read_lines
 from pekoe.core.progress import ProgressReporter
@@ -24,6 +24,7 @@ from pekoe.core.types import Draw, JudgedGroup, Label, Problem, SamplingParams, 
 from pekoe.data.tokenizer import Tokenizer
 from pekoe.model import Decoder
 from pekoe.run.build import attach_weights, open_pool
+from pekoe.run.inputs import digest, reward_sources
 from pekoe.run.interrupt import StepTimer, Stop, StopRequested
 from pekoe.run.judging import make_judge
 from pekoe.run.rollouts import Rollouts, check_faults
@@ -42,6 +43,7 @@ class ProblemResult:
     answers: list[str | None]  # what the judge found in each
     tokens: list[int]
     reasons: list[str]  # why each ended
+    scores: list[float | None] = field(default_factory=list["float | None"])
     content: str = ""  # a digest of the problem: a uid may come to name another one
 
     @classmethod
@@ -52,6 +54,7 @@ class ProblemResult:
             answers=[verdict.extracted for verdict in group.verdicts],
             tokens=[trajectory.num_tokens for trajectory in group.trajectories],
             reasons=[trajectory.finish for trajectory in group.trajectories],
+            scores=[verdict.score for verdict in group.verdicts],
             content=digest(group.problem),
         )
 
@@ -69,12 +72,7 @@ class ProblemResult:
         return self.num_correct / self.num_judged if self.num_judged else None
 
 
-def digest(problem: Problem) -> str:
-    text = json.dumps([problem.messages, problem.gold, problem.kind], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def decided_by(config: CurateConfig | EvalConfig) -> dict[str, Any]:
+def decided_by(config: CurateConfig | EvalConfig, problems: Sequence[Problem]) -> dict[str, Any]:
     """What decides the responses to a problem, and their verdicts, beside the command's own section."""
     files = [p for pattern in ("*.safetensors", "*.json") for p in sorted(Path(config.model.path).glob(pattern))]
     weights = hashlib.sha256()  # a path may come to name another model: that of a run that went on
@@ -89,8 +87,18 @@ def decided_by(config: CurateConfig | EvalConfig) -> dict[str, Any]:
         "model.template": config.model.template.model_dump(exclude_none=True),
         "verify.random": config.verify.random,
         "verify.unboxed": config.verify.unboxed,
+        **_rewards(config.verify, problems),
         "run.seed": config.run.seed,
     }
+
+
+def _rewards(verify: VerifySection, problems: Sequence[Problem]) -> dict[str, Any]:
+    """What decides the verdicts of rewards of the user's own; empty where there are none."""
+    sources = reward_sources(verify, [problem.kind for problem in problems])
+    about = verify.model_dump(mode="json", include={"arguments", "score_range", "correct_from"})
+    return {f"the source of {name}": source for name, source in sources.items()} | (
+        {f"verify.{key}": value for key, value in about.items()} if sources else {}
+    )
 
 
 class ResumableSamples:
@@ -187,11 +195,11 @@ def sample_problems(
     """
     stop = Stop()
     with stop.listening(), ExitStack() as stack:
-        samples = ResumableSamples(file, decided_by(config) | about if file else about)
+        samples = ResumableSamples(file, decided_by(config, problems) | about if file else about)
         stack.callback(samples.close)
         pool = open_pool(config, model, longest, [params], log_dir, view, stack)
         weights = attach_weights(config, pool, model, tokenizer, problems[0], params, log_dir)
-        judge = make_judge(config.verify, tokenizer, config.run.seed)
+        judge = make_judge(config.verify, tokenizer, config.run.seed, file.parent / "logs" if file else None)
         stack.callback(judge.close)
         rollouts = Rollouts(pool, tokenizer, judge, params, StepTimer(view), view, stop, weights.catch_up)
         try:

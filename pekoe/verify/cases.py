@@ -10,6 +10,7 @@ from typing import Any
 from pekoe.core.errors import UserError, nearest
 from pekoe.core.types import Verdict
 from pekoe.verify.kinds import check_functions, find_verifier
+from pekoe.verify.pool import Item
 
 Case = dict[str, Any]
 
@@ -51,6 +52,13 @@ def check_case_kinds(path: Path, cases: Sequence[Case], default: str, functions:
             find_verifier(case.get("kind", default), functions)
         except UserError as error:
             raise UserError(f"{path}: case {case['id']!r}: {error}") from None
+
+
+def item_of(case: Case, default: str) -> Item:
+    """What `JudgePool.submit` is given: a reward of the user's finds the line as its row, and its `prompt`."""
+    prompt = case.get("messages", case.get("prompt"))
+    messages = [{"role": "prompt", "content": prompt}] if isinstance(prompt, str) else prompt
+    return case["response"], case["gold"], case.get("kind", default), {"messages": messages, "row": case}
 
 
 def error_cells(cases: Sequence[Case], verdicts: Sequence[Verdict]) -> list[str]:

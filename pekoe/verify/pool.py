@@ -22,9 +22,9 @@ import tempfile
 import threading
 import time
 from collections import OrderedDict, deque
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any, cast, get_args
 
@@ -32,6 +32,11 @@ from pekoe.core.errors import RunError, UserError
 from pekoe.core.progress import NoProgress, ProgressReporter, track
 from pekoe.core.types import Label, Verdict
 from pekoe.verify.kinds import check_functions, find_verifier
+from pekoe.verify.kinds.base import Verifier
+from pekoe.verify.kinds.function import OPTIONS, Options
+
+Context = Mapping[str, Any]
+Item = tuple[str, Any, str] | tuple[str, Any, str, Context | None]
 
 MAX_SHOWN_CHARS = 10_000  # of an answer in its verdict
 MAX_FAILED_STARTS = 3  # in a row, before the pool gives up
@@ -61,9 +66,11 @@ class _Task:
     kind: str
     answer: str
     gold: Any
+    context: Any
     time_limit_s: float
     futures: list[Future[Verdict]]
     itself: bool = False  # the answer is the reference, to be checked
+    is_users: bool = False  # judged by a function of the user's
     num_kills: int = 0
     limits_hit: list[str] = field(default_factory=list[str])  # after two, the reference is judged against itself
 
@@ -76,16 +83,18 @@ class _Worker:
     """A worker process: starting, idle or busy with `task`, until `deadline` at the latest. Only `kill` waits."""
 
     def __init__(self, group: _Group, command: Sequence[str], memory_limit_bytes: int, start_limit_s: float) -> None:
-        # Its output before it is ready goes to a file, because a full pipe would block it.
-        self._log = tempfile.TemporaryFile()  # noqa: SIM115
+        # Its output before it is ready goes to a file, because a full pipe would block it; a user's stays there.
+        self._log = group.log.open("ab+") if group.log is not None else tempfile.TemporaryFile()  # noqa: SIM115
+        self._log_start = self._log.seek(0, os.SEEK_END)
+        inherits = group.options is not None and group.log is None  # the user's function prints for the user
         try:
             self._process = subprocess.Popen(
                 [*command, group.kind, str(os.getpid()), str(memory_limit_bytes)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
-                stderr=self._log,
+                stderr=None if inherits else self._log,
                 bufsize=0,
-                env=_environment(),
+                env=_environment() | ({} if group.options is None else {OPTIONS: json.dumps(asdict(group.options))}),
                 start_new_session=True,  # the terminal's Ctrl-C does not reach it, and `kill` kills its children too
             )
         except OSError:
@@ -104,7 +113,7 @@ class _Worker:
 
     def send(self, message: dict[str, Any]) -> bool:
         """Queue one message, and return what `flush` returns."""
-        self._unsent += json.dumps(message).encode() + b"\n"
+        self._unsent += json.dumps(message, default=str).encode() + b"\n"
         return self.flush()
 
     def flush(self) -> bool:
@@ -129,7 +138,7 @@ class _Worker:
 
     def stderr_tail(self) -> str:
         """Return the end of its stderr from before it was ready, on one line."""
-        self._log.seek(0)
+        self._log.seek(self._log_start)
         return " | ".join(self._log.read().decode(errors="replace").strip().splitlines()[-3:])
 
     def was_killed(self) -> bool:
@@ -153,6 +162,8 @@ class _Group:
     """The workers of one `Verifier.worker_group`, and the tasks that wait for them."""
 
     kind: str  # the first that was asked for: names the group to its workers
+    options: Options | None = None  # of a user's function
+    log: Path | None = None  # what a user's function prints; None: this process's stderr
     tasks: deque[_Task] = field(default_factory=deque[_Task])
     retries: deque[_Task] = field(default_factory=deque[_Task])  # for fresh workers only
     workers: list[_Worker] = field(default_factory=list[_Worker])
@@ -174,8 +185,9 @@ class JudgePool:
 
     `time_limit_s` is wall-clock time, counted from when a ready worker takes the item; `start_limit_s` bounds the time
     in which a worker imports; `memory_limit_bytes` is the address space of each worker. `memo_size` verdicts are
-    remembered (0: none). Kinds `function:MODULE:NAME` may only name one of `functions` ("MODULE:NAME" each), because
-    the kind comes with the data. If workers cannot start, every pending future raises RunError.
+    remembered (0: none). Kinds `function:MODULE:NAME` may only name one of `functions` ("MODULE:NAME" each; a mapping
+    says how each is called), because the kind comes with the data. What these print goes to a file a function in
+    `log_dir`, without it to stderr. If workers cannot start, every pending future raises RunError.
     """
 
     def __init__(
@@ -184,7 +196,8 @@ class JudgePool:
         time_limit_s: float = 5.0,
         memory_limit_bytes: int = 1 << 30,
         *,
-        functions: Collection[str] = (),
+        functions: Collection[str] | Mapping[str, Options] = (),
+        log_dir: Path | None = None,
         start_limit_s: float = 60.0,
         memo_size: int = 16_384,
         _command: Sequence[str] = WORKER_COMMAND,
@@ -192,11 +205,12 @@ class JudgePool:
         if num_workers < 1 or time_limit_s <= 0 or memory_limit_bytes <= 0 or start_limit_s <= 0 or memo_size < 0:
             raise UserError("judge pool: num_workers must be at least 1, limits above 0, memo_size at least 0")
         check_functions(functions)
-        self._functions = frozenset(functions)
+        self._functions = functions if isinstance(functions, Mapping) else {name: Options() for name in functions}
+        self._log_dir = log_dir
         self._num_workers, self._memory_limit_bytes, self._command = num_workers, memory_limit_bytes, _command
         self._time_limit_s, self._start_limit_s = time_limit_s, start_limit_s
         self._lock = threading.Lock()
-        self._memo: OrderedDict[bytes, tuple[Label, str]] = OrderedDict()
+        self._memo: OrderedDict[bytes, Verdict] = OrderedDict()  # without the answers, which the items have
         self._memo_size = memo_size
         self._in_flight: dict[bytes, _Task] = {}
         self._num_judged = self._num_memo_hits = self._num_faults = self._num_limits = self._num_restarts = 0
@@ -217,25 +231,29 @@ class JudgePool:
         """Whether it accepts items: it is open, its workers start, and this process made it."""
         return self._error is None and self._owner_pid == os.getpid()
 
-    def submit(self, response: str, gold: Any, kind: str = "math") -> Future[Verdict]:
+    def submit(self, response: str, gold: Any, kind: str = "math", context: Context | None = None) -> Future[Verdict]:
         """Begin to judge one response and return at once. The future cannot be cancelled.
 
+        `context` is what a function of the user's may ask for, too: {"messages": the conversation, "row": of the data}.
         Raises UserError for an unknown kind or a function that is not allowed, and RunError if the pool is closed or
         its workers do not start.
         """
-        return self._submit(find_verifier(kind, self._functions).prepare(response, gold), gold, kind)
+        return self._submit(find_verifier(kind, self._functions).prepare(response, gold), gold, kind, context)
 
     def submit_reference(self, answer: str, gold: Any, kind: str = "math") -> Future[Verdict]:
         """Begin to check a reference in a worker: CORRECT where `check_reference` passes and `answer`, the reference as
         `prepare` gives it (or empty), is CORRECT. After two limits it is FAULT. Raises as `submit` does."""
         return self._submit(answer, gold, kind, itself=True)
 
-    def _submit(self, prepared: Verdict | str, gold: Any, kind: str, itself: bool = False) -> Future[Verdict]:
+    def _submit(
+        self, prepared: Verdict | str, gold: Any, kind: str, context: Context | None = None, itself: bool = False
+    ) -> Future[Verdict]:
         self._check_usable()
         verifier = find_verifier(kind, self._functions)
+        context = context if verifier.is_users else None
         future: Future[Verdict] = Future()
         future.set_running_or_notify_cancel()
-        key = b"" if isinstance(prepared, Verdict) else _key(kind + " itself" * itself, prepared, gold)
+        key = b"" if isinstance(prepared, Verdict) else _key(kind + " itself" * itself, prepared, gold, context)
         limit_s = self._time_limit_s + (0.0 if isinstance(prepared, Verdict) else verifier.time_limit_s(gold))
         with self._lock:
             self._check_usable()
@@ -243,24 +261,37 @@ class JudgePool:
                 verdict = prepared
             elif key in self._memo:
                 self._memo.move_to_end(key)
-                verdict = Verdict(self._memo[key][0], prepared, self._memo[key][1])
+                verdict = self._memo[key] if verifier.is_users else replace(self._memo[key], extracted=prepared)
                 self._num_memo_hits += 1
             elif key in self._in_flight:
                 self._in_flight[key].futures.append(future)
                 self._num_memo_hits += 1
                 return future
             else:
-                self._in_flight[key] = task = _Task(key, kind, prepared, gold, limit_s, [future], itself)
-                self._groups.setdefault(verifier.worker_group, _Group(verifier.name)).tasks.append(task)
+                self._in_flight[key] = task = _Task(key, kind, prepared, gold, context, limit_s, [future], itself)
+                task.is_users = verifier.is_users
+                self._group_of(verifier).tasks.append(task)
                 self._wake_up()
                 return future
             self._count(1, verdict)
         future.set_result(verdict)
         return future
 
-    def judge_many(self, items: Iterable[tuple[str, Any, str]], view: ProgressReporter | None = None) -> list[Verdict]:
-        """Judge (response, gold, kind) triples; the verdicts come back in the items' order. Raises as `submit` does."""
-        futures = [self.submit(response, gold, kind) for response, gold, kind in items]
+    def _group_of(self, verifier: Verifier) -> _Group:
+        """The workers of a verifier, which the pool's thread starts."""
+        if verifier.worker_group not in self._groups:
+            group = _Group(verifier.name)
+            if verifier.is_users:
+                group.options = self._functions[verifier.name.removeprefix("function:")]
+                if self._log_dir is not None:
+                    self._log_dir.mkdir(parents=True, exist_ok=True)
+                    group.log = self._log_dir / f"{verifier.name.replace(':', '-')}.log"
+            self._groups[verifier.worker_group] = group
+        return self._groups[verifier.worker_group]
+
+    def judge_many(self, items: Iterable[Item], view: ProgressReporter | None = None) -> list[Verdict]:
+        """Judge items, which are arguments of `submit`; the verdicts come back in their order. Raises as it does."""
+        futures = [self.submit(response, gold, kind, *context) for response, gold, kind, *context in items]
         return [future.result() for future in track(view or NoProgress(), "verify", futures)]
 
     def stats(self) -> JudgeStats:
@@ -358,7 +389,7 @@ class JudgePool:
             worker.message_id += 1
             worker.deadline = time.monotonic() + task.time_limit_s
             request = {"id": worker.message_id, "kind": task.kind, "gold": task.gold, "check": task.check}
-            self._watch_stdin(worker, worker.send(request | {"answer": task.answer}))
+            self._watch_stdin(worker, worker.send(request | {"answer": task.answer, "context": task.context}))
 
     def _watch_stdin(self, worker: _Worker, complete: bool) -> None:
         registered = worker.stdin in self._selector.get_map()
@@ -395,6 +426,9 @@ class JudgePool:
         why = str(message.get("why", ""))[:300]
         if label not in get_args(Label):
             verdict = Verdict("fault", shown, f"the judge failed: {str(message.get('error'))[:300]}")
+        elif "score" in message:  # a user's function, which says itself what it read
+            shown = message["extracted"]
+            verdict = Verdict(label, None if shown is None else shown[:MAX_SHOWN_CHARS], why, message["score"])
         elif task.check != "reference":
             verdict = Verdict(label, shown, why)
         elif label == "correct":
@@ -438,7 +472,7 @@ class JudgePool:
             del self._in_flight[task.key]
             # A verdict on an answer is always the same, unless it comes from a limit or a fault.
             if verdict.label != "fault" and not task.limits_hit and self._memo_size:
-                self._memo[task.key] = (verdict.label, verdict.why)
+                self._memo[task.key] = verdict if task.is_users else replace(verdict, extracted=None)
                 if len(self._memo) > self._memo_size:
                     self._memo.popitem(last=False)
             self._count(len(task.futures), verdict)
@@ -446,6 +480,6 @@ class JudgePool:
             future.set_result(verdict)
 
 
-def _key(kind: str, answer: str, gold: Any) -> bytes:
+def _key(kind: str, answer: str, gold: Any, context: Context | None) -> bytes:
     # A digest, because some answers are long, and the memo keeps thousands.
-    return hashlib.blake2b(json.dumps([kind, answer, gold]).encode(), digest_size=32).digest()
+    return hashlib.blake2b(json.dumps([kind, answer, gold, context], default=str).encode(), digest_size=32).digest()

@@ -6,14 +6,18 @@ The pool kills it without warning when an item exceeds its time limit, so it hol
 
 KIND names a verifier of the worker group (see `Verifier`); without it the group is that of mathematics.
 
-in:  {"id", "kind", "answer", "gold", "check": "answer" | "reference" | "itself"}
+in:  {"id", "kind", "answer", "gold", "check": "answer" | "reference" | "itself", "context"}
 out: {"ready"} once, or {"failed": why}; then for each item one of {"id", "label", "why"}, {"id", "limit": which} or
      {"id", "error": what}; each with "oversized": true if the worker has grown so much that the pool should replace it.
+     A verdict of the user's own function has "extracted" and "score", too.
+
+The environment's PEKOE_REWARD is how such a function is called: the fields of `kinds.function.Options` as JSON.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import resource
@@ -25,11 +29,14 @@ from pekoe.core.types import Verdict
 from pekoe.verify.audit_hook import refuse_all_but_formulas, refuse_code_and_acts
 from pekoe.verify.kinds import VERIFIERS, find_verifier
 from pekoe.verify.kinds.base import Verifier
+from pekoe.verify.kinds.function import OPTIONS, Options, describe
 from pekoe.verify.sandbox import die_with, set_limits
 
 
+@functools.cache
 def _verifier(kind: str) -> Verifier:
-    return find_verifier(kind, (kind.removeprefix("function:"),))  # the pool has checked that the recipe allows it
+    options = Options(**json.loads(os.environ.get(OPTIONS, "{}")))
+    return find_verifier(kind, {kind.removeprefix("function:"): options})  # the pool has checked that it is allowed
 
 
 def _judge(request: dict[str, Any]) -> dict[str, Any]:
@@ -41,8 +48,9 @@ def _judge(request: dict[str, Any]) -> dict[str, Any]:
             verdict = verifier.check_reference(gold)
         if check == "answer" or (check == "itself" and answer and verdict.label == "correct"):
             assert verifier.decide is not None
-            verdict = verifier.decide(answer, gold)
-        return {"label": verdict.label, "why": verdict.why}
+            verdict = verifier.decide(answer, gold, *([request.get("context")] if verifier.is_users else []))
+        its_own = {"extracted": verdict.extracted, "score": verdict.score} if verifier.is_users else {}
+        return {"label": verdict.label, "why": verdict.why} | (its_own if check == "answer" else {})
     except MemoryError:
         return {"limit": "memory"}
     except RecursionError:
@@ -78,11 +86,14 @@ def main() -> int:
             if other.worker_group == verifier.worker_group:
                 other.warm_up()
     except Exception as error:
-        send({"failed": f"{type(error).__name__}: {error}"})
+        send({"failed": describe(error)})
         return 1
-    quiet = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(quiet, 1)
-    os.dup2(quiet, 2)
+    if verifier.is_users:
+        sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+    else:
+        quiet = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(quiet, 1)
+        os.dup2(quiet, 2)
     {"all": refuse_code_and_acts, "formulas": refuse_all_but_formulas, "none": lambda: None}[verifier.audit_hook]()
     send({"ready": True})
     for line in sys.stdin.buffer:

@@ -1,6 +1,7 @@
 """From verdicts to samples; a fault never becomes a number (I9)."""
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -28,12 +29,55 @@ def verdicts(*labels: Label) -> tuple[Verdict, ...]:
 
 @pytest.mark.parametrize(("label", "expected"), [("correct", 5.0), ("wrong", -5.0), ("unparsed", -5.0)])
 def test_rewards(label: Label, expected: float):
-    assert reward_of(Verdict(label), 5.0) == expected
+    assert reward_of(Verdict(label), AlgoSection()) == expected
 
 
 def test_a_fault_has_no_reward():
     with pytest.raises(AssertionError, match="no reward"):
-        reward_of(Verdict("fault"), 5.0)
+        reward_of(Verdict("fault"), AlgoSection())
+
+
+@pytest.mark.parametrize(
+    ("changes", "label", "score", "expected"),
+    [
+        ({}, "wrong", 0.5, 0.0),
+        ({}, "wrong", 0.0, -5.0),
+        ({}, "correct", 1.0, 5.0),
+        ({"reward": 1.0, "reward_wrong": 0.0}, "wrong", 0.25, 0.25),
+        ({"reward": 1.0, "reward_wrong": 0.0}, "unparsed", None, 0.0),
+        ({"reward_formula": "label"}, "wrong", 0.5, -5.0),
+        ({"reward_formula": "label"}, "correct", 0.99, 5.0),
+    ],
+)
+def test_a_score_is_a_reward_by_the_recipes_formula(changes: Any, label: Label, score: float | None, expected: float):
+    assert reward_of(Verdict(label, None, "", score), AlgoSection(**changes)) == expected
+
+
+@pytest.mark.parametrize("score", [-0.1, 1.5, float("nan")])
+def test_a_score_is_a_share_of_one(score: float):
+    with pytest.raises(ValueError, match=r"Verdict\.score: expected None or a number in \[0, 1\]"):
+        Verdict("wrong", None, "", score)
+
+
+def test_long_responses_lose_reward_over_the_last_tokens_before_the_limit():
+    """DAPO: 0 up to the limit less overlong_tokens, the whole penalty at the limit."""
+    algo = AlgoSection(reward=1.0, overlong_tokens=4)
+    lengths = (5, 6, 7, 8, 10)
+    assert [reward_of(Verdict("correct"), algo, n, 10) for n in lengths] == [1.0, 1.0, 0.75, 0.5, 0.0]
+    own = AlgoSection(reward=1.0, overlong_tokens=4, overlong_penalty=2.0)
+    assert reward_of(Verdict("wrong"), own, 8, 10) == -2.0
+    alike = [group((5, "correct"), (10, "correct"))]
+    assert score(alike, AlgoSection(), None, 10).no_signal
+    longer = score(alike, algo, None, 10).samples[1]
+    assert longer.advantage < 0
+
+
+def test_scores_reach_the_advantages():
+    graded = group((4, "wrong"), (4, "wrong"))
+    graded = replace(graded, verdicts=(Verdict("wrong", None, "", 0.2), Verdict("wrong", None, "", 0.7)))
+    low, high = score([graded], AlgoSection()).samples
+    assert low.advantage < 0 < high.advantage
+    assert score([graded], AlgoSection(reward_formula="label")).no_signal
 
 
 def test_faults_leave_before_advantages():
@@ -106,7 +150,11 @@ def test_groups_alike_in_themselves_teach_by_the_batch_alone():
 
 
 def test_groups_that_dynamic_sampling_drops():
-    assert uninformative(verdicts("wrong", "unparsed", "fault")) == "dynamic sampling: none right"
-    assert uninformative(verdicts("correct", "correct")) == "dynamic sampling: all right"
-    assert uninformative(verdicts("wrong", "correct")) is None
-    assert uninformative(verdicts("fault", "fault")) is None
+    algo = AlgoSection()
+    assert uninformative(verdicts("wrong", "unparsed", "fault"), algo) == "dynamic sampling: none right"
+    assert uninformative(verdicts("correct", "correct"), algo) == "dynamic sampling: all right"
+    assert uninformative(verdicts("wrong", "correct"), algo) is None
+    assert uninformative(verdicts("fault", "fault"), algo) is None
+    graded = [Verdict("wrong", None, "", 0.2), Verdict("wrong", None, "", 0.7)]
+    assert uninformative(graded, algo) is None
+    assert uninformative(graded, AlgoSection(reward_formula="label")) == "dynamic sampling: none right"

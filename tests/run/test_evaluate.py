@@ -67,6 +67,12 @@ def test_majority_at_k():
     assert majority_at_k([votes], 1) == majority_at_k([votes], 1)
 
 
+def test_a_problem_that_is_not_judged_by_its_answer_has_no_majority():
+    assert math.isnan(majority_at_k([row("correct", "wrong", answers=(None, "2"))], 2))
+    assert majority_at_k([row("wrong", "wrong", answers=(None, "2"))], 2) == 0
+    assert majority_at_k([row("correct", "correct", "wrong", answers=("a", "a", "b"))], 3) == 1
+
+
 def test_a_paired_test_tells_chance_from_change():
     rng = np.random.default_rng(0)
     before = rng.random(200)

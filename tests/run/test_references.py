@@ -119,7 +119,7 @@ def test_a_resumed_run_does_not_judge_them_again(
     def no_pool(*_: Any, **__: Any) -> None:
         raise AssertionError("judges were started")
 
-    monkeypatch.setattr(references, "JudgePool", no_pool)
+    monkeypatch.setattr(references, "open_judges", no_pool)
     assert open_rl(build, data, "data.check=drop").problems == before.problems
     for change in ("verify.time_limit_s=19.0", f"run.dir={tmp_path}/other"):
         with pytest.raises(AssertionError, match="judges were started"):
@@ -132,7 +132,7 @@ def test_a_resumed_run_does_not_judge_them_again(
 def test_plain_references_start_no_judge_and_leave_no_file(
     build: Any, tiny_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.delattr(references, "JudgePool")
+    monkeypatch.delattr(references, "open_judges")
     assert len(open_rl(build, tiny_dir / "train.jsonl").problems) == 18
     assert not (tmp_path / "run").exists()
 

@@ -187,6 +187,8 @@ def test_no_gain_no_step(build: Build, train: Train):
         "algo.clip_high=0.28",
         "rollout.temperature=0.8",
         "algo.reward=1.0",
+        "algo.reward_wrong=0.0",
+        "algo.overlong_tokens=6",
     ],
 )
 def test_options_run(build: Build, train: Train, option: str):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
 from pekoe.core.errors import UserError, nearest
 from pekoe.verify.kinds import code, function, gym, math, structured
@@ -21,8 +21,9 @@ def check_functions(functions: Collection[str]) -> None:
             raise UserError(f"verify.functions: expected PACKAGE.MODULE:NAME, got {path!r}")
 
 
-def find_verifier(kind: str, functions: Collection[str] = ()) -> Verifier:
-    """Return the verifier for `kind`. `functions` lists the rewards of the user's own that `kind` may name.
+def find_verifier(kind: str, functions: Collection[str] | Mapping[str, function.Options] = ()) -> Verifier:
+    """Return the verifier for `kind`. `functions` lists the rewards of the user's own that `kind` may name; a mapping
+    says how each is called.
 
     The kind comes from a data row, so it must not choose freely what is imported and run. Raises UserError with the
     nearest valid kind.
@@ -35,7 +36,7 @@ def find_verifier(kind: str, functions: Collection[str] = ()) -> Verifier:
             allowed = ", ".join(sorted(functions)) or "none"
             listed = f"expected a function listed in verify.functions (or by --function) ({allowed})"
             raise UserError(f"judge: {listed}, got {kind!r}.{nearest(rest, functions)}")
-        return function.make_verifier(rest)
+        return function.make_verifier(rest, functions[rest] if isinstance(functions, Mapping) else None)
     if family == "gym" and rest:
         if not re.fullmatch(r"\w+", rest):
             raise UserError(f"judge: expected a kind gym:TASK, got {kind!r}")

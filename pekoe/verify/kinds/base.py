@@ -28,11 +28,13 @@ class Verifier:
 
     Verifiers of one `worker_group` share workers, and install the same `audit_hook` (`pekoe.verify.audit_hook`): "all"
     refuses code made of text and every act on the machine, "formulas" allows code that is a formula, "none" allows all.
+    `is_users`: a function of the user's own. `decide` is given the response's context too (`JudgePool.submit`), its
+    verdict says what was extracted, and what it prints is kept.
     """
 
     name: str
     prepare: Callable[[str, Any], Verdict | str]
-    decide: Callable[[str, Any], Verdict] | None = None  # None where `prepare` always decides
+    decide: Callable[..., Verdict] | None = None  # None where `prepare` always decides
     check_reference: Callable[[Any], Verdict] | None = None
     warm_up: Callable[[], object] = lambda: None
     time_limit_s: Callable[[Any], float] = lambda _gold: 0.0
@@ -40,6 +42,7 @@ class Verifier:
     is_plain: Callable[[Any], bool] = lambda _gold: False
     worker_group: str = "math"
     audit_hook: Literal["all", "formulas", "none"] = "all"
+    is_users: bool = False
 
 
 def bad_reference(expected: str, gold: Any) -> Verdict:

@@ -1,25 +1,51 @@
 """kind = "function:PACKAGE.MODULE:NAME": a function that the user has written.
 
-`NAME(response: str, gold) -> bool | float | Verdict`. It is imported in worker processes of its own, from the places
-that this process imports from and, after them, the current directory; it is called with the whole response and returns
-True, 1.0 (from 0.99 on), or a Verdict. An exception in it is FAULT, never a wrong answer. Its workers have the pool's
-limits but no audit hook; it may execute anything, so the recipe alone names the functions (`verify.functions`); a data
-row chooses among them.
+It is imported in worker processes of its own, from the places that this process imports from and, after them, the
+current directory. Its first parameter is given the whole response and the second the reference, whatever they are
+called; parameters named `prompt` (the text of the last question), `messages`, `row` (the problem's row of the data), as
+a column of the row, or as an argument of the recipe (`verify.arguments`) are given those. verl's `compute_score
+(data_source, solution_str, ground_truth, extra_info)` and TRL's `reward(prompts, completions, **columns)`, which is
+given batches of one, run as they are.
+
+It returns True or False, a number (a score, see `Options`), a Verdict, or as in verl a dict with `score`. An exception
+in it is FAULT, never a wrong answer. Its workers have the pool's limits but no audit hook; it may execute anything, so
+the recipe alone names the functions (`verify.functions`, `verify.reward`); a data row chooses among them.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib
+import inspect
 import os
 import sys
-from collections.abc import Callable
-from typing import Any
+import traceback
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, get_args
 
-from pekoe.core.types import Verdict
+from pekoe.core.errors import nearest
+from pekoe.core.types import Label, Verdict
+from pekoe.verify.extract import after_thinking, last_boxed, tagged
 from pekoe.verify.kinds.base import Verifier
 
-MAX_RESPONSE_CHARS, PASSES = 1_000_000, 0.99
+MAX_RESPONSE_CHARS = 1_000_000
+OPTIONS = "PEKOE_REWARD"  # of the environment of its workers: `Options` as JSON
+_GIVEN = ("prompt", "messages", "row")
+_VERL, _TRL = "solution_str", "completions"  # a parameter by which one knows their functions
+_NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """How the recipe has a function called, and what its numbers mean: `low` is the score 0, `high` the score 1, and
+    from the score `correct_from` on a verdict is CORRECT."""
+
+    arguments: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    low: float = 0.0
+    high: float = 1.0
+    correct_from: float = 0.99
 
 
 def prepare(response: str, gold: Any) -> Verdict | str:
@@ -28,26 +54,122 @@ def prepare(response: str, gold: Any) -> Verdict | str:
     return response
 
 
-@functools.cache
-def _function(path: str) -> Callable[[str, Any], Any]:
-    module, _, name = path.partition(":")
-    sys.path.append(os.getcwd())  # in these workers alone, and last: no other code may come from there
-    return getattr(importlib.import_module(module), name)
+def describe(error: BaseException) -> str:
+    """Type and message, behind the user's file, line and function where the error was raised there or below."""
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if _is_users(frame.filename)]
+    place = ""
+    if frames:
+        file, here = frames[-1].filename, os.getcwd()
+        place = f"{os.path.relpath(file, here) if file.startswith(here + os.sep) else file}:{frames[-1].lineno}: "
+    return f"{place}{type(error).__name__}: {error}"
 
 
-def _decide(path: str, response: str, gold: Any) -> Verdict:
-    reward = _function(path)(response, gold)
-    if isinstance(reward, Verdict):
-        return reward
-    if not isinstance(reward, bool | int | float):
-        raise TypeError(f"function:{path}: expected bool, float or Verdict, got {type(reward).__name__}")
-    why = "" if isinstance(reward, bool) else f"score {reward:g}"
-    return Verdict("correct" if reward >= PASSES else "wrong", None, why)
+def _is_users(file: str) -> bool:
+    """Not of Pekoe, the standard library or an installed package."""
+    ours = file.startswith((str(Path(__file__).parents[2]) + os.sep, os.path.dirname(os.__file__) + os.sep, "<"))
+    return not ours and "site-packages" not in file
 
 
-def make_verifier(path: str) -> Verifier:
+class _Reward:
+    """A function that is imported, and how it is called."""
+
+    def __init__(self, path: str, options: Options) -> None:
+        module, _, name = path.partition(":")
+        sys.path.append(os.getcwd())  # in these workers alone, and last: no other code may come from there
+        self._path, self._options = path, options
+        self._function: Callable[..., Any] = getattr(importlib.import_module(module), name)
+        try:
+            parameters = list(inspect.signature(self._function).parameters.values())
+        except ValueError:  # written in C
+            parameters = [inspect.Parameter("args", inspect.Parameter.VAR_POSITIONAL)]
+        kinds, names = {p.kind for p in parameters}, [p.name for p in parameters]
+        placed = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)][:2]
+        self._is_trl = _TRL in names
+        if self._is_trl or _VERL in names:
+            placed = []
+        elif placed[1:] and placed[1] in _GIVEN:
+            placed = placed[:1]
+        self._num_placed = 2 if inspect.Parameter.VAR_POSITIONAL in kinds else len(placed)
+        self._placed, self._open = set(placed), inspect.Parameter.VAR_KEYWORD in kinds
+        self._named = {p.name: p for p in parameters if p.kind in _NAMED and p.name not in self._placed}
+        unknown = [name for name in options.arguments if name not in self._named]
+        if unknown and not self._open:
+            raise TypeError(
+                f"verify.arguments: expected arguments that {path} takes, got {unknown[0]!r}."
+                f"{nearest(unknown[0], self._named)}"
+            )
+
+    def __call__(self, response: str, gold: Any, context: Mapping[str, Any]) -> Any:
+        row, messages = context.get("row"), context.get("messages") or ()
+        given: dict[str, Any] = dict(row) if isinstance(row, dict) else {}
+        prompt = messages[-1]["content"] if messages else None
+        if self._is_trl:
+            chat = bool(messages) and messages[0]["role"] not in ("prompt", "raw")
+            completion = [{"role": "assistant", "content": response}] if chat else response
+            given |= {"prompts": list(messages) if chat else prompt, _TRL: completion}
+            given = {name: [value] for name, value in given.items() if name != "prompt"}
+        else:
+            given |= {"row": row, "messages": list(messages), "prompt": prompt}
+            given |= {_VERL: response, "ground_truth": gold} if _VERL in self._named else {}
+        given |= self._options.arguments
+        missing = [p.name for p in self._named.values() if p.default is p.empty and p.name not in given]
+        if missing:
+            raise TypeError(
+                f"{self._path}: expected a column of the row or an argument in verify.arguments for its parameter "
+                f"{missing[0]!r}, got none.{nearest(missing[0], given)}"
+            )
+        wanted = given.keys() - self._placed if self._open else given.keys() & self._named.keys()
+        placed = (response, gold)[: self._num_placed]
+        result = self._function(*placed, **{name: given[name] for name in wanted})
+        return result[0] if self._is_trl and isinstance(result, list | tuple) and len(result) == 1 else result
+
+    def verdict(self, result: Any, response: str) -> Verdict:
+        """Raises TypeError or ValueError for what is none of the things that a reward may return."""
+        if isinstance(result, Verdict):
+            if result.label not in get_args(Label):
+                raise ValueError(f"function:{self._path}: expected a label of {get_args(Label)}, got {result.label!r}")
+            return result if result.extracted is not None else replace(result, extracted=_answer(response))
+        extracted, right, number = _answer(response), None, result
+        if isinstance(result, dict) and "score" in result:  # verl
+            right, found = result.get("acc"), result.get("pred")
+            extracted, number = extracted if found is None else str(found), result["score"]
+        if hasattr(number, "item"):  # numpy's and torch's
+            number = number.item()
+        if isinstance(number, bool):
+            return Verdict("correct" if number else "wrong", extracted)
+        if not isinstance(number, int | float):
+            raise TypeError(f"function:{self._path}: expected bool, float or Verdict, got {type(number).__name__}")
+        low, high = self._options.low, self._options.high
+        if not low <= number <= high:
+            raise ValueError(
+                f"function:{self._path}: expected a score in [{low:g}, {high:g}] (verify.score_range), got {number:g}"
+            )
+        score = min(1.0, (number - low) / (high - low))
+        right = score >= self._options.correct_from if right is None else bool(right)
+        return Verdict("correct" if right else "wrong", extracted, f"score {number:g}", score)
+
+
+def _answer(response: str) -> str | None:
+    """What a majority vote counts where the function does not say what it read: the last box, or what is tagged."""
+    said = after_thinking(response)
+    boxed = last_boxed(said)
+    return tagged(said) if boxed is None else boxed.strip()
+
+
+def _decide(load: Callable[[], _Reward], response: str, gold: Any, context: Mapping[str, Any] | None) -> Verdict:
+    reward = load()
+    try:
+        return reward.verdict(reward(response, gold, context or {}), response)
+    except (MemoryError, RecursionError):  # limits: the worker's to tell
+        raise
+    except (Exception, SystemExit) as error:
+        traceback.print_exc()
+        return Verdict("fault", None, f"the reward failed: {describe(error)}")
+
+
+def make_verifier(path: str, options: Options | None = None) -> Verifier:
     """Return the verifier of one function; this process imports nothing."""
     name = f"function:{path}"
-    decide = functools.partial(_decide, path)
-    warm_up = functools.partial(_function, path)
-    return Verifier(name, prepare, decide, warm_up=warm_up, worker_group=name, audit_hook="none")
+    load = functools.cache(functools.partial(_Reward, path, options or Options()))
+    decide = functools.partial(_decide, load)
+    return Verifier(name, prepare, decide, warm_up=load, worker_group=name, audit_hook="none", is_users=True)

@@ -1,0 +1,98 @@
+"""What decides a run's result beside its recipe: the problems, how prompts are written, and the sources of rewards.
+
+`inputs.json` in the run directory holds their digests, so that a run that goes on has the same.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from pekoe.config.recipes import RLConfig, VerifySection
+from pekoe.core.errors import UserError
+from pekoe.core.progress import ProgressReporter
+from pekoe.core.types import Problem
+from pekoe.data.tokenizer import Tokenizer
+from pekoe.run.run_dir import INPUTS, RunDir, checkpoints, write_whole
+from pekoe.train.trainer import learning_rate
+from pekoe.verify.sources import source_digest
+
+_NUM_PROMPTS = 64  # of which the tokens are compared: a template writes all prompts alike
+
+
+def digest(problem: Problem) -> str:
+    """Of all that a problem's prompt and verdicts depend on."""
+    about = [problem.messages, problem.gold, problem.kind]
+    text = json.dumps(about if problem.row is None else [*about, problem.row], sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def reward_sources(verify: VerifySection, kinds: Sequence[str]) -> dict[str, str]:
+    """The digests of the rewards of the user's own that judge problems of these kinds, by name."""
+    used = {verify.kind_of(kind) for kind in kinds}
+    names = sorted(kind.removeprefix("function:") for kind in used if kind.startswith("function:"))
+    return {} if verify.random else {name: source_digest(name) for name in names}
+
+
+def check_inputs(run: RunDir, config: RLConfig, tokenizer: Tokenizer, problems: Sequence[Problem]) -> None:
+    """Compare with what the run began with, where it has a checkpoint; else keep them. UserError for the first that
+    differs."""
+    tokens = [tokenizer.encode_prompt(problem.messages).tolist() for problem in problems[:_NUM_PROMPTS]]
+    now: dict[str, Any] = {
+        "problems": {problem.uid: digest(problem)[:8] for problem in problems},
+        "prompts": hashlib.sha256(json.dumps(tokens).encode()).hexdigest()[:16],
+        "rewards": reward_sources(config.verify, [problem.kind for problem in problems]),
+    }
+    file = run.path / INPUTS
+    if checkpoints(run.path) and file.is_file():
+        differs = _difference(json.loads(file.read_text(encoding="utf-8")), now)
+        if differs:
+            raise UserError(
+                f"{run.path}: the run cannot go on as it began: {differs}. Go on with what it began with, or train on "
+                f"from its model in another run.dir (model.path={run.path}/model)"
+            )
+    else:
+        write_whole(file, json.dumps(now, indent=0) + "\n")
+
+
+def _difference(before: dict[str, Any], now: dict[str, Any]) -> str:
+    old, new = before["problems"], now["problems"]
+    if lost := [uid for uid in old if uid not in new]:
+        return f"{len(lost):,} of its {len(old):,} problems are not in the data any more, such as {lost[0]!r}"
+    if more := [uid for uid in new if uid not in old]:
+        return f"the data has {len(more):,} problems that it did not have, such as {more[0]!r}"
+    if changed := [uid for uid in old if old[uid] != new[uid]]:
+        return (
+            f"{len(changed):,} of its {len(old):,} problems have another prompt, answer or kind under the same uid, "
+            f"such as {changed[0]!r}"
+        )
+    if list(old) != list(new):
+        return "its problems stand in another order"
+    if before["prompts"] != now["prompts"]:
+        return "the same problems give other prompt tokens (the model directory's chat template, or its tokenizer)"
+    rewards = before["rewards"]
+    for name in sorted(now["rewards"].keys() | rewards.keys()):
+        if rewards.get(name) != now["rewards"].get(name):
+            return f"the source of the reward {name} has changed (or of what it imports from beside it)"
+    return ""
+
+
+def say_changes(run: RunDir, config: RLConfig, view: ProgressReporter) -> None:
+    """What differs from the recipe that the run in this directory had, and what more steps do to the learning rate."""
+    saved = checkpoints(run.path)
+    if not saved or not isinstance(run.before, RLConfig):
+        return
+    if run.changed:
+        view.say("going on with " + ", ".join(f"{key} = {now!r} (was {was!r})" for key, (was, now) in run.changed))
+    per_step, done = config.algo.minibatches, int(saved[-1].name[5:])
+    was, now, last = (
+        learning_rate(c.optim, update, c.num_steps * per_step)
+        for c, update in ((run.before, done * per_step), (config, done * per_step), (run.before, done * per_step - 1))
+    )
+    if was != now and run.before.optim == config.optim and done < config.num_steps:
+        view.say(
+            f"optim.schedule = {config.optim.schedule!r} now spans {config.num_steps} steps in place of "
+            f"{run.before.num_steps}: the rate of step {done + 1} begins at {now:.3g} (step {done} ended at {last:.3g})"
+        )
