@@ -13,11 +13,15 @@ _MAX_UPDATES = 200  # of one `track`
 
 
 class ProgressReporter(Protocol):
-    """Receives phases with their progress, and journal events. Phases nest; `done` of the total were done before."""
+    """Receives phases with their progress, and journal events. Phases nest."""
 
-    def begin(self, phase: str, total: int | None, done: int = 0) -> None: ...
+    def begin(self, phase: str, total: int | None, done: int = 0, at_once: int = 1) -> None:
+        """`done` of the total were done before; at most `at_once` are being worked on at a time."""
+        ...
 
-    def advance(self, done: int = 1) -> None: ...
+    def advance(self, done: int = 1, share: float = 0.0) -> None:
+        """More items are done. `share`: how long that item was, of the longest that one can be; 0: not known."""
+        ...
 
     def end(self) -> None: ...
 
@@ -29,9 +33,9 @@ class ProgressReporter(Protocol):
 class NoProgress:
     """Shows nothing."""
 
-    def begin(self, phase: str, total: int | None, done: int = 0) -> None: ...
+    def begin(self, phase: str, total: int | None, done: int = 0, at_once: int = 1) -> None: ...
 
-    def advance(self, done: int = 1) -> None: ...
+    def advance(self, done: int = 1, share: float = 0.0) -> None: ...
 
     def end(self) -> None: ...
 
@@ -41,9 +45,11 @@ class NoProgress:
 
 
 @contextmanager
-def phase(view: ProgressReporter, name: str, total: int | None = None, done: int = 0) -> Iterator[None]:
-    """Show `name` with a progress bar of `total` items, of which `done` were done before, while the body runs."""
-    view.begin(name, total, done)
+def phase(
+    view: ProgressReporter, name: str, total: int | None = None, done: int = 0, at_once: int = 1
+) -> Iterator[None]:
+    """Show `name` with a progress bar of `total` items while the body runs; see `ProgressReporter.begin`."""
+    view.begin(name, total, done, at_once)
     try:
         yield
     finally:

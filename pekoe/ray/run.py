@@ -129,7 +129,8 @@ def build_cluster(config: RLConfig, view: ProgressReporter, stop: Stop, stack: E
     prefetches = config.algo.proximal == "recompute" and not section.colocate and not config.rollout.max_lag
     add = trainer.prefetcher.add if prefetches else None
     common = pool, tokenizer, judge, task.planned[0], timer, view, stop, channel.catch_up
-    rollouts = Rollouts(*common, partial(_require_engine, pool), add, section.colocate, config.rollout.window)
+    at_once, window = config.engine.max_running * len(pool.members), config.rollout.window
+    rollouts = Rollouts(*common, partial(_require_engine, pool), add, section.colocate, window, at_once)
     parts = RLParts(
         config=config,
         problems=task.problems,
@@ -138,7 +139,7 @@ def build_cluster(config: RLConfig, view: ProgressReporter, stop: Stop, stack: E
         stop_token_ids=tokenizer.stop_token_ids,
         trainer=trainer,
         rollouts=rollouts,
-        eval_rollouts=Rollouts(*common),
+        eval_rollouts=Rollouts(*common, at_once=at_once),
         weights=channel,
         records=records,
         run=run,

@@ -7,21 +7,22 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
+from math import inf
 from typing import Any
 
 from rich.console import Console, Group
 from rich.live import Live
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, Task, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TaskID, TextColumn
 from rich.table import Table
 from rich.text import Text
 
 from pekoe.core.journal import Event
 from pekoe.core.progress import NoProgress
+from pekoe.core.words import counted
 
 _KEPT_ROWS = 12
-_STEP_INTERVAL_S, _PHASE_INTERVAL_S = 2.0, 30.0  # between plain lines
+_PHASE_INTERVAL_S = 30.0  # between plain lines on a phase
 _SECONDS, _LEAST_SECONDS = "seconds", 12
-_WHOLE_RUN_S = 7 * 86400.0  # the time left is estimated from the whole run's pace, not from the last seconds'
 
 
 def _count(value: float) -> str:
@@ -50,8 +51,7 @@ COLUMNS: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
 )
 # A line for events other than steps; further kinds are not shown.
 LINES = {
-    "eval": "step {step}: pass@1 {pass_at_1:.1%} [{ci95[0]:.1%}, {ci95[1]:.1%}] on {num_problems} held-out problems x "
-    "{samples_per_problem} samples",
+    "eval": "step {step}: pass@1 {pass_at_1:.1%} [{ci95[0]:.1%}, {ci95[1]:.1%}] on {problems} x {samples}",
     "eval_loss": "step {step}: held-out loss {loss:.4f} on {num_targets:,} tokens",
     "resumed": "resumed after step {step}",
     "checkpoint": "saved step {step}: {mib:.0f} MiB in {seconds:.1f} s, of which training waited {stall_s:.1f} s",
@@ -66,7 +66,9 @@ def cells(event: Event) -> dict[str, str]:
 def line_of(event: Event) -> str | None:
     """One line for an event other than a step; None for an event that is not shown."""
     form = LINES.get(event["event"])
-    return form.format(**event, mib=event.get("bytes", 0) / 2**20) if form else None
+    problems, samples = event.get("num_problems", 0), event.get("samples_per_problem", 0)
+    words = {"problems": counted(problems, "held-out problem"), "samples": counted(samples, "sample")}
+    return form.format(**event, **words, mib=event.get("bytes", 0) / 2**20) if form else None
 
 
 @dataclass(slots=True)
@@ -74,39 +76,73 @@ class _Phase:
     name: str
     total: int | None
     before: int  # items of the total that were done when it began
+    at_once: int = 1  # items in work at a time, at most
     start: float = field(default_factory=lambda: time.monotonic())
     last_line: float = field(default_factory=lambda: time.monotonic())  # when a line about it was printed
     done: int = 0  # items since it began
+    seen: float = field(default_factory=lambda: time.monotonic())  # when items were last done
+    exposure: float = 0.0  # seconds of work on items until then, summed over those in work
+    begun: float = field(default_factory=lambda: time.monotonic())  # when an item was last begun
+    longest: float = inf  # seconds that the longest possible item takes
+
+    @property
+    def num_left(self) -> int:
+        return (self.total or 0) - self.before - self.done
+
+    def advance(self, done: int, share: float) -> None:
+        now = time.monotonic()
+        self.exposure += min(self.at_once, self.num_left) * (now - self.seen)
+        if self.num_left > self.at_once:  # one that waited has the place of the one that is done
+            self.begun = now
+        self.done, self.seen = self.done + done, now
+        if share > 0:  # exact for an item that was begun with the phase; one begun later took less than it seems to
+            self.longest = min(self.longest, (now - self.start) / share)
 
     def rate(self) -> str:
         """Items a second, such as `34/s`; seconds an item, where one takes longer than a second."""
         pace = self.done / max(1e-9, time.monotonic() - self.start)
         return f"{pace:,.0f}/s" if pace >= 10 else f"{pace:.1f}/s" if pace >= 1 else f"{1 / pace:.1f} s each"
 
+    def left(self) -> timedelta | None:
+        """The time left, None where nothing tells it.
+
+        An item takes the seconds that were spent on items for each that is done (the maximum-likelihood mean of
+        lifetimes of which those in work are not over yet). What waits is begun as places become free; the n that are
+        then in work end after 1 + 1/2 + ... + 1/n of it, as lifetimes without memory do, and at most after the time
+        that the longest possible item takes: engines sample many responses together and wait for the longest. With
+        one item at a time, that is the time so far for each item done.
+        """
+        if self.total is None or not self.done:
+            return None
+        in_work = min(self.at_once, self.num_left)
+        waiting = self.num_left - in_work
+        each = min(self.longest, self.exposure / self.done)
+        end = self.longest if waiting else self.longest - (self.seen - self.begun)
+        tail = min(end, each * sum(1 / i for i in range(1, in_work + 1)))
+        left = waiting * each / self.at_once + tail - (time.monotonic() - self.seen)
+        return timedelta(seconds=max(0, round(left)))
+
     def line(self) -> str:
-        """Items done, the rate, and the time left at that rate."""
+        """Items done, the rate, and the time left."""
         if self.total is None:
             return f"{self.name}: {self.done:,}, {self.rate()}"
-        done = self.before + self.done
-        left = (time.monotonic() - self.start) / self.done * (self.total - done)
-        time_left = timedelta(seconds=round(left))
-        return f"{self.name}: {done:,} of {self.total:,}, {self.rate()}, about {time_left} left"
+        return f"{self.name}: {self.before + self.done:,} of {self.total:,}, {self.rate()}, about {self.left()} left"
 
 
 class PlainProgress(NoProgress):
-    """One line an event, for logs and pipes; of steps and of a phase's progress, at most one line an interval."""
+    """One line an event, for logs and pipes; of a phase's progress, at most one line an interval."""
 
     def __init__(self, console: Console) -> None:
-        self._console, self._last_step = console, -_STEP_INTERVAL_S
+        self._console = console
         self._phases: list[_Phase] = []
 
-    def begin(self, phase: str, total: int | None, done: int = 0) -> None:
-        self._phases.append(_Phase(phase, total, done))
+    def begin(self, phase: str, total: int | None, done: int = 0, at_once: int = 1) -> None:
+        self._phases.append(_Phase(phase, total, done, at_once))
 
-    def advance(self, done: int = 1) -> None:
+    def advance(self, done: int = 1, share: float = 0.0) -> None:
         if self._phases:
             phase, now = self._phases[-1], time.monotonic()
-            phase.done += done
+            phase.advance(done, share)
             if now - phase.last_line >= _PHASE_INTERVAL_S:
                 phase.last_line = now
                 self.say(phase.line())
@@ -117,10 +153,8 @@ class PlainProgress(NoProgress):
 
     def event(self, event: Event) -> None:
         if event["event"] == "step":
-            if time.monotonic() - self._last_step >= _STEP_INTERVAL_S or "skipped" in event:
-                self._last_step = time.monotonic()
-                line = "  ".join(f"{header} {text}" for header, text in cells(event).items())
-                self.say(line + (f"  skipped: {event['skipped']}" if "skipped" in event else ""))
+            line = "  ".join(f"{header} {text}" for header, text in cells(event).items())
+            self.say(line + (f"  skipped: {event['skipped']}" if "skipped" in event else ""))
         elif line := line_of(event):
             self.say(line)
 
@@ -128,13 +162,13 @@ class PlainProgress(NoProgress):
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
-class _TimeColumn(TimeRemainingColumn):
+class _TimeColumn(ProgressColumn):
     """The time left; the time elapsed for a phase without a total."""
 
     def render(self, task: Task) -> Text:
-        if task.total is None:
-            return Text(f"{timedelta(seconds=round(task.elapsed or 0))}", style="progress.elapsed")
-        return super().render(task)
+        phase: _Phase = task.fields["phase"]
+        shown = phase.left() if task.total is not None else timedelta(seconds=round(task.elapsed or 0))
+        return Text("-:--:--" if shown is None else str(shown), style="progress.remaining")
 
 
 class LiveProgress:
@@ -149,7 +183,6 @@ class LiveProgress:
             TextColumn("{task.fields[rate]}"),
             _TimeColumn(),
             console=console,
-            speed_estimate_period=_WHOLE_RUN_S,
         )
         self._tasks: list[tuple[TaskID, _Phase]] = []  # phases may nest
         self._live = Live(get_renderable=self._draw, console=console, refresh_per_second=4, transient=True)
@@ -163,14 +196,15 @@ class LiveProgress:
         if self._rows:
             self._live.console.print(self._table())
 
-    def begin(self, phase: str, total: int | None, done: int = 0) -> None:
-        task = self._progress.add_task(phase, total=total, completed=done, rate="")
-        self._tasks.append((task, _Phase(phase, total, done)))
+    def begin(self, phase: str, total: int | None, done: int = 0, at_once: int = 1) -> None:
+        state = _Phase(phase, total, done, at_once)
+        task = self._progress.add_task(phase, total=total, completed=done, rate="", phase=state)
+        self._tasks.append((task, state))
 
-    def advance(self, done: int = 1) -> None:
+    def advance(self, done: int = 1, share: float = 0.0) -> None:
         if self._tasks:
             task, phase = self._tasks[-1]
-            phase.done += done
+            phase.advance(done, share)
             self._progress.update(task, advance=done, rate=phase.rate())
 
     def end(self) -> None:

@@ -383,7 +383,8 @@ def build_rl(config: RLConfig, view: ProgressReporter, stop: Stop, stack: ExitSt
     judge = make_judge(config.verify, tokenizer, config.run.seed, run.path / "logs")
     stack.callback(judge.close)
     common, catch_up = (pool, tokenizer, judge, task.planned[0], timer, view, stop), weights.catch_up
-    rollouts = Rollouts(*common, catch_up, catch_up if lag else lambda: None, window=config.rollout.window)
+    at_once, window = config.engine.max_running * len(pool.members), config.rollout.window
+    rollouts = Rollouts(*common, catch_up, catch_up if lag else lambda: None, window=window, at_once=at_once)
     return RLParts(
         config=config,
         problems=task.problems,
@@ -392,7 +393,7 @@ def build_rl(config: RLConfig, view: ProgressReporter, stop: Stop, stack: ExitSt
         stop_token_ids=tokenizer.stop_token_ids,
         trainer=trainer,
         rollouts=rollouts,
-        eval_rollouts=Rollouts(*common, catch_up),
+        eval_rollouts=Rollouts(*common, catch_up, at_once=at_once),
         weights=weights,
         records=records,
         run=run,

@@ -5,28 +5,23 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from math import comb
-from typing import Any
 
 import numpy as np
 
+from pekoe.core.statistics import interval
 from pekoe.run.sample_store import ProblemResult
 
-MAJORITY_DRAWS, PERMUTATIONS = 64, 10_000
+MAJORITY_DRAWS = 64
 
 
 def pass_at_1(rows: Sequence[ProblemResult]) -> tuple[float, tuple[float, float]]:
-    """pass@1 and its 95 % interval.
-
-    The mean over problems of each problem's share of correct samples (FAULT left out); the interval is +-1.96
-    standard errors over problems, since the samples of one problem are not independent (Miller 2024,
-    arXiv:2411.00640, section 2.2), cut to [0, 1].
-    """
-    rates = [row.pass_rate for row in rows if row.pass_rate is not None]
-    if not rates:
+    """pass@1 and its 95 % interval: the mean over problems of each problem's share of correct samples (FAULT left
+    out), and `interval` over these shares."""
+    judged = [row for row in rows if row.num_judged]
+    if not judged:
         return float("nan"), (float("nan"), float("nan"))
-    mean = float(np.mean(rates))
-    error = float(np.std(rates, ddof=1) / np.sqrt(len(rates))) if len(rates) > 1 else 1.0
-    return mean, (max(0.0, mean - 1.96 * error), min(1.0, mean + 1.96 * error))
+    rates = [row.num_correct / row.num_judged for row in judged]
+    return float(np.mean(rates)), interval(rates, sum(row.num_judged for row in judged))
 
 
 def powers_up_to(n: int) -> list[int]:
@@ -73,22 +68,3 @@ def _majority(votes: Sequence[tuple[str | None, bool]]) -> float:
     right = {answer for answer, correct in votes if correct}
     winners = [answer for answer, number in counts.items() if number == most]
     return sum(answer in right for answer in winners) / len(winners)
-
-
-def paired(before: Sequence[float], after: Sequence[float]) -> dict[str, Any]:
-    """The mean difference of pass rates on the same problems, its 95 % interval (over problems), and how likely chance
-    alone makes one as large: a two-sided sign-flip permutation test with 10,000 seeded flips."""
-    differences = np.asarray(after, np.float64) - np.asarray(before, np.float64)
-    mean, number = float(differences.mean()), len(differences)
-    error = float(differences.std(ddof=1) / np.sqrt(number)) if number > 1 else 1.0
-    rng = np.random.default_rng(0)
-    flipped = (abs(float(np.mean(differences * rng.choice((-1.0, 1.0), number)))) for _ in range(PERMUTATIONS))
-    as_large = sum(one >= abs(mean) - 1e-12 for one in flipped)
-    return {
-        "difference": mean,
-        "ci95": (mean - 1.96 * error, mean + 1.96 * error),
-        "p_value": (as_large + 1) / (PERMUTATIONS + 1),
-        "num_problems": number,
-        "num_better": int((differences > 0).sum()),
-        "num_worse": int((differences < 0).sum()),
-    }

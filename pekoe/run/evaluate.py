@@ -24,10 +24,11 @@ from pekoe.config.secrets import without_secrets
 from pekoe.core.errors import UserError, nearest
 from pekoe.core.loop import Rollouts
 from pekoe.core.progress import ProgressReporter
+from pekoe.core.statistics import paired
 from pekoe.core.types import Draw, JudgedGroup, Problem, SamplingParams
 from pekoe.data.tokenizer import Tokenizer
 from pekoe.run.build import check_context, open_model, open_problems, prepare, sampling_for
-from pekoe.run.eval_metrics import majority_at_k, paired, pass_at_1, pass_at_k, powers_up_to
+from pekoe.run.eval_metrics import majority_at_k, pass_at_1, pass_at_k, powers_up_to
 from pekoe.run.judging import response_text
 from pekoe.run.references import reference_check
 from pekoe.run.rollouts import check_faults

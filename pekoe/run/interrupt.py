@@ -82,9 +82,9 @@ class StepTimer:
         self.seconds = {}
 
     @contextmanager
-    def __call__(self, name: str, total: int | None = None) -> Iterator[None]:
+    def __call__(self, name: str, total: int | None = None, at_once: int = 1) -> Iterator[None]:
         start = time.perf_counter()
-        with phase(self._view, name, total):
+        with phase(self._view, name, total, at_once=at_once):
             try:
                 yield
             finally:

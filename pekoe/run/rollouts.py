@@ -31,10 +31,14 @@ class _Group:
     """A group in flight."""
 
     draw: Draw
-    size: int
+    params: SamplingParams
     order: int  # in which it was put
     trajectories: dict[int, Trajectory] = field(default_factory=dict[int, Trajectory])  # by sample index
     verdicts: dict[int, Future[Verdict]] = field(default_factory=dict[int, "Future[Verdict]"])
+
+    @property
+    def size(self) -> int:
+        return self.params.n
 
     @property
     def sampled(self) -> bool:
@@ -88,6 +92,7 @@ class Rollouts:
             before it are sampled.
         offloads: whether engines and trainer take turns on the same devices.
         window: a group that is judged may overtake others, within so many from the oldest.
+        at_once: responses that all engines together decode at a time, for the time left.
     """
 
     def __init__(
@@ -104,11 +109,13 @@ class Rollouts:
         on_group: Callable[[Sequence[Trajectory]], None] | None = None,
         offloads: bool = False,
         window: int = 1,
+        at_once: int = 1,
     ) -> None:
         self._pool, self._tokenizer, self._judge, self._params = pool, tokenizer, judge, params
         self._timer, self._view, self._stop = timer, view, stop
         self._while_waiting, self._while_draining = while_waiting, while_draining
         self._on_group, self._offloads, self._window = on_group, offloads, window
+        self._at_once = at_once
         self._groups: deque[_Group] = deque()  # in the order in which they were put
         self._unreported: deque[_Group] = deque()  # those that `on_group` was not called with yet
         self._orders = count()
@@ -119,7 +126,7 @@ class Rollouts:
     def put(self, draws: Sequence[Draw], params: SamplingParams | None = None) -> None:
         """See `core.loop.Rollouts`."""
         params = params or self._params
-        self._begin([_Group(draw, params.n, next(self._orders)) for draw in draws], params)
+        self._begin([_Group(draw, params, next(self._orders)) for draw in draws], params)
 
     def _begin(self, groups: list[_Group], params: SamplingParams) -> None:
         draws = [group.draw for group in groups]
@@ -155,7 +162,7 @@ class Rollouts:
         judged = {(group.problem.uid, group.draw): group for group in sampled}
         base = next(self._orders)
         for draw, place in zip(draws, places, strict=True):
-            group = _Group(draw, self._params.n, base + place)
+            group = _Group(draw, self._params, base + place)
             if (known := judged.get((draw.problem.uid, draw.number))) is None:
                 self._begin([group], self._params)
                 continue
@@ -176,7 +183,8 @@ class Rollouts:
         wanted = [self._groups[i] for i in range(n)]
         left, last = n, wanted[-1].order if wanted else 0
         try:
-            with self._timer("rollout", sum(group.size - len(group.trajectories) for group in wanted)):
+            num_missing = sum(group.size - len(group.trajectories) for group in wanted)
+            with self._timer("rollout", num_missing, self._at_once):
                 while left:
                     self._stop.check()
                     judged = next((group for group in self._next() if group.judged), None)
@@ -234,7 +242,7 @@ class Rollouts:
         group.verdicts[trajectory.sample] = verdict
         group.trajectories[trajectory.sample] = trajectory
         if group.order <= last:
-            self._view.advance()
+            self._view.advance(share=trajectory.num_tokens / group.params.max_new_tokens)
         while self._on_group is not None and self._unreported and self._unreported[0].sampled:
             first = self._unreported.popleft()
             self._on_group([first.trajectories[i] for i in range(first.size)])

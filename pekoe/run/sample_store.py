@@ -201,7 +201,8 @@ def sample_problems(
         weights = attach_weights(config, pool, model, tokenizer, problems[0], params, log_dir)
         judge = make_judge(config.verify, tokenizer, config.run.seed, file.parent / "logs" if file else None)
         stack.callback(judge.close)
-        rollouts = Rollouts(pool, tokenizer, judge, params, StepTimer(view), view, stop, weights.catch_up)
+        common = pool, tokenizer, judge, params, StepTimer(view), view, stop, weights.catch_up
+        rollouts = Rollouts(*common, at_once=config.engine.max_running * len(pool.members))
         try:
             rows = samples.sample(rollouts, problems, params, config.verify.max_fault_rate)
         except StopRequested:

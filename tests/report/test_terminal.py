@@ -9,7 +9,7 @@ from rich.console import Console, ConsoleDimensions
 
 from pekoe.core.progress import ProgressReporter, phase
 from pekoe.report import LiveProgress, PlainProgress, make_progress
-from pekoe.report.terminal import cells
+from pekoe.report.terminal import _Phase, cells
 
 STEP: dict[str, Any] = {
     "event": "step",
@@ -56,14 +56,16 @@ def test_a_pipe_gets_plain_lines():
     view.event(STEP)
     view.event({"event": "step", "step": 8, "skipped": "all advantages are 0"})
     view.event({"event": "resumed", "step": 6})
-    measured = {"step": 9, "pass_at_1": 0.5, "ci95": [0.4, 0.6], "num_problems": 10, "samples_per_problem": 32}
+    measured = {"step": 9, "pass_at_1": 0.5, "ci95": [0.4, 0.6], "num_problems": 10, "samples_per_problem": 1}
     view.event({"event": "eval", **measured})
+    view.event(STEP | {"step": 9})
     lines = printed(c).splitlines()
     assert "step 7" in lines[0]
     assert "pass 62.5%" in lines[0]
     assert "skipped: all advantages are 0" in lines[1]
     assert "resumed after step 6" in lines[2]
-    assert "pass@1 50.0% [40.0%, 60.0%]" in lines[3]
+    assert lines[3] == "step 9: pass@1 50.0% [40.0%, 60.0%] on 10 held-out problems x 1 sample"
+    assert "step 9" in lines[4]  # every step has its line, however short steps are
     assert "\x1b" not in printed(c)
 
 
@@ -90,8 +92,36 @@ def test_a_pipe_gets_lines_on_long_phases(monkeypatch: pytest.MonkeyPatch):
     ]
 
 
-def test_a_terminal_shows_the_time_left_of_the_whole_run():
+@pytest.mark.parametrize(
+    ("at_once", "lengths", "at", "expected"),
+    [
+        # All at once, each 50 to 100 s long: one by one it would be 12 s for each that is done, 1,080 s.
+        (100, [50 + i / 2 for i in range(100)], 10, "0:00:45"),  # the longest possible takes 100 s
+        # Four at a time, 10 s each: of 88 left, 84 wait; then four, which may not end together.
+        (4, [10.0 * (1 + i // 4) for i in range(100)], 12, "0:03:51"),
+        (1, [10.0 * (1 + i) for i in range(100)], 10, "0:15:00"),
+    ],
+)
+def test_the_time_left_knows_how_engines_finish(
+    monkeypatch: pytest.MonkeyPatch, at_once: int, lengths: list[float], at: int, expected: str
+):
     now = [0.0]
+    monkeypatch.setattr("pekoe.report.terminal.time.monotonic", lambda: now[0])
+    state = _Phase("rollout", len(lengths), 0, at_once)
+    assert state.left() is None
+    for end in lengths[:at]:
+        now[0] = end
+        state.advance(1, min(end, 100) / 100 if at_once > 4 else 0.1)
+    assert str(state.left()) == expected
+    for end in lengths[at:]:
+        now[0] = end
+        state.advance(1, min(end, 100) / 100 if at_once > 4 else 0.1)
+    assert str(state.left()) == "0:00:00"
+
+
+def test_a_terminal_shows_the_time_left_of_the_whole_run(monkeypatch: pytest.MonkeyPatch):
+    now = [0.0]
+    monkeypatch.setattr("pekoe.report.terminal.time.monotonic", lambda: now[0])
     c = Console(file=io.StringIO(), width=100, force_terminal=True, get_time=lambda: now[0], _environ={"TERM": "xterm"})
     view = LiveProgress(c)
     with view, phase(view, "steps", 100, done=40):
@@ -102,7 +132,7 @@ def test_a_terminal_shows_the_time_left_of_the_whole_run():
             now[0] += 7
             view.say("drawn")
     text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", printed(c))
-    assert re.search(r"steps .* 43/100 .* 15:50:00", text)  # 57 steps of 1,000 s each
+    assert re.search(r"steps .* 43/100 .* 15:49:53", text)  # 57 steps of 1,000 s each, 7 s ago
     assert "0:00:07" in text
 
 

@@ -13,8 +13,9 @@ import pytest
 from pekoe.config import EvalConfig, load_config
 from pekoe.core import UserError
 from pekoe.core.progress import NoProgress
+from pekoe.core.statistics import interval, paired
 from pekoe.core.types import Completion, Label, Record, Request, Trajectory
-from pekoe.run.eval_metrics import majority_at_k, paired, pass_at_1, pass_at_k, powers_up_to
+from pekoe.run.eval_metrics import majority_at_k, pass_at_1, pass_at_k, powers_up_to
 from pekoe.run.evaluate import compare, run_eval
 from pekoe.run.sample_store import ProblemResult
 from tests.run.killed import killed_command
@@ -28,10 +29,27 @@ def row(*labels: Label, answers: tuple[str | None, ...] = ()) -> ProblemResult:
 def test_the_interval_is_over_problems():
     verdicts = [row("correct", "wrong"), row("correct", "correct"), row("unparsed", "wrong"), row("correct", "wrong")]
     mean, (low, high) = pass_at_1(verdicts)
-    rates = [0.5, 1.0, 0.0, 0.5]
-    error = np.std(rates, ddof=1) / 2
+    n = 0.25 / (np.var([0.5, 1.0, 0.0, 0.5], ddof=1) / 4)  # 6 responses that are independent tell as much
+    half = 1.96 * np.sqrt(0.25 / n + 1.96**2 / (4 * n * n)) / (1 + 1.96**2 / n)
     assert mean == pytest.approx(0.5)
-    assert (low, high) == pytest.approx((0.5 - 1.96 * error, 0.5 + 1.96 * error))
+    assert (low, high) == pytest.approx((0.5 - half, 0.5 + half))
+
+
+def test_the_interval_is_honest_at_0_and_at_1():
+    nothing, everything = pass_at_1([row(*["wrong"] * 32)] * 48), pass_at_1([row(*["correct"] * 32)] * 48)
+    assert nothing == (0, (0, pytest.approx(1.96**2 / (48 + 1.96**2))))  # 0 % to 7.4 %, however many samples
+    assert everything == (1, (pytest.approx(48 / (48 + 1.96**2)), 1))
+    assert pass_at_1([row("wrong")])[1][1] > 0.7  # of one problem
+    low, high = pass_at_1([row("correct", *["wrong"] * 31), *[row(*["wrong"] * 32)] * 47])[1]
+    assert 0 < low < high < 0.01
+
+
+def test_with_many_problems_it_is_the_normal_one():
+    rates = np.random.default_rng(0).beta(2, 3, 1000)
+    error = rates.std(ddof=1) / np.sqrt(1000)
+    assert interval(rates.tolist()) == pytest.approx(
+        (rates.mean() - 1.96 * error, rates.mean() + 1.96 * error), abs=5e-4
+    )
 
 
 def test_more_samples_of_the_same_problems_do_not_narrow_it():
@@ -80,7 +98,12 @@ def test_a_paired_test_tells_chance_from_change():
     better = paired(before.tolist(), (before + rng.normal(0.05, 0.1, 200)).tolist())
     assert same["p_value"] > 0.05 > better["p_value"]
     assert better["ci95"][0] > 0 > same["ci95"][0]
+    error = 0.1 / np.sqrt(200)
+    assert better["ci95"][1] - better["ci95"][0] == pytest.approx(2 * 1.96 * error, rel=0.15)
     assert paired([0.5, 1.0], [0.5, 1.0])["p_value"] == 1
+    low, high = paired([0.0] * 20, [0.0] * 20)["ci95"]  # nothing right before and after: not equal for certain
+    assert low == -high
+    assert 0.1 < high < 0.2
 
 
 def tree_of(tiny_dir: Path, out: Path | None = None, samples: int = 3) -> dict[str, Any]:
@@ -187,6 +210,6 @@ def test_a_judged_evaluation_sees_right_answers(
     assert run_eval(load_config(tree, kind=EvalConfig), NoProgress()).unparsed_rate == 1
     assert run_eval(load_config(tree, ["verify.unboxed=true"], EvalConfig), NoProgress()).pass_at_1 == 0.5
     assert result.pass_at_1 == 0.5
-    assert result.ci95 == (0.5, 0.5)
+    assert result.ci95[0] < 0.5 < result.ci95[1]
     assert result.pass_at_k["4"] == 1
     assert result.majority_at_k["4"] == 0.5  # two and two
