@@ -18,19 +18,18 @@ from typing import Any
 
 import ray
 import torch
-from ray.exceptions import RayError
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from pekoe.config.recipes import RLConfig
 from pekoe.core.errors import RunError, UserError
-from pekoe.core.types import Completion, Request, SamplingParams
-from pekoe.engine.async_thread import AsyncThread
+from pekoe.core.types import Completion, Record, Request, SamplingParams
 from pekoe.engine.base import Checksums, EngineKind, EngineLost, EngineStats, NoPlace, Sampler, WeightSource, validate
 from pekoe.engine.embedded import EmbeddedEngine
 from pekoe.model import load_model, read_spec
 from pekoe.ray.placement import ByteCount, WorkerLost, first_line, node_of, ray_get
-from pekoe.ray.store import StoreRef, StoreRegistry
+from pekoe.ray.store import Key, StoreRef, StoreRegistry
+from pekoe.ray.streams import StreamFollower, as_they_end
 from pekoe.run.build import ServerStarter
 from pekoe.weights import Receiver
 from pekoe.weights.groups import use_interface
@@ -95,22 +94,23 @@ class EngineActor:
         return EngineInfo(os.getpid(), *limits, self._vocab_size)
 
     async def sample(self, packed: bytes) -> AsyncIterator[bytes]:
-        """Sample these requests, scheduled together; yields (index, Completion or RunError) as they end."""
+        """Sample these requests, scheduled together; yields completions, or errors, as `streams.StreamFollower` has it.
+
+        Records are in the store before the controller hears of them."""
         requests: list[Request] = pickle.loads(packed)
         futures = self._engine.submit(requests)
-        kept = [self._keep(*each) for each in zip(range(len(requests)), requests, futures, strict=True)]
-        for task in asyncio.as_completed(kept):
-            yield pickle.dumps(await task)
-
-    async def _keep(self, index: int, request: Request, future: Future[Completion]) -> tuple[int, object]:
-        """Put the record of a completion into the store."""
-        try:
-            completion = await asyncio.wrap_future(future)
-        except RunError as error:
-            return index, RunError(str(error))
-        key = request.uid, request.draw, request.sample, self._incarnation, next(self._numbers)
-        await self._store.put.remote({key: completion.handle.resolve()})
-        return index, replace(completion, handle=StoreRef(self._node, key))
+        async for ended in as_they_end(futures):
+            records: dict[Key, Record] = {}
+            outcomes: list[tuple[int, Completion | Exception]] = []
+            for index, outcome in ended:
+                if not isinstance(outcome, Exception):
+                    request = requests[index]
+                    key = request.uid, request.draw, request.sample, self._incarnation, next(self._numbers)
+                    records[key] = outcome.handle.resolve()
+                    outcome = replace(outcome, handle=StoreRef(self._node, key))
+                outcomes.append((index, outcome))
+            await self._store.put.remote(records)
+            yield pickle.dumps(outcomes)
 
     async def call(self, method: str, *args: Any) -> Any:
         """Call a method of the engine in a thread of its own, so that other calls are answered meanwhile."""
@@ -129,8 +129,9 @@ class RayEngine(Sampler):
         self.max_sequence_tokens, self.max_requests = info.max_sequence_tokens, info.max_requests
         self.version, self.num_workers = 0, info.num_workers
         self._closed, self._stats = False, EngineStats()
-        self._following: set[asyncio.Task[None]] = set()
-        self._thread = AsyncThread("engine proxy")  # Ray calls back in a thread that must not block; here it may
+        self._follower = StreamFollower(
+            "engine proxy", passed, _lost, "the engine was closed while requests were unfinished"
+        )
 
     def check(self, params: SamplingParams) -> None:
         self._call("check", _ANSWER_LIMIT_S, params)
@@ -143,32 +144,8 @@ class RayEngine(Sampler):
         futures: list[Future[Completion]] = [Future() for _ in requests]
         if requests:
             stream = self._actor.sample.options(num_returns="streaming").remote(self._passed.pack(list(requests)))
-            self._thread.soon(self._follow_soon, stream, futures)
+            self._follower.follow(stream, futures)
         return futures
-
-    def _follow_soon(self, stream: Any, futures: list[Future[Completion]]) -> None:
-        task = self._thread.loop.create_task(self._follow(stream, futures))
-        self._following.add(task)  # the loop alone would not keep it
-        task.add_done_callback(self._following.discard)
-
-    async def _follow(self, stream: Any, futures: list[Future[Completion]]) -> None:
-        """Resolve futures as the stream gives completions; those that are left when it breaks off are lost."""
-        error: Exception = EngineLost("it left requests unanswered")
-        try:
-            async for ref in stream:
-                index, outcome = self._passed.unpack(await ref)
-                if isinstance(outcome, RunError):
-                    futures[index].set_exception(EngineLost(str(outcome)))
-                else:
-                    futures[index].set_result(outcome)
-        except RayError as broken:
-            error = EngineLost(first_line(broken))
-        finally:
-            if self._closed:
-                error = RunError("the engine was closed while requests were unfinished")
-            for future in futures:
-                if not future.done():
-                    future.set_exception(error)
 
     def abort(self, uids: Iterable[str] | None = None) -> None:
         self._call("abort", _CALL_LIMIT_S, None if uids is None else list(uids))
@@ -213,7 +190,11 @@ class RayEngine(Sampler):
         if not closed:
             ray.wait([self._actor.call.remote("close")], timeout=_CLOSE_LIMIT_S)
             ray.kill(self._actor)
-            self._thread.stop()
+            self._follower.close()
+
+
+def _lost(error: Exception) -> EngineLost:
+    return EngineLost(str(error) if isinstance(error, RunError) else first_line(error))
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,10 +10,10 @@ from __future__ import annotations
 import asyncio
 import os
 import pickle
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property
 from itertools import chain
 from pathlib import Path
 from threading import Lock
@@ -24,10 +24,11 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pekoe.config.recipes import RLConfig
-from pekoe.core.errors import RunError
+from pekoe.core.errors import RunError, UserError
 from pekoe.core.types import FloatArray, Handle, JudgedGroup, Problem, Record, Trajectory, Verdict
 from pekoe.data.tokenizer import Tokenizer
 from pekoe.ray.placement import ByteCount, ray_get, translated
+from pekoe.ray.streams import StreamFollower, as_they_end
 from pekoe.run.judging import Judge, make_judge
 from pekoe.run.records import RecordLine, write_lines
 
@@ -86,11 +87,14 @@ class StoreActor:
     async def get(self, keys: Sequence[Key]) -> list[Record | FloatArray]:
         return [self._values[key][1] for key in keys]
 
-    async def judge(self, packed: bytes) -> bytes:
-        """The verdict of (problem, trajectory), whose record is here."""
-        problem, trajectory = pickle.loads(packed)
-        trajectory = replace(trajectory, handle=self._values[trajectory.handle.key][1])
-        return pickle.dumps(await asyncio.wrap_future(self._judge.submit(problem, trajectory)))
+    async def judge(self, packed: bytes) -> AsyncIterator[bytes]:
+        """The verdicts of [(problem, trajectory), ...], whose records are here, as `streams.StreamFollower` has it."""
+        futures = [
+            self._judge.submit(problem, replace(trajectory, handle=self._values[trajectory.handle.key][1]))
+            for problem, trajectory in pickle.loads(packed)
+        ]
+        async for ended in as_they_end(futures):
+            yield pickle.dumps(ended)
 
     async def write(self, stem: str, packed: bytes) -> None:
         """Write a node's part of a step's rollouts. The records of the lines are dropped, and what is older."""
@@ -150,11 +154,14 @@ class StoreRegistry:
 
 
 class RayJudge:
-    """Judges at the store that has the record (implements `run.judging.Judge`)."""
+    """Judges at the store that has the record (implements `run.judging.Judge`). What is submitted while calls are
+    made goes by one call."""
 
     def __init__(self, stores: StoreRegistry, time_limit_s: float) -> None:
         self._stores, self._time_limit_s = stores, time_limit_s
         self._pending: set[Future[Verdict]] = set()
+        self._unsent: dict[int, list[tuple[Problem, Trajectory, Future[Verdict]]]] = {}  # by node
+        self._follower = StreamFollower("judges", stores.passed, _no_verdict, "the judges are closed")
 
     @property
     def limit_s(self) -> float:
@@ -162,29 +169,43 @@ class RayJudge:
 
     def submit(self, problem: Problem, trajectory: Trajectory) -> Future[Verdict]:
         """WorkerLost where the store or the record is lost."""
-        ref = ref_of(trajectory)
         verdict: Future[Verdict] = Future()
         self._pending.add(verdict)
         verdict.add_done_callback(self._pending.discard)
         if problem.row is None:  # else a reward of the user's may ask for the conversation
             problem = replace(problem, messages=())
-        work = self._stores.passed.pack((problem, trajectory))
-        answer = self._stores.actors[ref.node].judge.remote(work)
-        answer.future().add_done_callback(partial(self._settle, verdict))
+        self._follower.soon(self._add, problem, trajectory, verdict)
         return verdict
 
-    def _settle(self, verdict: Future[Verdict], answer: Future[bytes]) -> None:
-        """Runs in a thread of Ray's."""
-        error = answer.exception()
-        if error is None:
-            verdict.set_result(self._stores.passed.unpack(answer.result()))
+    def _add(self, problem: Problem, trajectory: Trajectory, verdict: Future[Verdict]) -> None:
+        node = ref_of(trajectory).node
+        if node not in self._unsent:
+            self._unsent[node] = []
+            self._follower.soon(self._send, node)  # after what is submitted already
+        self._unsent[node].append((problem, trajectory, verdict))
+
+    def _send(self, node: int) -> None:
+        unsent = self._unsent.pop(node)
+        verdicts = [verdict for _, _, verdict in unsent]
+        # Not tried again: a store that came back is empty, and a second stream need not have the lists of the first.
+        call = self._stores.actors[node].judge.options(num_returns="streaming", max_task_retries=0)
+        try:
+            stream = call.remote(self._stores.passed.pack([(problem, trajectory) for problem, trajectory, _ in unsent]))
+        except Exception as error:  # Ray is shut down
+            for verdict in verdicts:
+                verdict.set_exception(_no_verdict(error))
         else:
-            verdict.set_exception(translated(error, "a verdict"))
+            self._follower.follow(stream, verdicts)
 
     def close(self) -> None:
+        self._follower.close()
         closing = [actor.close.remote() for actor in self._stores.actors.values()]
         if closing:
             ray.wait(closing, num_returns=len(closing), timeout=_CLOSE_LIMIT_S)
+
+
+def _no_verdict(error: Exception) -> Exception:
+    return error if isinstance(error, (UserError, RunError)) else translated(error, "a verdict")
 
 
 class RayRecords:

@@ -13,7 +13,7 @@ import pytest
 from pekoe.config import load_config
 from pekoe.core.errors import RunError, UserError
 from pekoe.core.records import read_records
-from pekoe.core.types import Problem, Record, Trajectory
+from pekoe.core.types import Problem, Record, Trajectory, Verdict
 from pekoe.ray.placement import WorkerLost, translated
 from pekoe.ray.store import StoreActor, StoreRef
 
@@ -45,8 +45,14 @@ def test_a_record_that_is_missing_is_an_error(store: StoreActor):
 def test_a_response_is_judged_where_it_is(store: StoreActor):
     run(store.put({key("a"): record()}))
     trajectory = Trajectory("a", 0, 0, 2, 3, "stop", ((0, 0),), StoreRef(0, key("a")))
-    packed = pickle.dumps((Problem("a", (), "1"), trajectory))
-    assert pickle.loads(run(store.judge(packed))).label in ("correct", "wrong")
+    packed = pickle.dumps([(Problem("a", (), "1"), trajectory)] * 2)
+
+    async def outcomes() -> list[tuple[int, Verdict]]:
+        return [outcome async for part in store.judge(packed) for outcome in pickle.loads(part)]
+
+    verdicts = dict(run(outcomes()))
+    assert sorted(verdicts) == [0, 1]
+    assert all(verdict.label in ("correct", "wrong") for verdict in verdicts.values())
     run(store.close())
 
 
