@@ -19,13 +19,12 @@ from pekoe.ray.engine_actor import RayStarter
 from pekoe.ray.placement import WorkerLost, bundles, connect, node_of, place
 from pekoe.ray.store import RayJudge, RayRecords, StoreRegistry
 from pekoe.ray.trainer import RaySender, RayTrainer
-from pekoe.run.build import RLParts, check_room, open_task, open_tokenizer
-from pekoe.run.inputs import check_inputs, say_changes
+from pekoe.run.build import RLParts, check_room, open_run, open_task, open_tokenizer
 from pekoe.run.interrupt import StepTimer, Stop
 from pekoe.run.metrics import StepCounters
 from pekoe.run.rl import run_rl
 from pekoe.run.rollouts import Rollouts
-from pekoe.run.run_dir import RunDir, with_date
+from pekoe.run.run_dir import with_date
 from pekoe.weights import WeightChannel
 
 
@@ -95,11 +94,7 @@ def build_cluster(config: RLConfig, view: ProgressReporter, stop: Stop, stack: E
     spec, _ = read_spec(Path(config.model.path))
     tokenizer = open_tokenizer(config.model, spec)
     task = open_task(config, spec, tokenizer, view)
-    run = stack.enter_context(RunDir(config, (view.event,)))
-    check_inputs(run, config, tokenizer, task.problems)
-    say_changes(run, config, view)
-    if task.report.dropped:
-        task.report.write(run.path / "data.jsonl")
+    run = stack.enter_context(open_run(config, tokenizer, task, view))
     connect(section, view, stack)
     stores, timer = StoreRegistry(config), StepTimer(view)
     trainer, pool = _start(config, spec, task.longest, stores, view, stack)

@@ -123,6 +123,7 @@ def _shown(line: dict[str, Any], step: int, by_token: bool) -> dict[str, Any]:
     tokens, logprobs = line["tokens"].tolist(), [round(x, 3) for x in line["logprobs"].tolist()]
     advantage, text = line["advantage"], line["text"]
     fields |= {"step": step, "length": len(tokens), "advantage": None if advantage is None else round(advantage, 4)}
+    fields["reward"] = None if line["reward"] is None else round(line["reward"], 4)
     if len(tokens) > _MOST_TOKENS:
         half = _MOST_TOKENS // 2
         fields["cut"] = len(tokens) - 2 * half

@@ -19,6 +19,7 @@ from pekoe.config.recipes import (
     EvalConfig,
     EvalSection,
     ModelSection,
+    OptimSection,
     Process,
     RLConfig,
     RolloutSection,
@@ -39,16 +40,17 @@ from pekoe.engine.servers import ServerEngine, SGLangEngine, VLLMEngine
 from pekoe.model import Decoder, load_model
 from pekoe.run.distributed import require_single_process
 from pekoe.run.hardware import describe
-from pekoe.run.inputs import check_inputs, say_changes
+from pekoe.run.inputs import inputs_of
 from pekoe.run.interrupt import StepTimer, Stop
 from pekoe.run.judging import make_judge
 from pekoe.run.metrics import StepCounters
 from pekoe.run.records import LocalRecords, RecordWriter
 from pekoe.run.references import reference_check
 from pekoe.run.rollouts import Rollouts
-from pekoe.run.run_dir import RunDir, with_date
+from pekoe.run.run_dir import RunDir, checkpoints, with_date
 from pekoe.train import Layout, Trainer
 from pekoe.train.memory import limit_malloc_cache
+from pekoe.train.trainer import learning_rate
 from pekoe.weights import LocalSender, StagedSender, WeightChannel, forward_logprobs
 
 
@@ -365,11 +367,7 @@ def build_rl(config: RLConfig, view: ProgressReporter, stop: Stop, stack: ExitSt
     model, tokenizer, dtype = open_model(config.model)
     machine = describe(next(model.parameters()).device, dtype)  # before an engine takes what memory there is
     task = open_task(config, model.spec, tokenizer, view)
-    run = stack.enter_context(RunDir(config, (view.event,)))
-    check_inputs(run, config, tokenizer, task.problems)
-    say_changes(run, config, view)
-    if task.report.dropped:
-        task.report.write(run.path / "data.jsonl")
+    run = stack.enter_context(open_run(config, tokenizer, task, view))
     records = LocalRecords(run.path, tokenizer)
     stack.callback(records.close)
     temperature, lag = config.rollout.temperature, config.rollout.max_lag
@@ -403,6 +401,40 @@ def build_rl(config: RLConfig, view: ProgressReporter, stop: Stop, stack: ExitSt
         spec=model.spec,
         machine=machine,
     )
+
+
+def open_run(config: RLConfig, tokenizer: Tokenizer, task: Task, view: ProgressReporter) -> RunDir:
+    """The run directory of a task. UserError where it holds another run."""
+    run = RunDir(config, (view.event,), inputs=inputs_of(config, tokenizer, task.problems))
+    before = run.before.num_steps if isinstance(run.before, RLConfig) else config.num_steps
+    say_changes(run, config.optim, view, config.algo.minibatches, before, config.num_steps)
+    if task.report.dropped:
+        task.report.write(run.path / "data.jsonl")
+    return run
+
+
+def say_changes(run: RunDir, optim: OptimSection, view: ProgressReporter, per_step: int, was: int, now: int) -> None:
+    """What differs from the recipe that the run in this directory had, and what that does to the learning rate.
+
+    Args:
+        per_step: optimizer steps of a step.
+        was: steps of the run as it was begun; `now`: as it goes on.
+    """
+    saved = checkpoints(run.path)
+    if not saved or run.before is None:
+        return
+    if run.changed:
+        view.say(
+            "going on with " + ", ".join(f"{key} = {now!r} (was {was!r})" for key, (was, now) in run.changed.items())
+        )
+    done = int(saved[-1].name[5:])
+    expected, rate = (learning_rate(optim, done * per_step, steps * per_step) for steps in (was, now))
+    if expected != rate and done < now:
+        last = learning_rate(optim, done * per_step - 1, was * per_step)
+        view.say(
+            f"optim.schedule = {optim.schedule!r} now spans {now} steps in place of {was}: the rate of step {done + 1} "
+            f"begins at {rate:.3g} (that of step {done} ended at {last:.3g})"
+        )
 
 
 def open_channel(

@@ -118,7 +118,7 @@ def run_eval(config: EvalConfig, view: ProgressReporter) -> EvalResult:
     longest = prompt_tokens + new_tokens
     out = Path(config.out) if config.out else None
     about = {"max_prompt_tokens": prompt_tokens} | flatten(
-        config.eval.model_dump(mode="json", exclude={"check"}), "eval."
+        config.eval.model_dump(mode="json", exclude={"check", "data"}), "eval."
     )
     with _kept_on_failure() as log_dir:
         file = out / "samples.jsonl" if out else None
@@ -174,7 +174,8 @@ def table_of(result: EvalResult) -> Table:
     wide = sizes[-1:]
     for name in ("set", "problems", "pass@1", "95 %", *(f"pass@{k}" for k in wide), *(f"maj@{k}" for k in wide)):
         table.add_column(name, justify="left" if name == "set" else "right")
-    for name in ("tokens", "cut", "unparsed", "fault"):
+    scored = ["score"] if result.score is not None else []
+    for name in (*scored, "tokens", "cut", "unparsed", "fault"):
         table.add_column(name, justify="right")
     for name, one in [*result.by_set.items(), ("all", result)]:
         table.add_row(
@@ -183,6 +184,7 @@ def table_of(result: EvalResult) -> Table:
             f"{one.pass_at_1:.1%}",
             f"{one.ci95[0]:.1%} to {one.ci95[1]:.1%}",
             *(f"{rates[k]:.1%}" if k in rates else "" for rates in (one.pass_at_k, one.majority_at_k) for k in wide),
+            *([f"{one.score:.3f}" if one.score is not None else ""] if scored else []),
             f"{one.response_tokens:.0f}",
             f"{one.truncation_rate:.1%}",
             f"{one.unparsed_rate:.1%}",

@@ -11,14 +11,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from pekoe.config.recipes import RLConfig, VerifySection
-from pekoe.core.errors import UserError
-from pekoe.core.progress import ProgressReporter
 from pekoe.core.types import Problem
 from pekoe.data.tokenizer import Tokenizer
-from pekoe.run.run_dir import INPUTS, RunDir, checkpoints, write_whole
-from pekoe.train.trainer import learning_rate
 from pekoe.verify.sources import source_digest
 
+Inputs = dict[str, Any]
+INPUTS = "inputs.json"
 _NUM_PROMPTS = 64  # of which the tokens are compared: a template writes all prompts alike
 
 
@@ -36,28 +34,18 @@ def reward_sources(verify: VerifySection, kinds: Sequence[str]) -> dict[str, str
     return {} if verify.random else {name: source_digest(name) for name in names}
 
 
-def check_inputs(run: RunDir, config: RLConfig, tokenizer: Tokenizer, problems: Sequence[Problem]) -> None:
-    """Compare with what the run began with, where it has a checkpoint; else keep them. UserError for the first that
-    differs."""
+def inputs_of(config: RLConfig, tokenizer: Tokenizer, problems: Sequence[Problem]) -> Inputs:
+    """The digests of a run."""
     tokens = [tokenizer.encode_prompt(problem.messages).tolist() for problem in problems[:_NUM_PROMPTS]]
-    now: dict[str, Any] = {
+    return {
         "problems": {problem.uid: digest(problem)[:8] for problem in problems},
         "prompts": hashlib.sha256(json.dumps(tokens).encode()).hexdigest()[:16],
         "rewards": reward_sources(config.verify, [problem.kind for problem in problems]),
     }
-    file = run.path / INPUTS
-    if checkpoints(run.path) and file.is_file():
-        differs = _difference(json.loads(file.read_text(encoding="utf-8")), now)
-        if differs:
-            raise UserError(
-                f"{run.path}: the run cannot go on as it began: {differs}. Go on with what it began with, or train on "
-                f"from its model in another run.dir (model.path={run.path}/model)"
-            )
-    else:
-        write_whole(file, json.dumps(now, indent=0) + "\n")
 
 
-def _difference(before: dict[str, Any], now: dict[str, Any]) -> str:
+def difference(before: Inputs, now: Inputs) -> str:
+    """What differs first, for a message; empty where nothing does."""
     old, new = before["problems"], now["problems"]
     if lost := [uid for uid in old if uid not in new]:
         return f"{len(lost):,} of its {len(old):,} problems are not in the data any more, such as {lost[0]!r}"
@@ -77,22 +65,3 @@ def _difference(before: dict[str, Any], now: dict[str, Any]) -> str:
         if rewards.get(name) != now["rewards"].get(name):
             return f"the source of the reward {name} has changed (or of what it imports from beside it)"
     return ""
-
-
-def say_changes(run: RunDir, config: RLConfig, view: ProgressReporter) -> None:
-    """What differs from the recipe that the run in this directory had, and what more steps do to the learning rate."""
-    saved = checkpoints(run.path)
-    if not saved or not isinstance(run.before, RLConfig):
-        return
-    if run.changed:
-        view.say("going on with " + ", ".join(f"{key} = {now!r} (was {was!r})" for key, (was, now) in run.changed))
-    per_step, done = config.algo.minibatches, int(saved[-1].name[5:])
-    was, now, last = (
-        learning_rate(c.optim, update, c.num_steps * per_step)
-        for c, update in ((run.before, done * per_step), (config, done * per_step), (run.before, done * per_step - 1))
-    )
-    if was != now and run.before.optim == config.optim and done < config.num_steps:
-        view.say(
-            f"optim.schedule = {config.optim.schedule!r} now spans {config.num_steps} steps in place of "
-            f"{run.before.num_steps}: the rate of step {done + 1} begins at {now:.3g} (step {done} ended at {last:.3g})"
-        )

@@ -39,6 +39,7 @@ from pekoe.core.journal import Journal, JsonLines, Listener
 from pekoe.core.loop import Snapshot, Trainer
 from pekoe.core.records import read_groups, write_groups
 from pekoe.core.types import JudgedGroup, Problem
+from pekoe.run.inputs import INPUTS, Inputs, difference
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,12 +79,12 @@ MAY_CHANGE = {
     "verify.memory_gib",
     "verify.max_fault_rate",
     "verify.functions",  # a kind that a problem has is found in its content, a function's source by `run.inputs`
+    "sft.epochs",
     "sft.eval_data",
     "sft.eval_every",
 }
 # Processes, who looks on, and what is measured on the way.
 MAY_CHANGE_BELOW = ("parallel.", "engine.server.", "cluster.", "track.", "eval.")
-INPUTS = "inputs.json"  # digests of what decides the result beside the recipe (`run.inputs`)
 WRITE_LIMIT_S = 3600  # of one checkpoint
 IN_FLIGHT = "in-flight"  # the stem of the files of a checkpoint's rollouts
 
@@ -95,16 +96,23 @@ class RunDir:
         config: of the run; its `run.dir`.
         listeners: called with each event of the journal.
         leader: whether this process writes. Where several train, the others read, and write their part of checkpoints.
+        inputs: what decides the result beside the config, and must be that of the run that is there.
     """
 
-    def __init__(self, config: TrainingConfig, listeners: tuple[Listener, ...] = (), leader: bool = True) -> None:
+    def __init__(
+        self,
+        config: TrainingConfig,
+        listeners: tuple[Listener, ...] = (),
+        leader: bool = True,
+        inputs: Inputs | None = None,
+    ) -> None:
         self.path = Path(config.run.dir)
         self._config, self._leader = config, leader
         self.before: TrainingConfig | None = None  # the recipe of the run that is there
-        self.changed: list[tuple[str, tuple[Any, Any]]] = []  # its keys that have other values now, which are these
+        self.changed: dict[str, list[Any]] = {}  # its keys that have other values now: those before, and these
         with ExitStack() as stack:
             if leader:
-                self._open(stack)
+                self._open(stack, inputs)
             self.ledger = JsonLines(self.path / "ledger.jsonl" if leader else None)
             stack.callback(self.ledger.close)
             self.journal = Journal(self.path / "journal.jsonl" if leader else None, listeners)
@@ -125,10 +133,10 @@ class RunDir:
         finally:
             self._stack.close()
 
-    def _open(self, stack: ExitStack) -> None:
-        """Make the directory, lock it for this process until `stack` closes, and write config.toml.
+    def _open(self, stack: ExitStack, inputs: Inputs | None) -> None:
+        """Make the directory, lock it for this process until `stack` closes, and write config.toml and inputs.json.
 
-        UserError where the config.toml there is of another run, which has a checkpoint.
+        UserError where those that are there are of another run, which has a checkpoint.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -141,25 +149,38 @@ class RunDir:
             ) from None
         busy = f"{self.path}: another process is running here; wait for it, or choose another run.dir"
         stack.enter_context(lock(self.path / ".lock", busy))
-        file = self.path / "config.toml"
+        file, known = self.path / "config.toml", self.path / INPUTS
+        has_checkpoint = bool(checkpoints(self.path))
         if file.exists():
-            now, self.before = flatten(self._config.model_dump()), load_config(file, kind=type(self._config))
-            before = flatten(self.before.model_dump())
-            before["model.template.date"] = before["model.template.date"] or now["model.template.date"]  # see with_date
+            self.before = load_config(file, kind=type(self._config))
             # Whatever the recipe says of the data, the problems that come of it are compared.
-            free = (*MAY_CHANGE_BELOW, "data.") if (self.path / INPUTS).is_file() else (*MAY_CHANGE_BELOW, "data.check")
-            changed = [k for k in (now | before) if not _same(k, now.get(k), before.get(k))]
-            differ = [k for k in changed if k not in MAY_CHANGE and not k.startswith(free)]
-            self.changed = [(k, (before.get(k), now.get(k))) for k in changed if k not in ("run.dir", "run.threads")]
-            if differ and any((self.path / "checkpoints").glob("step-*")):
-                key = differ[0]
+            differ = self._compare(self.before, "data." if inputs is not None and known.exists() else "data.check")
+            if differ and has_checkpoint:
+                key, (was, now) = next(iter(differ.items()))
                 raise UserError(
-                    f"{self.path}: holds a run with {key} = {before.get(key)!r}, got {now.get(key)!r}; "
+                    f"{self.path}: holds a run with {key} = {was!r}, got {now!r}; "
                     "go on with the same recipe, or choose another run.dir"
                 )
+        if inputs is not None and has_checkpoint and known.exists():
+            if differs := difference(json.loads(known.read_text(encoding="utf-8")), inputs):
+                raise UserError(cannot_go_on(self.path, differs))
+        elif inputs is not None:
+            write_whole(known, json.dumps(inputs, indent=0) + "\n")
         tree = self._config.model_dump(mode="json")
         check_num_steps(self.path, getattr(self._config, "num_steps", None))
         write_whole(file, dump_config(self._config), private=without_secrets(tree) != tree)
+
+    def _compare(self, before: TrainingConfig, free: str) -> dict[str, list[Any]]:
+        """Set `changed`. Returns the keys, with both values, that may not change; those that begin with `free` may."""
+        old, new = flatten(before.model_dump()), flatten(self._config.model_dump())
+        old["model.template.date"] = old["model.template.date"] or new["model.template.date"]  # see with_date
+        pairs = {key: [old.get(key), new.get(key)] for key in new | old}
+        pairs = {key: pair for key, pair in pairs.items() if not _same(key, *pair)}
+        shown = [flatten(without_secrets(config.model_dump(mode="json"))) for config in (before, self._config)]
+        told = {key: [tree.get(key) for tree in shown] for key in pairs if key not in ("run.dir", "run.threads")}
+        self.changed = {key: pair for key, pair in told.items() if pair[0] != pair[1]}
+        below = (*MAY_CHANGE_BELOW, free)
+        return {key: pair for key, pair in pairs.items() if key not in MAY_CHANGE and not key.startswith(below)}
 
     def resume(self, trainer: Trainer) -> Progress | None:
         """Go back to the newest checkpoint: load the trainer, take back what came later, return the progress.
@@ -189,7 +210,8 @@ class RunDir:
         for partial in (self.path / "checkpoints").glob(".partial-*"):
             shutil.rmtree(partial)
         if progress or taken:
-            self.journal.write("resumed", step=step, discarded_bytes=taken)
+            changed = {"changed": self.changed} if self.changed else {}
+            self.journal.write("resumed", step=step, discarded_bytes=taken, **changed)
 
     def sampled_in_flight(self, problems: Mapping[str, Problem]) -> list[JudgedGroup]:
         """The groups that the newest checkpoint has of its draws in flight; `problems` by their uids."""
@@ -275,7 +297,15 @@ class RunDir:
         return size
 
 
-def _same(key: str, now: Any, before: Any) -> bool:
+def cannot_go_on(run_dir: Path, why: str) -> str:
+    """The message where what decides the result has changed."""
+    return (
+        f"{run_dir}: the run cannot go on as it began: {why}. Go on with what it began with, or train on from its "
+        f"model in another run.dir (model.path={run_dir}/model)"
+    )
+
+
+def _same(key: str, before: Any, now: Any) -> bool:
     """Whether two values of a key are one; `./a` and `a` are the same path."""
     if key in ("model.path", "data.train") and isinstance(now, str) and isinstance(before, str):
         return os.path.abspath(now) == os.path.abspath(before)

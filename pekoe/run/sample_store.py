@@ -30,6 +30,7 @@ from pekoe.run.judging import make_judge
 from pekoe.run.rollouts import Rollouts, check_faults
 from pekoe.run.run_dir import lock
 
+_PLACES = {"model.path", "eval.data"}  # in files of earlier versions: what is there decides, and is compared
 SYNC_EVERY, CHUNK = 16, 1024  # problems
 NUM_EXAMPLES = 8
 
@@ -74,13 +75,14 @@ class ProblemResult:
 
 def decided_by(config: CurateConfig | EvalConfig, problems: Sequence[Problem]) -> dict[str, Any]:
     """What decides the responses to a problem, and their verdicts, beside the command's own section."""
-    files = [p for pattern in ("*.safetensors", "*.json") for p in sorted(Path(config.model.path).glob(pattern))]
+    files = [
+        p for pattern in ("*.safetensors", "*.json", "*.jinja") for p in sorted(Path(config.model.path).glob(pattern))
+    ]
     weights = hashlib.sha256()  # a path may come to name another model: that of a run that went on
     for path in files:
         with path.open("rb") as file:
             weights.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
     return {
-        "model.path": config.model.path,
         "model.weights": weights.hexdigest()[:16],
         "model.dtype": config.model.dtype,
         "engine.backend": config.engine.backend,
@@ -128,7 +130,7 @@ class ResumableSamples:
             self._lines.append({"about": about})
             return
         before = lines[0].get("about", {})
-        for key in sorted(about.keys() | before.keys()):
+        for key in sorted((about.keys() | before.keys()) - _PLACES):
             if before.get(key) != about.get(key):
                 raise UserError(
                     f"{path}: expected responses sampled with {key} = {about.get(key)!r}, got "

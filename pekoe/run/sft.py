@@ -17,11 +17,11 @@ from pekoe.core.types import Sample
 from pekoe.data.order import DataOrder
 from pekoe.data.problems import Demonstration, read_demonstrations
 from pekoe.data.tokenizer import Tokenizer
-from pekoe.run.build import open_model, prepare
+from pekoe.run.build import open_model, prepare, say_changes
 from pekoe.run.distributed import make_layout, process_group
 from pekoe.run.hardware import describe
 from pekoe.run.interrupt import StepTimer, Stop
-from pekoe.run.run_dir import Progress, RunDir, with_date
+from pekoe.run.run_dir import Progress, RunDir, cannot_go_on, checkpoints, with_date
 from pekoe.train import Trainer
 
 
@@ -54,12 +54,25 @@ def _run(config: SFTConfig, view: ProgressReporter, leader: bool) -> None:
         activation_checkpointing=config.train.activation_checkpointing,
         compile=config.train.compile,
     )
+    if saved := checkpoints(Path(config.run.dir)):
+        epochs = -(-int(saved[-1].name[5:]) // per_epoch)
+        if epochs > config.sft.epochs:
+            raise UserError(
+                f"sft.epochs: expected at least the {epochs} that {config.run.dir} has begun, got {config.sft.epochs}; "
+                f"nearest: {epochs}"
+            )
     uids = [f"{i}/{hashlib.blake2b(s.tokens.tobytes(), digest_size=8).hexdigest()}" for i, s in enumerate(samples)]
     order = DataOrder(uids, config.run.seed)  # refuses to go on with other demonstrations
     stop = Stop()
     with stop.listening(), RunDir(config, (view.event,), leader) as run:
+        if isinstance(run.before, SFTConfig):
+            say_changes(run, config.optim, view, 1, per_epoch * run.before.sft.epochs, total)
         progress = run.resume(trainer) or Progress(0, order.state())
-        order.restore(progress.order)
+        try:
+            order.restore(progress.order)
+        except UserError:
+            why = "its demonstrations are others, or give other tokens (the data, the chat template, the tokenizer)"
+            raise UserError(cannot_go_on(run.path, why)) from None
         alone = trainer.group is None  # several would measure one another
         run.journal.write("machine", **describe(trainer.device if alone else None, dtype))
         with phase(view, "steps", total, progress.step):

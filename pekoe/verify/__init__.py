@@ -12,7 +12,7 @@ from typing import Any
 from pekoe.core.types import Verdict
 from pekoe.verify.pool import JudgePool, JudgeStats
 
-__all__ = ["JudgePool", "JudgeStats", "judge"]
+__all__ = ["JudgePool", "JudgeStats", "Verdict", "judge"]
 
 _lock = threading.Lock()
 _pool: JudgePool | None = None

@@ -432,7 +432,8 @@ class JudgePool:
         elif task.check != "reference":
             verdict = Verdict(label, shown, why)
         elif label == "correct":
-            why = f"limit: {task.limits_hit[-1]}, twice; the reference can be judged against itself"
+            why = f"limit: {task.limits_hit[-1]}, twice"
+            why += "" if task.is_users else "; the reference can be judged against itself"
             verdict = Verdict("unparsed", shown, why)
         else:
             verdict = Verdict("fault", shown, f"limit: {task.limits_hit[-1]}; and {why}")

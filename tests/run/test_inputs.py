@@ -16,9 +16,9 @@ from pekoe.core.journal import read_lines
 from pekoe.core.records import read_records
 from pekoe.core.types import Problem
 from pekoe.data import Tokenizer
+from pekoe.data.mix import DataReport
 from pekoe.data.problems import read_problems
-from pekoe.run.inputs import check_inputs, say_changes
-from pekoe.run.run_dir import RunDir
+from pekoe.run.build import Task, open_run
 from tests.run.conftest import Messages
 
 Build = Callable[..., RLConfig]
@@ -37,9 +37,8 @@ def begin(recipe: dict[str, Any], tiny_dir: Path) -> Begin:
     def run(problems: Sequence[Problem], *overrides: str, template: str = "") -> list[str]:
         config, view = load_config(recipe, overrides), Messages()
         more = {"chat_template.jinja": template.encode()} if template else {}
-        with RunDir(config) as run:
-            check_inputs(run, config, Tokenizer(files | more), problems)
-            say_changes(run, config, view)
+        task = Task(list(problems), [], DataReport(), 20, [])
+        with open_run(config, Tokenizer(files | more), task, view) as run:
             (run.path / "checkpoints" / "step-000002").mkdir(parents=True, exist_ok=True)
         return view.said
 
@@ -160,3 +159,11 @@ def test_the_responses_of_the_step_that_stopped_the_run_are_written(
     printed = (Path(config.run.dir) / "logs" / "function-failing_rewards-f.log").read_text()
     assert "seen" in printed
     assert "Traceback" in printed
+
+
+def test_the_journal_says_what_changed_and_keeps_secrets(build: Build, train: Train):
+    config = build("num_steps=1", 'engine.server.env={HF_TOKEN="s3cret"}')
+    train(config)
+    train(build("num_steps=2", 'engine.server.env={HF_TOKEN="0ther"}', "eval.samples=3"))
+    (resumed,) = (e for e in read_lines(Path(config.run.dir) / "journal.jsonl") if e["event"] == "resumed")
+    assert resumed["changed"] == {"num_steps": [1, 2], "eval.samples": [32, 3]}

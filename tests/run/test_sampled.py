@@ -140,3 +140,13 @@ def test_an_engine_that_is_lost_and_started_again_goes_on_with_the_evaluation(ti
     result = run_eval(config, NoProgress())
     assert result.num_problems == 7
     assert pools[0].num_lost == 1
+
+
+def test_the_same_files_by_other_names_are_the_same(tiny_dir, tmp_path):
+    t = tree_of(tiny_dir, tmp_path / "o")
+    run_eval(load_config(t, kind=EvalConfig), NoProgress())
+    before = (tmp_path / "o/samples.jsonl").read_text()
+    t["model"]["path"] = f"{tiny_dir}/./model"
+    t["eval"]["data"] = f"{tiny_dir}/./" + t["eval"]["data"].rpartition("/")[2]
+    run_eval(load_config(t, kind=EvalConfig), NoProgress())
+    assert (tmp_path / "o/samples.jsonl").read_text() == before

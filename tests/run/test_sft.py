@@ -16,6 +16,7 @@ from pekoe.data.tokenizer import Tokenizer
 from pekoe.model import PackedAttention, load_model
 from pekoe.run.sft import run_sft, to_sample
 from pekoe.train import Trainer
+from tests.run.conftest import Messages
 
 
 @pytest.fixture
@@ -112,3 +113,18 @@ def test_a_demonstration_over_the_budget(tree: dict[str, Any], tmp_path: Path):
     run_sft(config, NoProgress())
     steps = [e for e in read_lines(Path(config.run.dir) / "journal.jsonl") if e["event"] == "step"]
     assert np.isfinite([e["loss"] for e in steps]).all()
+
+
+def test_more_epochs_go_on_and_fewer_or_other_demonstrations_are_refused(tree: dict[str, Any], tmp_path: Path):
+    run_sft(load_config(tree, ["sft.epochs=2"], SFTConfig), NoProgress())
+    view = Messages()
+    run_sft(load_config(tree, ["optim.schedule=constant", "sft.epochs=3"], SFTConfig), view)
+    assert "going on with sft.epochs = 3 (was 2)" in view.said
+    steps = [e["step"] for e in read_lines(tmp_path / "run" / "journal.jsonl") if e["event"] == "step"]
+    assert steps == list(range(1, 10))
+    with pytest.raises(UserError, match=r"sft\.epochs: expected at least the 3 .* got 1; nearest: 3"):
+        run_sft(load_config(tree, ["sft.epochs=1"], SFTConfig), NoProgress())
+    file = tmp_path / "demos.jsonl"
+    file.write_text(file.read_text().replace("boxed{7}", "boxed{8}"))
+    with pytest.raises(UserError, match=r"cannot go on as it began: its demonstrations are others"):
+        run_sft(load_config(tree, kind=SFTConfig), NoProgress())
