@@ -64,7 +64,9 @@ def server_update_times(name: str, directory: Path, place: Path, threads: int, r
     try:
         version = 0
         for route in ROUTES:
-            engine = open_engine({"urls": [launched.url], "sync": route}, route, launched.url)
+            os.environ["PEKOE_BENCH_KEY"] = launched.key
+            attached = {"urls": [launched.url], "key_env": "PEKOE_BENCH_KEY", "sync": route}
+            engine = open_engine(attached, route, launched.url)
             sender = LocalSender(model, torch.float32, lambda _: [])
             group = new_group(*sender.address(), 1 + engine.num_workers, "gloo", 60.0)
             try:

@@ -17,6 +17,8 @@ class ServerSection(ConfigSection):
     """The Python of the environment that SGLang or vLLM is installed in; starts `count` servers with it."""
     urls: tuple[str, ...] = Field(default=(), strict=False)
     """Servers that run already, http://host:port each; instead of `python`."""
+    key_env: str | None = None
+    """The environment variable that has the key of `urls`, wherever engines run; a server started here has its own."""
     count: Processes = 1
     """Servers to start."""
     gpus: tuple[str, ...] = Field(default=(), strict=False)
@@ -36,11 +38,12 @@ class ServerSection(ConfigSection):
     max_requests: int = Field(default=256, ge=1)
     """Requests that one server is given at a time; more wait here. It decodes at most `engine.max_running` together."""
     retries: int = Field(default=2, ge=0)
-    """How often a request is sent again after a transport error."""
+    """How often a request is sent again after a transport error or an answer of status 5xx (after 429: for as long as
+    request_limit_s allows), after a pause that grows or that the server's Retry-After asks for."""
     start_limit_s: Seconds = 900
     """How long a server may take to start."""
     request_limit_s: Seconds = 3600
-    """How long one request may take."""
+    """How long one request may take, to the last byte of its answer."""
     update_limit_s: Seconds = 600
     """How long a weight update, a pause or a flush may take."""
 

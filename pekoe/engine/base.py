@@ -66,6 +66,7 @@ class EngineStats:
     num_decode_tokens: int = 0  # response tokens sampled
     num_forwards: int = 0
     num_preemptions: int = 0
+    num_retries: int = 0  # requests that were sent to a server once more
     busy_s: float = 0.0  # seconds in which at least one request was unfinished
 
     def plus(self, **more: float) -> EngineStats:

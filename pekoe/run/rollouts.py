@@ -279,6 +279,7 @@ class Rollouts:
             "shared_tokens": stats.num_shared_tokens,
             "num_preemptions": stats.num_preemptions,
             "num_forwards": stats.num_forwards,
+            "num_retries": stats.num_retries,
             "engines_busy_s": stats.busy_s,
             "num_engines": len(self._pool.in_state("serving")),
             "num_lost_engines": self._pool.num_lost,

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -43,6 +45,12 @@ def off_by_version(models: dict[int, Decoder], completion: Completion) -> float:
         gap = np.abs(completion.logprobs - reference(models[version], completion))
         worst = max(worst, float(gap[start:end].max(initial=0.0)))
     return worst
+
+
+def attached_to(launched: ServerEngine) -> dict[str, Any]:
+    """The settings of [engine.server] for an engine on the server that another one has launched."""
+    os.environ["PEKOE_TEST_KEY"] = launched.key
+    return {"urls": (launched.url,), "key_env": "PEKOE_TEST_KEY"}
 
 
 def results(futures: Sequence[Future[Completion]], limit_s: float = 120.0) -> list[Completion]:

@@ -13,6 +13,7 @@ from pekoe.config.engine import EngineSection
 from pekoe.core.spec import ModelSpec
 from pekoe.engine.servers import SGLangEngine
 from pekoe.model import Decoder, save_model
+from tests.servers.common import attached_to
 from tests.servers.vllm_fixture import vllm_engine_factory, vllm_launch  # noqa: F401  # pyright: ignore[reportUnusedImport]
 
 HERE = Path(__file__).resolve().parent
@@ -53,6 +54,7 @@ def sglang_section(sglang_python: str) -> Callable[..., EngineSection]:
         server |= changes
         if "urls" in changes:
             del server["python"]
+            return EngineSection.model_validate({"backend": "sglang", "server": server})
         return EngineSection.model_validate({"backend": "sglang", "max_running": 32, "server": server})
 
     return make
@@ -92,7 +94,7 @@ def sglang_engine_factory(
 
     def make(model: Decoder, **changes: Any) -> SGLangEngine:
         launched = sglang_launched(model)
-        section = sglang_section(urls=(launched.url,), **changes)
+        section = sglang_section(**attached_to(launched), **changes)
         place = tmp_path / f"logs-{len(engines)}"
         engine = SGLangEngine(tmp_path, section, model.spec, launched.max_sequence_tokens, place, url=launched.url)
         engines.append(engine)

@@ -30,6 +30,7 @@ from pekoe.engine import SGLangEngine
 from pekoe.model import Decoder, load_model, save_model
 from pekoe.run.replay import replay_run
 from pekoe.weights.checksums import SGLangChecksums, checksums_of
+from tests.servers.common import attached_to
 from tests.servers.test_sglang_server import SHAPE as SGLANG_SHAPE
 from tests.servers.test_sglang_server import group_members
 from tests.servers.vllm_fixture import START_LIMIT_S, vllm_python
@@ -136,13 +137,13 @@ def test_sglang_attached_by_disk_and_evaluated(
 ):
     """A server that runs already, on other weights: it is given the run's, and goes on afterwards."""
     launched = sglang_launched(make_model(seed=5, scale=2.0, **SGLANG_SHAPE))
-    recipe = lay_out(sglang_section(urls=(launched.url,), sync="disk"), SGLANG_SHAPE)
+    recipe = lay_out(sglang_section(**attached_to(launched), sync="disk"), SGLANG_SHAPE)
     assert "attaching to 1 sglang server, weights by disk" in pekoe("rl", str(recipe))
     assert_proven(recipe, "disk")
     assert launched.process is not None
     assert group_members(launched.process.pid)
     words = ["eval.samples=2", "eval.max_new_tokens=12", "max_prompt_tokens=8", "engine.backend=sglang"]
-    words += [f'engine.server.urls=["{launched.url}"]', "run.threads=1"]
+    words += [f'engine.server.urls=["{launched.url}"]', "engine.server.key_env=PEKOE_TEST_KEY", "run.threads=1"]
     model, data = recipe.parent / "run" / "model", recipe.parent / "train.jsonl"
     printed = pekoe("eval", *words, "--model", str(model), "--data", str(data))
     assert json.loads(printed[printed.index("{") :])["num_problems"] == 8

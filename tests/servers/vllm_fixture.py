@@ -12,6 +12,7 @@ import pytest
 from pekoe.config.engine import EngineSection
 from pekoe.engine.servers import VLLMEngine
 from pekoe.model import Decoder, save_model
+from tests.servers.common import attached_to
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
 START_LIMIT_S = 400.0
@@ -57,7 +58,8 @@ def vllm_engine_factory(
         place = tmp_path_factory.mktemp("weights")
         save_model(model, place / "model")
         url = launched[model.spec].url
-        config = EngineSection.model_validate({"backend": "vllm", "server": {"urls": [url]} | server})
+        server = attached_to(launched[model.spec]) | server
+        config = EngineSection.model_validate({"backend": "vllm", "server": server})
         engine = VLLMEngine(place / "model", config, model.spec, model.spec.max_positions, place, url=url)
         engine.update_weights(place / "model", 0)
         return engine

@@ -1,31 +1,42 @@
 """What differs between SGLang's and vLLM's HTTP APIs: a client sends requests to one server and keeps no state of them.
 
-It raises TransportError if no response came (the request may be sent again), and RunError for an error response or
-one that it cannot read.
+It raises TransportError if no response came (the request may be sent again), BusyError for a response that asks for
+another try, and RunError for an error response or one that it cannot read. Its time and size have limits, and every
+value that is read from it is checked.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any, ClassVar, Literal, cast
 
 import httpx
 
 from pekoe.config.engine import ServerSection
-from pekoe.core.errors import RunError
+from pekoe.config.secrets import without_secrets
+from pekoe.core.errors import RunError, UserError
 from pekoe.core.spec import ModelSpec
 from pekoe.core.types import FinishReason, Request, SamplingParams
 from pekoe.engine.base import BroadcastGroup, Checksums
 from pekoe.engine.buckets import Tensors
 
+KEY_VARIABLE = "PEKOE_SERVER_KEY"  # of the environment of a launched server
 _CONNECT_LIMIT_S = 10.0
 _HEALTH_LIMIT_S = 10.0
 _KEEP_ALIVE_S = 2.0  # shorter than any server's (uvicorn: 5 s), so that no request meets a closing connection
+MOST_BYTES = 16 << 20  # of a response
+_SAMPLE_BYTES, _TOKEN_BYTES = 1 << 20, 1 << 10  # of a sample's: of all that is no token, and of each token
+_MOST_PAUSE_S = 60.0  # that `Retry-After` may ask for
+_SHOWN = 500  # characters of a response that a message has
+# What reading a response raises where something in it is not what it should be.
+MISREAD = LookupError, TypeError, ValueError, AttributeError, OverflowError, RecursionError
 
 
 class TransportError(Exception):
@@ -33,7 +44,15 @@ class TransportError(Exception):
 
 
 class SilenceError(RunError):
-    """Connected, but no response within the limit."""
+    """Connected, but no whole response within the limit."""
+
+
+class BusyError(RunError):
+    """A response of status 429 or 5xx: the request may be sent again, after `pause_s` where the server says when."""
+
+    def __init__(self, message: str, status: int, pause_s: float | None) -> None:
+        super().__init__(message)
+        self.status, self.pause_s = status, pause_s
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,13 +74,16 @@ class ServerOptions:
 class Answer:
     """A server's response to one request, before it is checked.
 
-    Example: Answer([4, 5, 6], [-1.0, -2.0, -0.5], "length", [(1, 0), (2, 2)], 16): the third token is of version 2.
+    Example: Answer([4, 5, 6], [-1.0, -2.0, -0.5], "length", [(1, 0), (2, 2)], "rid-7", 17, 16): the third token is of
+    version 2.
     """
 
     tokens: list[int]
     logprobs: list[float]  # of each token, at the sampling temperature (at 1 for greedy), before top-p and top-k
     finish: FinishReason
     versions: list[tuple[int, int]]  # (policy version, index of its first token)
+    rid: str = ""  # the id of the request that it is for
+    num_prompt_tokens: int | None = None  # None: ended before it was looked at
     num_cached_tokens: int = 0  # of the prompt
 
 
@@ -69,7 +91,7 @@ ABORTED = Answer([], [], "abort", [])
 
 
 class ServerClient(ABC):
-    """A client of the server at `url`, used from one event loop."""
+    """A client of the server at `url`, used from one event loop. `key`: sent with every request (a bearer token)."""
 
     sample_path: ClassVar[str]
     resume_path: ClassVar[str]
@@ -77,10 +99,14 @@ class ServerClient(ABC):
     onload_path: ClassVar[str]
     empty_body: ClassVar[dict[str, Any] | None] = None  # of calls without arguments
 
-    def __init__(self, options: ServerOptions, url: str, transport: httpx.AsyncBaseTransport | None = None) -> None:
-        self.options, self.url = options, url
+    def __init__(
+        self, options: ServerOptions, url: str, key: str = "", transport: httpx.AsyncBaseTransport | None = None
+    ) -> None:
+        self.options, self.key = options, key
+        self._address, self.url = url, without_secrets(url)  # `url` is for messages
+        headers = {"accept-encoding": "identity"} | ({"authorization": f"Bearer {key}"} if key else {})
         limits = httpx.Limits(max_connections=None, keepalive_expiry=_KEEP_ALIVE_S)
-        self._http = httpx.AsyncClient(limits=limits, trust_env=False, transport=transport)
+        self._http = httpx.AsyncClient(headers=headers, limits=limits, trust_env=False, transport=transport)
 
     # Starting
 
@@ -92,10 +118,10 @@ class ServerClient(ABC):
     async def ready(self) -> bool:
         """Whether its health check passes. A paused server may fail it (SGLang's does)."""
         try:
-            answer = await self._http.get(self.url + "/health", timeout=_HEALTH_LIMIT_S)
-        except httpx.HTTPError:
+            await self.get("/health", _HEALTH_LIMIT_S)
+        except (TransportError, RunError):
             return False
-        return answer.status_code == 200
+        return True
 
     async def reachable(self) -> bool:
         """Whether the server responds, paused or not."""
@@ -125,15 +151,21 @@ class ServerClient(ABC):
 
     async def sample(self, request: Request, rid: str) -> Answer:
         """One response under the request id `rid`, with a seed of its own from `sampling.sequence_key`."""
-        content = await self.post(self.sample_path, self.body(request, rid), self.options.config.request_limit_s)
+        body, most = self.body(request, rid), _SAMPLE_BYTES + _TOKEN_BYTES * request.params.max_new_tokens
+        content = await self.post(self.sample_path, body, self.options.config.request_limit_s, most)
+        size = len(request.tokens)
         try:
             answer = self.parse(content)
             if answer.finish not in ("stop", "length", "abort"):
-                raise ValueError(f"finish reason {answer.finish!r}")
-        except (LookupError, TypeError, ValueError) as error:
-            why, shown = f"{type(error).__name__}: {error}", json.dumps(content)[:500]
+                raise ValueError(f"finish reason {shown(answer.finish)}")
+            if answer is not ABORTED and (answer.rid, answer.num_prompt_tokens) != (rid, size):
+                raise ValueError(f"it answers {shown(answer.rid)} with {answer.num_prompt_tokens} prompt tokens")
+            if not 0 <= answer.num_cached_tokens <= size:
+                raise ValueError(f"{answer.num_cached_tokens} of {size} prompt tokens from its cache")
+        except MISREAD as error:
             raise RunError(
-                f"{self.url}{self.sample_path}: expected one response of numbered weights, got {shown} ({why})"
+                f"{self.url}{self.sample_path}: expected one response of numbered weights to request {rid!r} of {size} "
+                f"prompt tokens, got {shown(content)} ({type(error).__name__}: {shown(str(error))})"
             ) from None
         return answer
 
@@ -145,7 +177,7 @@ class ServerClient(ABC):
     @staticmethod
     @abstractmethod
     def parse(content: Any) -> Answer:
-        """Read the response to one request. LookupError, TypeError or ValueError for anything unexpected."""
+        """Read the response to one request. An error of MISREAD for anything unexpected."""
 
     @abstractmethod
     async def abort(self, rids: Sequence[str]) -> None:
@@ -208,41 +240,68 @@ class ServerClient(ABC):
     # HTTP
 
     async def get(self, path: str, limit_s: float | None = None) -> Any:
+        """As `post`."""
         return await self._request("GET", path, None, limit_s)
 
-    async def post(self, path: str, body: Any = None, limit_s: float | None = None) -> Any:
+    async def post(
+        self, path: str, body: Any = None, limit_s: float | None = None, most_bytes: int = MOST_BYTES
+    ) -> Any:
         """The response's JSON (None without a body; text if it is not JSON).
 
-        Raises TransportError, SilenceError (after `limit_s`, by default config.update_limit_s), and RunError with the
-        server's message for any status but 200.
+        Raises TransportError, SilenceError (after `limit_s`, or config.update_limit_s, for all of it), BusyError,
+        and RunError with the server's message for any other status but 200, or for more than `most_bytes`.
         """
-        return await self._request("POST", path, body, limit_s)
+        return await self._request("POST", path, body, limit_s, most_bytes)
 
     async def close(self) -> None:
         await self._http.aclose()
 
-    async def _request(self, method: str, path: str, body: Any, limit_s: float | None) -> Any:
-        limit = limit_s or self.options.config.update_limit_s
+    async def _request(
+        self, method: str, path: str, body: Any, limit_s: float | None, most_bytes: int = MOST_BYTES
+    ) -> Any:
+        limit, place = limit_s or self.options.config.update_limit_s, self.url + path
         timeout = httpx.Timeout(limit, connect=_CONNECT_LIMIT_S)
+        sending = self._http.stream(method, self._address + path, json=body, timeout=timeout)
         try:
-            answer = await self._http.request(method, self.url + path, json=body, timeout=timeout)
-        except (httpx.ReadTimeout, httpx.WriteTimeout):
-            raise SilenceError(f"{self.url}{path}: expected an answer within {limit:g} s, got none") from None
+            async with asyncio.timeout(limit), sending as answer:  # httpx's limits are of each read alone
+                if (coding := answer.headers.get("content-encoding", "identity")) != "identity":
+                    raise RunError(f"{place}: expected an answer that is not compressed, got {shown(coding)}")
+                data = bytearray()
+                async for piece in answer.aiter_bytes():
+                    data += piece
+                    if len(data) > most_bytes:
+                        raise RunError(f"{place}: expected an answer of at most {most_bytes:,} bytes, got more")
+        except (TimeoutError, httpx.ReadTimeout, httpx.WriteTimeout):
+            raise SilenceError(f"{place}: expected an answer within {limit:g} s, got none, or a part") from None
         except httpx.HTTPError as error:
-            raise TransportError(f"{self.url}{path}: {type(error).__name__}: {error}") from None
+            raise TransportError(f"{place}: {type(error).__name__}: {error}") from None
         try:
-            content = answer.json() if answer.content else None
-        except ValueError:
-            content = answer.text
-        if answer.status_code != 200:
-            raise RunError(f"{self.url}{path}: expected status 200, got {answer.status_code}: {_message(content)}")
+            content = json.loads(data) if data else None
+        except (ValueError, RecursionError):
+            content = data.decode(errors="backslashreplace")
+        if (status := answer.status_code) != 200:
+            message = f"{place}: expected status 200, got {status}: {_message(content)}"
+            if status == 401 and not self.key:
+                message += "; engine.server.key_env names the variable that has the server's key"
+            if status == 429 or status >= 500:
+                raise BusyError(message, status, _pause_s(answer.headers.get("retry-after", "")))
+            raise RunError(message)
         return content
 
     def field(self, content: Any, name: str, kind: type) -> Any:
         """content[name]; RunError if it is missing or of another type, as from another program at this address."""
         if not isinstance(content, dict) or not isinstance(content.get(name), kind):
-            raise RunError(f"{self.url}: expected an answer with {name!r}, got {json.dumps(content)[:300]}")
+            raise RunError(f"{self.url}: expected an answer with {name!r}, got {shown(content)}")
         return cast("dict[str, Any]", content)[name]
+
+
+def refuse_key(args: Sequence[str]) -> None:
+    """UserError where `engine.server.args` has a key, next to which a launched server would not take its own."""
+    if any(arg.replace("_", "-").split("=")[0] in ("--api-key", "--admin-api-key") for arg in args):
+        raise UserError(
+            "engine.server.args: expected no --api-key: a server that is started here gets a key of its own, and "
+            "engine.server.key_env is for the key of a server that runs already (urls)"
+        )
 
 
 def group_fields(group: BroadcastGroup) -> dict[str, Any]:
@@ -266,6 +325,46 @@ def tensor_fields(tensors: Tensors, dtypes: str) -> dict[str, Any]:
     }
 
 
+def whole(value: Any) -> int:
+    """An integer that fits 31 bits, in JSON or in decimal digits; an error of MISREAD for anything else."""
+    if isinstance(value, str) and len(value) < 11 and value.isascii() and value.isdecimal():
+        value = int(value)
+    if type(value) is not int or not -(2**31) < value < 2**31:
+        raise TypeError(f"expected a whole number, got {shown(value)}")
+    return value
+
+
+def token_ids(values: Any) -> list[int]:
+    """A list of integers; an error of MISREAD for anything else."""
+    if not isinstance(values, list) or not all(type(value) is int for value in values):
+        raise TypeError(f"expected a list of token ids, got {shown(values)}")
+    return [whole(value) for value in cast("list[int]", values)]
+
+
+def logprob(value: Any) -> float:
+    """A number; TypeError for anything else. Whether it can be a log-prob is checked with all of a response."""
+    if type(value) not in (int, float):
+        raise TypeError(f"expected a log-prob, got {shown(value)}")
+    return float(value)
+
+
+def shown(content: Any) -> str:
+    """The beginning of what a server sent, for a message: never long, and without control characters."""
+    text = ""
+    try:
+        for part in [content] if isinstance(content, str) else json.JSONEncoder().iterencode(content):
+            text += part
+            if len(text) > _SHOWN:
+                break
+    except RecursionError:
+        text = text[:_SHOWN] or "JSON of too many levels"
+    return _printable(text[:_SHOWN])
+
+
+def _printable(text: str) -> str:
+    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
+
+
 def _message(content: Any) -> str:
     """The innermost message of an error response."""
     while isinstance(content, dict):
@@ -273,4 +372,14 @@ def _message(content: Any) -> str:
         if inner is None:
             break
         content = inner
-    return str(content)[:2000]
+    return _printable(content[:2000]) if isinstance(content, str) else shown(content)
+
+
+def _pause_s(retry_after: str) -> float | None:
+    """Seconds that a Retry-After header asks to wait, as a number or a date; None for anything else."""
+    try:
+        seconds = float(whole(retry_after)) if retry_after[:1].isdigit() else None
+        seconds = parsedate_to_datetime(retry_after).timestamp() - time.time() if seconds is None else seconds
+    except MISREAD:
+        return None
+    return min(max(seconds, 0.0), _MOST_PAUSE_S)

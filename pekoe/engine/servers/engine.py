@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import itertools
 import os
+import secrets
 import tempfile
 import threading
 import time
@@ -25,7 +26,8 @@ from urllib.parse import urlsplit
 import numpy as np
 import torch
 
-from pekoe.config.engine import EngineSection
+from pekoe.config.engine import EngineSection, ServerSection
+from pekoe.config.secrets import without_secrets
 from pekoe.core.errors import RunError, UserError
 from pekoe.core.spec import ModelSpec
 from pekoe.core.types import Completion, Record, Request, SamplingParams
@@ -42,11 +44,20 @@ from pekoe.engine.base import (
     validate,
 )
 from pekoe.engine.buckets import buckets
-from pekoe.engine.servers.client import ABORTED, Answer, ServerClient, ServerOptions, SilenceError, TransportError
+from pekoe.engine.servers.client import (
+    ABORTED,
+    Answer,
+    BusyError,
+    ServerClient,
+    ServerOptions,
+    SilenceError,
+    TransportError,
+)
 from pekoe.engine.servers.process import ServerProcess, allow_open_files, check_python, free_port, wait_ready
 from pekoe.model import Decoder, save_model
 
 _BACKOFF_S = 0.2  # before the first retry; each further one waits twice as long
+_BUSY_S, _MOST_BUSY_S = 1.0, 30.0  # likewise, where the server answered 429 or 5xx and did not say when
 _ABORT_AGAIN_S = 0.2
 _LEAVE_LIMIT_S = 5.0  # for the last calls to an attached server
 
@@ -72,6 +83,17 @@ class _Flight:
     version: int = 0  # of the weights when it was sent
     aborted: bool = False
     error: Exception | None = None  # why its task was cancelled, unless it is aborted
+
+
+def key_of(config: ServerSection) -> str:
+    """The key of servers that run already; empty: they have none. UserError where its variable is not set."""
+    key = os.environ.get(config.key_env, "") if config.key_env else ""
+    if config.key_env and not (key.isascii() and key.isprintable() and key.strip()):
+        raise UserError(
+            f"engine.server.key_env: expected the environment variable {config.key_env} with the servers' key, got "
+            f"{'none' if not key else 'one that is no printable ASCII'}"
+        )
+    return key
 
 
 class ServerEngine(Engine):
@@ -118,7 +140,7 @@ class ServerEngine(Engine):
         self._limit = min(self._limit, kv_tokens or self._limit)
         limits = self._limit, kv_tokens, config.max_running
         options = ServerOptions(model, server, spec, *limits, dtype=dtype, device=device, offloads=offloads)
-        self.label = f"{self.name} server {number}" if url is None else f"{self.name} at {url}"
+        self.label = f"{self.name} server {number}" if url is None else f"{self.name} at {without_secrets(url)}"
         if url is None:
             check_python(self.name, server.python)
         elif server.sync == "shm" and urlsplit(url).hostname not in ("127.0.0.1", "localhost", "::1"):
@@ -129,7 +151,8 @@ class ServerEngine(Engine):
         allow_open_files(len(server.urls) or server.count, server.max_requests)
         port = free_port()
         self.url = url.rstrip("/") if url else f"http://127.0.0.1:{port}"
-        self._client = self.client_class(options, self.url)
+        self.key = secrets.token_hex(32) if url is None else key_of(server)
+        self._client = self.client_class(options, self.url, self.key)
         command = self._client.command(port) if url is None else None
         self.process: ServerProcess | None = None  # of a launched server
         self._version, self._stats, self._num_workers = 0, EngineStats(), 0
@@ -258,30 +281,39 @@ class ServerEngine(Engine):
             self._stats = self._stats.plus(num_prefill_tokens=computed)
 
     async def _answer(self, flight: _Flight) -> Answer:
-        """Send the request, again after a TransportError. EngineLost if the server is dead or its update failed."""
-        why = ""
-        for attempt in range(self._config.retries + 1):
+        """Send the request, again after a TransportError or a BusyError. EngineLost if the server is dead or its update
+        failed. A 429 says "later", not "never": it may come until `request_limit_s` has passed."""
+        end = time.monotonic() + self._config.request_limit_s
+        num_sent = failures = 0
+        while True:
             await self._until_usable()
             if flight.aborted:
                 return ABORTED
             # A new id each time: the old request may still run. Equal lengths: SGLang aborts all ids with a prefix.
             flight.rid = f"{self._rid}-{next(self._rids):012d}"
             flight.version = self._version
+            num_sent += 1
             try:
                 return await self._client.sample(flight.request, flight.rid)
             except TransportError as error:
-                why = f"{error} ({attempt + 1} attempts)"
+                pause, failures = _BACKOFF_S * 2**failures, failures + 1
+                if failures > self._config.retries or (self.process is not None and self.process.exit_code is not None):
+                    raise self._lost(f"{error} ({num_sent} attempts)") from None
+            except BusyError as error:
+                pause = (
+                    min(_BUSY_S * 2 ** min(num_sent - 1, 9), _MOST_BUSY_S) if error.pause_s is None else error.pause_s
+                )
+                failures += error.status != 429
+                if failures > self._config.retries or time.monotonic() + pause > end:
+                    raise RunError(f"{error} ({num_sent} attempts)") from None
             except SilenceError as error:
                 paused = not self._may_send.is_set()  # a paused server may fail its health check
                 if paused or await self._client.ready() or not self._may_send.is_set():
                     raise
-                why = f"{error}, and its health check fails"
-                break
+                raise self._lost(f"{error}, and its health check fails") from None
             flight.rid = ""  # not at the server: an abort ends it here
-            if self.process is not None and self.process.exit_code is not None:
-                break
-            await asyncio.sleep(_BACKOFF_S * 2**attempt)
-        raise self._lost(why)
+            self._stats = self._stats.plus(num_retries=1)
+            await asyncio.sleep(pause)
 
     async def _until_usable(self) -> None:
         """Wait for the end of an update. EngineLost if it failed and no later one succeeded."""
@@ -299,7 +331,9 @@ class ServerEngine(Engine):
     def _checked(self, flight: _Flight, answer: Answer) -> Completion:
         """Check an answer and convert it. RunError if it is invalid; EngineLost for tokens of versions that the server
         did not have meanwhile (somebody restarted it, or it is a router)."""
-        tokens, logprobs = np.array(answer.tokens, np.int64), np.array(answer.logprobs, np.float32)
+        tokens = np.array(answer.tokens, np.int64)
+        with np.errstate(over="ignore"):  # what float32 does not hold is -inf, and refused
+            logprobs = np.array(answer.logprobs, np.float64).astype(np.float32)
         request, params, size, vocab = flight.request, flight.request.params, len(tokens), self._spec.vocab_size
         versions = tuple(answer.versions) if size else ()
         starts, end = [start for _, start in versions], answer.tokens[-1:]

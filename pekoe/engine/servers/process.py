@@ -44,7 +44,9 @@ class ServerProcess:
         self._shared_memory: set[Path] = set()  # files that it made
         self._stopping = threading.Lock()
         log.parent.mkdir(parents=True, exist_ok=True)
-        with log.open("ab") as file:
+        # Servers log their arguments, the key among them: for its owner alone.
+        with os.fdopen(os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600), "ab") as file:
+            os.fchmod(file.fileno(), 0o600)
             self._popen = subprocess.Popen(
                 [sys.executable, "-I", "-S", str(_GUARD), str(os.getpid()), *argv],
                 stdin=subprocess.DEVNULL,

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -27,9 +26,23 @@ from pekoe.core.types import FinishReason, Request, SamplingParams
 from pekoe.engine.base import BroadcastGroup, Checksums, EngineKind
 from pekoe.engine.buckets import Tensors
 from pekoe.engine.sampling import sequence_key
-from pekoe.engine.servers.client import ABORTED, Answer, ServerClient, group_fields, tensor_fields
+from pekoe.engine.servers.client import (
+    ABORTED,
+    KEY_VARIABLE,
+    Answer,
+    ServerClient,
+    SilenceError,
+    group_fields,
+    logprob,
+    refuse_key,
+    shown,
+    tensor_fields,
+    token_ids,
+    whole,
+)
 from pekoe.engine.servers.engine import ServerEngine
 
+LAUNCH = Path(__file__).with_name("sglang_launch.py")
 _CONTEXT_MARGIN = 8  # a prompt must be shorter than the context by 6, a response's end by 1
 _FLUSH_ATTEMPTS, _FLUSH_AGAIN_S = 25, 0.2
 
@@ -44,8 +57,9 @@ class SGLangClient(ServerClient):
     def command(self, port: int) -> tuple[list[str], dict[str, str]]:
         options = self.options
         assert options.config.python is not None
+        refuse_key(options.config.args)
         context = options.max_sequence_tokens + _CONTEXT_MARGIN
-        argv = [options.config.python, "-m", "sglang.launch_server", "--model-path", str(options.model)]
+        argv = [options.config.python, str(LAUNCH), "--model-path", str(options.model)]
         argv += ["--host", "127.0.0.1", "--port", str(port), "--device", options.device, "--dtype", options.dtype]
         argv += ["--context-length", str(context), "--max-running-requests", str(options.max_running)]
         # No text is sent or wanted; the warm-up would send some.
@@ -54,7 +68,7 @@ class SGLangClient(ServerClient):
             argv += ["--max-total-tokens", str(max(options.kv_tokens, context))]
         if options.offloads and options.device == "cuda":
             argv += ["--enable-memory-saver"]
-        env = {"HF_HUB_OFFLINE": "1"}
+        env = {"HF_HUB_OFFLINE": "1", KEY_VARIABLE: self.key}
         if options.device == "cpu":
             argv += ["--sleep-on-idle"]
             env["SGLANG_USE_CPU_ENGINE"] = "1"
@@ -109,20 +123,21 @@ class SGLangClient(ServerClient):
         if reason == "abort" and finish.get("status_code") is not None:  # by the server, not by us
             raise ValueError(str(finish.get("message")))
         if reason == "stop" and not isinstance(finish["matched"], int):  # a NaN, among others
-            raise ValueError(f"a stop at {finish['matched']!r}, not at a token")
-        tokens = [int(token) for token in content["output_ids"]]
+            raise ValueError(f"a stop at {shown(finish['matched'])}, not at a token")
+        tokens = token_ids(content["output_ids"])
         if reason == "abort" and not tokens:  # aborted in the queue: such an answer lacks most fields
             return ABORTED
         entries = meta["output_token_logprobs"]
         if [entry[1] for entry in entries] != tokens:
             raise ValueError("its log-probs are not those of its tokens")
-        spans = meta["weight_versions"]
-        starts = [span["start"] for span in spans] + [len(tokens)]
-        if starts[0] != 0 or starts[1:] != [span["end"] for span in spans]:
+        spans = [tuple(whole(span[key]) for key in ("version", "start", "end")) for span in meta["weight_versions"]]
+        starts = [start for _, start, _ in spans] + [len(tokens)]
+        if starts[0] != 0 or starts[1:] != [end for _, _, end in spans]:
             raise ValueError(f"versions with gaps: {spans}")
-        versions = [(int(span["version"]), int(span["start"])) for span in spans if span["start"] < span["end"]]
-        cached = int(meta.get("cached_tokens", 0) if reason == "abort" else meta["cached_tokens"])
-        return Answer(tokens, [float(entry[0]) for entry in entries], reason, versions, cached)
+        versions = [(version, start) for version, start, end in spans if start < end]
+        cached = whole(meta.get("cached_tokens", 0) if reason == "abort" else meta["cached_tokens"])
+        logprobs = [logprob(entry[0]) for entry in entries]
+        return Answer(tokens, logprobs, reason, versions, meta["id"], whole(meta["prompt_tokens"]), cached)
 
     async def abort(self, rids: Sequence[str]) -> None:
         await asyncio.gather(*(self.post("/abort_request", {"rid": rid}) for rid in rids))
@@ -137,6 +152,8 @@ class SGLangClient(ServerClient):
             try:
                 await self.post("/flush_cache")
                 return
+            except SilenceError:
+                raise
             except RunError:  # what was aborted or retracted just now is not out of its batch yet
                 if attempt == _FLUSH_ATTEMPTS - 1:
                     raise
@@ -180,7 +197,7 @@ class SGLangClient(ServerClient):
 
     def _succeeded(self, content: Any) -> None:
         if not isinstance(content, dict) or content.get("success") is not True:
-            raise RunError(f"{self.url}: expected success, got {json.dumps(content)[:500]}")
+            raise RunError(f"{self.url}: expected success, got {shown(content)}")
 
 
 class SGLangEngine(ServerEngine):

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 
@@ -26,11 +26,26 @@ from pekoe.core.types import Request, SamplingParams
 from pekoe.engine.base import BroadcastGroup, Checksums, EngineKind
 from pekoe.engine.buckets import Tensors
 from pekoe.engine.sampling import sequence_key
-from pekoe.engine.servers.client import Answer, ServerClient, TransportError, group_fields, tensor_fields
+from pekoe.engine.servers.client import (
+    KEY_VARIABLE,
+    MISREAD,
+    MOST_BYTES,
+    Answer,
+    ServerClient,
+    TransportError,
+    group_fields,
+    logprob,
+    refuse_key,
+    shown,
+    tensor_fields,
+    token_ids,
+    whole,
+)
 from pekoe.engine.servers.engine import ServerEngine
 
 WORKER_DIR = Path(__file__).with_name("vllm_worker")
 EXTENSION, TRANSFER = "pekoe_vllm_gloo.Extension", "pekoe"
+MIDDLEWARE = "pekoe_vllm_key.RequireKey"
 LOGPROBS = "processed_logprobs"  # the only ones at the sampling temperature
 MIN_TEMPERATURE = 0.01  # vLLM raises a lower one to this, and only logs it
 CPU_BLOCK_TOKENS = 32  # its default on CPU, 128, leaves short prompts unshared
@@ -91,6 +106,7 @@ class VLLMClient(ServerClient):
 
     def command(self, port: int) -> tuple[list[str], dict[str, str]]:
         options, config = self.options, self.options.config
+        refuse_key(config.args)
         check_args(config.args, options.device)
         if "PYTHONPATH" in config.env:
             raise UserError("engine.server.env: expected no PYTHONPATH for vLLM (Pekoe sets it), got one")
@@ -102,7 +118,7 @@ class VLLMClient(ServerClient):
         argv += ["--enable-prefix-caching", "--enable-prompt-tokens-details", "--disable-uvicorn-access-log"]
         argv += ["--enable-scale-out", "--skip-tokenizer-init", "--generation-config", "vllm"]
         argv += ["--logprobs-mode", LOGPROBS, "--worker-extension-cls", EXTENSION]
-        argv += ["--weight-transfer-config", f'{{"backend": "{TRANSFER}"}}']
+        argv += ["--weight-transfer-config", f'{{"backend": "{TRANSFER}"}}', "--middleware", MIDDLEWARE]
         if options.device == "cpu":
             argv += ["--enforce-eager", "--block-size", str(CPU_BLOCK_TOKENS), "--no-enable-chunked-prefill"]
             argv += ["--max-num-batched-tokens", str(max(options.max_sequence_tokens, CPU_BATCH_TOKENS))]
@@ -112,6 +128,8 @@ class VLLMClient(ServerClient):
             argv += ["--kv-cache-memory-bytes", str(self._kv_bytes(options.kv_tokens))]
         env = {
             "PYTHONPATH": str(WORKER_DIR),
+            KEY_VARIABLE: self.key,
+            "VLLM_API_KEY": self.key,  # of some paths; another one may be in our own environment
             "VLLM_SERVER_DEV_MODE": "1",  # pause, updates, abort
             "VLLM_HOST_IP": "127.0.0.1",
             "VLLM_NO_USAGE_STATS": "1",
@@ -167,14 +185,20 @@ class VLLMClient(ServerClient):
     @staticmethod
     def parse(content: Any) -> Answer:
         (choice,) = content["choices"]
-        logprobs = [float(entry["logprob"]) for entry in choice["logprobs"]["content"]]
-        spans = [(int(span["version"]), int(span["start"])) for span in choice["weight_versions"] or ()]
-        cached = int((content["usage"]["prompt_tokens_details"] or {}).get("cached_tokens") or 0)
-        return Answer(list(choice["token_ids"]), logprobs, choice["finish_reason"], spans, cached)
+        tokens, entries = token_ids(choice["token_ids"]), choice["logprobs"]["content"]
+        if [entry["token_id"] for entry in entries] != tokens:
+            raise ValueError("its log-probs are not those of its tokens")
+        logprobs = [logprob(entry["logprob"]) for entry in entries]
+        spans = [(whole(span["version"]), whole(span["start"])) for span in choice["weight_versions"] or ()]
+        usage, rid = content["usage"], content["request_id"].removeprefix(_RID_PREFIX)
+        cached = whole((usage["prompt_tokens_details"] or {}).get("cached_tokens") or 0)
+        return Answer(tokens, logprobs, choice["finish_reason"], spans, rid, whole(usage["prompt_tokens"]), cached)
 
-    async def post(self, path: str, body: Any = None, limit_s: float | None = None) -> Any:
+    async def post(
+        self, path: str, body: Any = None, limit_s: float | None = None, most_bytes: int = MOST_BYTES
+    ) -> Any:
         try:
-            return await super().post(path, body, limit_s)
+            return await super().post(path, body, limit_s, most_bytes)
         except RunError as error:
             if "EngineCore encountered" in str(error):  # its engine is dead, its HTTP server about to be
                 raise TransportError(str(error)) from None
@@ -192,7 +216,7 @@ class VLLMClient(ServerClient):
     async def flush(self) -> None:
         answer = await self.post("/reset_prefix_cache?reset_running_requests=true")
         if answer != {"success": True}:
-            raise RunError(f"{self.url}: expected its prefix cache to be flushed, got {answer}")
+            raise RunError(f"{self.url}: expected its prefix cache to be flushed, got {shown(answer)}")
 
     async def version(self) -> str:
         return self.field(await self.get("/weight_info"), "weight_version", str)
@@ -205,14 +229,15 @@ class VLLMClient(ServerClient):
         try:
             answer = await self.get("/server_info?config_format=json")
             model = answer["vllm_config"]["model_config"]
-        except (RunError, LookupError, TypeError) as error:
+            size, mode, dtype = whole(model["max_model_len"]), model["logprobs_mode"], model["dtype"]
+        except (RunError, *MISREAD) as error:
             raise UserError(
                 f"{self.url}: expected a vLLM server started with VLLM_SERVER_DEV_MODE=1, got {error}"
             ) from None
-        longest, size = options.max_sequence_tokens, model["max_model_len"]
+        longest = options.max_sequence_tokens
         for flag, holds, expected, got in (
-            ("--logprobs-mode", model["logprobs_mode"] == LOGPROBS, LOGPROBS, model["logprobs_mode"]),
-            ("--dtype", model["dtype"] == f"torch.{options.dtype}", options.dtype, model["dtype"]),
+            ("--logprobs-mode", mode == LOGPROBS, LOGPROBS, shown(mode)),
+            ("--dtype", dtype == f"torch.{options.dtype}", options.dtype, shown(dtype)),
             ("--max-model-len", size >= longest, f"at least {longest}", size),
         ):
             if not holds:
@@ -247,8 +272,11 @@ class VLLMClient(ServerClient):
     async def checksums(self) -> Checksums | None:
         """By names of a checkpoint, as the server's forward uses them now; costs a fraction of a forward over a long
         sequence. None where the weights are split between workers."""
-        (answer, *_) = await self._rpc("pekoe_checksums")
-        return None if answer is None else {name: int(value) for name, value in answer.items()}
+        answers = await self._rpc("pekoe_checksums")
+        try:
+            return None if answers[0] is None else {name: int(value) for name, value in answers[0].items()}
+        except MISREAD:
+            raise RunError(f"{self.url}: expected checksums by name, got {shown(answers)}") from None
 
     async def _rpc(self, method: str, **arguments: str) -> list[Any]:
         """Call a method of Pekoe's extension in every worker."""
@@ -261,7 +289,7 @@ class VLLMClient(ServerClient):
                     f"PYTHONPATH={WORKER_DIR} --worker-extension-cls {EXTENSION}"
                 ) from None
             raise
-        return cast("list[Any]", answer["results"])
+        return self.field(answer, "results", list)
 
 
 class VLLMEngine(ServerEngine):

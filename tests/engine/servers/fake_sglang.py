@@ -7,6 +7,7 @@ as a program in place of `python -m sglang.launch_server`.
 from __future__ import annotations
 
 import json
+import os
 import socket
 import struct
 import sys
@@ -32,6 +33,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def handle_one(self, body):
         server = self.server
+        if server.key and self.headers.get("authorization") != f"Bearer {server.key}":
+            return self.answer(401, {"error": "Unauthorized"})
         server.requests.append((self.path, body))
         time.sleep(server.slow.get(self.path, 0))
         fault = server.next_fault(self.path)
@@ -40,6 +43,10 @@ class Handler(BaseHTTPRequestHandler):
         elif fault == "hang":
             server.released.wait(30)
             self.reset()
+        elif fault == "drip":
+            self.drip()
+        elif fault == "another":  # the answer to somebody else's request
+            self.answer(*server.on_generate(body | {"rid": "another"}))
         elif isinstance(fault, tuple):
             self.answer(*fault)
         else:
@@ -50,11 +57,22 @@ class Handler(BaseHTTPRequestHandler):
             else:
                 self.answer(status, content)
 
-    def answer(self, status, content):
-        data = b"" if content is None else json.dumps(content).encode()
+    def drip(self):
+        """A byte now and then: no read ever waits long."""
+        self.send_response(200)
+        self.send_header("content-length", "1000000")
+        self.end_headers()
+        while not self.server.released.wait(0.05):
+            self.wfile.write(b" ")
+            self.wfile.flush()
+
+    def answer(self, status, content, headers=()):
+        data = b"" if content is None else content if isinstance(content, bytes) else json.dumps(content).encode()
         try:
             self.send_response(status)
             self.send_header("content-length", str(len(data)))
+            for name, value in dict(headers).items():
+                self.send_header(name, value)
             self.end_headers()
             self.wfile.write(data)
         except OSError:
@@ -73,7 +91,7 @@ class FakeSGLang(ThreadingHTTPServer):
 
     def __init__(self, port: int = 0, token_s: float = 0.0, version: str = "default"):
         super().__init__(("127.0.0.1", port), Handler)
-        self.token_s, self.version = token_s, version
+        self.token_s, self.version, self.key = token_s, version, ""
         self.late_s = 0.0  # from a request's arrival to when an abort finds it
         self.dead = self.paused = self.lies_about_version = False
         self.requests: list[tuple[str, object]] = []
@@ -97,7 +115,7 @@ class FakeSGLang(ThreadingHTTPServer):
         faults = self.faults.get(path)
         if not faults:
             return None
-        return faults[0] if faults[0] in ("hang", "always") else faults.pop(0)
+        return faults[0] if faults[0] in ("hang", "drip", "always") else faults.pop(0)
 
     def die(self):
         """Drop everything; nobody listens any more."""
@@ -144,7 +162,7 @@ class FakeSGLang(ThreadingHTTPServer):
             time.sleep(self.token_s)
         with self.changed:
             del self.running[rid]
-        meta = {"finish_reason": reason, "cached_tokens": len(prompt) - 1}
+        meta = {"id": rid, "prompt_tokens": len(prompt), "finish_reason": reason, "cached_tokens": len(prompt) - 1}
         meta |= {"output_token_logprobs": logprobs, "weight_versions": versions}
         return 200, {"output_ids": tokens, "meta_info": meta}
 
@@ -194,6 +212,7 @@ class FakeSGLang(ThreadingHTTPServer):
 
 if __name__ == "__main__":
     arguments = sys.argv[1:]
-    FakeSGLang(int(arguments[arguments.index("--port") + 1]), token_s=0.01, version="0")
+    fake = FakeSGLang(int(arguments[arguments.index("--port") + 1]), token_s=0.01, version="0")
+    fake.key = os.environ["PEKOE_SERVER_KEY"]
     print("the fake serves", flush=True)
     threading.Event().wait()

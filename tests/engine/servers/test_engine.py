@@ -1,5 +1,6 @@
 """An engine on one server, against a server that fails in every way: sampling, retries, loss, weights, the end."""
 
+import gzip
 import os
 import signal
 import sys
@@ -12,7 +13,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
+import psutil
 import pytest
 
 from pekoe.config.engine import EngineSection
@@ -204,17 +207,87 @@ def test_transport_errors_are_retried_and_answers_are_not(house: House, make_req
     server.faults["/generate"] = ["reset", "reset"]
     check(requests, engine.submit(requests))
     assert len(sampled(server)) == 3
-    for status in (400, 500):
-        server.requests.clear()
-        server.faults["/generate"] = [(status, {"error": {"message": "no, because"}})]
-        with pytest.raises(RunError, match=f"expected status 200, got {status}: no, because") as caught:
-            engine.submit(requests)[0].result(20)
-        assert not isinstance(caught.value, EngineLost)
-        assert len(sampled(server)) == 1
+    server.requests.clear()
+    server.faults["/generate"] = [(400, {"error": {"message": "no, because"}})]
+    with pytest.raises(RunError, match="expected status 200, got 400: no, because") as caught:
+        engine.submit(requests)[0].result(20)
+    assert not isinstance(caught.value, EngineLost)
+    assert len(sampled(server)) == 1
     server.faults["/generate"] = [(200, {"output_ids": [1], "meta_info": {}})]
     with pytest.raises(RunError, match="expected one response of numbered weights"):
         engine.submit(requests)[0].result(20)
     check(requests, engine.submit(requests))
+
+
+def test_a_server_that_is_busy_is_asked_again_after_a_pause(
+    house: House, make_requests: MakeRequests, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("pekoe.engine.servers.engine._BUSY_S", 0.05)
+    server, engine = house.pair()
+    requests = make_requests("p", 5, SamplingParams(max_new_tokens=4))
+    server.faults["/generate"] = [(429, None)] * 4 + [(500, {"message": "no"}), (503, None)]
+    check(requests, engine.submit(requests))
+    assert len(sampled(server)) == 7
+    assert engine.stats().num_retries == 6
+    server.requests.clear()
+    server.faults["/generate"] = [(500, {"error": {"message": "no, because"}})] * 3
+    with pytest.raises(RunError, match=r"status 200, got 500: no, because \(3 attempts\)") as caught:
+        engine.submit(requests)[0].result(20)
+    assert not isinstance(caught.value, EngineLost)
+    assert len(sampled(server)) == 3
+    server.faults["/generate"] = [(429, None, {"retry-after": "1"}), (503, None, {"retry-after": "nonsense"})]
+    start = time.monotonic()
+    check(requests, engine.submit(requests))
+    assert 1 < time.monotonic() - start < 5
+    server.faults["/generate"] = [
+        (429, None, {"retry-after": "100000"})
+    ]  # a minute at most, and no longer than the limit
+    with pytest.raises(RunError, match="got 429"):
+        engine.submit(requests)[0].result(5)
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ("another", "it answers another with 5 prompt tokens"),
+        ((200, gzip.compress(b"[" + b"0," * 10**6 + b"0]"), {"content-encoding": "gzip"}), "not compressed, got gzip"),
+        ((200, b" " * (1 << 21)), r"at most 1,052,672 bytes"),
+        ((200, b"[" * 100_000 + b"]" * 100_000), r"expected one response .*got \[\[\["),
+        (
+            (200, b'{"output_ids": [1e400], "meta_info": {"finish_reason": {"type": "length"}}}'),
+            "expected a list of token ids",
+        ),
+        ((200, b'"\\ud800\\u001b[31m"'), r"got \\ud800\\x1b\[31m"),
+    ],
+)
+def test_what_cannot_be_an_answer_is_one_clear_error(
+    house: House, make_requests: MakeRequests, fault: Any, message: str
+):
+    server, engine = house.pair()
+    requests = make_requests("p", 5, SamplingParams(max_new_tokens=4))
+    server.faults["/generate"] = [fault]
+    with pytest.raises(RunError, match=message) as caught:
+        engine.submit(requests)[0].result(20)
+    assert len(str(caught.value)) < 1000
+    str(caught.value).encode()
+    check(requests, engine.submit(requests))
+
+
+def test_a_body_that_drips_has_the_time_of_one_request(house: House, make_requests: MakeRequests, weights: Path):
+    server, engine = house.pair(request_limit_s=0.5, update_limit_s=0.5)
+    server.faults["/generate"] = ["drip"]
+    (future,) = engine.submit(make_requests("p", 5, SamplingParams(max_new_tokens=4)))
+    with pytest.raises(RunError, match=r"an answer within 0\.5 s"):
+        future.result(10)
+    server.faults = {"/flush_cache": ["drip"]}
+    with pytest.raises(EngineLost, match=r"an answer within 0\.5 s"):
+        engine.flush_cache()
+    server.faults = {"/health": ["drip"]}
+    start = time.monotonic()
+    (future,) = engine.submit(make_requests("p", 5, SamplingParams(max_new_tokens=4)))
+    future.result(10)
+    engine.close()  # does not wait for anything
+    assert time.monotonic() - start < 5
 
 
 @pytest.mark.parametrize(
@@ -225,6 +298,7 @@ def test_transport_errors_are_retried_and_answers_are_not(house: House, make_req
         ([1, 99], [-1.0, -1.0], {"type": "stop", "matched": 99}, r"token ids in \[0, 32\)"),
         ([1, 2], [-1.0, 0.5], {"type": "stop", "matched": 2}, "finite and <= 0"),
         ([1, 2], [-1.0, float("nan")], {"type": "stop", "matched": 2}, "finite and <= 0"),
+        ([1, 2], [-1.0, -1e39], {"type": "stop", "matched": 2}, "finite and <= 0"),  # -inf in float32
         ([1, 3], [-1.0, -1.0], {"type": "stop", "matched": 3}, r"a stop at one of \(2,\), got \[3\]"),
         ([], [], {"type": "stop", "matched": 2}, "at least one token"),
     ],
@@ -236,7 +310,10 @@ def test_wrong_answers_are_errors(
     entries = [[logprob, token, None] for logprob, token in zip(logprobs, tokens, strict=True)]
     spans = [{"version": "0", "start": 0, "end": len(tokens)}]
     meta = {"finish_reason": finish, "output_token_logprobs": entries, "weight_versions": spans, "cached_tokens": 0}
-    server.faults["/generate"] = [(200, {"output_ids": tokens, "meta_info": meta})]
+    server.on_generate = lambda body: (  # pyright: ignore[reportAttributeAccessIssue]
+        200,
+        {"output_ids": tokens, "meta_info": meta | {"id": body["rid"], "prompt_tokens": 5}},
+    )
     (future,) = engine.submit(make_requests("p", 5, SamplingParams(max_new_tokens=4, stop_token_ids=(2,))))
     with pytest.raises(RunError, match=f"prompt p, sample 0: expected .*{message.removeprefix('expected ')}") as caught:
         future.result(20)
@@ -474,9 +551,39 @@ def test_a_server_that_was_left_paused_is_resumed(house: House, make_requests: M
     check(requests, house.engine(server.url).submit(requests))
 
 
+def test_a_server_with_a_key_is_sent_it_from_the_environment(
+    house: House, make_requests: MakeRequests, monkeypatch: pytest.MonkeyPatch
+):
+    server = house.server()
+    server.key = "s3cret"
+    monkeypatch.setenv("MY_KEY", "s3cret")
+    requests = make_requests("p", 5, SamplingParams(max_new_tokens=4))
+    check(requests, house.engine(server.url, key_env="MY_KEY").submit(requests))
+    with pytest.raises(RunError, match=r"got 401: Unauthorized; engine\.server\.key_env names the variable"):
+        house.engine(server.url)
+    monkeypatch.setenv("MY_KEY", "another")
+    with pytest.raises(RunError, match=r"got 401: Unauthorized$"):
+        house.engine(server.url, key_env="MY_KEY")
+    for value in ("", "two\nlines", "s\N{LATIN SMALL LETTER E WITH ACUTE}cret"):
+        monkeypatch.setenv("MY_KEY", value)
+        with pytest.raises(UserError, match="expected the environment variable MY_KEY with the servers' key"):
+            house.engine(server.url, key_env="MY_KEY")
+
+
+def test_a_password_in_a_url_is_in_no_message(house: House):
+    server = house.server()
+    server.key = "another"
+    with pytest.raises(RunError) as caught:
+        house.engine(server.url.replace("//", "//me:s3cret@"))
+    assert "s3cret" not in str(caught.value)
+    assert "http://***@127.0.0.1" in str(caught.value)
+
+
 def test_mistakes_in_the_config(house: House, make_model: Callable[..., Decoder]):
     with pytest.raises(UserError, match=r"servers on this host.*got http://10\.1\.2\.3:1"):
         house.engine("http://10.1.2.3:1", sync="shm")
+    with pytest.raises(UserError, match="expected no --api-key"):
+        house.engine(None, python=sys.executable, args=("--api-key=s3cret",))
     with pytest.raises(UserError, match="with SGLang in it, got '/no/python'"):
         house.engine(None, python="/no/python")
     _, engine = house.pair()
@@ -551,6 +658,10 @@ def test_a_launched_server_that_is_killed_is_lost_with_the_end_of_its_log(
     assert engine.label == "SGLang server 0"
     process = engine.process
     assert process is not None
+    assert httpx.get(engine.url + "/model_info").status_code == 401  # it has a key
+    assert len(engine.key) == 64
+    assert not any(engine.key in " ".join(each.cmdline()) for each in psutil.Process(process.pid).children(True))
+    assert process.log.stat().st_mode & 0o777 == 0o600  # servers log their arguments
     requests = make_requests("p", 5, SamplingParams(n=2, max_new_tokens=80))
     check(requests, engine.submit(requests))
     futures = engine.submit(requests)

@@ -16,6 +16,7 @@ from pekoe.config.engine import ServerSection
 from pekoe.core.errors import RunError
 from pekoe.core.types import Request, SamplingParams
 from pekoe.engine.base import BroadcastGroup
+from pekoe.engine.servers import sglang
 from pekoe.engine.servers.client import ServerOptions
 from pekoe.engine.servers.sglang import SGLangClient
 from pekoe.model import Decoder
@@ -64,7 +65,7 @@ class Recording:
             return httpx.Response(status, content=b"" if content in (None, "") else json.dumps(content).encode())
 
         async def main() -> Any:
-            client = SGLangClient(self.options, URL, httpx.MockTransport(handle))
+            client = SGLangClient(self.options, URL, transport=httpx.MockTransport(handle))
             try:
                 return await call(client)
             finally:
@@ -127,10 +128,10 @@ def test_what_a_sample_asks_for(record: Callable[..., Recording]):
     recording = record(generate=(200, good()))
 
     def ask(params: SamplingParams, index: int = 0) -> dict[str, Any]:
-        recording.run(lambda b: b.sample(request(params, index), "r1"))
+        recording.run(lambda b: b.sample(request(params, index), "r"))
         body = recording.requests[-1]["json"]
         assert body["input_ids"] == list(range(32))
-        assert (body["rid"], body["return_logprob"]) == ("r1", True)
+        assert (body["rid"], body["return_logprob"]) == ("r", True)
         return body["sampling_params"]
 
     plain = ask(SamplingParams(max_new_tokens=9))
@@ -158,6 +159,7 @@ def test_recorded_answers_are_understood(name: str, reason: str, versions: Any):
     for span in content["meta_info"]["weight_versions"]:
         span["version"] = "4"  # the recording's tags were words
     answer = SGLangClient.parse(content)
+    assert (answer.rid, answer.num_prompt_tokens) == (content["meta_info"]["id"], 32)
     assert answer.finish == reason
     assert answer.tokens == content["output_ids"]
     assert len(answer.logprobs) == len(answer.tokens)
@@ -168,6 +170,8 @@ def test_recorded_answers_are_understood(name: str, reason: str, versions: Any):
 
 def good() -> dict[str, Any]:
     meta = {
+        "id": "r",
+        "prompt_tokens": 32,
         "finish_reason": {"type": "length", "length": 3},
         "output_token_logprobs": [[-1.0, 4, None], [-2.0, 5, None], [-3.0, 6, None]],
         "weight_versions": [{"version": "1", "start": 0, "end": 2}, {"version": "2", "start": 2, "end": 3}],
@@ -205,6 +209,14 @@ def test_an_abort_in_the_queue_has_no_tokens():
         lambda c: c["meta_info"]["weight_versions"][1].update(end=4),
         lambda c: c["meta_info"].pop("cached_tokens"),
         lambda c: c["meta_info"]["output_token_logprobs"][0].__setitem__(0, None),
+        lambda c: c["meta_info"]["output_token_logprobs"][0].__setitem__(0, "-1.0"),
+        lambda c: c["meta_info"].update(id="another"),
+        lambda c: c["meta_info"].update(prompt_tokens=31),
+        lambda c: c["meta_info"].update(cached_tokens=33),
+        lambda c: c.update(output_ids=[4, 5, 2**64]),
+        lambda c: c.update(meta_info=[]),
+        lambda c: c.update(output_ids="456"),
+        lambda c: c["meta_info"]["weight_versions"][0].update(version=1.5),
     ],
 )
 def test_an_unexpected_answer_is_an_error(record: Callable[..., Recording], change: Callable[[Any], Any]):
@@ -260,9 +272,11 @@ def test_a_flush_is_asked_for_until_it_happens(record: Callable[..., Recording],
 
 
 def test_the_command_line(make_model: Callable[..., Decoder]):
-    argv, env = SGLangClient(options_of(make_model), URL).command(1234)
+    argv, env = SGLangClient(options_of(make_model), URL, "a key").command(1234)
+    assert env["PEKOE_SERVER_KEY"] == "a key"
     text = " ".join(argv)
-    assert text.startswith("/opt/sglang/bin/python -m sglang.launch_server --model-path /models/m --host 127.0.0.1")
+    assert text.startswith(f"/opt/sglang/bin/python {sglang.LAUNCH} --model-path /models/m --host 127.0.0.1")
+    assert sglang.LAUNCH.is_file()
     assert "--port 1234 --device cpu --dtype float32 --context-length 108 --max-running-requests 32" in text
     assert "--max-total-tokens 4096" in text
     assert text.endswith("--tp-size 2")

@@ -2,6 +2,7 @@
 
 import asyncio
 import copy
+import importlib
 import importlib.util
 import itertools
 import json
@@ -40,7 +41,7 @@ def make_client(answer: Route, **server: Any) -> VLLMClient:
     spec = ModelSpec("qwen2", 512, 128, 4, 4, 2, 32, 384, 4096)
     config = ServerSection(python="/opt/vllm/bin/python", **server)
     options = ServerOptions(Path("/models/m"), config, spec, 1000, 1000, 512, "float32", "cpu")
-    return VLLMClient(options, "http://127.0.0.1:1", httpx.MockTransport(answer))
+    return VLLMClient(options, "http://127.0.0.1:1", transport=httpx.MockTransport(answer))
 
 
 def path_of(request: httpx.Request) -> str:
@@ -77,6 +78,7 @@ def test_a_sample_is_asked_for_and_read_as_recorded():
     recorded = contract("generate_greedy")
     choice = recorded["response"]["choices"][0]
     choice["weight_versions"] = [{"version": "3", "start": 0, "end": 2}, {"version": "4", "start": 2, "end": 6}]
+    recorded["response"]["request_id"] = "generate-tokens-r1"
     server = Recorded(recorded)
     request = recorded["request"]["json"]
     answer = sample(
@@ -86,6 +88,7 @@ def test_a_sample_is_asked_for_and_read_as_recorded():
     assert answer.logprobs == [entry["logprob"] for entry in choice["logprobs"]["content"]]
     assert answer.finish == "length"
     assert answer.versions == [(3, 0), (4, 2)]
+    assert (answer.rid, answer.num_prompt_tokens) == ("r1", 32)
     ((path, asked),) = server.asked
     assert path == recorded["request"]["path"]
     assert asked["token_ids"] == request["token_ids"]
@@ -124,15 +127,38 @@ def test_seeds_are_of_63_bits_and_differ_by_sample():
     "change",
     [
         {"finish_reason": "error"},
+        {"token_ids": [1, 2, 3, 4, 5, 6]},
         {"logprobs": None},
         {"weight_versions": [{"version": "default", "start": 0, "end": 6}]},
     ],
 )
 def test_an_answer_that_is_not_understood_is_an_error(change: dict[str, Any]):
     recorded = contract("generate_greedy")
-    recorded["response"]["choices"][0] |= {"weight_versions": [{"version": "3", "start": 0, "end": 6}]} | change
+    recorded["response"]["request_id"] = "generate-tokens-r1"
+    choice, tokens = recorded["response"]["choices"][0], recorded["request"]["json"]["token_ids"]
+    choice["weight_versions"] = [{"version": "3", "start": 0, "end": 6}]
+    sample(make_client(Recorded(recorded)), SamplingParams(), tokens)
+    choice |= change
     with pytest.raises(RunError, match="http://127"):
-        sample(make_client(Recorded(recorded)), SamplingParams(), [1])
+        sample(make_client(Recorded(recorded)), SamplingParams(), tokens)
+
+
+def test_an_answer_to_another_request_is_an_error():
+    recorded = contract("generate_greedy")
+    recorded["response"]["choices"][0]["weight_versions"] = [{"version": "3", "start": 0, "end": 6}]
+    tokens = recorded["request"]["json"]["token_ids"]
+    with pytest.raises(RunError, match=r"to request 'r1' of 32 prompt tokens.*it answers acc8eaf8cf32280a"):
+        sample(make_client(Recorded(recorded)), SamplingParams(), tokens)
+    recorded["response"]["request_id"] = "generate-tokens-r1"
+    with pytest.raises(RunError, match="it answers r1 with 32 prompt tokens"):
+        sample(make_client(Recorded(recorded)), SamplingParams(), tokens[1:])
+
+
+@pytest.mark.parametrize("results", [None, [], [5], [{"a": "b"}], [{"a": [1]}]])
+def test_checksums_that_are_none_are_an_error(results: Any):
+    client = make_client(lambda _: httpx.Response(200, json={"results": results}))
+    with pytest.raises(RunError, match="http://127"):
+        asyncio.run(client.checksums())
 
 
 def test_a_dead_engine_behind_a_live_server_is_no_answer():
@@ -199,6 +225,29 @@ def test_the_command_line():
     assert json.loads(options["--weight-transfer-config"]) == {"backend": vllm.TRANSFER}
     assert env["VLLM_SERVER_DEV_MODE"] == "1"
     assert (Path(env["PYTHONPATH"]) / "pekoe_vllm_gloo.py").is_file()
+    assert options["--middleware"] == "pekoe_vllm_key.RequireKey"
+
+
+def test_nothing_passes_without_the_key(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("PEKOE_SERVER_KEY", "s3cret")
+    monkeypatch.syspath_prepend(vllm.WORKER_DIR)
+    passed: list[str] = []
+    sent: list[dict[str, Any]] = []
+
+    async def app(scope: dict[str, Any], *_: Any) -> None:
+        passed.append(scope["type"])
+
+    async def send(message: dict[str, Any]) -> None:
+        sent.append(message)
+
+    guard: Any = importlib.import_module("pekoe_vllm_key").RequireKey(app)
+    right, wrong = ([(b"authorization", value)] for value in (b"Bearer s3cret", b"Bearer s3creT"))
+    asyncio.run(guard({"type": "lifespan"}, None, send))
+    for kind in ("http", "websocket"):
+        for headers in ([], wrong, right):
+            asyncio.run(guard({"type": kind, "headers": headers}, None, send))
+    assert passed == ["lifespan", "http", "websocket"]
+    assert [m.get("status") for m in sent if m["type"] != "http.response.body"] == [401, 401, None, None]
 
 
 @pytest.mark.parametrize(
@@ -238,7 +287,13 @@ def test_an_attached_server_that_would_be_misread_is_refused(change: dict[str, A
 
 
 @pytest.mark.parametrize(
-    "answer", [httpx.Response(404, json={"detail": "Not Found"}), httpx.Response(200, html="<p>something else</p>")]
+    "answer",
+    [
+        httpx.Response(404, json={"detail": "Not Found"}),
+        httpx.Response(200, html="<p>something else</p>"),
+        httpx.Response(200, json={"vllm_config": {"model_config": {}}}),
+        httpx.Response(200, json=server_info(max_model_len="long")),
+    ],
 )
 def test_an_attached_server_without_development_mode_is_refused(answer: httpx.Response):
     client = make_client(lambda _: answer)
