@@ -16,7 +16,7 @@ export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 export PYRIGHT_PYTHON_GLOBAL_NODE := 0
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-cluster test test-cluster test-kernels test-slow test-servers check docs format clean FORCE
+.PHONY: help demo demo-cluster test test-cluster test-kernels test-slow test-servers check docs pages format clean FORCE
 
 # Environments of the servers that tests and benchmarks start, and what else has a target of its own.
 -include tests/servers/sglang.mk tests/servers/vllm.mk benchmarks/bench.mk
@@ -55,6 +55,9 @@ check: $(VENV)/.stamp-dev ## Check format, lint, types and floors
 
 docs: $(VENV)/.stamp-docs ## Build the docs site in build/docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+pages: $(VENV)/.stamp-test ## Write docs/recipe.md and docs/reference.md anew, from the code
+	$(PY) docs/pages.py
 
 format: $(VENV)/.stamp-dev ## Format the code and mend what lint can mend
 	$(BIN)/ruff format .

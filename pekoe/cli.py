@@ -13,6 +13,7 @@ if __name__ == "__main__" and not sys.flags.safe_path:
 import contextlib
 import json
 import os
+import textwrap
 import tomllib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
@@ -23,8 +24,11 @@ from typing import Annotated, Any, TypeVar
 import typer
 from rich.console import Console
 from rich.table import Column, Table
+from typer.core import TyperCommand
 
 from pekoe import __version__
+from pekoe.config.base import shipped_recipes
+from pekoe.config.keys import describe, keys_of, show_config
 from pekoe.config.recipes import (
     Config,
     CurateConfig,
@@ -32,10 +36,9 @@ from pekoe.config.recipes import (
     RLConfig,
     SFTConfig,
     TrainingConfig,
-    dump_config,
     load_config,
 )
-from pekoe.core.errors import Interrupted, RunError, UserError
+from pekoe.core.errors import Interrupted, RunError, UserError, nearest
 from pekoe.core.progress import NoProgress, ProgressReporter
 from pekoe.core.types import Verdict
 from pekoe.report import LiveProgress, PlainProgress, make_progress
@@ -50,15 +53,30 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 C = TypeVar("C", bound=Config)
+KINDS: dict[str, type[Config]] = {"rl": RLConfig, "sft": SFTConfig, "eval": EvalConfig, "curate": CurateConfig}
 
 # How OpenMP's threads wait at barriers, set before torch is loaded: they spin a little and then sleep (decision 0002).
 # Spinning alone makes a step several times slower as soon as a judge wants a core; sleeping alone slows small models.
 WAITING = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "1000"}
 
-Recipe = Annotated[str, typer.Argument(metavar="RECIPE.toml", help="the recipe")]
+
+class RecipeCommand(TyperCommand):
+    """A command whose help ends with the keys of its recipes."""
+
+    def format_epilog(self, ctx: Any, formatter: Any) -> None:
+        with formatter.section("Keys (what each means: pekoe keys [SECTION])"):
+            formatter.write_dl([(key.name, key.form) for key in keys_of(KINDS[str(self.name)])])
+
+
+Recipe = Annotated[
+    str,
+    typer.Argument(metavar="RECIPE", help="a TOML file, or a recipe that comes with Pekoe: pekoe recipe lists them"),
+]
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[section.key=value]...", help="change keys of the recipe, such as optim.lr=1e-4"),
+    typer.Argument(
+        metavar="[section.key=value]...", help="change keys, such as optim.lr=1e-4; another recipe sets those in it"
+    ),
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="print the resolved recipe and stop")]
 
@@ -85,12 +103,12 @@ def read_recipe(recipe: str | dict[str, Any], overrides: list[str] | None, kind:
     """The config of a command; with --dry-run, print it and end the command."""
     config = load_config(recipe, overrides or (), kind)
     if dry_run:
-        typer.echo(dump_config(config), nl=False)
+        typer.echo(show_config(config), nl=False)
         raise typer.Exit()
     return config
 
 
-@app.command()
+@app.command(cls=RecipeCommand)
 def rl(
     recipe: Recipe,
     overrides: Overrides = None,
@@ -142,7 +160,7 @@ def rl(
     typer.echo(f"done: {config.num_steps} steps; the model is in {config.run.dir}/model")
 
 
-@app.command()
+@app.command(cls=RecipeCommand)
 def sft(recipe: Recipe, overrides: Overrides = None, dry_run: DryRun = False) -> None:
     """Supervised fine-tuning on worked solutions. A run found in run.dir goes on from its last checkpoint.
 
@@ -157,7 +175,7 @@ def sft(recipe: Recipe, overrides: Overrides = None, dry_run: DryRun = False) ->
         typer.echo(f"done: the model is in {config.run.dir}/model")
 
 
-@app.command("eval")
+@app.command("eval", cls=RecipeCommand)
 def evaluate(
     recipe: Annotated[str | None, typer.Argument(metavar="[RECIPE.toml]", help="the recipe")] = None,
     overrides: Overrides = None,
@@ -199,7 +217,7 @@ def evaluate(
     typer.echo(json.dumps(result.as_dict(), indent=2))
 
 
-@app.command()
+@app.command(cls=RecipeCommand)
 def curate(recipe: Recipe, overrides: Overrides = None, dry_run: DryRun = False) -> None:
     """Keep the problems worth training on: sample each (8 times), judge, drop those that are all right.
 
@@ -213,6 +231,40 @@ def curate(recipe: Recipe, overrides: Overrides = None, dry_run: DryRun = False)
         curated = run_curate(config, view)
     Console().print(table_of(curated))
     typer.echo(f"done: {len(curated.problems)} problems in {config.out}/problems.jsonl")
+
+
+@app.command()
+def keys(
+    section: Annotated[str, typer.Argument(metavar="[SECTION]", help="such as optim, or a key such as optim.lr")] = "",
+) -> None:
+    """What a recipe may say: each key with its type, default and meaning. Without a section: all keys of `pekoe rl`.
+
+    Of a key that TRL or verl have by another name it says ours.
+    """
+    typer.echo(describe(KINDS.values(), section))
+
+
+@app.command()
+def recipe(
+    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="of the recipe; without it: a list")] = None,
+    out: Annotated[str | None, typer.Option(help="the file to write; by default NAME.toml")] = None,
+) -> None:
+    """Write a recipe that comes with Pekoe to a file of yours. A name will do, too: pekoe rl laptop optim.lr=1e-3."""
+    shipped = shipped_recipes()
+    if name is None:
+        for known, path in shipped.items():
+            head = path.read_text(encoding="utf-8").removeprefix("# ").partition(". ")[0].replace("\n# ", " ")
+            typer.echo(f"{known:<16} {textwrap.shorten(head, 100, placeholder=' …')}")
+        return
+    if name not in shipped:
+        raise UserError(f"recipe: unknown name {name!r}.{nearest(name, shipped)}")
+    file = Path(out or f"{name}.toml")
+    try:
+        with file.open("x", encoding="utf-8") as stream:
+            stream.write(shipped[name].read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"recipe: expected a new file that can be written, got {file}: {error.strerror}") from None
+    typer.echo(f"{file}: change it, and start it with: pekoe COMMAND {file}")
 
 
 @app.command()

@@ -17,7 +17,9 @@ from unittest.mock import patch
 
 import pytest
 
-from pekoe.cli import main
+from pekoe.cli import KINDS, main
+from pekoe.config import load_config
+from pekoe.config.keys import keys_of
 from pekoe.core.types import Problem
 from pekoe.data.problems import write_problems
 from pekoe.data.tokenizer import Tokenizer
@@ -100,6 +102,36 @@ def test_dry_run_prints_the_resolved_recipe(folder: Path):
     assert done.returncode == 0
     assert "lr = 0.5" in done.stdout
     assert "eps = 1e-05" in done.stdout
+    assert "# kv_tokens is absent" in done.stdout
+
+
+@pytest.mark.parametrize("command", ["rl", "sft", "eval", "curate"])
+def test_help_and_docs_hold_every_key(command: str, repository: Path):
+    text = " ".join(pekoe(command, "--help").stdout.split())
+    page = (repository / "docs/recipe.md").read_text()
+    for key in keys_of(KINDS[command]):
+        assert f" {key.name} {key.type}" in text
+        assert f"| `{key.name.rpartition('.')[2]}` |" in page
+
+
+def test_keys_are_listed():
+    assert "optim.lr: number, above 0; default 2e-05" in pekoe("keys").stdout
+    assert pekoe("keys", "optim.lr").stdout.startswith("optim.lr: number")
+    done = pekoe("keys", "learning_rate")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "Did you mean 'optim.lr'?" in done.stderr
+
+
+def test_a_recipe_is_written_once(tmp_path: Path):
+    assert pekoe("recipe").stdout.startswith("boba-1.5b  ")
+    assert (pekoe("recipe", "laptop", cwd=tmp_path)).returncode == 0
+    assert load_config(tmp_path / "laptop.toml") == load_config("laptop")
+    again = pekoe("recipe", "laptop", cwd=tmp_path)
+    assert again.returncode == 2
+    assert "expected a new file that can be written, got laptop.toml" in again.stderr
+    assert pekoe("recipe", "laptop", "--out", "mine.toml", cwd=tmp_path).stdout.startswith("mine.toml: ")
+    assert "unknown name 'latop'. Did you mean 'laptop'?" in pekoe("recipe", "latop").stderr
+    assert "lr = 0.0002" in pekoe("rl", "laptop", "--dry-run", cwd=tmp_path).stdout  # without a file
 
 
 def test_an_unknown_key(folder: Path):

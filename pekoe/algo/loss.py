@@ -76,13 +76,25 @@ def importance_weights(batch: MicroBatch, algo: AlgoSection) -> tuple[Tensor, Te
     if algo.correction == "truncate":
         return weights.clamp(max=algo.correction_limit), log_weights > limit
     if algo.correction == "mask_sequence":
-        sequence = torch.bucketize(batch.targets, batch.cu_seqlens, right=True) - 1  # [N]
-        num = len(batch.cu_seqlens) - 1
-        sums = log_weights.new_zeros(num).index_add_(0, sequence, log_weights)
-        log_weights = (sums / torch.bincount(sequence, minlength=num).clamp(min=1))[sequence]
+        sequence, sizes = _sequences(batch)
+        sums = log_weights.new_zeros(len(sizes)).index_add_(0, sequence, log_weights)
+        log_weights = (sums / sizes)[sequence]
     # Infinite or NaN weights are beyond any limit too; 0 times them would not be 0.
     beyond = ~(log_weights.abs() <= limit)
     return torch.where(beyond, torch.zeros_like(weights), weights), beyond
+
+
+def _sequences(batch: MicroBatch) -> tuple[Tensor, Tensor]:
+    """Of each trained token the sequence that it is of [N], and of each sequence its trained tokens, at least 1."""
+    sequence = torch.bucketize(batch.targets, batch.cu_seqlens, right=True) - 1
+    return sequence, torch.bincount(sequence, minlength=len(batch.cu_seqlens) - 1).clamp(min=1)
+
+
+def denominator(algo: AlgoSection, num_sequences: int, max_new_tokens: int) -> float | None:
+    """What the trainer divides the sum of `ppo` by, over the whole mini-batch; None: its trained tokens."""
+    return {"token": None, "sequence": float(num_sequences), "max_length": float(num_sequences * max_new_tokens)}[
+        algo.normalise
+    ]
 
 
 def ppo(
@@ -92,8 +104,9 @@ def ppo(
 
     r = exp(log pi - log pi_old), pi_old the engine's log-probs (AReaL v0.2), or the trainer's where the batch has them.
     PPO: arXiv:1707.06347, eq. 7. Asymmetric clip: DAPO, arXiv:2503.14476, eq. 8. w: see `importance_weights`. KL: the
-    k3 estimator exp(d) - d - 1 with d = log pi_ref - log pi (Schulman 2020; GRPO eq. 4). `num_lags`: of as many lags,
-    from 0 on, the statistics of `logprob_diffs_by_lag`.
+    k3 estimator exp(d) - d - 1 with d = log pi_ref - log pi (Schulman 2020; GRPO eq. 4). With `normalise = "sequence"`
+    each token counts 1 / its sequence's tokens (GRPO, eq. 3). `num_lags`: of as many lags, from 0 on, the statistics of
+    `logprob_diffs_by_lag`.
     """
     old = batch.behaviour_logprobs if batch.proximal_logprobs is None else batch.proximal_logprobs
     log_ratio = logprobs - old
@@ -101,7 +114,8 @@ def ppo(
     clipped = ratio.clamp(1 - algo.clip_low, 1 + algo.clip_high)
     plain_loss, clipped_loss = -batch.advantages * ratio, -batch.advantages * clipped
     weights, bounded = importance_weights(batch, algo)
-    loss = (weights * torch.maximum(plain_loss, clipped_loss)).sum()
+    losses = weights * torch.maximum(plain_loss, clipped_loss)
+    loss = _total(losses, batch, algo)
     mismatch = (logprobs - batch.behaviour_logprobs).detach().abs()
     sums = {
         "entropy": entropy.sum(),
@@ -126,10 +140,18 @@ def ppo(
         }
     if algo.kl and batch.reference_logprobs is not None:
         delta = batch.reference_logprobs - logprobs
-        k3 = (delta.exp() - delta - 1).sum()
-        loss = loss + algo.kl * k3
-        sums["reference_kl"] = k3.detach()
+        k3 = delta.exp() - delta - 1
+        loss = loss + algo.kl * _total(k3, batch, algo)
+        sums["reference_kl"] = k3.detach().sum()
     return loss, sums
+
+
+def _total(losses: Tensor, batch: MicroBatch, algo: AlgoSection) -> Tensor:
+    """The sum over tokens [N], or over sequences of each one's mean."""
+    if algo.normalise != "sequence":
+        return losses.sum()
+    sequence, sizes = _sequences(batch)
+    return (losses / sizes[sequence]).sum()
 
 
 def logprob_diffs_by_lag(stats: Sequence[StepStats]) -> dict[str, dict[str, float]]:

@@ -1,5 +1,23 @@
 """Recipes: the sections of a TOML file as frozen, documented, validated objects."""
 
-from pekoe.config.recipes import CurateConfig, EvalConfig, RLConfig, SFTConfig, dump_config, load_config
+from pekoe.config.recipes import (
+    AlgoSection,
+    CurateConfig,
+    EvalConfig,
+    OptimSection,
+    RLConfig,
+    SFTConfig,
+    dump_config,
+    load_config,
+)
 
-__all__ = ["CurateConfig", "EvalConfig", "RLConfig", "SFTConfig", "dump_config", "load_config"]
+__all__ = [
+    "AlgoSection",
+    "CurateConfig",
+    "EvalConfig",
+    "OptimSection",
+    "RLConfig",
+    "SFTConfig",
+    "dump_config",
+    "load_config",
+]

@@ -5,9 +5,9 @@ from __future__ import annotations
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 
 from pekoe.core.errors import UserError, nearest
@@ -75,26 +75,52 @@ def check_multiple(key: str, value: int, of: int, description: str) -> None:
         raise ValueError(f"{key}: expected a multiple of {description}, got {value}; nearest: {near}")
 
 
+def shipped_recipes() -> dict[str, Path]:
+    """The recipes that come with Pekoe, by name: in the package where it was installed, beside it in a checkout."""
+    package = Path(__file__).resolve().parent.parent
+    folders = (folder for folder in (package / "recipes", package.parent / "recipes") if folder.is_dir())
+    return {path.stem: path for path in sorted(next(folders, package).glob("*.toml"))}
+
+
 def read_toml(path: Path) -> dict[str, Any]:
-    """The content of a recipe, not yet validated."""
+    """The content of a recipe, not yet validated: of a file, or of one that comes with Pekoe, by its name."""
     if not path.is_file():
-        siblings = [p.name for p in path.parent.glob("*.toml")] if path.parent.is_dir() else []
-        raise UserError(f"{path}: expected a recipe (a TOML file), found none.{nearest(path.name, siblings)}")
+        shipped = shipped_recipes()
+        if str(path) not in shipped:
+            siblings = [p.name for p in path.parent.glob("*.toml")] if path.parent.is_dir() else []
+            hint = f" Did you mean {path.stem!r}, which comes with Pekoe?" if path.stem in shipped else ""
+            hint = hint or nearest(path.name, siblings or shipped)
+            raise UserError(f"{path}: expected a recipe (a TOML file, or a name of `pekoe recipe`), found none.{hint}")
+        path = shipped[str(path)]
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: expected TOML, got something else: {error}") from None
 
 
+def merge(tree: dict[str, Any], other: Mapping[str, Any]) -> None:
+    """Set the keys of another recipe, in place."""
+    for key, value in other.items():
+        mine = tree.get(key)
+        if isinstance(mine, dict) and isinstance(value, Mapping):
+            merge(mine, value)
+        else:
+            tree[key] = value
+
+
 def apply_override(tree: dict[str, Any], override: str) -> None:
-    """Set the key that `section.key=value` names, in place."""
+    """Set the key that `section.key=value` names, or the keys of a further recipe, in place."""
     key, equals, text = override.partition("=")
+    if not equals and (override.endswith(".toml") or override in shipped_recipes()):
+        merge(tree, read_toml(Path(override)))
+        return
     if not equals or not key.strip():
-        raise UserError(f"override {override!r}: expected section.key=value")
+        hint = nearest(override, shipped_recipes()) if not equals else ""
+        raise UserError(f"override {override!r}: expected section.key=value, or a recipe.{hint}")
     *sections, last = key.strip().split(".")
     node: Any = tree
     if len(sections) > MAX_DEPTH:
-        raise UserError(f"override {_cut(override)}: expected at most {MAX_DEPTH} sections, got {len(sections)}")
+        raise UserError(f"override {cut(override)}: expected at most {MAX_DEPTH} sections, got {len(sections)}")
     for section in sections:
         node = node.setdefault(section, {})
         if not isinstance(node, dict):
@@ -104,46 +130,13 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
     except tomllib.TOMLDecodeError:
         node[last] = text
     except (ValueError, RecursionError) as error:  # such as a number of 5,000 digits, or as many brackets
-        raise UserError(f"override {_cut(override)}: expected a value that TOML can have: {error}") from None
+        raise UserError(f"override {cut(override)}: expected a value that TOML can have: {error}") from None
 
 
-def _cut(value: Any) -> str:
+def cut(value: Any) -> str:
     """As in Python, and short."""
     try:
         text = repr(value)
     except (ValueError, RecursionError):  # a number of more than 4,300 digits; what is nested deeply
         text = f"{type(value).__name__} too large to be shown"
     return text if len(text) <= MAX_SHOWN_CHARS else f"{text[:MAX_SHOWN_CHARS]}…"
-
-
-def explain(error: ValidationError, kind: type[ConfigSection], where: str) -> str:
-    """A line for each mistake: where, expected, got, and the nearest valid name."""
-    lines: list[str] = []
-    for problem in error.errors():
-        path = [str(part) for part in problem["loc"]]
-        name, got = ".".join(path), problem.get("input")
-        match problem["type"]:
-            case "extra_forbidden":
-                lines.append(f"{where}: unknown key {name!r}.{nearest(path[-1], _keys(kind, path[:-1]))}")
-            case "missing":
-                lines.append(f"{where}: missing key {name!r}.")
-            case "value_error":
-                lines.append(f"{where}: {problem['msg'].removeprefix('Value error, ')}")
-            case _:
-                expected = problem["msg"].removeprefix("Input should be ")
-                shown = type(got).__name__ + " (a section)" if isinstance(got, dict) else _cut(got)
-                lines.append(f"{where}: {name}: expected {expected}, got {shown}.")
-    return "\n".join(lines)
-
-
-def _keys(kind: type[ConfigSection], path: list[str]) -> list[str]:
-    """The valid keys of the section at `path`."""
-    section: Any = kind
-    for part in path:
-        if part.isdigit():  # an index into an array of sections, whose item type `get_args` below has taken
-            continue
-        annotation = section.model_fields[part].annotation
-        section = next((a for a in (annotation, *get_args(annotation)) if hasattr(a, "model_fields")), None)
-        if section is None:
-            return []
-    return list(section.model_fields)

@@ -19,12 +19,12 @@ from pekoe.config.base import (
     Seconds,
     apply_override,
     check_multiple,
-    explain,
     read_toml,
 )
 from pekoe.config.cluster import ClusterSection, ParallelSection
 from pekoe.config.data import DataSection, ProblemSection, ReferenceCheck, TemplateSection
 from pekoe.config.engine import EngineSection
+from pekoe.config.keys import explain
 from pekoe.core.errors import UserError, nearest
 
 
@@ -120,8 +120,10 @@ class AlgoSection(ConfigSection):
     """See `correction`. For mask_sequence nearer 1: it is a mean over a whole response."""
     mask_truncated: bool = False
     """Leave responses cut at the length limit out of the loss. Off: they are judged like any other."""
-    normalise: Literal["token", "max_length"] = "token"
-    """The loss's denominator: the minibatch's response tokens, or (Dr. GRPO) its sequences x rollout.max_new_tokens."""
+    normalise: Literal["token", "sequence", "max_length"] = "token"
+    """token: the loss is a mean over the minibatch's response tokens. sequence (GRPO): a mean over its responses, of
+    the mean over each one's tokens. max_length (Dr. GRPO): the sum over its tokens, divided by responses x
+    rollout.max_new_tokens."""
     kl: float = Field(default=0.0, ge=0)
     """Weight of the KL term to the starting model; the reference forward runs only when above 0."""
 
@@ -141,11 +143,11 @@ class AlgoSection(ConfigSection):
 
 class OptimSection(ConfigSection):
     lr: float = Field(default=2e-5, gt=0)
-    """Learning rate, constant after warm-up."""
+    """Learning rate at the end of warm-up; `schedule` says how it goes on."""
     warmup_fraction: float = Field(default=0.001, ge=0, le=1)
     """Share of all optimizer steps in which the rate rises linearly from 0."""
-    schedule: Literal["constant", "cosine"] = "constant"
-    """After warm-up: constant, or a cosine to zero."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """After warm-up: constant, or to zero at the last step, in a line or a cosine."""
     beta1: float = Field(default=0.9, ge=0, lt=1)
     """AdamW's first decay."""
     beta2: float = Field(default=0.95, ge=0, lt=1)
@@ -288,7 +290,7 @@ class RLConfig(TrainingConfig):
     verify: VerifySection = VerifySection()
     eval: PeriodicEval = PeriodicEval()
     cluster: ClusterSection | None = None
-    """Absent: one process. See `pekoe.config.cluster`."""
+    """Absent: one process samples and trains. With a section, even an empty one, Ray places several."""
 
     @model_validator(mode="before")
     @classmethod
@@ -476,8 +478,9 @@ def load_config(source: str | Path | Mapping[str, Any], overrides: Sequence[str]
     """Read a recipe (a TOML file, or a mapping of the same shape), apply overrides, validate.
 
     Args:
-        source: path of a TOML file, or its content as a mapping.
-        overrides: each `section.key=value`; the value is read as TOML, and as a plain string where that fails.
+        source: path of a TOML file, the name of a recipe that comes with Pekoe, or the content as a mapping.
+        overrides: each `section.key=value`, whose value is read as TOML, and as a plain string where that fails; or a
+            further recipe, whose keys are set.
         kind: RLConfig, SFTConfig, EvalConfig or CurateConfig.
 
     Raises:

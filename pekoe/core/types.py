@@ -7,6 +7,7 @@ Shapes: [P] prompt tokens, [R] response tokens, [L] = [P + R] one whole sequence
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, TypeVar
 
@@ -48,7 +49,8 @@ class SamplingParams:
     """How to sample. Log-probs are always of the distribution at `temperature`, before top-p and top-k.
 
     `temperature = 0` is greedy; its log-probs are those at temperature 1. `top_k = 0` and `top_p = 1` truncate nothing.
-    `seed` and `stream` key the random numbers (I8): training and evaluation never share any.
+    `stop_token_ids = None`: the model's own end tokens; `()`: none. `seed` and `stream` key the random numbers (I8):
+    training and evaluation never share any.
     """
 
     n: int = 1
@@ -57,9 +59,14 @@ class SamplingParams:
     top_k: int = 0
     min_new_tokens: int = 0
     max_new_tokens: int = 256
-    stop_token_ids: tuple[int, ...] = ()
+    stop_token_ids: tuple[int, ...] | None = None
     seed: int = 0
     stream: Stream = "train"
+
+    @property
+    def stops(self) -> tuple[int, ...]:
+        """`stop_token_ids`, where an engine has put the model's own in place of None (`engine.base.with_stops`)."""
+        return self.stop_token_ids or ()
 
     def __post_init__(self) -> None:
         checks = {
@@ -194,6 +201,26 @@ class JudgedGroup:
     draw: int
     trajectories: tuple[Trajectory, ...]
     verdicts: tuple[Verdict, ...]
+
+    @classmethod
+    def of(
+        cls, problem: Problem, completions: Sequence[Completion], verdicts: Sequence[Verdict], draw: int = 0
+    ) -> JudgedGroup:
+        """From what `Engine.generate` gave for a problem's prompt."""
+        trajectories = tuple(
+            Trajectory(
+                problem.uid,
+                draw,
+                i,
+                len(c.handle.resolve().tokens) - c.num_tokens,
+                c.num_tokens,
+                c.finish,
+                c.versions,
+                c.handle,
+            )
+            for i, c in enumerate(completions)
+        )
+        return cls(problem, draw, trajectories, tuple(verdicts))
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -12,6 +13,7 @@ import numpy as np
 
 from pekoe.core.errors import RunError, UserError
 from pekoe.core.types import Completion, IntArray, Request, SamplingParams
+from pekoe.data.tokenizer import Tokenizer
 from pekoe.model import Decoder
 
 EngineKind = Literal["embedded", "sglang", "vllm"]
@@ -83,7 +85,7 @@ def validate(requests: Iterable[Request], vocab_size: int, limit: int, limit_nam
     """
     for request in requests:
         params, size = request.params, len(request.tokens)
-        for token in params.stop_token_ids:
+        for token in params.stops:
             if not 0 <= token < vocab_size:
                 raise UserError(f"stop token: expected an id in [0, {vocab_size}), got {token}")
         if not size:
@@ -97,6 +99,23 @@ def validate(requests: Iterable[Request], vocab_size: int, limit: int, limit_nam
         if low < 0 or high >= vocab_size:
             bad = low if low < 0 else high
             raise UserError(f"prompt {request.uid}: expected token ids in [0, {vocab_size}), got {bad}")
+
+
+def end_tokens(model: Decoder | Path) -> tuple[int, ...]:
+    """The ids that end a response, as a model's tokenizer files name them; none for a model that has no such files."""
+    if isinstance(model, Path):
+        return Tokenizer.load(model).stop_token_ids if (model / "tokenizer.json").is_file() else ()
+    config = json.dumps(model.hf_config).encode()
+    return Tokenizer(model.assets, config).stop_token_ids if "tokenizer.json" in model.assets else ()
+
+
+def with_stops(requests: Sequence[Request], own: Callable[[], tuple[int, ...]]) -> Sequence[Request]:
+    """The requests, with the model's `own` end tokens where `stop_token_ids` is None."""
+    if all(request.params.stop_token_ids is not None for request in requests):
+        return requests
+    given = dict.fromkeys(r.params for r in requests if r.params.stop_token_ids is None)
+    filled = {params: replace(params, stop_token_ids=own()) for params in given}
+    return [replace(r, params=filled.get(r.params, r.params)) for r in requests]
 
 
 def requests_of(

@@ -58,7 +58,7 @@ def sample(
     rows = np.arange(len(logits)) if rows is None else rows
     ban = np.zeros(len(rows), np.bool_) if ban is None else ban
     # By the parameters alone, not by who is banned: what shares the batch must not decide which code runs (I8).
-    bans = params.min_new_tokens > 0 and len(params.stop_token_ids) > 0
+    bans = params.min_new_tokens > 0 and len(params.stops) > 0
     plain = params.temperature > 0 and params.top_p == 1 and not params.top_k and not bans
     if plain and logits.device.type == "cpu" and logits.dtype is torch.float32:
         return _sample_fused(logits, uniform, params, rows)
@@ -73,9 +73,9 @@ def _sample_torch(
     if not np.array_equal(rows, np.arange(len(logits))):
         scaled = scaled[torch.from_numpy(rows).to(device)]
     allowed = scaled
-    if params.stop_token_ids and ban.any():
+    if params.stops and ban.any():
         allowed = scaled.clone()
-        stops = torch.tensor(params.stop_token_ids, device=device)
+        stops = torch.tensor(params.stops, device=device)
         allowed[torch.from_numpy(np.flatnonzero(ban)).to(device)[:, None], stops] = -torch.inf
     if params.temperature == 0:
         tokens = allowed.argmax(-1)

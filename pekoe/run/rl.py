@@ -11,7 +11,7 @@ from functools import partial
 
 import numpy as np
 
-from pekoe.algo.loss import ppo
+from pekoe.algo.loss import denominator, ppo
 from pekoe.algo.packing import split_minibatches
 from pekoe.algo.scoring import Scored, score, uninformative
 from pekoe.config.recipes import RLConfig
@@ -182,15 +182,9 @@ def learn(
             if algo.kl:
                 reference = trainer.logprobs(minibatch, reference=True)
                 minibatch = [replace(s, reference_logprobs=r) for s, r in zip(minibatch, reference, strict=True)]
-            fixed = float(len(minibatch) * config.rollout.max_new_tokens)
-            stats.append(
-                trainer.step(
-                    minibatch,
-                    partial(ppo, algo=algo, num_lags=num_lags),
-                    fixed if algo.normalise == "max_length" else None,
-                    algo.max_mean_ratio,
-                )
-            )
+            divisor = denominator(algo, len(minibatch), config.rollout.max_new_tokens)
+            objective = partial(ppo, algo=algo, num_lags=num_lags)
+            stats.append(trainer.step(minibatch, objective, divisor, algo.max_mean_ratio))
             if stats[-1].skipped:
                 untrained |= {sample.group: stats[-1].skipped for sample in minibatch}
             view.advance()

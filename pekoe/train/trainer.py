@@ -292,11 +292,11 @@ def _make_optimizer(model: Decoder, optim: OptimSection) -> torch.optim.AdamW:
 
 
 def learning_rate(optim: OptimSection, update: int, total: int) -> float:
-    """The rate at optimizer step `update` (from 0) of `total`: linear warm-up, then constant or cosine."""
+    """The rate at optimizer step `update` (from 0) of `total`: linear warm-up, then constant, linear or cosine."""
     warmup = math.ceil(optim.warmup_fraction * total)
     if update < warmup:
         return optim.lr * (update + 1) / warmup
     if optim.schedule == "constant":
         return optim.lr
-    progress = (update - warmup) / max(1, total - warmup)
-    return optim.lr * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+    progress = min(1.0, (update - warmup) / max(1, total - warmup))
+    return optim.lr * (1 - progress if optim.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * progress)))

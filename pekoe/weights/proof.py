@@ -34,7 +34,8 @@ _MIN_TOKENS = 4  # in common, to compare two canaries
 def canary_params(canary: IntArray, temperature: float, bf16: bool, room: int) -> SamplingParams:
     """How the canary is sampled, by an engine with room for `room` tokens."""
     tokens = min(CANARY_TOKENS, room - len(canary))
-    return SamplingParams(CANARIES_BF16 if bf16 else 1, max_new_tokens=tokens, temperature=temperature, stream="eval")
+    number = CANARIES_BF16 if bf16 else 1
+    return SamplingParams(number, temperature, max_new_tokens=tokens, stop_token_ids=(), stream="eval")
 
 
 def sample_of(completion: Completion) -> Sample:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pekoe.algo import loss as loss_module
-from pekoe.algo.loss import Sums, chosen_logprobs, cross_entropy, logprob_diffs_by_lag, ppo
+from pekoe.algo.loss import Sums, chosen_logprobs, cross_entropy, denominator, logprob_diffs_by_lag, ppo
 from pekoe.algo.packing import MicroBatch, pack
 from pekoe.config.recipes import AlgoSection
 from pekoe.core.loop import StepStats
@@ -179,6 +179,26 @@ def test_kl_is_the_k3_estimator():
     k3 = np.exp(-0.5) + 0.5 - 1
     assert float(sums["reference_kl"]) == pytest.approx(k3)
     assert float(loss) == pytest.approx(0.1 * k3)
+
+
+def test_by_sequence_each_response_counts_alike():
+    """GRPO, eq. 3: the mean over responses of means over tokens; the trainer divides by their number."""
+    samples: list[Sample] = []
+    for length, advantage in ((4, 1.0), (1, -2.0)):
+        mask, zeros = np.arange(length + 2) > 1, np.zeros(length + 2, np.float32)
+        samples.append(Sample(np.arange(length + 2), mask, zeros, mask.astype(np.float32) * np.float32(advantage)))
+    micro = replace(pack(samples), reference_logprobs=torch.tensor([-0.5, 0.0, 0.0, 0.0, 0.0]))
+    algo = AlgoSection(normalise="sequence", kl=0.1)
+    loss, sums = ppo(torch.zeros(5), torch.zeros(5), micro, algo)
+    k3 = np.exp(-0.5) + 0.5 - 1
+    assert float(loss) == pytest.approx(-1.0 + 2.0 + 0.1 * k3 / 4)
+    assert float(sums["reference_kl"]) == pytest.approx(k3)  # a mean over tokens, as every statistic
+    assert float(ppo(torch.zeros(5), torch.zeros(5), micro, AlgoSection())[0]) == pytest.approx(-4.0 + 2.0)
+
+
+def test_the_denominator_is_the_minibatchs():
+    divisors = [denominator(AlgoSection(normalise=how), 8, 100) for how in ("token", "sequence", "max_length")]
+    assert divisors == [None, 8.0, 800.0]
 
 
 def test_cross_entropy_is_a_sum():

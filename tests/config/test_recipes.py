@@ -1,27 +1,89 @@
 """Every recipe in the repository loads, as the command that its name or its head says."""
 
+import re
 from pathlib import Path
 
 import pytest
 
 from pekoe.config import CurateConfig, EvalConfig, RLConfig, SFTConfig, dump_config, load_config
+from pekoe.config.base import flatten, read_toml, shipped_recipes
+from pekoe.core import UserError
 from pekoe.engine.servers.vllm import check_args
 
 KINDS = {"rl": RLConfig, "sft": SFTConfig, "eval": EvalConfig, "curate": CurateConfig}
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 
 
-@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.toml")), ids=lambda path: path.stem)
-def test_a_recipe_loads_as_the_command_that_its_head_says(path: Path, tmp_path: Path):
-    said = [line.split() for line in path.read_text().splitlines() if f"recipes/{path.name}" in line]
-    kinds = {
-        words[words.index(command) + 1] for words in said for command in ("pekoe", "pekoe.cli") if command in words
-    }
-    (kind,) = kinds & KINDS.keys()
-    config = load_config(path, kind=KINDS[kind])
+ALGORITHMS = ("ppo", "grpo", "dr-grpo", "rloo", "dapo")
+
+
+@pytest.mark.parametrize("name", sorted(shipped_recipes()))
+def test_a_recipe_loads_as_the_command_that_its_head_says(name: str, tmp_path: Path):
+    (words,) = {
+        tuple(line.split()) for line in re.findall(rf"^# .*pekoe(?:\.cli)? ((?:rl|sft|eval|curate) .*?\b{name})(?=$| )",
+        (RECIPES / f"{name}.toml").read_text(), re.MULTILINE)
+    }  # fmt: skip
+    kind, (recipe, *more) = KINDS[words[0]], words[1:]
+    config = load_config(recipe, more, kind)
     again = tmp_path / "again.toml"
     again.write_text(dump_config(config))
-    assert load_config(again, kind=KINDS[kind]) == config
+    assert load_config(again, kind=kind) == config
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_an_algorithm_changes_any_recipe_and_nothing_else(name: str):
+    laptop, changed = load_config("laptop"), load_config("laptop", [name])
+    own = flatten(read_toml(Path(name)))
+    assert {key.partition(".")[0] for key in own} <= {"algo", "rollout"}
+    assert flatten(changed.model_dump()) == flatten(laptop.model_dump()) | own
+    head = (RECIPES / f"{name}.toml").read_text().partition("\n[")[0]
+    assert "arXiv:" in head
+    assert load_config("laptop", [name, "algo.kl=0.5"]).algo.kl == 0.5  # in the order of the words
+
+
+def test_the_releases_algorithm_is_the_default():
+    assert load_config("laptop", ["ppo"]) == load_config("laptop")
+    assert load_config("boba-7b", ["ppo"]) == load_config("boba-7b")
+
+
+def test_algorithms_differ_in_what_their_papers_change():
+    algos = {name: load_config("laptop", [name]).algo for name in ALGORITHMS}
+    assert {name: (algo.advantage, algo.normalise) for name, algo in algos.items()} == {
+        "ppo": ("global", "token"),
+        "grpo": ("grpo", "sequence"),
+        "dr-grpo": ("dr_grpo", "max_length"),
+        "rloo": ("rloo", "max_length"),
+        "dapo": ("grpo", "token"),
+    }
+    assert (algos["dapo"].clip_low, algos["dapo"].clip_high, algos["grpo"].kl) == (0.2, 0.28, 0.04)
+    assert load_config("laptop", ["dapo"]).rollout.dynamic_rounds > 0
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            ["laptpo"],
+            "laptpo: expected a recipe (a TOML file, or a name of `pekoe recipe`), found none. Did you mean 'laptop'",
+        ),
+        (["recipes-elsewhere/grpo.toml"], "found none. Did you mean 'grpo', which comes with Pekoe?"),
+        (["laptop", "gpro"], "override 'gpro': expected section.key=value, or a recipe. Did you mean 'grpo'?"),
+        (["laptop", "mine.toml"], "mine.toml: expected a recipe"),
+        (["grpo"], "missing key 'num_steps'"),
+    ],
+)
+def test_recipes_that_are_not_there(words: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError) as caught:
+        load_config(words[0], words[1:])
+    assert message in str(caught.value)
+
+
+def test_a_file_of_ones_own_comes_before_the_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "more.toml").write_text("[optim]\nlr = 0.5\n")
+    (tmp_path / "laptop").mkdir()  # a run directory may have a recipe's name
+    assert load_config("laptop", ["more.toml"]).optim.lr == 0.5
 
 
 def test_the_evaluation_of_the_release():

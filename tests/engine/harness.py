@@ -157,7 +157,7 @@ def wait_for_one(futures: Futures) -> Completion:
 def assert_ended_rightly(completion: Completion, params: SamplingParams) -> None:
     """A stop token ends a response, as its last token, beyond `min_new_tokens`; without one it is of full length."""
     tokens = completion.tokens
-    stops = np.isin(tokens, params.stop_token_ids)
+    stops = np.isin(tokens, params.stops)
     assert not stops[:-1].any()
     assert not stops[: params.min_new_tokens].any()
     assert len(tokens) <= params.max_new_tokens

@@ -76,8 +76,8 @@ def probabilities(logits: Floats, params: SamplingParams, positions: Ints | None
     `positions` [N] are places in the response (None: beyond `min_new_tokens`). Top-p is of what top-k left.
     """
     scaled = logits / params.temperature
-    if positions is not None and params.stop_token_ids:
-        scaled[np.ix_(np.flatnonzero(positions < params.min_new_tokens), np.array(params.stop_token_ids))] = -np.inf
+    if positions is not None and params.stops:
+        scaled[np.ix_(np.flatnonzero(positions < params.min_new_tokens), np.array(params.stops))] = -np.inf
     probs = np.exp(scaled - np.logaddexp.reduce(scaled, -1, keepdims=True))
     order = np.argsort(-probs, -1, kind="stable")
     ordered = np.take_along_axis(probs, order, -1)

@@ -34,6 +34,7 @@ def contents(folder: Path) -> dict[str, bytes]:
         (3, 2, []),  # from the checkpoint of step 2
         (2, 0, ["algo.proximal=recompute", "algo.correction=truncate", "algo.kl=0.01"]),  # step 1 is trained on too
         (3, 2, ["rollout.dynamic_rounds=2", "algo.advantage=grpo"]),
+        (3, 2, ["grpo", "optim.schedule=linear"]),  # by sequence, with a KL term
     ],
 )
 def test_a_replayed_step_has_the_same_loss_bit_by_bit(

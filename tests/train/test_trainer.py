@@ -127,6 +127,19 @@ def test_a_fixed_denominator_scales_the_loss(make_model: MakeModel):
     assert b.grad_norm == pytest.approx(a.grad_norm / 2, rel=1e-4)
 
 
+def test_a_mean_by_sequence_does_not_depend_on_the_split(make_model: MakeModel):
+    samples, objective = make_samples(), partial(ppo, algo=AlgoSection(normalise="sequence"))
+    whole, split = (
+        Trainer(make_model(scale=1.0, dtype=torch.float64), OPTIM, budget, 10).step(
+            samples, objective, denominator=float(len(samples))
+        )
+        for budget in (1000, 23)
+    )
+    assert split.num_microbatches > whole.num_microbatches == 1
+    assert split.loss == pytest.approx(whole.loss, rel=1e-9)
+    assert split.grad_norm == pytest.approx(whole.grad_norm, rel=1e-9)
+
+
 def test_logprobs_are_at_the_sampling_temperature(make_model: MakeModel):
     model = make_model()
     samples = make_samples()
@@ -181,6 +194,8 @@ def test_learning_rate():
     assert learning_rate(cosine, 0, 10) == 1.0
     assert learning_rate(cosine, 5, 10) == pytest.approx(0.5)
     assert learning_rate(cosine, 10, 10) == pytest.approx(0.0)
+    linear = OptimSection(lr=1.0, warmup_fraction=0.2, schedule="linear")
+    assert [learning_rate(linear, i, 10) for i in (0, 1, 2, 6, 10)] == [0.5, 1.0, 1.0, 0.5, 0.0]
 
 
 def test_state_goes_round(make_model: MakeModel):

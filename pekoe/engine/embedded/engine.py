@@ -14,7 +14,7 @@ from collections import abc
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
-from functools import partial
+from functools import cached_property, partial
 from itertools import count, groupby
 from pathlib import Path
 from typing import Literal
@@ -25,7 +25,17 @@ import torch
 from pekoe.config.engine import EngineSection
 from pekoe.core.errors import RunError, UserError
 from pekoe.core.types import BoolArray, Completion, FinishReason, IntArray, Request, SamplingParams
-from pekoe.engine.base import Broadcast, Checksums, Engine, EngineKind, EngineStats, WeightSource, validate
+from pekoe.engine.base import (
+    Broadcast,
+    Checksums,
+    Engine,
+    EngineKind,
+    EngineStats,
+    WeightSource,
+    end_tokens,
+    validate,
+    with_stops,
+)
 from pekoe.engine.checksum import checksum
 from pekoe.engine.embedded.model_runner import ModelRunner
 from pekoe.engine.embedded.scheduler import Scheduler, Sequence, Work
@@ -107,6 +117,10 @@ class EmbeddedEngine(Engine):
         """The model whose parameters are sampled from."""
         return self._runner.model
 
+    @cached_property
+    def _end_tokens(self) -> tuple[int, ...]:
+        return end_tokens(self.model)
+
     @property
     def version(self) -> int:
         return self._version
@@ -150,6 +164,7 @@ class EmbeddedEngine(Engine):
 
         A future that its caller cancels ends its request before the next forward.
         """
+        requests = with_stops(requests, lambda: self._end_tokens)
         source = "engine.kv_tokens, engine.kv_gib" if self.num_kv_tokens < self._longest else "the context"
         validate(requests, self.model.spec.vocab_size, self.max_sequence_tokens, source)
         works: list[Work] = []
@@ -387,7 +402,7 @@ class EmbeddedEngine(Engine):
             params, at = table.params[index], np.flatnonzero(which == index)
             ban = places[at] < params.min_new_tokens if params.min_new_tokens else None
             tokens[at], logprobs[at] = sample(logits, uniform[at], params, rows[at], ban)
-            stopped[at] = np.isin(tokens[at], params.stop_token_ids)
+            stopped[at] = np.isin(tokens[at], params.stops)
         if not np.isfinite(logprobs).all():
             raise RunError(f"the model's logits are not finite (version {self._version}): the weights are damaged")
         table.append(touched, tokens, logprobs)

@@ -19,6 +19,7 @@ from collections import Counter
 from collections.abc import Coroutine, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 from urllib.parse import urlsplit
@@ -41,7 +42,9 @@ from pekoe.engine.base import (
     EngineLost,
     EngineStats,
     WeightSource,
+    end_tokens,
     validate,
+    with_stops,
 )
 from pekoe.engine.buckets import buckets
 from pekoe.engine.servers.client import (
@@ -135,7 +138,7 @@ class ServerEngine(Engine):
     ) -> None:
         server = self._config = config.server
         self._spec, self._limit = spec, min(max_sequence_tokens, spec.max_positions)
-        self._log_dir, self._dtype = log_dir, dtype
+        self._model_dir, self._log_dir, self._dtype = model, log_dir, dtype
         kv_tokens = config.server_kv(self._limit, spec.kv_values_per_token, dtype, device)
         self._limit = min(self._limit, kv_tokens or self._limit)
         limits = self._limit, kv_tokens, config.max_running
@@ -221,10 +224,15 @@ class ServerEngine(Engine):
     def check(self, params: SamplingParams) -> None:
         self.check_params(params)
 
+    @cached_property
+    def _end_tokens(self) -> tuple[int, ...]:
+        return end_tokens(self._model_dir)
+
     def submit(self, requests: Sequence[Request]) -> list[Future[Completion]]:
         """See `Engine.submit`. At most `max_requests` are at the server at once, plus those of a priority above 0; the
         others wait here. Requests submitted during an update are sampled after it."""
         self._check_open()
+        requests = with_stops(requests, lambda: self._end_tokens)
         validate(requests, self._spec.vocab_size, self._limit, "the server's context")
         for params in {request.params for request in requests}:
             self.check(params)
@@ -344,8 +352,8 @@ class ServerEngine(Engine):
             (size <= params.max_new_tokens, f"at most {params.max_new_tokens} tokens, got {size}"),
             (size or answer.finish == "abort", "at least one token"),
             (
-                answer.finish != "stop" or set(end) <= set(params.stop_token_ids),
-                f"a stop at one of {params.stop_token_ids}, got {end}",
+                answer.finish != "stop" or set(end) <= set(params.stops),
+                f"a stop at one of {params.stops}, got {end}",
             ),
             (answer.finish != "length" or size == params.max_new_tokens, f"{params.max_new_tokens} tokens, got {size}"),
             (

@@ -105,14 +105,14 @@ class SGLangClient(ServerClient):
             "top_p": params.top_p,
             "top_k": params.top_k or -1,
             "max_new_tokens": params.max_new_tokens,
-            "ignore_eos": not params.stop_token_ids,
+            "ignore_eos": not params.stops,
             "sampling_seed": sequence_key(params, request.uid, request.draw, request.sample) & 0x7FFFFFFF,
             # A model's generation_config.json may set these; log-probs would not be the policy's.
             "min_p": 0.0,
             "repetition_penalty": 1.0,
         }
-        if params.stop_token_ids:
-            sampling["stop_token_ids"] = list(params.stop_token_ids)
+        if params.stops:
+            sampling["stop_token_ids"] = list(params.stops)
         return {"input_ids": request.tokens.tolist(), "rid": rid, "sampling_params": sampling, "return_logprob": True}
 
     @staticmethod

@@ -156,7 +156,7 @@ class VLLMClient(ServerClient):
             )
         if params.stream == "eval":
             return
-        late_stops = bool(params.stop_token_ids) and params.min_new_tokens > 0
+        late_stops = params.stop_token_ids != () and params.min_new_tokens > 0
         wrong = {"top_p": (1.0, params.top_p < 1), "top_k": (0, params.top_k > 0), "min_new_tokens": (0, late_stops)}
         for name, (off, is_wrong) in wrong.items():
             if is_wrong:
@@ -174,7 +174,7 @@ class VLLMClient(ServerClient):
             "top_k": params.top_k,
             "min_tokens": params.min_new_tokens,
             "max_tokens": params.max_new_tokens,
-            "stop_token_ids": list(params.stop_token_ids),
+            "stop_token_ids": list(params.stops),
             "ignore_eos": True,  # the checkpoint's end tokens; `stop_token_ids` hold all the same
             "seed": sequence_key(params, request.uid, request.draw, request.sample) >> 1,  # 63 bits
             "logprobs": 0,  # the sampled token's alone

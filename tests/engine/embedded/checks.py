@@ -35,7 +35,7 @@ def assert_well_formed(request: Request, completion: Completion) -> None:
     assert record.loss_mask.sum() == size == len(tokens) == len(completion.logprobs)
     assert np.isfinite(completion.logprobs).all()
     assert (completion.logprobs <= 0).all()
-    stops = np.isin(tokens, params.stop_token_ids)
+    stops = np.isin(tokens, params.stops)
     assert not stops[:-1].any()
     assert not stops[: params.min_new_tokens].any()
     match completion.finish:

@@ -187,7 +187,7 @@ def test_evaluation_may_truncate_and_ban():
     params = SamplingParams(top_p=0.9, top_k=5, min_new_tokens=2, stop_token_ids=(1,), stream="eval")
     client = make_client(lambda _: httpx.Response(500))
     client.check_params(params)
-    client.check_params(SamplingParams(min_new_tokens=2))  # nothing to ban
+    client.check_params(SamplingParams(min_new_tokens=2, stop_token_ids=()))  # nothing to ban
 
 
 def test_abort_names_requests_as_vllm_does():

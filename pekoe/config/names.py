@@ -1,0 +1,85 @@
+"""What TRL and verl call our keys, for errors and for the table in the docs.
+
+Names of TRL 1.0 (GRPOConfig and transformers' TrainingArguments) and of verl 0.7 (ppo_trainer.yaml).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Names(NamedTuple):
+    """One of our keys, TRL's and verl's names for it, and what differs."""
+
+    ours: str
+    trl: str = ""
+    verl: str = ""
+    note: str = ""
+
+    @property
+    def others(self) -> set[str]:
+        """The last parts of the others' names: {"num_generations", "n"}."""
+        return {name.rpartition(".")[2] for name in f"{self.trl}, {self.verl}".split(", ")} - {""}
+
+
+NAMES = (
+    Names("num_steps", "max_steps", "trainer.total_training_steps", "ours are rollout batches, not optimizer steps"),
+    Names("run.dir", "output_dir", "trainer.default_local_dir"),
+    Names("run.seed", "seed, data_seed", "data.seed"),
+    Names("model.path", "model_name_or_path, model", "actor_rollout_ref.model.path", "a directory, not a name"),
+    Names("model.dtype", "bf16, fp16", "actor.fsdp_config.model_dtype"),
+    Names("data.train", "dataset_name, train_dataset", "data.train_files"),
+    Names("data.max_prompt_tokens", "max_prompt_length", "data.max_prompt_length"),
+    Names("rollout.prompts_per_step", "generation_batch_size, per_device_train_batch_size", "data.train_batch_size",
+          "prompts; TRL counts responses"),
+    Names("rollout.samples_per_prompt", "num_generations", "rollout.n"),
+    Names("rollout.max_new_tokens", "max_completion_length", "data.max_response_length"),
+    Names("rollout.temperature", "temperature", "rollout.temperature"),
+    Names("rollout.top_p", "top_p", "rollout.top_p"),
+    Names("rollout.top_k", "top_k", "rollout.top_k", "0 is off; verl: -1"),
+    Names("rollout.dynamic_rounds", "", "algorithm.filter_groups.enable, max_num_gen_batches"),
+    Names("rollout.max_lag", "", "async_training.staleness_threshold", "steps; verl: a share of a batch"),
+    Names("engine.backend", "use_vllm, vllm_mode", "rollout.name"),
+    Names("engine.server.urls", "vllm_server_base_url, vllm_server_host"),
+    Names("engine.server.args", "vllm_tensor_parallel_size", "rollout.tensor_model_parallel_size"),
+    Names("engine.kv_gib", "vllm_gpu_memory_utilization", "rollout.gpu_memory_utilization", "GiB, not a share"),
+    Names("engine.max_running", "", "rollout.max_num_seqs"),
+    Names("algo.advantage", "scale_rewards", "algorithm.adv_estimator, norm_adv_by_std_in_grpo"),
+    Names("algo.minibatches", "steps_per_generation, gradient_accumulation_steps", "actor.ppo_mini_batch_size",
+          "a number of them, not their size"),
+    Names("algo.clip_low", "epsilon", "actor.clip_ratio, clip_ratio_low"),
+    Names("algo.clip_high", "epsilon_high", "actor.clip_ratio_high"),
+    Names("algo.normalise", "loss_type", "actor.loss_agg_mode",
+          "token: dapo, token-mean. sequence: grpo, seq-mean-token-mean. max_length: dr_grpo"),
+    Names("algo.kl", "beta", "actor.kl_loss_coef, kl_coef", "k3, verl's low_var_kl"),
+    Names("algo.correction", "vllm_importance_sampling_correction, vllm_importance_sampling_mode",
+          "algorithm.rollout_correction.rollout_is"),
+    Names("algo.correction_limit", "vllm_importance_sampling_cap", "rollout_is_threshold"),
+    Names("algo.mask_truncated", "mask_truncated_completions"),
+    Names("optim.lr", "learning_rate", "actor.optim.lr"),
+    Names("optim.schedule", "lr_scheduler_type", "actor.optim.lr_scheduler_type, warmup_style"),
+    Names("optim.warmup_fraction", "warmup_ratio, warmup_steps", "actor.optim.lr_warmup_steps_ratio, lr_warmup_steps"),
+    Names("optim.weight_decay", "weight_decay", "actor.optim.weight_decay"),
+    Names("optim.beta1", "adam_beta1", "actor.optim.betas"),
+    Names("optim.beta2", "adam_beta2", "actor.optim.betas"),
+    Names("optim.eps", "adam_epsilon, epsilon"),
+    Names("optim.grad_clip", "max_grad_norm", "actor.grad_clip, clip_grad"),
+    Names("train.token_budget", "", "actor.ppo_max_token_len_per_gpu, ppo_micro_batch_size_per_gpu",
+          "tokens, not sequences"),
+    Names("train.activation_checkpointing", "gradient_checkpointing", "model.enable_gradient_checkpointing"),
+    Names("train.compile", "torch_compile", "actor.use_torch_compile"),
+    Names("train.save_every", "save_steps", "trainer.save_freq"),
+    Names("train.keep_checkpoints", "save_total_limit", "trainer.max_actor_ckpt_to_keep"),
+    Names("verify.functions", "reward_funcs", "custom_reward_function.path"),
+    Names("eval.data", "eval_dataset", "data.val_files"),
+    Names("eval.every", "eval_steps", "trainer.test_freq"),
+    Names("eval.samples", "num_generations_eval, num_generations", "rollout.val_kwargs.n"),
+    Names("curate.samples", "num_generations", "rollout.n"),
+    Names("cluster.training.cp", "", "actor.ulysses_sequence_parallel_size"),
+    Names("cluster.training.ranks", "", "trainer.n_gpus_per_node, nnodes"),
+    Names("track.wandb", "report_to", "trainer.logger, project_name"),
+    Names("sft.epochs", "num_train_epochs", "trainer.total_epochs"),
+    Names("sft.batch_size", "per_device_train_batch_size", "data.train_batch_size"),
+    Names("sft.eval_every", "eval_steps", "trainer.test_freq"),
+    Names("parallel.cp", "context_parallel_size", "ulysses_sequence_parallel_size"),
+)  # fmt: skip

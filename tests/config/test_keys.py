@@ -1,0 +1,108 @@
+"""Every key, as the command line lists it, and what is said of one that is not a key."""
+
+from __future__ import annotations
+
+import tomllib
+from typing import Any
+
+import pytest
+
+from pekoe.config import CurateConfig, EvalConfig, RLConfig, SFTConfig, load_config
+from pekoe.config.base import flatten
+from pekoe.config.keys import describe, keys_of, show_config
+from pekoe.config.names import NAMES
+from pekoe.config.recipes import Config
+from pekoe.core import UserError
+
+RECIPE: dict[str, Any] = {"run": {"dir": "x"}, "model": {"path": "m"}, "data": {"train": "t"}}
+RL = RECIPE | {"num_steps": 3}
+KINDS = [RLConfig, SFTConfig, EvalConfig, CurateConfig]
+
+
+def test_a_key_has_its_type_default_and_meaning():
+    keys = {key.name: key for key in keys_of(RLConfig)}
+    assert (keys["optim.lr"].type, keys["optim.lr"].default) == ("number, above 0", "2e-05")
+    assert keys["model.path"].default == "required"
+    assert (keys["engine.kv_tokens"].type, keys["engine.kv_tokens"].default) == ("whole number, at least 16", "absent")
+    assert keys["model.device"].type == '"cpu", "cuda" or "auto"'
+    assert keys["data.sources[].weight"].type == "number, above 0, at most 10,000"
+    assert keys["engine.server.env"].type == "table of text"
+    assert keys["run.threads"].type == "whole number, at least 1, at most 1,024"  # bounds of an optional alias
+    assert keys["cluster.training.ranks"].default == "1"
+    assert "warm-up" in keys["optim.lr"].meaning
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_key_is_without_a_meaning(kind: type[Config]):
+    assert [key.name for key in keys_of(kind) if not key.meaning] == []
+
+
+def test_defaults_are_those_of_the_command():
+    sft = {key.name: key.default for key in keys_of(SFTConfig)}
+    assert (sft["optim.lr"], sft["optim.weight_decay"], sft["train.token_budget"]) == ("1e-05", "0.1", "32768")
+
+
+def test_every_key_of_a_resolved_recipe_is_listed():
+    flat = flatten(load_config(RL, ["cluster.training.ranks=1", "engine.server.env.A=b"]).model_dump())
+    listed = {key.name for key in keys_of(RLConfig) if "[]" not in key.name and not key.type.startswith("table")}
+    assert flat.keys() - {"engine.server.env.A"} == listed - {"cluster"}
+
+
+def test_a_section_a_key_and_another_commands_section():
+    text = describe(KINDS, "optim")
+    assert text.startswith("optim.lr: number, above 0; default 2e-05\n    Learning rate")
+    assert "optimizer" not in describe(KINDS, "optim.beta1")
+    assert describe(KINDS, "data.sources").count("data.sources[].") == 5
+    assert describe(KINDS, "sft.epochs").startswith("sft.epochs: whole number")
+    with pytest.raises(
+        UserError, match=r"keys: unknown key 'num_generations'. Did you mean 'rollout.samples_per_prompt'"
+    ):
+        describe(KINDS, "num_generations")
+
+
+def test_a_dry_run_shows_what_is_absent_and_reads_back():
+    config = load_config(RL, ['engine.server.env={A="b"}'])
+    text = show_config(config)
+    for key in ("cluster", "threads", "kv_tokens", "wandb", "every"):
+        assert f"# {key} is absent\n" in text
+    assert load_config(tomllib.loads(text)) == config
+    mixed = RL | {"data": {"sources": [{"name": "a", "path": "b"}]}}
+    assert load_config(tomllib.loads(show_config(load_config(mixed)))) == load_config(mixed)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("num_generations=8", "unknown key 'num_generations'. Did you mean 'rollout.samples_per_prompt'?"),
+        ("learning_rate=1e-5", "unknown key 'learning_rate'. Did you mean 'optim.lr'?"),
+        ("optim.learning_rate=1e-5", "unknown key 'optim.learning_rate'. Did you mean 'optim.lr'?"),
+        ("beta=0.1", "unknown key 'beta'. Did you mean 'algo.kl' (k3"),
+        ("algo.beta=0.1", "unknown key 'algo.beta'. Did you mean 'algo.kl' (k3"),
+        ("rollout.n=8", "unknown key 'rollout.n'. Did you mean 'rollout.samples_per_prompt'?"),
+        ("n=8", "unknown key 'n'. Did you mean 'rollout.samples_per_prompt'?"),
+        ("actor_rollout_ref.rollout.n=8", "'actor_rollout_ref.rollout.n'. Did you mean 'rollout.samples_per_prompt'?"),
+        ("optim.epsilon=1e-8", "Did you mean 'optim.eps'?"),
+        ("epsilon=0.1", "Did you mean 'algo.clip_low'?"),
+        ("actor.ppo_mini_batch_size=8", "Did you mean 'algo.minibatches' (a number of them, not their size)?"),
+        ("temperature=0.5", "unknown key 'temperature'. Did you mean 'rollout.temperature'?"),
+        ("algo.lr=1", "unknown key 'algo.lr'. Did you mean 'optim.lr'?"),
+        ("optim.lrr=1", "unknown key 'optim.lrr'. Did you mean 'lr'?"),
+        ("xyz.q=1", "unknown key 'xyz.q'. Valid: "),
+    ],
+)
+def test_what_an_unknown_key_may_mean(override: str, message: str):
+    with pytest.raises(UserError) as caught:
+        load_config(RL, [override])
+    assert message in str(caught.value)
+
+
+def test_another_command_has_another_key_for_it():
+    evaluation = {"model": {"path": "m"}, "eval": {"data": "d"}}
+    with pytest.raises(UserError, match=r"Did you mean 'eval.samples'\?"):
+        load_config(evaluation, ["num_generations=8"], EvalConfig)
+
+
+def test_the_table_of_names_names_keys():
+    keys = {key.name for kind in KINDS for key in keys_of(kind)}
+    assert {row.ours for row in NAMES} <= keys
+    assert all(row.trl or row.verl for row in NAMES)
