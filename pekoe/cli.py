@@ -334,6 +334,29 @@ def doctor(
 
 
 @app.command()
+def plan(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    hardware: Annotated[str, typer.Option(help="a device such as h100 or mi300x, or a TOML file of your own")] = "h100",
+    gpus: Annotated[int | None, typer.Option(min=1, help="in all; by default as many as the recipe has")] = None,
+    price: Annotated[float | None, typer.Option(min=0, help="of a GPU and hour")] = None,
+    mean_response: Annotated[float | None, typer.Option(min=1, help="tokens; by default 0.3 x the limit")] = None,
+    mean_prompt: Annotated[float | None, typer.Option(min=1, help="tokens; by default 128")] = None,
+    explain: Annotated[bool, typer.Option("--explain", help="formulas and constants too")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+) -> None:
+    """What a recipe of rl takes on devices that are not here: memory, seconds of a step, hours, price.
+
+    Simulates the loop's schedule at lag 0 and 1, and prints how wrong predictions of published figures were. Exit
+    status 2 if the recipe does not fit.
+    """
+    from pekoe.plan.command import run_plan
+
+    config = load_config(recipe, overrides or (), RLConfig)
+    run_plan(Console(), config, hardware, gpus, price, mean_response, mean_prompt, explain, as_json)
+
+
+@app.command()
 def verify(
     files: Annotated[
         list[str], typer.Argument(metavar="CASES.jsonl...", help='lines {"id"?, "response", "gold", "kind"?, "label"?}')

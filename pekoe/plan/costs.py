@@ -84,6 +84,7 @@ class Engine:
     weight_bytes: float = 2
     kv_bytes: float = 2
     constants: Constants = Constants()
+    kv_limit: int | None = None  # tokens that the KV cache is set to hold at most
 
     @property
     def kv_shards(self) -> int:
@@ -98,13 +99,25 @@ class Engine:
     def kv_tokens(self, share: float = 0.9) -> int:
         """Tokens whose KV fits beside the weights in `share` of the memory; 0 where not even the weights do."""
         left = share * self.device.memory_bytes - self.weights / self.tp
-        return max(0, int(left * self.kv_shards / (self.shape.kv_per_token * self.kv_bytes)))
+        room = max(0, int(left * self.kv_shards / (self.shape.kv_per_token * self.kv_bytes)))
+        return room if self.kv_limit is None else min(room, self.kv_limit)
 
     def decode(self, batch: float, context: float) -> float:
         """Seconds of a step in which `batch` sequences of `context` tokens each get one more.
 
         Weights are read once (of experts, those that are chosen), KV once a sequence.
         """
+        read, compute, kv, reduces, overheads, sequences = self._decode(batch, context)
+        return max(read, compute) + kv + reduces + overheads + sequences
+
+    def decode_parts(self, batch: float, context: float) -> dict[str, float]:
+        """The seconds of `decode` by what they go to; weights are read while products are computed."""
+        read, compute, kv, reduces, overheads, sequences = self._decode(batch, context)
+        bound = {"reading weights": read} if read >= compute else {"matrix products": compute}
+        others = {"reading KV": kv, "all-reduces": reduces, "starting kernels": overheads, "scheduling": sequences}
+        return bound | others
+
+    def _decode(self, batch: float, context: float) -> tuple[float, float, float, float, float, float]:
         c, shape, device = self.constants, self.shape, self.device
         common = (shape.common_parameters + shape.head_parameters) * self.weight_bytes / self.tp
         experts = shape.touched(batch) * self.weight_bytes / self.tp - common
@@ -113,7 +126,7 @@ class Engine:
         compute = work / (c.decode_flops * device.rate(self.weight_bytes))
         kv = shape.kv_per_token * self.kv_bytes * batch * context / self.kv_shards / (c.kv_share * device.byte_s)
         overheads = shape.num_layers * c.layer_s + shape.expert_layers * c.expert_layer_s + c.step_s
-        return max(read, compute) + kv + self.all_reduces(batch) + overheads + c.sequence_s * batch
+        return read, compute, kv, self.all_reduces(batch), overheads, c.sequence_s * batch
 
     def prefill(self, tokens: float, cached: float = 0.0) -> float:
         """Seconds of the arithmetic of `tokens` tokens of one prompt, after `cached` ones whose KV is there."""
@@ -198,20 +211,24 @@ class Training:
 
     def _compute(self, tokens: float, context: float, forwards: float, head: float = 1.0) -> float:
         """Seconds of `tokens` tokens of `context` each at one replica; `forwards` in units of a forward's work."""
+        products, attention, moved = self._work(tokens, context, head)
+        return forwards * (products + attention + moved) / (self.tp * self.cp * self.pp)
+
+    def _work(self, tokens: float, context: float, head: float = 1.0) -> tuple[float, float, float]:
+        """Seconds of a forward on one device: matrix products, attention, moving activations."""
         c, shape = self.constants, self.shape
         common = 2 * tokens * (shape.common_parameters + head * shape.head_parameters)
         experts = 2 * tokens * (shape.layer_active - shape.common_parameters)
         pairs = tokens * context / 2
         attention = 4 * shape.attending_layers * shape.num_heads * shape.head_dim * pairs
-        rate, split = self.device.rate(self.weight_bytes), self.tp * self.cp * self.pp
+        rate = self.device.rate(self.weight_bytes)
         rate *= (1 if rate == self.device.flop_s else c.train_fp8) * (1 if self.compiled else c.train_eager)
         young = c.train_foreign if self.device.fp4_flop_s and not self.native else 1.0
         parts = common / c.train_flops + experts / c.train_experts
         plain = self.device.flop_s if self.native else min(self.device.flop_s, AMPERE_KERNELS)
         share = c.train_attention * (1 if self.cp == 1 else c.train_ring)
         moved = c.train_passes * tokens * (shape.num_layers * shape.hidden + shape.vocab) * ACTIVATION_BYTES
-        work = parts / rate / young + attention / (share * plain) + moved / self.device.byte_s
-        return forwards * work / split
+        return parts / rate / young, attention / (share * plain), moved / self.device.byte_s
 
     def _exchange(self, tokens: float, passes: float) -> float:
         """Seconds in which a replica's devices exchange activations: TP's rings, CP's keys and values."""
@@ -245,14 +262,39 @@ class Training:
         bubble = 1 + (self.pp - 1) / (self.interleave * max(1.0, micro_batches))
         return (compute + layers) * bubble + gathered - hidden + c.batch_s * micro_batches
 
+    def step_parts(self, tokens: float, context: float, micro_batches: float, updates: int = 1) -> dict[str, float]:
+        """The seconds of `step` by what they go to."""
+        c, forwards = self.constants, self._forwards
+        own, split = tokens / self.replicas, self.tp * self.cp * self.pp
+        products, attention, moved = (forwards * seconds / split for seconds in self._work(own, context))
+        exchanged = self._exchange(own, forwards)
+        gathered = self._gather(2) * (1 if self.pp > 1 else micro_batches)
+        hidden = min(gathered, c.overlap * (products + attention + moved + exchanged))
+        layers = self.shape.num_layers / self.pp * c.train_layer_s * forwards * micro_batches
+        bubble = (self.pp - 1) / (self.interleave * max(1.0, micro_batches))
+        return {
+            "matrix products": products,
+            "attention": attention,
+            "moving activations": moved,
+            "exchanges of TP and CP": exchanged,
+            "FSDP's gathers and reductions": gathered - hidden,
+            "starting kernels": layers + c.batch_s * micro_batches,
+            "pipeline bubbles": bubble * (products + attention + moved + exchanged + layers),
+            "the optimizer": updates * self.update(),
+        }
+
+    @property
+    def _forwards(self) -> float:
+        """Of a forward's work: itself, backward, and what is computed again."""
+        return (3 + self.recompute) * (self.constants.train_adapter if self.lora else 1)
+
     def step(self, tokens: float, context: float, micro_batches: float, updates: int = 1) -> float:
         """Seconds to train on `tokens` tokens (all replicas), in sequences of `context`, and to update `updates` times.
 
         Args:
             micro_batches: of each replica.
         """
-        forwards = (3 + self.recompute) * (self.constants.train_adapter if self.lora else 1)
-        work = self._pass(tokens / self.replicas, context, micro_batches, forwards, 2)
+        work = self._pass(tokens / self.replicas, context, micro_batches, self._forwards, 2)
         return work + updates * self.update()
 
     def update(self) -> float:
@@ -273,9 +315,9 @@ class Training:
         return 3 * (2 * tokens * (self.shape.layer_active + self.shape.head_parameters) + attention)
 
 
-Transport = Literal["tensors", "buckets", "peers", "disk"]
+Transport = Literal["tensors", "buckets", "peers", "disk", "device"]
 """How weights are sent: tensor by tensor as they are gathered; in buckets, as `weights.channel` does; from every
-trainer's device to whatever engine's device needs a part; or through a shared directory."""
+trainer's device to whatever engine's device needs a part; through a shared directory; or within one device's memory."""
 
 
 def publish(num_bytes: float, tensors: float, route: Transport, sources: float, device: Device, k: Constants) -> float:
@@ -286,6 +328,8 @@ def publish(num_bytes: float, tensors: float, route: Transport, sources: float, 
     """
     if route == "tensors":
         return k.sync_s + tensors * k.sync_tensor_s + num_bytes / (k.sync_tensors * device.network_byte_s)
+    if route == "device":  # read in float32 and written
+        return 3 * num_bytes / (0.7 * device.byte_s)
     if route == "disk":
         return k.sync_s + num_bytes / k.disk_byte_s
     if route == "peers":

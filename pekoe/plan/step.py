@@ -33,6 +33,8 @@ class Setup:
     judge_s: float = 0.0  # after the last response
     most: int = MOST
     seed: int = 0
+    goes_on: bool = False  # with lag: whether responses in flight go on under new weights (`plan.schedule` alone)
+    window: int = 1  # groups within which one that is sampled may overtake others (`plan.schedule` alone)
 
     @property
     def constants(self) -> Constants:
@@ -112,6 +114,19 @@ def steady_seconds(setup: Setup) -> float:
     return setup.responses / setup.num_engines * (decode + prefill)
 
 
+def times_beside(setup: Setup) -> tuple[float, float, float, float]:
+    """Seconds of what is not sampling: log-prob passes, training, publishing, and the loop's own work."""
+    training, k = setup.training, setup.constants
+    passes = setup.forwards * training.logprobs(setup.tokens, setup.context, setup.micro_batches)
+    trained = training.step(setup.tokens, setup.context, setup.micro_batches, setup.updates)
+    shape = training.shape
+    tensors = shape.num_layers * 9.0 + 3.0 * shape.expert_layers * shape.num_experts
+    num_bytes = shape.num_parameters * setup.engine.weight_bytes
+    published = publish(num_bytes, tensors, setup.route, training.devices, training.device, k)
+    overhead = k.step_overhead + (2 * k.reload_s * num_bytes / training.devices / 1e9 if setup.colocated else 0.0)
+    return passes, trained, published, overhead
+
+
 def step_time(setup: Setup, sampling: tuple[float, float] | None = None) -> StepTime:
     """A step, in the steady state.
 
@@ -121,16 +136,10 @@ def step_time(setup: Setup, sampling: tuple[float, float] | None = None) -> Step
     Args:
         sampling: what `sampling_of` says, where it is known already.
     """
-    training, k = setup.training, setup.constants
-    passes = setup.forwards * training.logprobs(setup.tokens, setup.context, setup.micro_batches)
-    trained = training.step(setup.tokens, setup.context, setup.micro_batches, setup.updates)
-    shape = training.shape
-    tensors = shape.num_layers * 9.0 + 3.0 * shape.expert_layers * shape.num_experts
-    num_bytes = shape.num_parameters * setup.engine.weight_bytes
-    published = publish(num_bytes, tensors, setup.route, training.devices, training.device, k)
-    overhead = k.step_overhead + (2 * k.reload_s * num_bytes / training.devices / 1e9 if setup.colocated else 0.0)
+    passes, trained, published, overhead = times_beside(setup)
     beside = passes + trained + published + overhead + setup.judge_s
     sampled, share = sampling or sampling_of(setup)
+    k = setup.constants
     sampled /= k.rollout_share
     if setup.lag >= 2 and not setup.colocated:
         sampled, share = (

@@ -1,0 +1,88 @@
+"""Memory of one device, by part: an engine's and a training rank's. Formulas, checked against `pekoe doctor`.
+
+The trainer's parts are those that `pekoe.train.memory_estimate` gets from the trainer's own code on tensors without
+numbers; the coefficients below were read off it (bytes a token, of dense models), and tests/plan/test_memory.py holds
+them to it. What a GPU then really takes was measured on none.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pekoe.plan.costs import Engine, Training
+
+USABLE = 0.9  # of a device, as `pekoe doctor` counts: the rest for allocators' gaps, and an engine's workspace
+PROCESS = 0.6 * 2**30  # torch, the device's context, as `pekoe doctor` counts
+LOGIT_VALUES = 1 << 24  # logits that the trainer holds at once (`pekoe.algo.loss`), 16 bytes each with their gradients
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """Bytes of one device at the peak, and those that it has."""
+
+    parts: dict[str, float]
+    room: float
+
+    @property
+    def total(self) -> float:
+        return sum(self.parts.values())
+
+    @property
+    def fits(self) -> bool:
+        return self.total <= self.room
+
+
+def engine_memory(engine: Engine, longest: int) -> Memory:
+    """Of one of an engine's devices: weights, KV cache, workspace. The KV cache takes what is left, and must hold the
+    longest sequence; where it does not, what that would need is counted."""
+    device = engine.device.memory_bytes
+    tokens = max(engine.kv_tokens(USABLE), longest)
+    parts = {
+        "weights": engine.weights / engine.tp,
+        "KV cache": tokens * engine.shape.kv_per_token * engine.kv_bytes / engine.kv_shards,
+        "workspace": (1 - USABLE) * device,
+    }
+    return Memory(parts, device * 1.000001)  # the KV cache fills it: rounding must not make it too small
+
+
+def trainer_memory(
+    training: Training, budget: int, shards: int, half: bool, reference: bool = False, beside: float = 0.0
+) -> Memory:
+    """Of a training rank.
+
+    Args:
+        budget: tokens of a micro-batch at one rank.
+        shards: ranks over which FSDP shards the weights.
+        half: whether products are in bfloat16 (autocast); weights and optimizer state are float32 always.
+        reference: whether a model that is not trained is held too.
+        beside: bytes that other things hold on this device.
+    """
+    shape, tp, layers = training.shape, training.tp, training.shape.num_layers
+    width, head, inner = shape.hidden, shape.vocab * shape.hidden, shape.dense_width / tp
+    queries, keys = (n * shape.head_dim / tp for n in (shape.num_heads, shape.num_kv_heads))
+    one_layer = shape.common_parameters / layers / tp
+    own = layers * one_layer + head * (1 if shape.tied else 2)  # tensor parallelism leaves embeddings whole
+    if half:
+        layer, again = 26 * width + 8 * inner + 4 * (queries + keys + shape.num_heads / tp), 4 * inner
+    else:
+        layer, again = 24 * width + 16 * (inner + queries + keys), 8 * inner
+    ends = 16 * width + 8 * shape.head_dim
+    copies = 2 * one_layer if half else 0.0
+    if training.recompute:  # the peak is at the head, or where the last layer is computed again
+        at_head, at_layer = budget * ends + 12 * head, budget * (layer + again) + 4 * head + copies
+        activations, logits = budget * 4 * width * layers + max(at_head, at_layer) - 12 * head, 12 * head
+    else:
+        activations, logits = budget * (layers * layer + ends) + layers * copies, 12 * head
+    logits += 16 * LOGIT_VALUES
+    parts = {
+        "parameters": 4 * own / shards,
+        "gradients": 4 * own / shards,
+        "Adam's moments": 8 * own / shards,
+        "gathered by FSDP": 8 * (2 * one_layer + own - layers * one_layer) if shards > 1 else 0.0,
+        "activations of a micro-batch": max(0.0, activations),
+        "logits and the head's gradients": logits,
+        "the reference model": reference * (2 if half else 4) * own / shards,
+        "torch": PROCESS,
+        "the engine beside it": beside,
+    }
+    return Memory({name: size for name, size in parts.items() if size}, USABLE * training.device.memory_bytes)

@@ -1,0 +1,260 @@
+"""A recipe on named devices as a `Setup`: the model's shape, the layout, lengths. What no file says is assumed here."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, ValidationError
+
+from pekoe.config.base import ConfigSection, explain
+from pekoe.config.recipes import RLConfig
+from pekoe.core.errors import UserError, nearest
+from pekoe.core.hardware import DEVICES, Device
+from pekoe.plan.costs import NAMES, Constants, Engine, Training, Transport, fitted
+from pekoe.plan.rollout import SIGMA, Lengths
+from pekoe.plan.shapes import Shape, recognise_model
+from pekoe.plan.step import Setup
+
+PROMPT = 128  # tokens of a problem with its template, where nothing is said
+MEAN_SHARE = 0.3  # of rollout.max_new_tokens: the mean response, where nothing is said (the release: 8,000 of 27,648)
+# Of a judge process for a token: make bench-verify (8,192 responses of 32,768 characters each, 39 s on 2 cores), at 4
+# characters a token.
+JUDGE_TOKEN_S = 2 * 39.04 / 8192 / (32768 / 4)
+
+
+class OwnDevice(ConfigSection):
+    """A device of a user's own file. Rates are a second, dense; links count one direction."""
+
+    name: str = "own"
+    memory_gb: float = Field(gt=0)
+    memory_gb_s: float = Field(gt=0)
+    tflop_s: float = Field(gt=0)
+    """Of the dtype that the recipe trains in."""
+    fp8_tflop_s: float = Field(default=0, ge=0)
+    link_gb_s: float = Field(gt=0)
+    """To the others of its node."""
+    network_gb_s: float = Field(gt=0)
+    """To other nodes, this device's share."""
+    per_node: int = Field(default=8, ge=1)
+    constants: dict[str, float] = Field(default_factory=dict[str, float])
+    """Measured in place of fitted ones: `pekoe.plan.costs.Constants`."""
+
+
+def read_device(name: str) -> tuple[Device, Constants]:
+    """A device by its name, or from a TOML file. UserError where neither is known."""
+    plain = name.lower().removesuffix("-sxm").removesuffix("-80")
+    if plain in DEVICES:
+        return DEVICES[plain], fitted()
+    path = Path(name)
+    if path.suffix != ".toml":
+        raise UserError(f"--hardware: expected a device or a TOML file, got {name!r}.{nearest(plain, DEVICES)}")
+    try:
+        own = OwnDevice.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
+    except ValidationError as error:
+        raise UserError(explain(error, OwnDevice, name)) from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"--hardware: expected a TOML file of a device, got {name}: {error}") from None
+    if unknown := sorted(own.constants.keys() - set(NAMES)):
+        raise UserError(f"{name}: unknown constant {unknown[0]!r}.{nearest(unknown[0], NAMES)}")
+    rates = own.memory_gb_s * 1e9, own.tflop_s * 1e12, own.fp8_tflop_s * 1e12, 0.0
+    links = own.link_gb_s * 1e9, own.network_gb_s * 1e9
+    return Device(own.name, own.memory_gb * 1e9, *rates, *links, own.per_node, name), replace(fitted(), **own.constants)
+
+
+def read_shape(folder: str) -> tuple[Shape, str]:
+    """A model's shape, and where it is from: its config.json, or a known model's by the directory's name."""
+    file, name = Path(folder) / "config.json", Path(folder).name
+    if not file.is_file():
+        shape = recognise_model(name)
+        if shape is None:
+            raise UserError(
+                f"model.path: expected a directory with a config.json, or one named as a known model such as "
+                f"Qwen2.5-7B, got {folder!r}"
+            )
+        source = f"{folder} is not here: the shape is {shape.name}'s, by its name"
+    else:
+        shape, source = _shape_of(file, name), str(file)
+    if shape.num_experts:
+        raise UserError(f"model.path: expected a dense model, as Pekoe trains no mixtures of experts, got {shape.name}")
+    return shape, source
+
+
+def _shape_of(file: Path, name: str) -> Shape:
+    try:
+        values: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        hidden, heads = int(values["hidden_size"]), int(values["num_attention_heads"])
+        head_dim = values.get("head_dim") or (128 if values.get("model_type") == "qwen3" else hidden // heads)
+        kv_heads = int(values.get("num_key_value_heads") or heads)
+        sizes = int(values["num_hidden_layers"]), hidden, heads, kv_heads, int(head_dim)
+        tied, experts = bool(values.get("tie_word_embeddings")), int(values.get("num_experts") or 0)
+        return Shape(name, *sizes, int(values["intermediate_size"]), int(values["vocab_size"]), tied, experts)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{file}: expected the config.json of a model, got {type(error).__name__}: {error}") from None
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Who samples and who trains. `shares`: both on the same devices."""
+
+    engines: int
+    engine_gpus: int
+    ranks: int
+    tp: int = 1
+    cp: int = 1
+    replicas: int = 1
+    shares: bool = False
+    one_process: bool = False  # with `shares`: engine and trainer hold their memory at the same time
+    route: Transport = "buckets"
+
+    @property
+    def gpus(self) -> int:
+        return self.ranks if self.shares else self.engines * self.engine_gpus + self.ranks
+
+    @property
+    def shards(self) -> int:
+        """Ranks over which FSDP shards the weights."""
+        return self.ranks // (self.tp * self.replicas)
+
+    def __str__(self) -> str:
+        each = f" of {self.engine_gpus} GPUs" if self.engine_gpus > 1 else ""
+        split = "".join(f", {name} {n}" for name, n in (("tp", self.tp), ("cp", self.cp)) if n > 1)
+        together = ", on the same devices in turns" if self.shares else ""
+        engines, ranks = (f"{n} {name}{'s' * (n > 1)}" for n, name in ((self.engines, "engine"), (self.ranks, "rank")))
+        return f"{engines}{each}, {ranks.replace('rank', 'training rank')}{split}{together}"
+
+
+def layout_of(config: RLConfig, gpus: int | None, engine_gpus: int) -> tuple[Layout, list[str]]:
+    """The layout of a recipe, scaled to `gpus` where they are given, and the keys that say so.
+
+    Args:
+        engine_gpus: what an engine needs at least, where the recipe does not say how many it has.
+    """
+    own = _own_layout(config)
+    if gpus is None or gpus == own.gpus:
+        return own, []
+    if config.cluster is None:
+        if gpus == 1:
+            raise UserError("--gpus: expected 2 or more, as the recipe's servers have GPUs of their own, got 1")
+        own = Layout(1, engine_gpus, engine_gpus)
+    unit = own.tp * own.cp
+    if own.shares:
+        step = max(own.engine_gpus, unit)
+        if gpus % step:
+            near = max(step, gpus - gpus % step)
+            raise UserError(f"--gpus: expected a multiple of {step}, got {gpus}; nearest: {near}")
+        scaled = replace(own, engines=gpus // own.engine_gpus, ranks=gpus, replicas=1)
+    else:
+        wanted = gpus * (1 - own.ranks / own.gpus)
+        each, least = own.engine_gpus, own.engine_gpus + unit
+        fits = [n for n in range(1, gpus // each + 1) if gpus > n * each and (gpus - n * each) % unit == 0]
+        if not fits:
+            raise UserError(
+                f"--gpus: expected engines of {each} and training ranks in groups of {unit} (tp x cp), got {gpus}; "
+                f"nearest: {max(least, gpus - (gpus - least) % max(each, unit))}"
+            )
+        engines = min(fits, key=lambda n: (abs(n * each - wanted), n))
+        scaled = replace(own, engines=engines, ranks=gpus - engines * each, replicas=1)
+    keys = {"generation.engines": scaled.engines, "generation.gpus_per_engine": scaled.engine_gpus}
+    keys |= {"training.ranks": scaled.ranks, "training.gpus_per_rank": 1}
+    changes = [f"cluster.{key}={value}" for key, value in keys.items()]
+    if config.engine.server.count > 1 or config.engine.server.gpus:  # which a section cluster has no use for
+        changes += ["engine.server.count=1", "engine.server.gpus=[]"]
+    return scaled, changes
+
+
+def _own_layout(config: RLConfig) -> Layout:
+    cluster, server = config.cluster, config.engine.server
+    if cluster is not None:
+        training = cluster.training
+        sizes = cluster.generation.engines, max(1, cluster.generation.gpus_per_engine), training.ranks
+        route: Transport = "disk" if cluster.sync == "disk" else "buckets"
+        return Layout(*sizes, training.tp, training.cp, training.replicas, cluster.colocate, route=route)
+    if config.engine.backend == "embedded":
+        return Layout(1, 1, 1, shares=True, one_process=True, route="device")
+    each = len(server.gpus[0].split(",")) if server.gpus else 1
+    return Layout(len(server.urls) or server.count, each, 1, route="buckets" if server.sync == "broadcast" else "disk")
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A recipe on devices: what to time, and what was taken for granted."""
+
+    config: RLConfig
+    setup: Setup
+    layout: Layout
+    changes: list[str]  # keys of the recipe that the layout changes
+    assumed: list[str]
+
+    @property
+    def longest(self) -> int:
+        return self.config.data.max_prompt_tokens + self.config.rollout.max_new_tokens
+
+
+def read_plan(
+    config: RLConfig, hardware: str, gpus: int | None, mean_response: float | None, mean_prompt: float | None
+) -> Plan:
+    """Raises UserError for an unknown device or model, or a layout or lengths that are not possible."""
+    device, k = read_device(hardware)
+    shape, source = read_shape(config.model.path)
+    rollout, half = config.rollout, config.model.dtype == "bfloat16"
+    longest = config.data.max_prompt_tokens + rollout.max_new_tokens
+    size = 2 if half else 4
+    least = 1 if config.engine.backend == "embedded" else least_gpus(Engine(shape, device, 1, size, size, k), longest)
+    layout, changes = layout_of(config, gpus, least)
+    assumed = [f"model: {source}"]
+    prompt = mean_prompt or float(min(PROMPT, config.data.max_prompt_tokens))
+    mean = mean_response or MEAN_SHARE * rollout.max_new_tokens
+    if not 0 < prompt <= config.data.max_prompt_tokens:
+        limit = config.data.max_prompt_tokens
+        raise UserError(f"--mean-prompt: expected at most data.max_prompt_tokens = {limit}, got {prompt:g}")
+    if not 0 < mean < rollout.max_new_tokens:
+        limit = rollout.max_new_tokens
+        raise UserError(f"--mean-response: expected below rollout.max_new_tokens = {limit}, got {mean:g}")
+    said = "--mean-response" if mean_response else "assumed; say --mean-response"
+    assumed.append(f"responses: {mean:,.0f} tokens on average ({said}), log-normal with sigma {SIGMA} (assumed)")
+    assumed.append(
+        f"prompts: {prompt:,.0f} tokens ({'--mean-prompt' if mean_prompt else 'assumed; say --mean-prompt'})"
+    )
+    if not half:
+        assumed.append("model.dtype = float32: timed at the device's stated rate, which is bfloat16's in the table")
+    if rollout.dynamic_rounds:
+        assumed.append("rollout.dynamic_rounds: no group is drawn again")
+    if config.eval.every:
+        assumed.append("eval.every: the time of evaluations is left out")
+    limit = None
+    if config.engine.backend == "embedded":
+        limit = config.engine.kv_room(longest, int(shape.kv_per_token * size))
+    elif config.engine.kv_tokens:
+        limit = config.engine.kv_tokens
+    engine = Engine(shape, device, layout.engine_gpus, size, size, k, limit)
+    training = Training(
+        shape, device, layout.ranks, layout.tp, layout.cp, recompute=float(config.train.activation_checkpointing),
+        compiled=config.train.compile, native=False, sharded=layout.shards > 1, constants=k,
+    )  # fmt: skip
+    most = config.engine.max_running
+    if config.engine.backend != "embedded":
+        most = min(most, config.engine.server.max_requests)
+    setup = Setup(
+        engine, layout.engines, training, rollout.prompts_per_step, rollout.samples_per_prompt, prompt,
+        Lengths.of_mean(mean, rollout.max_new_tokens), config.algo.minibatches, config.train.token_budget * layout.cp,
+        (config.algo.proximal == "recompute") + (config.algo.kl > 0), layout.shares, rollout.max_lag, layout.route,
+        most=most, goes_on=rollout.during_update == "go_on", window=rollout.window,
+    )  # fmt: skip
+    return Plan(config, setup, layout, changes, assumed)
+
+
+def judging_s(config: RLConfig, setup: Setup) -> float:
+    """Seconds of judging all responses of a step."""
+    return JUDGE_TOKEN_S * setup.lengths.mean * setup.responses / config.verify.workers
+
+
+def least_gpus(engine: Engine, longest: int) -> int:
+    """The fewest devices of an engine, a power of two, that hold its weights and the KV of the longest sequence."""
+    tp = 1
+    while replace(engine, tp=tp).kv_tokens() < longest and tp < 64:
+        tp *= 2
+    return tp
