@@ -267,7 +267,7 @@ class Training:
         c, forwards = self.constants, self._forwards
         own, split = tokens / self.replicas, self.tp * self.cp * self.pp
         products, attention, moved = (forwards * seconds / split for seconds in self._work(own, context))
-        exchanged = self._exchange(own, forwards)
+        exchanged = self._exchange(own, 2)  # as `_pass` counts them in `step`
         gathered = self._gather(2) * (1 if self.pp > 1 else micro_batches)
         hidden = min(gathered, c.overlap * (products + attention + moved + exchanged))
         layers = self.shape.num_layers / self.pp * c.train_layer_s * forwards * micro_batches
