@@ -67,13 +67,13 @@ def trainer_memory(
     else:
         layer, again = 24 * width + 16 * (inner + queries + keys), 8 * inner
     ends = 16 * width + 8 * shape.head_dim
-    copies = 2 * one_layer if half else 0.0
+    copies = layers * (2 * one_layer if half else 0.0)  # that autocast keeps until the pass ends
+    logits = 16 * min(LOGIT_VALUES, budget * shape.vocab)
     if training.recompute:  # the peak is at the head, or where the last layer is computed again
-        at_head, at_layer = budget * ends + 12 * head, budget * (layer + again) + 4 * head + copies
-        activations, logits = budget * 4 * width * layers + max(at_head, at_layer) - 12 * head, 12 * head
+        at_head, at_layer = budget * ends + 4 * head, budget * (layer + again) - logits
+        activations = budget * 4 * width * layers + copies + max(at_head, at_layer)
     else:
-        activations, logits = budget * (layers * layer + ends) + layers * copies, 12 * head
-    logits += 16 * LOGIT_VALUES
+        activations, logits = budget * (layers * layer + ends) + copies, logits + 12 * head
     parts = {
         "parameters": 4 * own / shards,
         "gradients": 4 * own / shards,
