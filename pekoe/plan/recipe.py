@@ -10,7 +10,8 @@ from typing import Any
 
 from pydantic import Field, ValidationError
 
-from pekoe.config.base import ConfigSection, explain
+from pekoe.config.base import ConfigSection
+from pekoe.config.keys import explain
 from pekoe.config.recipes import RLConfig
 from pekoe.core.errors import UserError, nearest
 from pekoe.core.hardware import DEVICES, Device
