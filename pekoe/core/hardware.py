@@ -1,4 +1,4 @@
-"""Devices and how they are connected: what makers state. `pekoe.plan` computes with it; no command reads it yet.
+"""Devices and how they are connected: what makers state. `pekoe plan` computes with it.
 
 Rates are per device, a second, dense (no sparsity), in operations and bytes; links count one direction. Sources are the
 makers' data sheets, by their titles. What a device reaches of these rates is fitted in `pekoe.plan.costs`.
