@@ -268,6 +268,32 @@ def recipe(
 
 
 @app.command()
+def data(
+    file: Annotated[str, typer.Argument(metavar="FILE", help="problems: a file, a directory, or hf:OWNER/NAME")],
+    overrides: Overrides = None,
+    model: Annotated[str | None, typer.Option(help="model directory: shows prompts as it sees them")] = None,
+    sft: Annotated[bool, typer.Option("--sft", help="the file holds worked solutions for pekoe sft")] = False,
+) -> None:
+    """Show how a file is read: its layout, three examples, lengths, and what is wrong with which rows.
+
+    Keys are those of recipes, such as data.columns.prompt=question or verify.functions='["reward:score"]'. Exit status
+    1 where there are rows that cannot be used.
+    """
+    from pekoe.config.recipes import DataConfig, DemonstrationsConfig
+    from pekoe.run.look import look_at_demonstrations, look_at_problems
+
+    tree = {"data": {"train": file}} | ({"model": {"path": model}} if model else {})
+    with viewing(results=True) as view:
+        if sft:
+            look = look_at_demonstrations(load_config(tree, overrides or (), DemonstrationsConfig))
+        else:
+            look = look_at_problems(load_config(tree, overrides or (), DataConfig), view)
+    typer.echo(str(look))
+    if look.num_bad:
+        raise typer.Exit(1)
+
+
+@app.command()
 def demo(
     out: Annotated[str, typer.Option(help="directory of the demo's files")] = "runs/demo",
     seed: Annotated[int, typer.Option(min=0, help="seed of everything that is drawn")] = 0,

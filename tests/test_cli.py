@@ -170,7 +170,9 @@ def test_a_prompt_longer_than_allowed_and_than_the_context(folder: Path):
     assert "expected a prompt of at most 3 tokens" in refused(folder, "data.max_prompt_tokens=3")
     message = refused(folder, "rollout.max_new_tokens=60", "train.token_budget=100")
     assert "expected prompt and response to fit the model's 64 positions" in message
-    assert "most new tokens that fit: 56" in message
+    assert "most new tokens that fit: 56 (max_new_tokens)" in message
+    message = refused(folder, "data.max_prompt_tokens=90", "train.token_budget=200")
+    assert re.search(r"most prompt tokens that fit: \d\d \(max_prompt_tokens\)", message)
 
 
 def test_a_budget_below_a_sequence(folder: Path):

@@ -10,11 +10,14 @@ from pydantic import BeforeValidator, Field, model_validator
 from pekoe.config.base import ConfigSection, FileName
 
 ReferenceCheck = Literal["error", "drop", "warn"]
+Columns = dict[Literal["prompt", "answer", "uid", "kind"], str]
 
 
 class DataSection(ConfigSection):
     train: FileName
-    """Demonstrations to train on: a .jsonl, .json or .parquet file, or `hf:OWNER/NAME[/CONFIG][:SPLIT]`."""
+    """Demonstrations to train on: a file, a directory or a data set, as problems are."""
+    columns: dict[Literal["prompt", "response"], str] = Field(default_factory=dict)
+    """As for problems, of the prompt and the response: { prompt = "q", response = "a" }."""
     skip_malformed: bool = False
     """Skip, and report, rows that cannot be used, in place of stopping."""
 
@@ -23,7 +26,9 @@ class SourceSection(ConfigSection):
     """One of the sets that a mix is made of."""
 
     path: FileName
-    """A .jsonl, .json or .parquet file, or a Hugging Face data set, `hf:OWNER/NAME[/CONFIG][:SPLIT]`."""
+    """As data.train."""
+    columns: Columns = Field(default_factory=dict)
+    """As data.columns, which it replaces."""
     name: str
     """Stands before its problems' uids (name/uid) and in reports."""
     weight: float = Field(default=1.0, gt=0, le=10_000)
@@ -37,7 +42,12 @@ class SourceSection(ConfigSection):
 
 class ProblemSection(ConfigSection):
     train: FileName | None = None
-    """Problems to train on: a .jsonl, .json or .parquet file, or `hf:OWNER/NAME[/CONFIG][:SPLIT]`."""
+    """Problems to train on: JSON lines, a JSON array, CSV (each also as .gz, .zst, .bz2, .xz), Parquet, a directory of
+    datasets' save_to_disk, or a data set of the hub, `hf:OWNER/NAME[/CONFIG][:SPLIT]`. `pekoe data FILE` shows how it
+    is read."""
+    columns: Columns = Field(default_factory=dict)
+    """Which columns are the prompt, answer, uid and kind where others than the known names are, such as
+    { prompt = "task.text", answer = "gold" }; dots lead into objects."""
     sources: tuple[SourceSection, ...] = Field(default=(), strict=False)
     """In place of `train`: several sets, mixed."""
     skip_malformed: bool = False

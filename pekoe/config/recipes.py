@@ -22,7 +22,7 @@ from pekoe.config.base import (
     read_toml,
 )
 from pekoe.config.cluster import ClusterSection, ParallelSection
-from pekoe.config.data import DataSection, ProblemSection, ReferenceCheck, TemplateSection
+from pekoe.config.data import Columns, DataSection, ProblemSection, ReferenceCheck, TemplateSection
 from pekoe.config.engine import EngineSection
 from pekoe.config.keys import explain
 from pekoe.core.errors import UserError, nearest
@@ -236,6 +236,8 @@ class EvalSection(ConfigSection):
     max_new_tokens: int | None = Field(default=None, ge=1)
     """Length limit. Absent: rollout.max_new_tokens; for `pekoe eval`, what the model's context leaves beside
     max_prompt_tokens."""
+    columns: Columns = Field(default_factory=dict)
+    """As data.columns, of the held-out problems."""
 
 
 class EvalData(EvalSection):
@@ -471,7 +473,22 @@ class CurateConfig(Config):
     verify: VerifySection = VerifySection()
 
 
-C = TypeVar("C", bound=Config)
+class DataConfig(ConfigSection):
+    """What `pekoe data` looks at."""
+
+    data: ProblemSection
+    model: ModelSection | None = None
+    verify: VerifySection = VerifySection()
+
+
+class DemonstrationsConfig(ConfigSection):
+    """What `pekoe data --sft` looks at."""
+
+    data: DataSection
+    model: ModelSection | None = None
+
+
+C = TypeVar("C", bound=ConfigSection)
 
 
 def load_config(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = (), kind: type[C] = RLConfig) -> C:
@@ -481,7 +498,7 @@ def load_config(source: str | Path | Mapping[str, Any], overrides: Sequence[str]
         source: path of a TOML file, the name of a recipe that comes with Pekoe, or the content as a mapping.
         overrides: each `section.key=value`, whose value is read as TOML, and as a plain string where that fails; or a
             further recipe, whose keys are set.
-        kind: RLConfig, SFTConfig, EvalConfig or CurateConfig.
+        kind: the config of a command.
 
     Raises:
         UserError: with where, expected, got, and the nearest valid name.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 
 
@@ -15,6 +16,8 @@ class UserError(ValueError):
 
 class RunError(RuntimeError):
     """A valid run failed. The command line exits with 1."""
+
+    retried = False  # whether the caller begins again from the last checkpoint
 
 
 class Interrupted(RuntimeError):
@@ -29,3 +32,12 @@ def nearest(name: str, valid: Iterable[str]) -> str:
     if close := difflib.get_close_matches(name, names, n=1, cutoff=0.5):
         return f" Did you mean {close[0]!r}?"
     return f" Valid: {', '.join(names)}." if names else ""
+
+
+OF_HUB = "If it is on the hub: hf download {name} --local-dir {name}"
+
+
+def hub_hint(path: str, advice: str = OF_HUB) -> str:
+    """`advice` after a space, where `path` may be a name on the Hugging Face hub, OWNER/NAME; else nothing."""
+    files = "".join(rf"(?<!\.{suffix})" for suffix in ("gz", "zst", "json", "jsonl", "csv", "parquet"))
+    return " " + advice.format(name=path) if re.fullmatch(rf"[\w-][\w.-]*/[\w-][\w.-]*{files}", path) else ""

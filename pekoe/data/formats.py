@@ -1,21 +1,37 @@
-"""The layouts of public problem sets. A row's keys tell its layout; each is read into a `Problem`."""
+"""The layouts of problem sets. A row's columns tell its layout; each is read into a `Problem`.
+
+Most sets are a column that is the prompt and one that is the answer: PROMPTS and ANSWERS list their names. `_LAYOUTS`
+has those that need more: text that is put together, kinds of their own, references inside of objects.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import re
-from collections.abc import Callable
-from dataclasses import replace
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from difflib import get_close_matches
 from string import ascii_uppercase
-from typing import Any
+from typing import Any, NamedTuple
 
 from pekoe.core.errors import nearest
 from pekoe.core.types import Problem
 from pekoe.data import rows
-from pekoe.data.rows import Malformed, Messages, text_of
+from pekoe.data.rows import MAX_PROMPT_CHARS, Malformed, Messages, Row, cut, text_of
 
-NATIVE_KEYS = {"uid", "prompt", "messages", "answer", "answers", "kind", "pass_rate"}
+# What a column means, by its name in lower case; of several the first counts.
+PROMPTS = ("prompt", "question", "problem", "query", "instruction", "input", "messages")
+ANSWERS = (
+    *("answer", "answers", "ground_truth", "final_answer", "gold", "label", "target"),
+    *("solution", "completion", "response", "output"),
+)
+# Those that may be a worked solution, and its prompt if it is one with this prompt alone.
+_WORKED = {"solution": None, "completion": None, "response": None, "output": None, "answer": "question"}
+MAX_UID_CHARS = 500
+MAX_PLAIN_CHARS = 300  # of an answer in such a column; longer texts, and sentences, must mark theirs
+_SENTENCE = re.compile(r"[^\W\d_]{2}\.(\s|$)")
 # DAPO's prompts begin and end so, and ask for `Answer: x`; every judge here reads the box.
 _DAPO = (
     "Solve the following math problem step by step. The last line of your response should be of the form "
@@ -25,35 +41,131 @@ _DAPO = (
 _THOUSANDS = re.compile(r"-?\d{1,3}(,\d{3})+(\.\d+)?")
 
 
-def parse_problem(value: Any) -> Problem:
-    """Read one row of any layout in `_LAYOUTS`. Raises Malformed, with the nearest key for a misspelt one."""
+@dataclass(slots=True)
+class Seen:
+    """What was understood of a source, row by row."""
+
+    unit: str = ":"  # of its rows, see `sources.Place`
+    layouts: Counter[str] = field(default_factory=Counter[str])
+    unread: Counter[str] = field(default_factory=Counter[str])  # columns
+
+    def add(self, layout: str, row: Row, unit: str) -> None:
+        self.unit = unit
+        self.layouts[layout] += 1
+        self.unread.update(row.unread)
+
+    def notes(self, source: str) -> list[str]:
+        """A line on columns that are not read, with the nearest name of one that would be."""
+        hints = {column: get_close_matches(column, _KNOWN, 1, 0.8) for column in sorted(self.unread)[:100]}
+        lines = [f"{column!r} (is {hint[0]!r} meant?)" if hint else repr(column) for column, hint in hints.items()]
+        return [f"{source}: columns that are not read: {cut(', '.join(lines))}"] if lines else []
+
+
+class Layout(NamedTuple):
+    name: str
+    columns: set[str]  # that tell it
+    read: Callable[[Row], Problem]
+
+
+def parse_problem(
+    value: Any, columns: Mapping[Any, str] | None = None, seen: Seen | None = None, unit: str = ":"
+) -> Problem:
+    """Read one row: by `columns` (see `Row.take`), or in any layout in `_LAYOUTS`. `seen` keeps what was understood.
+
+    Raises Malformed, with the nearest name for a misspelt column.
+    """
     if isinstance(value, list):
-        return _open_reasoner_zero(value)
-    row = rows.expect(value, dict, "row")
-    for keys, read in _LAYOUTS:
-        if keys <= row.keys():
-            return read(row)
-    hints = "".join(f" For {key!r}:{nearest(key, NATIVE_KEYS)}" for key in row if key not in NATIVE_KEYS)
-    raise Malformed(f"expected 'prompt' or 'messages', and 'answer' or 'answers'; got keys {sorted(row)}.{hints}")
-
-
-def _native(row: dict[str, Any]) -> Problem:
-    """`{"uid", "prompt" | "messages", "answer" | "answers", "kind"}`; a kind other than math owns its gold's shape."""
-    rows.closed(row, NATIVE_KEYS)
-    kind = text_of(row, "kind") if "kind" in row else "math"
-    if rows.one_of(row, "answer", "answers") == "answers":
-        gold: Any = _golds(row["answers"])
+        if len(value) < 2:
+            raise Malformed(f"expected two turns (human, assistant), got {len(value)}")
+        value = {"0": value[0], "1": value[1]}
+    row = Row(rows.expect(value, dict, "row"))
+    layout = next((layout for layout in _LAYOUTS if layout.columns <= row.keys()), None)
+    if columns or layout is None or "kind" in row:
+        row.take(columns or {})
+        name, problem = _two_columns(row)
     else:
-        gold = rows.answer_text(row["answer"]) if kind == "math" else row["answer"]
-    problem, rate = _problem(rows.prompt_of(row), gold, row.get("uid"), kind), row.get("pass_rate")
-    if rate is None:
-        return problem
-    if type(rate) not in (int, float) or not 0 <= rate <= 1:
-        raise Malformed(f"'pass_rate': expected a number from 0 to 1, got {rate!r}")
-    return replace(problem, pass_rate=float(rate))
+        name, problem = layout.name, layout.read(row)
+    if seen is not None:
+        seen.add(name, row, unit)
+    return problem
 
 
-def _areal(row: dict[str, Any]) -> Problem:
+def pair_of(row: Row, prompts: Sequence[str], answers: Sequence[str]) -> tuple[str, str]:
+    """The columns of a row that are its prompt and its answer, by lists of their names.
+
+    Raises Malformed where there is none, and for two that are the same by their names.
+    """
+    names = {key.lower(): key for key in reversed(row)}
+    for first, second in (("prompt", "messages"), ("answer", "answers")):
+        if first in names and second in names and first in (*prompts[:1], *answers[:1]):
+            raise Malformed(f"expected one of {first!r} and {second!r}, got both; columns = {{...}} names one")
+    pair = [next((names[name] for name in wanted if name in names), None) for wanted in (prompts, answers)]
+    if pair[0] is None or pair[1] is None:
+        expected = [f"a prompt ({', '.join(prompts)})"] * (pair[0] is None)
+        expected += [f"an answer ({', '.join(answers)})"] * (pair[1] is None)
+        unknown = [key for key in row if len(key) < 50 and key.lower() not in _KNOWN][:20]
+        hints = [f" For {key!r}:{hint}" for key in unknown if "Did" in (hint := nearest(key, {*prompts, *answers}))]
+        raise Malformed(
+            f"expected {' and '.join(expected)}, got the columns {row.shown}.{''.join(hints)} `columns` in the recipe "
+            "says which columns have other names"
+        )
+    return pair[0], pair[1]
+
+
+def prompt_text(row: Row, column: str) -> Messages:
+    """The prompt of a row: messages, plain text, or a question. Alpaca's `input` follows its `instruction`."""
+    if isinstance(row[column], list) or column.lower() in ("prompt", "messages"):
+        return rows.prompt_of(row[column])
+    text = text_of(row, column)
+    if column.lower() == "instruction" and str(row.get("input") or "").strip():
+        text = f"{text}\n\n{row['input']}"
+    return rows.question(text)
+
+
+def _two_columns(row: Row) -> tuple[str, Problem]:
+    """A column with the prompt and one with the answer; `uid`, `kind` and `pass_rate` where there are any.
+
+    A kind other than math owns its gold's shape.
+    """
+    prompt, answer = pair_of(row, PROMPTS, ANSWERS)
+    messages, value = prompt_text(row, prompt), row[answer]
+    kind = text_of(row, "kind") if "kind" in row else "math"
+    if answer == "answers":
+        gold = _golds(value)
+    elif kind != "math":
+        gold = value
+    elif isinstance(value, list):
+        gold = _golds(value)
+    elif answer.lower() in _WORKED and _WORKED[answer.lower()] in (None, prompt.lower()):
+        gold = _worked(rows.answer_text(value), answer)
+    else:
+        gold = rows.answer_text(value) if prompt.lower() in ("prompt", "messages") else _golds([value])
+    problem = _problem(messages, gold, row.get("uid", row.get("unique_id")), kind)
+    rate = row.get("pass_rate")
+    if rate is not None:
+        if type(rate) not in (int, float) or not 0 <= rate <= 1:
+            raise Malformed(f"'pass_rate': expected a number from 0 to 1, got {rate!r}")
+        problem = replace(problem, pass_rate=float(rate))
+    return f"{prompt}, {answer}", problem
+
+
+def _worked(text: str, column: str) -> str:
+    """The answer that ends a worked solution: behind GSM8K's ####, or in the last box. A short text is the answer."""
+    _, mark, last = text.rpartition("####")
+    if mark:
+        gold = rows.answer_text(last)
+        return gold.replace(",", "") if _THOUSANDS.fullmatch(gold) else gold
+    if (boxed := reference_box(text)) is not None:
+        return boxed
+    if len(text) > MAX_PLAIN_CHARS or "\n" in text or (column != "answer" and _SENTENCE.search(text)):
+        raise Malformed(
+            f"{column!r}: expected a short answer, or a worked one with '#### x' at its end or a \\boxed{{}} answer, "
+            f"got neither: {text[:40]!r}"
+        )
+    return text
+
+
+def _areal(row: Row) -> Problem:
     """AReaL: `prompt` with the chat's markers inside, `query_id`, `task`; `solutions`, or for code `input_output`."""
     task = row.get("task", "math")
     messages = ({"role": rows.RAW, "content": text_of(row, "prompt")},)
@@ -66,10 +178,7 @@ def _areal(row: dict[str, Any]) -> Problem:
 
 def _input_output(text: str) -> dict[str, list[str]]:
     """Tests of a program as APPS has them: a JSON object of `inputs` and `outputs`."""
-    try:
-        tests = rows.expect(json.loads(text), dict, "'input_output'")
-    except ValueError as error:
-        raise Malformed(f"'input_output': expected JSON, got {error}") from None
+    tests = rows.expect(rows.loads(text, "'input_output': "), dict, "'input_output'")
     if tests.get("fn_name"):
         raise Malformed("'input_output': expected tests of input and output, got calls of a function (fn_name)")
     inputs, outputs = (rows.expect(tests.get(key), list, f"'input_output' {key}") for key in ("inputs", "outputs"))
@@ -78,24 +187,7 @@ def _input_output(text: str) -> dict[str, list[str]]:
     return {"inputs": [str(value) for value in inputs], "outputs": [str(value) for value in outputs]}
 
 
-def _gsm8k(row: dict[str, Any]) -> Problem:
-    """GSM8K: `question`, and an `answer` that is worked out and ends with `#### x`."""
-    _, mark, last = text_of(row, "answer").rpartition("####")
-    if not mark:
-        raise Malformed("'answer': expected '#### x' at its end, got none")
-    gold = rows.answer_text(last)
-    return _problem(text_of(row, "question"), gold.replace(",", "") if _THOUSANDS.fullmatch(gold) else gold)
-
-
-def _math(row: dict[str, Any]) -> Problem:
-    """MATH: `problem`, and `answer` or a worked `solution` whose last box is the answer."""
-    gold = _golds(row["answer"], alone=True) if "answer" in row else reference_box(text_of(row, "solution"))
-    if gold is None:
-        raise Malformed("'solution': expected a \\boxed{} answer, got none")
-    return _problem(text_of(row, "problem"), gold, row.get("unique_id"))
-
-
-def _dapo(row: dict[str, Any]) -> Problem:
+def _dapo(row: Row) -> Problem:
     """DAPO and verl: `prompt` (messages, or text), `reward_model.ground_truth`, `extra_info.index`.
 
     DAPO's instruction to write `Answer: x` is removed, because the judges read boxes.
@@ -103,7 +195,7 @@ def _dapo(row: dict[str, Any]) -> Problem:
     truth = rows.expect(row["reward_model"], dict, "'reward_model'").get("ground_truth")
     index = rows.expect(row.get("extra_info") or {}, dict, "'extra_info'").get("index")
     uid = index if isinstance(index, str) else None  # verl numbers each split from 0: an int names no problem
-    messages = rows.prompt_of({"prompt": row.get("prompt")})
+    messages = rows.prompt_of(row.get("prompt"))
     content = messages[-1]["content"].strip()
     if content.startswith(_DAPO[0]):
         content = content.removeprefix(_DAPO[0]).removesuffix(_DAPO[1]).strip()
@@ -111,22 +203,20 @@ def _dapo(row: dict[str, Any]) -> Problem:
     return _problem(messages, _golds(truth, alone=True), uid)
 
 
-def _open_reasoner_zero(turns: list[Any]) -> Problem:
+def _open_reasoner_zero(row: Row) -> Problem:
     """Open-Reasoner-Zero: `[{"from": "human", "value"}, {"from": "assistant", "ground_truth": {"value"}}]`."""
-    if len(turns) < 2:
-        raise Malformed(f"expected two turns (human, assistant), got {len(turns)}")
-    human, assistant = (rows.expect(turn, dict, "turn") for turn in turns[:2])
+    human, assistant = (rows.expect(row[key], dict, "turn") for key in "01")
     truth = rows.expect(assistant.get("ground_truth"), dict, "'ground_truth'")
     return _problem(text_of(human, "value"), _golds(truth.get("value"), alone=True))
 
 
-def _svamp(row: dict[str, Any]) -> Problem:
+def _svamp(row: Row) -> Problem:
     """SVAMP: `Body`, `Question`, a numeric `Answer`, `ID`."""
     text = f"{text_of(row, 'Body').strip()} {text_of(row, 'Question').strip()}"
     return _problem(text, rows.answer_text(row["Answer"]), row.get("ID"))
 
 
-def _light_r1(row: dict[str, Any]) -> Problem:
+def _light_r1(row: Row) -> Problem:
     """Light-R1: `conversations`, a user's turn and an assistant's, whose last box is the answer."""
     turns = [rows.expect(turn, dict, "turn") for turn in rows.expect(row["conversations"], list, "'conversations'")]
     human = next((turn for turn in turns if turn.get("from") in ("human", "user")), {})
@@ -136,7 +226,7 @@ def _light_r1(row: dict[str, Any]) -> Problem:
     return _problem(text_of(human, "value"), gold)
 
 
-def _knights_knaves(row: dict[str, Any]) -> Problem:
+def _knights_knaves(row: Row) -> Problem:
     """Logic-RL's knights and knaves: `quiz`, `names`, `solution` (true: a knight). Its `prompt` is one model's."""
     names, knights = (rows.expect(row[key], list, repr(key)) for key in ("names", "solution"))
     if len(names) != len(knights) or not all(isinstance(value, bool) for value in knights):
@@ -145,7 +235,7 @@ def _knights_knaves(row: dict[str, Any]) -> Problem:
     return _problem(text_of(row, "quiz"), gold, kind="logic")
 
 
-def _zebra_grid(row: dict[str, Any]) -> Problem:
+def _zebra_grid(row: Row) -> Problem:
     """ZebraLogic's grids: `puzzle`, and `solution` with `header` and `rows` (which the public copy may hide)."""
     grid = rows.expect(row["solution"], dict, "'solution'")
     header, lines = (rows.expect(grid.get(key), list, f"'solution.{key}'") for key in ("header", "rows"))
@@ -154,13 +244,21 @@ def _zebra_grid(row: dict[str, Any]) -> Problem:
     return _problem(text_of(row, "puzzle"), {"header": header, "rows": lines}, row.get("id"), "logic")
 
 
-def _zebra_choice(row: dict[str, Any]) -> Problem:
-    """ZebraLogic's questions: `puzzle`, `question`, `choices`, `answer` (one of the choices)."""
-    text = f"{text_of(row, 'puzzle').strip()}\n\n{text_of(row, 'question').strip()}"
-    return _choice(text, rows.expect(row["choices"], list, "'choices'"), row["answer"], row.get("id"))
+def _listed_choices(row: Row) -> Problem:
+    """`question`, `choices`, `answer`: a choice, its letter, or its number from 0 (MMLU). ZebraLogic adds `puzzle`."""
+    question, options, answer = text_of(row, "question").strip(), row["choices"], row["answer"]
+    if isinstance(options, dict):  # ARC: {"text": [...], "label": [...]}
+        options = options.get("text")
+    options = rows.expect(options, list, "'choices'")
+    if answer not in options:
+        letter = ascii_uppercase.find(answer) if isinstance(answer, str) and len(answer) == 1 else -1
+        number = answer if type(answer) is int else letter
+        answer = options[number] if 0 <= number < len(options) else answer
+    text = f"{text_of(row, 'puzzle').strip()}\n\n{question}" if "puzzle" in row else question
+    return _choice(text, options, answer, row.get("id") if "puzzle" in row else row.get("uid"))
 
 
-def _gpqa(row: dict[str, Any]) -> Problem:
+def _gpqa(row: Row) -> Problem:
     """GPQA: `Question`, `Correct Answer`, `Incorrect Answer 1` to 3, put in an order that depends on the text alone."""
     text, right = text_of(row, "Question").strip(), text_of(row, "Correct Answer").strip()
     options = [right, *(text_of(row, f"Incorrect Answer {i}").strip() for i in (1, 2, 3))]
@@ -168,7 +266,7 @@ def _gpqa(row: dict[str, Any]) -> Problem:
     return _choice(text, options, right, row.get("Record ID"))
 
 
-def _big_bench_hard(row: dict[str, Any]) -> Problem:
+def _big_bench_hard(row: Row) -> Problem:
     """BIG-Bench-Hard's tasks with options: `input`, which lists them, and `target`, such as `(A)`."""
     target = re.fullmatch(r"\(([A-Z])\)", text_of(row, "target").strip())
     if not target:
@@ -183,7 +281,7 @@ def _choice(text: str, options: list[str], right: Any, uid: Any) -> Problem:
     return _problem("\n".join([text, "Options:", *listed]), ascii_uppercase[options.index(right)], uid, "choice")
 
 
-def _countdown(row: dict[str, Any]) -> Problem:
+def _countdown(row: Row) -> Problem:
     """Countdown (TinyZero): `nums` and the `target` to be made of them. The rows hold no text: it is written here."""
     numbers, target = rows.expect(row["nums"], list, "'nums'"), row["target"]
     if not all(type(value) is int for value in (*numbers, target)):
@@ -195,26 +293,22 @@ def _countdown(row: dict[str, Any]) -> Problem:
     return _problem(text, {"numbers": numbers, "target": target}, kind="countdown")
 
 
-# The first layout whose keys are all there is the row's. Native comes last: its keys are the commonest.
-_LAYOUTS: tuple[tuple[set[str], Callable[[dict[str, Any]], Problem]], ...] = (
-    ({"quiz", "names", "solution"}, _knights_knaves),
-    ({"puzzle", "question", "choices", "answer"}, _zebra_choice),
-    ({"puzzle", "solution"}, _zebra_grid),
-    ({"Question", "Correct Answer"}, _gpqa),
-    ({"input", "target"}, _big_bench_hard),
-    ({"nums", "target"}, _countdown),
-    ({"conversations"}, _light_r1),
-    ({"0", "1"}, lambda row: _open_reasoner_zero([row["0"], row["1"]])),
-    ({"reward_model"}, _dapo),
-    ({"prompt", "solutions"}, _areal),
-    ({"prompt", "query_id"}, _areal),
-    ({"question", "answer"}, _gsm8k),
-    ({"Body", "Question", "Answer"}, _svamp),
-    ({"problem", "answer"}, _math),
-    ({"problem", "solution"}, _math),
-    ({"prompt"}, _native),
-    ({"messages"}, _native),
+# The first layout whose columns are all there is the row's.
+_LAYOUTS = (
+    Layout("knights and knaves (Logic-RL)", {"quiz", "names", "solution"}, _knights_knaves),
+    Layout("choices (MMLU, ZebraLogic)", {"question", "choices", "answer"}, _listed_choices),
+    Layout("grids (ZebraLogic)", {"puzzle", "solution"}, _zebra_grid),
+    Layout("GPQA", {"Question", "Correct Answer"}, _gpqa),
+    Layout("BIG-Bench-Hard", {"input", "target"}, _big_bench_hard),
+    Layout("Countdown", {"nums", "target"}, _countdown),
+    Layout("Light-R1", {"conversations"}, _light_r1),
+    Layout("Open-Reasoner-Zero", {"0", "1"}, _open_reasoner_zero),
+    Layout("verl, DAPO", {"reward_model"}, _dapo),
+    Layout("AReaL", {"prompt", "solutions"}, _areal),
+    Layout("AReaL", {"prompt", "query_id", "task"}, _areal),
+    Layout("SVAMP", {"Body", "Question", "Answer"}, _svamp),
 )
+_KNOWN = {*PROMPTS, *ANSWERS, "uid", "kind", "pass_rate"}
 
 
 def _problem(prompt: Messages | str, gold: Any, uid: Any = None, kind: str = "math") -> Problem:
@@ -224,11 +318,15 @@ def _problem(prompt: Messages | str, gold: Any, uid: Any = None, kind: str = "ma
         raise Malformed("messages: expected the last turn to be the user's, got the assistant's")
     if not any(message["content"].strip() for message in messages):
         raise Malformed("messages: expected text, got nothing but empty strings")
+    if (size := sum(len(message["content"]) for message in messages)) > MAX_PROMPT_CHARS:
+        raise Malformed(f"prompt: expected at most {MAX_PROMPT_CHARS:,} characters, got {size:,}")
     if uid is None:  # a name that depends on the content alone
         content = json.dumps([messages, gold, kind], sort_keys=True, ensure_ascii=False)
         uid = hashlib.sha256(content.encode()).hexdigest()[:16]
     if type(uid) not in (str, int) or uid == "":
         raise Malformed(f"uid: expected a string or a whole number, got {uid!r}")
+    if len(str(uid)) > MAX_UID_CHARS:
+        raise Malformed(f"uid: expected at most {MAX_UID_CHARS} characters, got {len(str(uid)):,}")
     return Problem(str(uid), messages, gold, kind)
 
 

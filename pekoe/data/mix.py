@@ -20,10 +20,11 @@ from pekoe.config.data import ProblemSection, SourceSection
 from pekoe.core.errors import UserError
 from pekoe.core.progress import NoProgress, ProgressReporter, track
 from pekoe.core.types import Problem
-from pekoe.data.formats import parse_problem
+from pekoe.data.formats import Seen, parse_problem
 from pekoe.data.overlap import Contamination, gold_key, near_duplicates, prompt_key
-from pekoe.data.problems import read_problems
-from pekoe.data.rows import Malformed, parse_rows, place_of, write_rows
+from pekoe.data.problems import Unique
+from pekoe.data.rows import MAX_NAMED, cut, named, parse_rows, write_rows
+from pekoe.data.sources import Place
 from pekoe.data.tokenizer import Tokenizer
 
 # Reasons for dropping a problem, as reports print them.
@@ -31,10 +32,9 @@ MALFORMED, TOO_LONG = "malformed", "too long"
 DUPLICATE, CONFLICT, NEAR = "duplicate", "conflicting answers", "near duplicate"
 CONTAMINATED, NOT_DRAWN, PASS_RATE = "contaminated", "not drawn", "pass rate"
 REFERENCE = "with a reference that is refused"
-MAX_NAMED = 10  # references in one message
 
-# Returns why the references of problems are refused, by the problem's index.
-RefusedReferences = Callable[[Sequence[Problem]], Mapping[int, str]]
+# Returns why the references of problems are refused, by the problem's index; and is told where each problem stands.
+RefusedReferences = Callable[[Sequence[Problem], Sequence[str]], Mapping[int, str]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +58,7 @@ class DataReport:
     dropped: list[Dropped] = field(default_factory=list[Dropped])
     refused: list[str] = field(default_factory=list[str])  # place and reason: kept for all that (data.check = "warn")
     notes: list[str] = field(default_factory=list[str])
+    seen: dict[str, Seen] = field(default_factory=dict[str, Seen])  # what was understood, by source
 
     def summary(self) -> list[str]:
         """A line for each source that lost a problem or is drawn more than once, then the notes."""
@@ -71,10 +72,11 @@ class DataReport:
         return lines + self.warnings() + self.notes
 
     def warnings(self) -> list[str]:
-        """What is wrong with problems that were kept."""
+        """What is wrong with problems that were kept, and columns that are not read."""
+        unread = [note for source, seen in self.seen.items() for note in seen.notes(source)]
         advice = "most verdicts on these problems will be FAULT; check = 'drop' leaves them out"
         what = "warning: references that their judge cannot read, or would not accept as answers"
-        return [f"{what}: {_some(self.refused)}\n{advice}"] if self.refused else []
+        return unread + [f"{what}: {_some(self.refused)}\n{advice}"] * bool(self.refused)
 
     def losses(self, source: str) -> str:
         """How many problems of a source were dropped, by reason; empty if none."""
@@ -147,25 +149,29 @@ def gather_problems(
 def _read(source: SourceSection, data: ProblemSection, report: DataReport, keep_rows: bool) -> list[_Item]:
     """The items of one source, each with a uid of its own. Rows that `where` leaves out do not count as read."""
     contents: dict[str, tuple[int, bytes]] = {}
+    unique, seen = Unique(), report.seen.setdefault(source.name, Seen())
 
-    def parse(value: Any, row: int) -> _Item | None:
+    def parse(value: Any, place: Place) -> _Item | None:
         matches = (str(value.get(column)) in values for column, values in source.where.items())
         if source.where and not (isinstance(value, dict) and all(matches)):
             return None
-        problem = parse_problem(value)
+        row, columns = place.number, source.columns or data.columns
+        problem = parse_problem(value, columns, seen, place.unit)
         key = prompt_key(problem)
         content = key + gold_key(problem.gold).encode()
         first, same = contents.setdefault(problem.uid, (row, content))
-        if first != row:
-            if content != same or data.dedup == "off":
-                raise Malformed(f"uid {problem.uid!r}: expected a name of its own, got that of row {first}")
+        if first == row or content != same or data.dedup == "off":
+            unique.check(problem, place)
+        else:
             report.dropped.append(Dropped(source.name, row, problem.uid, DUPLICATE, f"row {first}"))
             return None
         uid = f"{source.name}/{problem.uid}" if data.sources else problem.uid
         problem = replace(problem, uid=uid, row=value if keep_rows else None)
-        return _Item(problem, source.name, row, place_of(source.path, row), key)
+        return _Item(problem, source.name, row, str(place), key)
 
     parsed, skipped = parse_rows(source.path, parse, data.skip_malformed)
+    for column in list(seen.unread) if keep_rows else source.where:  # a reward may ask for any column
+        seen.unread.pop(column, None)
     report.dropped.extend(Dropped(source.name, row, None, MALFORMED, why) for row, why in skipped)
     items = [item for item in parsed if item is not None]
     report.num_read[source.name] = len(items) + sum(drop.source == source.name for drop in report.dropped)
@@ -189,7 +195,7 @@ def _outside_pass_rate(items: list[_Item], data: ProblemSection) -> _Drops:
 
 def _refused(items: list[_Item], data: ProblemSection, refused: RefusedReferences, report: DataReport) -> _Drops:
     """Items whose reference is refused, where `data.check` drops them. UserError where it is "error"."""
-    why = refused([item.problem for item in items])
+    why = refused([item.problem for item in items], [item.place for item in items])
     if not why or data.check == "drop":
         return {index: (REFERENCE, reason) for index, reason in why.items()}
     report.refused += [f"{items[index].place}: {reason}" for index, reason in sorted(why.items())]
@@ -206,7 +212,7 @@ def _refused(items: list[_Item], data: ProblemSection, refused: RefusedReference
 def _some(refused: list[str]) -> str:
     """Their number, and the first of them on a line each."""
     more = [f"and {len(refused) - MAX_NAMED:,} more"] * (len(refused) > MAX_NAMED)
-    return "\n  ".join([f"{len(refused):,}:", *refused[:MAX_NAMED], *more])
+    return "\n  ".join([f"{len(refused):,}:", *map(cut, refused[:MAX_NAMED]), *more])
 
 
 def _repeats(items: list[_Item], data: ProblemSection, report: DataReport) -> _Drops:
@@ -235,24 +241,38 @@ def _repeats(items: list[_Item], data: ProblemSection, report: DataReport) -> _D
 
 
 def _long_prompts(items: list[_Item], data: ProblemSection, tokenizer: Tokenizer, view: ProgressReporter) -> _Drops:
+    """Items whose prompt is too long, or cannot be written in the model's tokens."""
     drop: _Drops = {}
     limit = data.max_prompt_tokens
     for index, item in enumerate(track(view, "prompts", items)):
-        size = len(tokenizer.encode_prompt(item.problem.messages))
-        if size > limit and not data.skip_malformed:
-            raise UserError(
-                f"{item.source}: problem {item.problem.uid!r}: expected a prompt of at most {limit} tokens "
-                f"(max_prompt_tokens), got {size}; raise the limit, or set data.skip_malformed = true"
-            )
-        if size > limit:
-            drop[index] = (TOO_LONG, f"{size} tokens, at most {limit}")
+        try:
+            size = len(tokenizer.encode_prompt(item.problem.messages))
+        except UserError as error:
+            drop[index] = (MALFORMED, str(error))
+        else:
+            if size > limit:
+                drop[index] = (TOO_LONG, f"expected a prompt of at most {limit} tokens (max_prompt_tokens), got {size}")
+    if drop and not data.skip_malformed:
+        lines = {  # what the tokenizer says of many alike is said once
+            i if reason == TOO_LONG else detail: f"{items[i].place}: problem {items[i].problem.uid!r}: {detail}"
+            for i, (reason, detail) in reversed(drop.items())
+        }
+        raise UserError(
+            named([*lines.values()][::-1], "prompts that cannot be used")
+            + "\nRaise max_prompt_tokens where prompts are too long, or leave such problems out: skip_malformed = true"
+        )
     return drop
 
 
 def _contaminated(items: list[_Item], data: ProblemSection, view: ProgressReporter) -> _Drops:
-    known = Contamination({path: read_problems(path).problems for path in data.decontaminate}, data.ngram)
+    known = Contamination({path: _evaluation_set(path) for path in data.decontaminate}, data.ngram)
     overlaps = ((index, known.find(item.problem)) for index, item in enumerate(track(view, "overlap", items)))
     return {i: (CONTAMINATED, f"{hit[0]}: {hit[1]}") for i, hit in overlaps if hit}
+
+
+def _evaluation_set(path: str) -> Sequence[Problem]:
+    """Its problems; one that it has twice is no mistake here."""
+    return parse_rows(path, lambda value, _: parse_problem(value), False)[0]
 
 
 def _without(items: list[_Item], drop: _Drops, report: DataReport) -> list[_Item]:

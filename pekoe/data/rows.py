@@ -1,4 +1,4 @@
-"""Rows of JSON in users' files. Every error names the place, what was expected and what was found."""
+"""Rows of users' data. Every error names the place, what was expected and what was found."""
 
 from __future__ import annotations
 
@@ -6,21 +6,27 @@ import contextlib
 import json
 import math
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from datetime import date, time
+from decimal import Decimal
 from pathlib import Path
 from typing import Any, TypeVar
 
 from pekoe.core.errors import UserError, nearest
-from pekoe.data.tables import HUB, read_dataset, read_parquet
+from pekoe.data.sources import MAX_ROW_CHARS, Place, open_source
 
 T = TypeVar("T")
 Messages = tuple[dict[str, str], ...]
-Skipped = tuple[int, str]  # the row's line from 1 (in a `.json` array: its item), and the reason
+Skipped = tuple[int, str]  # the row's line from 1 (in an array: its item), and the reason
 
 # Two roles beside those of chat templates, each only in a conversation of one message.
 PLAIN = "prompt"  # a question as bare text: a user turn where the model has a chat template, used as it is elsewhere
 RAW = "raw"  # text that already carries a chat's markers: used as it is with every model
 CHAT_ROLES = ("system", "user", "assistant", "tool")
+MAX_DEPTH = 100  # of a row's values
+MAX_PROMPT_CHARS = 8_000_000  # of a prompt: more than any model's context, and some seconds of a tokenizer
+MAX_NAMED = 10  # rows in one message
+MAX_REASON_CHARS = 1000
 
 _KINDS: dict[Any, str] = {dict: "an object", list: "an array", str: "a string", bool: "a boolean", type(None): "null"}
 
@@ -29,66 +35,89 @@ class Malformed(ValueError):
     """A row that cannot be used. `parse_rows` adds the file and the line, then raises or skips."""
 
 
+class Row(dict[str, Any]):
+    """A row without its columns that are null. It knows which of its columns were read."""
+
+    def __init__(self, values: Mapping[str, Any]) -> None:
+        super().__init__((key, value) for key, value in values.items() if value is not None)
+        self.all = values
+        self.used: set[str] = set()
+
+    def __getitem__(self, key: str) -> Any:
+        self.used.add(key)
+        return super().__getitem__(key)
+
+    def get(self, key: str, default: Any = None) -> Any:
+        self.used.add(key)
+        return super().get(key, default)
+
+    @property
+    def shown(self) -> str:
+        """Its columns, for messages."""
+        return ", ".join(repr(key) + " (null)" * (value is None) for key, value in self.all.items()) or "none"
+
+    @property
+    def unread(self) -> set[str]:
+        return {key for key in self if key in self.all} - self.used
+
+    def take(self, columns: Mapping[Any, str]) -> None:
+        """Give columns the names of their meanings: {"answer": "reward_model.ground_truth"}. Dots lead into objects.
+
+        Raises Malformed for a column that the row lacks.
+        """
+        for meaning, column in columns.items():
+            value: Any = self.all
+            path = [column] if column in self.all else column.split(".")
+            for key in path:
+                if not isinstance(value, Mapping) or key not in value:
+                    hint = nearest(column, self.all)
+                    raise Malformed(f"expected the column {column!r} (columns.{meaning}), got {self.shown}.{hint}")
+                value = value[key]
+            self.used.add(path[0])
+            for name in (meaning, {"prompt": "messages", "answer": "answers"}.get(meaning, meaning)):
+                self.pop(name, None)
+            if value is not None:
+                self[meaning] = value
+
+
 def parse_rows(
-    path: str | Path, parse: Callable[[Any, int], T], skip_malformed: bool
+    path: str | Path, parse: Callable[[Any, Place], T], skip_malformed: bool
 ) -> tuple[tuple[T, ...], tuple[Skipped, ...]]:
-    """Read a source and `parse(value, number)` every row of it.
+    """Read a source (`sources.open_source`) and `parse(value, place)` every row of it.
 
-    `path`: a JSONL file (a row's number is its line), a `.json` file holding one array (or an object whose `examples`
-    is one), a `.parquet` file, or a Hugging Face data set `hf:OWNER/NAME[/CONFIG][:SPLIT]`.
-
-    Raises UserError at the first row for which `parse` raises Malformed, unless `skip_malformed`; for a source that
-    cannot be read, and for one without a single usable row.
+    Raises UserError that names the first rows for which `parse` raises Malformed, unless `skip_malformed`; for a source
+    that cannot be read, and for one without a single usable row.
     """
-    values = _open(path)
-    is_json = _unit(path) == ":"  # not parsed yet
-    rows: list[T] = []
-    skipped: list[Skipped] = []
-    for number, value in enumerate(values, 1):
-        if is_json and not value.strip():
-            continue
+    source = open_source(str(path))
+    parsed: list[T] = []
+    bad: list[tuple[Place, str]] = []
+    for number, value in source.rows:
+        place = Place(str(path), source.unit, number)
         try:
-            rows.append(parse(_loads(value) if is_json else value, number))
+            value = plain(loads(value) if source.is_json else value)
+            parsed.append(parse(value, place))
         except Malformed as error:
-            if not skip_malformed:
-                raise UserError(f"{place_of(path, number)}: {error}") from None
-            skipped.append((number, str(error)))
-    if not rows:
-        got = f"{len(skipped)} malformed ones (row {skipped[0][0]}: {skipped[0][1]})" if skipped else "an empty file"
+            reason = str(error)
+            if isinstance(value, dict) and isinstance(uid := value.get("uid"), str | int):
+                reason += f" (uid {uid!r})"
+            bad.append((place, cut(reason)))
+    if bad and not skip_malformed:
+        raise UserError(named([f"{place}: {reason}" for place, reason in bad], "rows that cannot be used"))
+    if not parsed:
+        got = f"{len(bad):,} malformed ones (row {bad[0][0].number}: {bad[0][1]})" if bad else "an empty file"
         raise UserError(f"{path}: expected at least one row, got {got}")
-    return tuple(rows), tuple(skipped)
+    return tuple(parsed), tuple((place.number, reason) for place, reason in bad)
 
 
-def place_of(source: str | Path, number: int) -> str:
-    """Where a row is, for messages: `problems.jsonl:3`, `problems.parquet, row 3`."""
-    return f"{source}{_unit(source)}{number}"
+def cut(text: str) -> str:
+    """Text from users' data, as long as a message may quote it."""
+    return text if len(text) <= MAX_REASON_CHARS else text[:MAX_REASON_CHARS] + "…"
 
 
-def _unit(source: str | Path) -> str:
-    """What stands between a source's name and a row's number (":": rows are lines of JSON)."""
-    if str(source).startswith(HUB):
-        return ", row "
-    return {".parquet": ", row ", ".json": ", item "}.get(Path(source).suffix, ":")
-
-
-def _open(source: str | Path) -> Iterable[Any]:
-    """The rows of a source: lines of JSON, or their values."""
-    if str(source).startswith(HUB):
-        return read_dataset(str(source))
-    path = Path(source)
-    if path.suffix == ".parquet":
-        if not path.exists():
-            raise missing(path, "a Parquet file")
-        return read_parquet(path)
-    text = _read_text(path)
-    if path.suffix != ".json":
-        return text.split("\n")  # JSON strings may hold U+2028 and others that `splitlines` cuts at
-    try:
-        value = _loads(text)
-        value = value["examples"] if isinstance(value, dict) and "examples" in value else value
-        return expect(value, list, "the file")
-    except Malformed as error:
-        raise UserError(f"{path}: {error} (a file of one object a line is named .jsonl)") from None
+def named(lines: list[str], what: str) -> str:
+    """A message that names the first of several."""
+    more = [f"and {len(lines) - MAX_NAMED:,} more; {len(lines):,} {what}"] * (len(lines) > MAX_NAMED)
+    return "\n".join([*map(cut, lines[:MAX_NAMED]), *more])
 
 
 def write_rows(path: str | Path, rows: Iterable[dict[str, Any]]) -> None:
@@ -106,36 +135,52 @@ def write_rows(path: str | Path, rows: Iterable[dict[str, Any]]) -> None:
             partial.unlink()
 
 
-def missing(path: Path, what: str) -> UserError:
-    """A UserError for a path that does not exist, naming the nearest sibling of the same kind."""
-    siblings = [p.name for p in path.parent.iterdir() if p.suffix == path.suffix] if path.parent.is_dir() else []
-    hint = nearest(path.name, siblings)
-    return UserError(f"{path}: expected {what}, got no such file or directory.{hint if len(hint) < 200 else ''}")
-
-
-def _read_text(path: Path) -> str:
+def loads(text: str, what: str = "") -> Any:
+    """JSON of a row, or of a column (`what` names it, with a colon and a space). Raises Malformed."""
+    if len(text) > MAX_ROW_CHARS:
+        raise Malformed(f"{what}expected at most {MAX_ROW_CHARS:,} characters, got {len(text):,}")
     try:
-        return path.read_bytes().decode("utf-8-sig")
-    except FileNotFoundError:
-        raise missing(path, "a JSONL file") from None
-    except OSError as error:
-        raise UserError(f"{path}: expected a JSONL file, got: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        line = error.object.count(b"\n", 0, error.start) + 1
-        got = f"byte 0x{error.object[error.start]:02x} at offset {error.start}"
-        raise UserError(f"{path}:{line}: expected UTF-8 text, got {got} (Parquet, or a compressed file?)") from None
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        text = text.strip()
+        got = f"{text[:60]!r}{'…' * (len(text) > 60)} ({error.msg} at character {error.pos + 1})"
+    except RecursionError:
+        got = "values nested too deeply"
+    except ValueError as error:  # a number of more than 4,300 digits
+        got = str(error)
+    raise Malformed(f"{what}expected JSON, got {got}")
 
 
-def _loads(text: str) -> Any:
-    try:
-        value = json.loads(text)
-        if "\\u" in text:
-            json.dumps(value, ensure_ascii=False).encode()
+def plain(value: Any, depth: int = 0) -> Any:
+    """A value as JSON has it: dates as ISO text, decimals as written, bytes as the UTF-8 text that they are.
+
+    Raises Malformed for what JSON has not, and beyond MAX_DEPTH.
+    """
+    if isinstance(value, str):
+        if not value.isascii() and any("\ud800" <= character <= "\udfff" for character in value):
+            raise Malformed("expected Unicode text, got half of a surrogate pair (\\ud800 to \\udfff)")
         return value
-    except UnicodeEncodeError:
-        raise Malformed("expected Unicode text, got half of a surrogate pair (\\ud800 to \\udfff)") from None
-    except (ValueError, RecursionError) as error:
-        raise Malformed(f"expected JSON, got {str(error) or 'nothing that parses'}") from None
+    if value is None or isinstance(value, int | float):
+        return value
+    if depth > MAX_DEPTH:
+        raise Malformed(f"expected values nested at most {MAX_DEPTH} deep, got more")
+    if isinstance(value, dict):
+        if None in value:  # of a CSV
+            raise Malformed(f"expected at most {len(value) - 1} cells, as in the first line, got more")
+        return {plain(key): plain(item, depth + 1) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item, depth + 1) for item in value]
+    if isinstance(value, date | time):
+        return value.isoformat()
+    if isinstance(value, Decimal) and abs(value.adjusted()) < 1000:
+        text = f"{value:f}"
+        return text.rstrip("0").rstrip(".") if "." in text else text
+    if isinstance(value, bytes):
+        try:
+            return value.decode()
+        except UnicodeDecodeError:
+            raise Malformed(f"expected text, got {len(value):,} bytes that are not UTF-8") from None
+    raise Malformed(f"expected text, numbers, arrays and objects, got a {type(value).__name__}")
 
 
 def kind_of(value: Any) -> str:
@@ -157,31 +202,20 @@ def text_of(row: dict[str, Any], key: str) -> str:
     return expect(row.get(key), str, repr(key))
 
 
-def closed(row: dict[str, Any], valid: set[str]) -> None:
-    """Refuse unknown keys: a misspelt key would otherwise be dropped silently."""
-    for key in row:
-        if key not in valid:
-            raise Malformed(f"unknown key {key!r}.{nearest(key, valid)}")
-
-
-def one_of(row: dict[str, Any], first: str, second: str) -> str:
-    """The one of two keys that the row has. It must have exactly one."""
-    if (first in row) == (second in row):
-        raise Malformed(f"expected one of {first!r} and {second!r}, got {'both' if first in row else 'neither'}")
-    return first if first in row else second
-
-
 def answer_text(value: Any) -> str:
     """A reference answer as text: strings stripped, whole floats without their `.0`."""
-    if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
-        return str(int(value)) if value == int(value) else repr(value)
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    if isinstance(value, float) and math.isfinite(value):
+        return str(int(value)) if value.is_integer() else repr(value)
     return expect(value, str, "answer").strip()
 
 
-def prompt_of(row: dict[str, Any]) -> Messages:
-    """The messages of a row, which must have exactly one of `prompt` (text, or messages) and `messages`."""
-    value = row[one_of(row, "prompt", "messages")]
-    return ({"role": PLAIN, "content": text_of(row, "prompt")},) if isinstance(value, str) else messages_of(value)
+def prompt_of(value: Any) -> Messages:
+    """The messages of a prompt: chat messages, or plain text."""
+    return (
+        messages_of(value) if isinstance(value, list) else ({"role": PLAIN, "content": expect(value, str, "'prompt'")},)
+    )
 
 
 def messages_of(value: Any) -> Messages:

@@ -18,7 +18,8 @@ from pekoe.core.errors import UserError
 from pekoe.core.io import TOKENIZER_FILES
 from pekoe.core.types import IntArray
 from pekoe.data.chat import FAMILIES, OPENING, ChatTemplate
-from pekoe.data.rows import PLAIN, RAW, missing
+from pekoe.data.rows import PLAIN, RAW
+from pekoe.data.sources import missing
 
 _JSON_FILES = ("special_tokens_map.json", "tokenizer_config.json", "generation_config.json", "config.json")
 

@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from pekoe.core.errors import UserError, nearest
+from pekoe.core.errors import UserError, hub_hint, nearest
 from pekoe.core.io import TOKENIZER_FILES, fsync
 from pekoe.core.spec import ModelSpec
 from pekoe.model.decoder import Decoder
@@ -79,7 +79,8 @@ def read_spec(directory: Path) -> tuple[ModelSpec, dict[str, Any]]:
         parent = directory.parent
         siblings = [p.name for p in parent.iterdir() if (p / _CONFIG).is_file()] if parent.is_dir() else []
         got = "a file" if directory.exists() else "nothing there"
-        raise UserError(f"{directory}: expected a model directory, got {got}.{nearest(directory.name, siblings)}")
+        hint = nearest(directory.name, siblings) + hub_hint(str(directory))
+        raise UserError(f"{directory}: expected a model directory, got {got}.{hint}")
     config = _read_json(directory / _CONFIG)
     return hf_config_to_spec(config, str(directory / _CONFIG)), config
 

@@ -154,6 +154,8 @@ def nodes_of(group: PlacementGroup, limit_s: float, what: str) -> list[str]:
 class WorkerLost(RunError):
     """A process of the cluster died, hangs, or failed: training starts again from the last checkpoint."""
 
+    retried = True
+
 
 def ray_get(refs: Any, limit_s: float, what: str) -> Any:
     """`ray.get` with a limit; errors as by `translated`. `what` says what the caller waits for."""

@@ -111,7 +111,8 @@ class StoreActor:
     @cached_property
     def _judge(self) -> Judge:
         verify = self._config.verify.model_copy(update={"workers": self._num_judges})
-        return make_judge(verify, self._tokenizer, self._config.run.seed, Path(self._config.run.dir) / "logs")
+        logs = Path(self._config.run.dir) / "logs"
+        return make_judge(verify, self._tokenizer, self._config.run.seed, log_dir=logs)
 
     @cached_property
     def _tokenizer(self) -> Tokenizer:

@@ -42,7 +42,7 @@ from pekoe.run.distributed import require_single_process
 from pekoe.run.hardware import describe
 from pekoe.run.inputs import inputs_of
 from pekoe.run.interrupt import StepTimer, Stop
-from pekoe.run.judging import make_judge
+from pekoe.run.judging import kinds_of, make_judge
 from pekoe.run.metrics import StepCounters
 from pekoe.run.records import LocalRecords, RecordWriter
 from pekoe.run.references import reference_check
@@ -132,10 +132,13 @@ def open_problems(
 def check_context(spec: ModelSpec, max_prompt_tokens: int, max_new_tokens: int) -> None:
     longest, context = max_prompt_tokens + max_new_tokens, spec.max_positions
     if longest > context:
+        key, room = "new", context - max_prompt_tokens
+        if room < 1:  # fewer new tokens would not help
+            key, room = "prompt", context - max_new_tokens
         raise UserError(
             f"context: expected prompt and response to fit the model's {context} positions, got max_prompt_tokens "
             f"{max_prompt_tokens} + max_new_tokens {max_new_tokens} = {longest}; "
-            f"most new tokens that fit: {max(0, context - max_prompt_tokens)}"
+            f"most {key} tokens that fit: {max(0, room)} (max_{key}_tokens)"
         )
 
 
@@ -337,7 +340,7 @@ def open_task(config: RLConfig, spec: ModelSpec, tokenizer: Tokenizer, view: Pro
     new_tokens = max(rollout.max_new_tokens, config.eval.max_new_tokens or 0)
     check_context(spec, data.max_prompt_tokens, new_tokens)
     folder = config.run.dir
-    refused = reference_check(config.verify, data.described, view, folder)
+    refused = reference_check(config.verify, view, folder)
     keep_rows = bool(config.verify.rewards)
     problems, report = gather_problems(data, config.run.seed, tokenizer, view, refused, keep_rows)
     for line in report.summary():
@@ -346,10 +349,8 @@ def open_task(config: RLConfig, spec: ModelSpec, tokenizer: Tokenizer, view: Pro
     held_out: list[Problem] = []
     if config.eval.data and config.eval.every:
         own = data.model_dump(include={"max_prompt_tokens", "skip_malformed", "check"})
-        refused = reference_check(config.verify, config.eval.data, view, folder)
-        held_out = open_problems(
-            ProblemSection.model_validate({"train": config.eval.data, **own}), tokenizer, view, refused, keep_rows
-        )
+        own |= {"train": config.eval.data, "columns": config.eval.columns}
+        held_out = open_problems(ProblemSection.model_validate(own), tokenizer, view, refused, keep_rows)
         planned.append(eval_sampling(config, tokenizer.stop_token_ids))
     if len(problems) < rollout.prompts_per_step:
         raise UserError(
@@ -368,6 +369,9 @@ def build_rl(config: RLConfig, view: ProgressReporter, stop: Stop, stack: ExitSt
     machine = describe(next(model.parameters()).device, dtype)  # before an engine takes what memory there is
     task = open_task(config, model.spec, tokenizer, view)
     run = stack.enter_context(open_run(config, tokenizer, task, view))
+    kinds, logs = kinds_of(task.problems, task.held_out), run.path / "logs"
+    judge = make_judge(config.verify, tokenizer, config.run.seed, kinds, logs)
+    stack.callback(judge.close)
     records = LocalRecords(run.path, tokenizer)
     stack.callback(records.close)
     temperature, lag = config.rollout.temperature, config.rollout.max_lag
@@ -375,11 +379,9 @@ def build_rl(config: RLConfig, view: ProgressReporter, stop: Stop, stack: ExitSt
     staged = StagedSender(model, dtype, temperature, embedded) if lag else None  # before the trainer prepares the model
     trainer, timer = make_trainer(config, model, dtype), StepTimer(view)
     sender = staged or LocalSender(model, dtype, trainer.logprobs)
-    pool = open_pool(config, sender.model, task.longest, task.planned, run.path / "logs", view, stack)
+    pool = open_pool(config, sender.model, task.longest, task.planned, logs, view, stack)
     canary = tokenizer.encode_prompt(task.problems[0].messages)
-    weights = open_channel(config, pool, sender, canary, temperature, run.path / "logs")
-    judge = make_judge(config.verify, tokenizer, config.run.seed, run.path / "logs")
-    stack.callback(judge.close)
+    weights = open_channel(config, pool, sender, canary, temperature, logs)
     common, catch_up = (pool, tokenizer, judge, task.planned[0], timer, view, stop), weights.catch_up
     at_once, window = config.engine.max_running * len(pool.members), config.rollout.window
     rollouts = Rollouts(*common, catch_up, catch_up if lag else lambda: None, window=window, at_once=at_once)

@@ -45,7 +45,7 @@ def run_curate(config: CurateConfig, view: ProgressReporter) -> Curated:
     except OSError as error:
         raise UserError(f"out: expected a directory that can be written, got {out}: {error.strerror}") from None
     tokenizer = Tokenizer.load(Path(config.model.path)).with_template(config.model.template)
-    refused = reference_check(config.verify, config.data.described, view, config.out)
+    refused = reference_check(config.verify, view, config.out)
     keep_rows = bool(config.verify.rewards)
     problems, report = gather_problems(config.data, config.run.seed, tokenizer, view, refused, keep_rows)
     for line in report.summary():

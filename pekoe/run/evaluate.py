@@ -146,8 +146,10 @@ def _open_sets(
         name = Path(path).stem if len(paths) > 1 else ""
         if name in sets:
             raise UserError(f"eval.data: expected files of different names, got {name!r} twice")
-        data = ProblemSection(train=path, max_prompt_tokens=max_prompt_tokens, check=config.eval.check)
-        refused = reference_check(config.verify, path, view, config.out)
+        data = ProblemSection(
+            train=path, columns=config.eval.columns, max_prompt_tokens=max_prompt_tokens, check=config.eval.check
+        )
+        refused = reference_check(config.verify, view, config.out)
         problems = open_problems(data, tokenizer, view, refused, bool(config.verify.rewards))
         sets[name] = [replace(p, uid=f"{name}/{p.uid}") for p in problems] if name else problems
     return sets

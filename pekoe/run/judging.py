@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
 from pathlib import Path
@@ -12,6 +12,7 @@ from typing import Protocol
 from pekoe.config.recipes import VerifySection
 from pekoe.core.errors import RunError, UserError
 from pekoe.core.types import Problem, Trajectory, Verdict
+from pekoe.data.rows import named
 from pekoe.data.tokenizer import Tokenizer
 from pekoe.verify import JudgePool
 from pekoe.verify.kinds import check_functions, find_verifier
@@ -34,10 +35,17 @@ class Judge(Protocol):
 class PoolJudge:
     """Judges the text of a response against the reference answer, in processes that can be killed."""
 
-    def __init__(self, verify: VerifySection, tokenizer: Tokenizer, log_dir: Path | None = None) -> None:
+    def __init__(
+        self, verify: VerifySection, tokenizer: Tokenizer, kinds: Collection[str] = (), log_dir: Path | None = None
+    ) -> None:
         self._pool = open_judges(verify, verify.workers, log_dir)
         self._tokenizer, self._verify = tokenizer, verify
         self._pending: set[Future[Verdict]] = set()
+        try:
+            self._pool.start(map(verify.kind_of, kinds))
+        except (RunError, UserError) as error:  # nothing has been judged: it is the recipe's, or the reward's
+            self._pool.close()
+            raise UserError(f"verify: expected judges that start, got: {error}") from None
 
     @property
     def limit_s(self) -> float:
@@ -80,17 +88,23 @@ def response_text(trajectory: Trajectory, tokenizer: Tokenizer) -> str:
     return tokenizer.decode(record.tokens[record.loss_mask], skip_special_tokens=True)
 
 
-def check_kinds(problems: Iterable[Problem], verify: VerifySection, source: str) -> None:
-    """Raise UserError for the first problem whose kind no judge has or the recipe does not allow."""
+def check_kinds(problems: Sequence[Problem], verify: VerifySection, places: Sequence[str]) -> None:
+    """Raise UserError, naming the first rows, where no judge has a problem's kind or the recipe does not allow it."""
     check_functions(verify.rewards)
-    allowed: set[str] = set()
-    for problem in problems:
-        if problem.kind not in allowed:
-            try:
-                find_verifier(verify.kind_of(problem.kind), verify.rewards)
-            except UserError as error:
-                raise UserError(f"{source}: problem {problem.uid!r}: {error}") from None
-            allowed.add(problem.kind)
+    why: dict[str, str] = {}  # by kind
+    for kind in kinds_of(problems):
+        try:
+            find_verifier(verify.kind_of(kind), verify.rewards)
+        except UserError as error:
+            why[kind] = str(error)
+    rows = zip(problems, places, strict=True)
+    bad = [f"{place}: problem {problem.uid!r}: {why[problem.kind]}" for problem, place in rows if problem.kind in why]
+    if bad:
+        raise UserError(named(bad, "problems whose kind has no judge"))
+
+
+def kinds_of(*problems: Iterable[Problem]) -> list[str]:
+    return sorted({problem.kind for several in problems for problem in several})
 
 
 def open_judges(verify: VerifySection, num_workers: int, log_dir: Path | None = None) -> JudgePool:
@@ -101,8 +115,11 @@ def open_judges(verify: VerifySection, num_workers: int, log_dir: Path | None = 
     return JudgePool(num_workers, verify.time_limit_s, memory_bytes, functions=functions, log_dir=log_dir)
 
 
-def make_judge(verify: VerifySection, tokenizer: Tokenizer, seed: int, log_dir: Path | None = None) -> Judge:
-    return RandomJudge(seed) if verify.random else PoolJudge(verify, tokenizer, log_dir)
+def make_judge(
+    verify: VerifySection, tokenizer: Tokenizer, seed: int, kinds: Collection[str] = (), log_dir: Path | None = None
+) -> Judge:
+    """The recipe's judge. Those of the problems' `kinds` are started first: UserError where they do not start."""
+    return RandomJudge(seed) if verify.random else PoolJudge(verify, tokenizer, kinds, log_dir)
 
 
 def await_verdicts(futures: Sequence[Future[Verdict]], judge: Judge) -> list[Verdict]:

@@ -24,20 +24,22 @@ KEPT = "references.json"
 PER_WORKER, MAX_WORKERS = 64, 16  # references for which a worker more is worth its start
 
 
-def reference_check(
-    verify: VerifySection, source: str, view: ProgressReporter, folder: str | None = None
-) -> RefusedReferences:
+def reference_check(verify: VerifySection, view: ProgressReporter, folder: str | None = None) -> RefusedReferences:
     """The check for `gather_problems`. `folder`: keeps what workers found, for the next run there.
 
     It raises UserError as `check_kinds` does, RunError where judges do not start.
     """
-    return partial(_refused, verify=verify, source=source, view=view, folder=folder)
+    return partial(_refused, verify=verify, view=view, folder=folder)
 
 
 def _refused(
-    problems: Sequence[Problem], verify: VerifySection, source: str, view: ProgressReporter, folder: str | None
+    problems: Sequence[Problem],
+    places: Sequence[str],
+    verify: VerifySection,
+    view: ProgressReporter,
+    folder: str | None,
 ) -> dict[int, str]:
-    check_kinds(problems, verify, source)
+    check_kinds(problems, verify, places)
     if verify.random:  # nobody reads them
         return {}
     kinds = [verify.kind_of(problem.kind) if verify.reward else problem.kind for problem in problems]
@@ -73,6 +75,6 @@ def _read(file: Path) -> dict[str, dict[str, str]]:
 
 def list_refused(path: str, functions: Sequence[str], view: ProgressReporter) -> tuple[list[str], int]:
     """`pekoe verify --references`: file, line and reason of what is refused in a file of problems; and of how many."""
-    refused = reference_check(VerifySection(functions=tuple(functions)), path, view)
+    refused = reference_check(VerifySection(functions=tuple(functions)), view)
     problems, report = gather_problems(ProblemSection(train=path, check="warn"), 0, None, view, refused)
     return report.refused, len(problems)

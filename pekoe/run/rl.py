@@ -5,6 +5,7 @@ Only the objects in `parts` differ between a laptop, a GPU and a cluster; their 
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -45,6 +46,7 @@ def run_rl(parts: RLParts) -> None:
         run.journal.write("machine", **parts.machine)
     publish_first(parts, progress.step)
     put_again(parts, progress)
+    whole = True  # the trainer is at `progress.step`, which is written down
     try:
         progress = evaluate_if_due(parts, progress)
         with phase(parts.view, "steps", config.num_steps, progress.step):
@@ -55,6 +57,7 @@ def run_rl(parts: RLParts) -> None:
                 batch = collect(parts, step)
                 version = step - 1 if config.rollout.max_lag else None
                 scored = score(batch.groups, config.algo, version, config.rollout.max_new_tokens)
+                whole = False
                 stats, untrained = train(parts, scored, step)
                 if not goes_on:
                     parts.rollouts.drain()
@@ -65,6 +68,7 @@ def run_rl(parts: RLParts) -> None:
                 due = config.eval.every is not None and step % config.eval.every == 0
                 progress = progress_of(parts, step, evaluated=not due)
                 commit(parts, step, batch, scored, stats, untrained, synced)
+                whole = True
                 check_finite(parts, progress)
                 progress = evaluate_if_due(parts, progress)
                 if step % config.train.save_every == 0:
@@ -84,11 +88,25 @@ def run_rl(parts: RLParts) -> None:
             f"stopped after step {progress.step} of {config.num_steps}, which is saved; "
             f"run the same command again to go on from there"
         ) from None
+    except Exception as error:
+        if whole and not (isinstance(error, RunError) and error.retried):
+            save_at_error(parts, progress)
+        raise
     last = parts.weights.settle()
     if last is not None and config.rollout.max_lag:  # the journal's last step may have the report before
         run.journal.write("sync", step=progress.step, **last.as_dict())
     save(parts, progress)
     run.settle()
+
+
+def save_at_error(parts: RLParts, progress: Progress) -> None:
+    """Save the last complete step, as at Ctrl-C, if that works: the error that ends the run is what is raised."""
+    if progress.step == (parts.run.saved or 0):
+        return
+    with contextlib.suppress(Exception):
+        save(parts, progress)
+        parts.run.settle()
+        parts.view.say(f"step {progress.step} is saved; the same command goes on from there")
 
 
 def publish_first(parts: RLParts, version: int) -> None:

@@ -16,6 +16,7 @@ from pekoe.core.roofline import training_bytes, training_flops
 from pekoe.core.types import Sample
 from pekoe.data.order import DataOrder
 from pekoe.data.problems import Demonstration, read_demonstrations
+from pekoe.data.rows import named
 from pekoe.data.tokenizer import Tokenizer
 from pekoe.run.build import open_model, prepare, say_changes
 from pekoe.run.distributed import make_layout, process_group
@@ -139,19 +140,28 @@ def open_demonstrations(
 ) -> list[Sample]:
     """Read demonstrations as samples; one longer than the token budget or the context is an error, or skipped."""
     data = config.data
-    file = read_demonstrations(Path(path), skip_malformed=data.skip_malformed)
+    file = read_demonstrations(path, data.skip_malformed, data.columns)
+    for note in file.seen.notes(path):
+        view.say(note)
     limit = min(config.train.token_budget * config.parallel.cp, context)
     samples: list[Sample] = []
-    for number, demonstration in enumerate(file.demonstrations, 1):
-        sample = to_sample(demonstration, tokenizer)
+    bad: list[str] = []
+    for demonstration, place in zip(file.demonstrations, file.places, strict=True):
+        try:
+            sample = to_sample(demonstration, tokenizer)
+        except UserError as error:
+            bad.append(f"{place}: {error}")
+            continue
         if len(sample) <= limit:
             samples.append(sample)
-        elif not data.skip_malformed:
-            raise UserError(
-                f"{path}: demonstration {number}: expected at most {limit} tokens "
-                f"(train.token_budget {config.train.token_budget}, context {context}), got {len(sample)}; "
-                "raise train.token_budget, or set data.skip_malformed = true"
-            )
+        else:
+            bad.append(f"{place}: expected at most {limit} tokens, got {len(sample)}")
+    if bad and not data.skip_malformed:
+        raise UserError(
+            named(bad, "demonstrations that cannot be used")
+            + f"\nThe limit is the smaller of train.token_budget ({config.train.token_budget}) and the model's context "
+            f"({context}); data.skip_malformed = true leaves such demonstrations out"
+        )
     skipped = len(file.demonstrations) - len(samples) + len(file.skipped)
     if skipped:
         view.say(f"{path}: skipped {skipped} demonstrations, malformed or longer than {limit} tokens")

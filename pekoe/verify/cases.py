@@ -29,7 +29,7 @@ def read_cases(path: Path) -> list[Case]:
             continue
         try:
             case = json.loads(line)
-        except ValueError as error:  # not JSON, or not UTF-8
+        except (ValueError, RecursionError) as error:  # not JSON, or not UTF-8
             raise UserError(f"{path}:{number}: expected a JSON object, got {error}") from None
         names = sorted(case) if isinstance(case, dict) else []
         for key in ("response", "gold"):
@@ -38,6 +38,10 @@ def read_cases(path: Path) -> list[Case]:
         case = {"id": number} | case | {"response": case.get("response_boxed") or case["response"]}
         if not isinstance(case["response"], str):
             raise UserError(f"{path}:{number}: response: expected text, got {case['response']!r}")
+        if case.get("kind") is None:  # null is absent
+            case.pop("kind", None)
+        elif not isinstance(case["kind"], str):
+            raise UserError(f"{path}:{number}: kind: expected text, got {case['kind']!r}")
         if case.get("label") not in (None, True, False):
             raise UserError(f"{path}:{number}: label: expected true, false or null, got {case['label']!r}")
         cases.append(case)

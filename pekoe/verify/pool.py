@@ -277,6 +277,20 @@ class JudgePool:
         future.set_result(verdict)
         return future
 
+    def start(self, kinds: Iterable[str]) -> None:
+        """Start the workers that these kinds need, and wait until one of each sort is ready.
+
+        Raises UserError as `find_verifier`, and RunError where they do not start: a module that cannot be imported,
+        too little memory.
+        """
+        verifiers = [find_verifier(kind, self._functions) for kind in dict.fromkeys(kinds)]
+        with self._lock:
+            groups = [self._group_of(verifier) for verifier in verifiers if verifier.decide is not None]
+        self._wake_up()
+        while not all(any(worker.ready for worker in list(group.workers)) for group in groups):
+            self._check_usable()
+            time.sleep(0.01)
+
     def _group_of(self, verifier: Verifier) -> _Group:
         """The workers of a verifier, which the pool's thread starts."""
         if verifier.worker_group not in self._groups:

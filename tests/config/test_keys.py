@@ -52,7 +52,7 @@ def test_a_section_a_key_and_another_commands_section():
     text = describe(KINDS, "optim")
     assert text.startswith("optim.lr: number, above 0; default 2e-05\n    Learning rate")
     assert "optimizer" not in describe(KINDS, "optim.beta1")
-    assert describe(KINDS, "data.sources").count("data.sources[].") == 5
+    assert describe(KINDS, "data.sources").count("data.sources[].") == 6
     assert describe(KINDS, "sft.epochs").startswith("sft.epochs: whole number")
     with pytest.raises(
         UserError, match=r"keys: unknown key 'num_generations'. Did you mean 'rollout.samples_per_prompt'"

@@ -34,13 +34,16 @@ def test_reads_responses_and_dialogues(tmp_path: Path):
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"prompt": "p", "reponse": "r"}, "unknown key 'reponse'. Did you mean 'response'?"),
-        ({"prompt": "p"}, "expected 'response' beside 'prompt'"),
+        ({"prompt": "p", "reponse": "r"}, "For 'reponse': Did you mean 'response'?"),
+        (
+            {"prompt": "p"},
+            "expected an answer (response, completion, output, solution, answer), got the columns 'prompt'",
+        ),
         ({"prompt": "p", "response": ""}, "'response': expected a string with something in it"),
         ({"messages": [USER]}, "expected a prompt and an assistant's turn at the end, got 'user'"),
         ({"messages": [ANSWER]}, "expected a prompt and an assistant's turn"),
         ({"messages": [USER, ANSWER], "response": "r"}, "expected the user's turn before 'response'"),
-        ({"response": "r"}, "expected one of 'prompt' and 'messages', got neither"),
+        ({"response": "r"}, "expected a prompt (prompt, question, problem, query, instruction, input, messages)"),
     ],
 )
 def test_malformed_rows(tmp_path: Path, row: dict[str, object], message: str):

@@ -56,6 +56,43 @@ def test_one_clean_file_is_kept_as_it_is():
     assert report.summary() == []
 
 
+def test_all_long_prompts_are_named_and_what_a_tokenizer_says_is_said_once():
+    tokenizer = Tokenizer(make_char_tokenizer("1+="))
+    save("a.jsonl", [row(str(i), "1+1" * i) for i in range(1, 4)] + [row("x", "7"), row("y", "7")])
+    with pytest.raises(UserError) as caught:
+        gather(train="a.jsonl", max_prompt_tokens=6, tokenizer=tokenizer)
+    first, second, third, advice = str(caught.value).splitlines()
+    assert first.startswith("a.jsonl:2: problem '2': expected a prompt of at most 6 tokens")
+    assert second.startswith("a.jsonl:3: problem '3': ")
+    assert third.startswith("a.jsonl:4: problem 'x': tokenizer: expected characters of its vocabulary, got ['7']")
+    assert "skip_malformed = true" in advice
+    problems, report = gather(train="a.jsonl", max_prompt_tokens=6, tokenizer=tokenizer, skip_malformed=True)
+    assert uids(problems) == ["1"]
+    assert [drop.reason for drop in report.dropped] == ["too long", "too long", "malformed", "malformed"]
+
+
+def test_columns_of_a_mix_and_of_its_sources():
+    save("a.jsonl", [{"q": "a?", "gold": "1", "level": 3}])
+    save("b.jsonl", [{"task": {"text": "b?"}, "gold": "2"}])
+    sources = [
+        {"name": "a", "path": "a.jsonl", "where": {"level": ["3"]}},
+        {"name": "b", "path": "b.jsonl", "columns": {"prompt": "task.text", "answer": "gold"}},
+    ]
+    problems, report = gather(sources=sources, columns={"prompt": "q"})
+    assert [(problem.messages[0]["content"], problem.gold) for problem in problems] == [("a?", "1"), ("b?", "2")]
+    assert report.summary() == ["a: kept 1 of 1 problems", "b: kept 1 of 1 problems"]
+    save("c.jsonl", [row("c", "q") | {"level": 1, "source": "x"}])
+    assert gather(train="c.jsonl")[1].summary() == ["c.jsonl: columns that are not read: 'level', 'source'"]
+    with pytest.raises(UserError, match=r"data\.columns\.promt\.\[key\]: expected 'prompt', 'answer', 'uid' or 'kind'"):
+        load_config({**RECIPE, "data": {"train": "a", "columns": {"promt": "q"}}}, kind=RLConfig)
+
+
+def test_an_evaluation_set_may_repeat_itself():
+    save("a.jsonl", [row("a", "What is the sum of one and one and one, please say"), row("b", "Other?")])
+    save("eval.jsonl", [{"prompt": "What is the sum of one and one and one, please say", "answer": "3"}] * 2)
+    assert uids(gather(train="a.jsonl", decontaminate=["eval.jsonl"])[0]) == ["b"]
+
+
 def test_repeats_are_only_counted_unless_asked():
     save("a.jsonl", [row("a", "q"), row("b", " q "), row("c", "r", "1"), row("d", "r", "2")])
     problems, report = gather(train="a.jsonl")
@@ -114,7 +151,7 @@ def test_malformed_rows_stop_or_are_listed():
 def test_long_prompts_stop_or_are_listed():
     tokenizer = Tokenizer(make_char_tokenizer("1+="))  # each prompt within two markers
     save("a.jsonl", [row("a", "1+1="), row("b", "1+1+1=")])
-    with pytest.raises(UserError, match=r"problem 'b': expected a prompt of at most 6 tokens .*, got 8"):
+    with pytest.raises(UserError, match=r"a\.jsonl:2: problem 'b': expected a prompt of at most 6 tokens .*, got 8"):
         gather(train="a.jsonl", max_prompt_tokens=6, tokenizer=tokenizer)
     problems, report = gather(train="a.jsonl", max_prompt_tokens=6, skip_malformed=True, tokenizer=tokenizer)
     assert uids(problems) == ["a"]

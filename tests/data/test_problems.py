@@ -188,12 +188,9 @@ def test_layouts_may_be_mixed_and_blank_lines_left(file: File):
 def test_a_json_file_is_one_array(file: File):
     rows = [LAYOUTS["open reasoner zero"][0], NATIVE]
     assert len(read_problems(file(rows, name="orz.json")).problems) == 2
-    with pytest.raises(
-        UserError, match=r"bad\.json, item 2: 'answer': expected a string|bad\.json, item 2: expected one of"
-    ):
+    with pytest.raises(UserError, match=r"bad\.json, item 2: expected an answer .* \(uid 'b'\)"):
         read_problems(file([NATIVE, {"uid": "b", "prompt": "p"}], name="bad.json"))
-    with pytest.raises(UserError, match=r"expected JSON, got Extra data.*named \.jsonl"):
-        read_problems(file(NATIVE, NATIVE, name="lines.json"))
+    assert len(read_problems(file(NATIVE, NATIVE | {"uid": "b"}, name="lines.json")).problems) == 2
 
 
 def test_a_json_file_may_hold_examples(file: File):
@@ -224,16 +221,18 @@ def test_uid_depends_on_the_content_alone(file: File):
 
 
 MALFORMED = {
-    "not JSON": (b"{'uid': 1}", "expected JSON, got Expecting property name"),
+    "not JSON": (
+        b"{'uid': 1}",
+        "expected JSON, got \"{'uid': 1}\" (Expecting property name enclosed in double quotes at character 2)",
+    ),
     "not an object": (b"3", "row: expected an object, got the number 3"),
-    "misspelt answer": ({"uid": "b", "prompt": "p", "anwser": "1"}, "unknown key 'anwser'. Did you mean 'answer'?"),
+    "misspelt answer": ({"uid": "b", "prompt": "p", "anwser": "1"}, "For 'anwser': Did you mean 'answer'?"),
     "misspelt prompt": ({"promt": "p", "answer": "1"}, "For 'promt': Did you mean 'prompt'?"),
-    "stray key": ({**NATIVE, "uid": "b", "level": 3}, "unknown key 'level'"),
-    "no answer": ({"prompt": "p"}, "expected one of 'answer' and 'answers', got neither"),
+    "no answer": ({"prompt": "p"}, "expected an answer (answer, answers, ground_truth, final_answer, gold, label"),
     "two answers": ({**NATIVE, "uid": "b", "answers": ["2"]}, "expected one of 'answer' and 'answers', got both"),
     "two prompts": ({**NATIVE, "uid": "b", "messages": []}, "expected one of 'prompt' and 'messages', got both"),
     "empty prompt": ({"prompt": " ", "answer": "1"}, "'prompt': expected a string with something in it"),
-    "answer is null": ({"prompt": "p", "answer": None}, "answer: expected a string, got null"),
+    "answer is null": ({"prompt": "p", "answer": None}, "got the columns 'prompt', 'answer' (null)"),
     "answer is true": ({"prompt": "p", "answer": True}, "answer: expected a string, got a boolean"),
     "answer is NaN": (b'{"prompt": "p", "answer": NaN}', "answer: expected a string, got the number nan"),
     "answers empty": ({"prompt": "p", "answers": []}, "answers: expected an array with something in it, got an empty"),
@@ -252,12 +251,15 @@ MALFORMED = {
         {"messages": [{"role": "raw", "content": "a"}, {"role": "user", "content": "b"}], "answer": "1"},
         "expected 'raw' only in a conversation of one message",
     ),
-    "gsm8k without ####": ({"question": "q", "answer": "5"}, "expected '#### x' at its end"),
+    "gsm8k without ####": ({"question": "q", "answer": "2 + 3\nis 5"}, "or a worked one with '#### x' at its end"),
     "gsm8k with nothing behind": (
         {"question": "q", "answer": "5 ####"},
         "answer: expected a string with something in it",
     ),
-    "math without a box": ({"problem": "p", "solution": "so 5"}, "expected a \\boxed{} answer, got none"),
+    "math without a box": (
+        {"problem": "p", "solution": "so " * 101},
+        "'solution': expected a short answer, or a worked",
+    ),
     "areal code": (
         {"prompt": "p", "query_id": "q", "task": "code", "input_output": '{"inputs": ["1"], "outputs": []}'},
         "'input_output' outputs: expected an array",
@@ -267,7 +269,7 @@ MALFORMED = {
         "expected tests of input and output, got calls of a function",
     ),
     "areal task": ({"prompt": "p", "query_id": "q", "task": "game"}, "'task': expected 'math' or 'code', got 'game'"),
-    "areal no solutions": ({"prompt": "p", "query_id": "q"}, "answers: expected an array, got null"),
+    "areal no solutions": ({"prompt": "p", "query_id": "q", "task": "math"}, "answers: expected an array, got"),
     "dapo": ({"prompt": "p", "reward_model": "rule"}, "'reward_model': expected an object, got a string"),
     "orz": ([{"from": "human", "value": "v"}], "expected two turns (human, assistant), got 1"),
     "surrogate": (b'{"prompt": "\\ud800", "answer": "1"}', "half of a surrogate pair"),
@@ -314,7 +316,7 @@ def test_files_that_cannot_be_used(file: File, tmp_path: Path):
         read_problems(file(b"\n"))
     with pytest.raises(UserError, match=r"got 2 malformed ones \(row 1: row: expected an object"):
         read_problems(file(1, 2), skip_malformed=True)
-    with pytest.raises(UserError, match=r"prblems\.jsonl: expected a JSONL file.*Did you mean 'problems\.jsonl'"):
+    with pytest.raises(UserError, match=r"prblems\.jsonl: expected a file of problems.*Did you mean 'problems\.jsonl'"):
         read_problems(tmp_path / "prblems.jsonl")
     with pytest.raises(UserError, match="no such file"):
         read_problems(tmp_path / "nowhere" / "problems.jsonl")

@@ -218,6 +218,8 @@ def test_missing_directory_names_the_nearest(saved: Path) -> None:
         load_model(saved / "config.json")
     with pytest.raises(UserError, match="expected a model directory"):
         load_model("Qwen/never-downloaded")
+    with pytest.raises(UserError, match=r"on the hub: hf download Qwen/Qwen3-0\.6B --local-dir Qwen/Qwen3-0\.6B"):
+        load_model("Qwen/Qwen3-0.6B")
 
 
 def test_bad_config_files(saved: Path) -> None:

@@ -18,8 +18,8 @@ from pekoe.core.journal import read_lines
 from pekoe.core.progress import NoProgress
 from pekoe.core.types import SamplingParams
 from pekoe.data import Tokenizer
-from pekoe.model import Decoder
-from pekoe.run.build import open_pool, open_problems
+from pekoe.model import Decoder, read_spec
+from pekoe.run.build import open_pool, open_problems, open_task
 from tests.run.conftest import Messages
 
 
@@ -91,3 +91,22 @@ def test_servers_that_would_share_a_gpu_are_refused_before_any_starts(
     server["gpus"] = ("0", "1")
     with pytest.raises(Started):
         open_on("cuda")
+
+
+def test_held_out_problems_have_columns_of_their_own(build, tmp_path: Path):
+    file = tmp_path / "own.csv"
+    file.write_text("task,gold\n1+1=,2\n2+2=,4\n")
+    columns = ["eval.columns.prompt=task", "eval.columns.answer=gold"]
+    config = build(f"eval.data={file}", "eval.every=1", *columns)
+    tokenizer = Tokenizer.load(Path(config.model.path))
+    task = open_task(config, read_spec(Path(config.model.path))[0], tokenizer, NoProgress())
+    assert [problem.gold for problem in task.held_out] == ["2", "4"]
+    with pytest.raises(
+        UserError, match=r"own\.csv:2: expected the column 'taks' \(columns\.prompt\).*Did you mean 'task'"
+    ):
+        open_task(
+            build(f"eval.data={file}", "eval.every=1", "eval.columns.prompt=taks"),
+            read_spec(Path(config.model.path))[0],
+            tokenizer,
+            NoProgress(),
+        )

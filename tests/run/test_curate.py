@@ -84,7 +84,7 @@ def test_a_row_that_names_a_function_is_refused_before_anything_is_sampled(
     tree["data"]["train"] = str(data)
     tree["verify"]["functions"] = ["tests:show"]
     uid = re.escape(rows[-1]["uid"])
-    with pytest.raises(UserError, match=rf"{data}: problem '{uid}': .*listed in verify.functions.*{nearest}"):
+    with pytest.raises(UserError, match=rf"{data}:18: problem '{uid}': .*listed in verify.functions.*{nearest}"):
         run_curate(load_config(tree, kind=CurateConfig), NoProgress())
     assert not (tmp_path / "out/samples.jsonl").exists()
 

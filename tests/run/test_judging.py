@@ -26,7 +26,8 @@ def test_a_row_that_names_a_function_is_refused_before_anything_is_sampled(
     data = tmp_path / "rows.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     recipe["verify"]["functions"] = ["builtins:exit"]
-    message = rf"{data}: problem '{re.escape(rows[-1]['uid'])}': .*verify\.functions.*Did you mean 'builtins:exit'"
+    place = f"{data}:{len(rows)}: problem {rows[-1]['uid']!r}"
+    message = rf"{re.escape(place)}: .*verify\.functions.*Did you mean 'builtins:exit'"
     tree = {key: recipe[key] for key in ("model", "verify")}
     tree |= {"eval": {"data": str(data), "max_new_tokens": 8}, "out": str(tmp_path / "out")}
 
@@ -57,3 +58,41 @@ def test_the_recipe_sets_the_judges_memory(tiny_dir: Path, build: Any, monkeypat
     finally:
         judge.close()
     assert verdict.label == "correct"
+
+
+@pytest.mark.parametrize("command", ["rl", "eval"])
+@pytest.mark.parametrize(
+    ("module", "message"),
+    [
+        (
+            "import no_such_library",
+            r"kind function:broken:score cannot start: broken.py:1: ModuleNotFoundError: .*no_such_lib",
+        ),
+        ("def other(): ...", r"cannot start: AttributeError: .* has no attribute 'score'"),
+        (None, r"cannot start: ModuleNotFoundError: No module named 'broken'"),
+    ],
+)
+def test_a_reward_that_cannot_be_imported_is_found_before_the_first_response(
+    tiny_dir: Path,
+    tmp_path: Path,
+    recipe: dict[str, Any],
+    build: Any,
+    train: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    command: str,
+    module: str | None,
+    message: str,
+):
+    monkeypatch.chdir(tmp_path)
+    if module:
+        Path("broken.py").write_text(module)
+    rows = [json.loads(line) for line in (tiny_dir / "train.jsonl").read_text().splitlines()]
+    rows[-1]["kind"] = "function:broken:score"  # one of 18: drawn late, if at all
+    Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    recipe["verify"] = {"workers": 1, "functions": ["broken:score"]}
+    monkeypatch.setattr("pekoe.run.rollouts.Rollouts.put", lambda *_: pytest.fail("something is sampled"))
+    tree = {key: recipe[key] for key in ("model", "verify")} | {"eval": {"data": "rows.jsonl", "max_new_tokens": 8}}
+    with pytest.raises(UserError, match="expected judges that start, got: the judge of " + ".*" + message):
+        train(build("data.train=rows.jsonl")) if command == "rl" else run_eval(
+            load_config(tree, kind=EvalConfig), NoProgress()
+        )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from pekoe.core.records import read_records
 from pekoe.core.types import Draw, SamplingParams, Verdict
 from pekoe.model import load_model
 from pekoe.run.build import RLParts
-from tests.run.conftest import stop_after_responses
+from tests.run.conftest import Messages, stop_after_responses
 
 Build = Callable[..., RLConfig]
 Train = Callable[..., None]
@@ -118,6 +119,34 @@ def test_a_crash_goes_back_to_the_checkpoint_and_sets_later_lines_aside(build: B
     assert [e["step"] for e in read_lines(discarded / "journal.jsonl") if e["event"] == "step"] == [3]
     assert {"step-000003.jsonl.zst", "step-000003.npz.zst"} <= {path.name for path in discarded.iterdir()}
     assert [s["step"] for s in steps_of(broken)] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("lag", ["rollout.max_lag=0", "rollout.max_lag=1"])
+def test_a_run_that_ends_by_an_error_keeps_the_last_step(build: Build, train: Train, tmp_path: Path, lag: str):
+    unbroken = build("num_steps=4", lag, f"run.dir={tmp_path / 'unbroken'}")
+    train(unbroken)
+    broken = build("num_steps=4", lag, "train.save_every=9", f"run.dir={tmp_path / 'broken'}")
+
+    def fail(parts: RLParts) -> None:
+        """The judge breaks as step 4 is taken."""
+        rollouts: Any = parts.rollouts
+        take, taken = rollouts.take, count(1)
+
+        def counted(n: int) -> Any:
+            if next(taken) == 4:
+                raise RunError("the judge is gone")
+            return take(n)
+
+        rollouts.take = counted
+
+    view = Messages()
+    with pytest.raises(RunError, match="the judge is gone"):
+        train(broken, fail, view)
+    assert any("step 3 is saved; the same command goes on from there" in text for text in view.said)
+    assert [path.name for path in (Path(broken.run.dir) / "checkpoints").iterdir()] == ["step-000003"]
+    train(broken)
+    assert torch.equal(weights_of(broken), weights_of(unbroken))
+    assert [step["step"] for step in steps_of(broken)] == [1, 2, 3, 4]
 
 
 def test_another_recipe_in_the_same_directory_is_refused(build: Build, train: Train):

@@ -107,7 +107,7 @@ def test_ctrl_c_and_resume_reach_the_same_bits(tree: dict[str, Any], tmp_path: P
 def test_a_demonstration_over_the_budget(tree: dict[str, Any], tmp_path: Path):
     lines = (tmp_path / "demos.jsonl").read_text()
     (tmp_path / "demos.jsonl").write_text('{"prompt": "1+1=", "response": "' + "1" * 80 + '"}\n' + lines)
-    with pytest.raises(UserError, match=r"demonstration 1: expected at most 64 tokens .*, got 87"):
+    with pytest.raises(UserError, match=r"demos\.jsonl:1: expected at most 64 tokens, got 87\n.*train\.token_budget"):
         run_sft(load_config(tree, kind=SFTConfig), NoProgress())
     config = load_config(tree, ["data.skip_malformed=true", "sft.epochs=1"], SFTConfig)
     run_sft(config, NoProgress())
