@@ -27,7 +27,7 @@ A recipe is a TOML file. `pekoe rl RECIPE.toml section.key=value ...` changes ke
 `--dry-run` prints the recipe with everything that it does not say:
 
 ```sh
-pekoe rl recipes/laptop.toml optim.lr=1e-3 --dry-run
+pekoe rl laptop optim.lr=1e-3 --dry-run
 pekoe keys optim
 ```
 

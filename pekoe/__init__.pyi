@@ -1,8 +1,9 @@
 """The public names, by the rooms that they come from. `__init__.py` reads this file."""
 
-from pekoe.algo.loss import ppo as ppo
-from pekoe.algo.packing import allocate as allocate
-from pekoe.algo.scoring import score as score
+from pekoe.algo import allocate as allocate
+from pekoe.algo import ppo as ppo
+from pekoe.algo import score as score
+from pekoe.algo import split_minibatches as split_minibatches
 from pekoe.config import AlgoSection as AlgoSection
 from pekoe.config import OptimSection as OptimSection
 from pekoe.config import load_config as load_config
@@ -21,6 +22,7 @@ from pekoe.engine import EnginePool as EnginePool
 from pekoe.engine import SamplingParams as SamplingParams
 from pekoe.engine import SGLangEngine as SGLangEngine
 from pekoe.engine import VLLMEngine as VLLMEngine
+from pekoe.engine import requests_of as requests_of
 from pekoe.model import load_model as load_model
 from pekoe.model import save_model as save_model
 from pekoe.train import Trainer as Trainer

@@ -10,6 +10,9 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
+from pekoe.core.errors import UserError
+from pekoe.core.functions import load_function
+
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
@@ -43,12 +46,27 @@ def rloo(rewards: Floats, lengths: Ints, groups: Ints) -> Floats:
     return (rewards - mean) * size / np.maximum(size - 1, 1)
 
 
-ADVANTAGES: dict[str, Callable[[Floats, Ints, Ints], Floats]] = {
+Advantage = Callable[[Floats, Ints, Ints], Floats]
+ADVANTAGES: dict[str, Advantage] = {
     "global": global_normalised,
     "grpo": grpo,
     "dr_grpo": dr_grpo,
     "rloo": rloo,
 }
+
+
+def find_advantage(name: str) -> Advantage:
+    """One of ours, or a function of the user's, "MODULE:NAME". UserError where there is none."""
+    return ADVANTAGES[name] if name in ADVANTAGES else load_function(name, "algo.advantage")
+
+
+def advantages_of(name: str, rewards: Floats, lengths: Ints, groups: Ints) -> Floats:
+    """The advantages [N] of N responses, from their rewards, lengths in tokens, and groups, each [N]."""
+    found = np.asarray(find_advantage(name)(rewards, lengths, groups), np.float64)
+    if found.shape != rewards.shape or not np.isfinite(found).all():
+        got = f"shape {list(found.shape)}" if found.shape != rewards.shape else "some that are not finite"
+        raise UserError(f"algo.advantage: expected {name} to return {len(rewards)} finite numbers, got {got}")
+    return found
 
 
 def _group_moments(rewards: Floats, groups: Ints) -> tuple[Floats, Floats, Floats]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pekoe.algo.advantage import ADVANTAGES
+from pekoe.algo.advantage import ADVANTAGES, advantages_of
 from pekoe.config.recipes import AlgoSection
 from pekoe.core.types import JudgedGroup, SampleRef, Trajectory, Verdict
 
@@ -78,7 +78,7 @@ def score(
     rewards = np.array([reward for _, _, reward in kept], np.float64)
     lengths = np.array([trajectory.num_tokens for _, trajectory, _ in kept], np.int64)
     positions = np.array([position for position, _, _ in kept], np.int64)
-    advantages = ADVANTAGES[algo.advantage](rewards, lengths, positions)
+    advantages = advantages_of(algo.advantage, rewards, lengths, positions)
     samples = tuple(
         SampleRef(
             num_tokens=trajectory.num_prompt_tokens + trajectory.num_tokens,
@@ -94,6 +94,8 @@ def score(
     )
     for position in set(positions.tolist()) - {sample.group for sample in samples}:
         dropped[position] = "all responses truncated, and algo.mask_truncated is on"
+    if algo.advantage not in ADVANTAGES:  # the user's own: it alone says what teaches
+        return Scored(samples, dropped, "" if advantages.any() else "all advantages are 0")
     # Compare rewards, as the advantages of equal rewards may be rounding errors and not 0.
     whole_batch = algo.advantage == "global"
     pools = [0 if whole_batch else position for position, _, _ in kept]

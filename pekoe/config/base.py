@@ -11,6 +11,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInf
 from pydantic_core import PydanticCustomError
 
 from pekoe.core.errors import UserError, nearest
+from pekoe.core.functions import FUNCTION
 
 MAX_COUNT = 2**31 - 1  # of whole numbers without a bound of their own: more tokens, steps or bytes no key can mean
 MAX_DEPTH = 16  # of sections in sections
@@ -23,7 +24,22 @@ def _not_blank(text: str) -> str:
     return text
 
 
+class OneOrOwn:
+    """A validator: one of some names, or a function of the user's own, "MODULE:NAME"."""
+
+    def __init__(self, *names: str) -> None:
+        quoted = [f"'{name}'" for name in names]
+        self.expected = f"{', '.join(quoted)}{' or ' if names else ''}MODULE:NAME, a function of your own"
+        self._names = names
+
+    def __call__(self, text: str) -> str:
+        if text not in self._names and not FUNCTION.fullmatch(text):
+            raise PydanticCustomError("function", "{expected}", {"expected": self.expected})
+        return text
+
+
 FileName = Annotated[str, AfterValidator(_not_blank)]
+FunctionName = Annotated[str, AfterValidator(OneOrOwn())]
 Processes = Annotated[int, Field(ge=1, le=1024)]  # or threads of one machine
 Samples = Annotated[int, Field(ge=1, le=65_536)]  # of one problem
 Seconds = Annotated[float, Field(gt=0, le=2_000_000)]  # what the system's waits can take: 23 days

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args, get_origin
 
 import tomli_w
-from pydantic import ValidationError
+from pydantic import AfterValidator, ValidationError
 from pydantic.fields import FieldInfo
 
-from pekoe.config.base import ConfigSection, cut, flatten
+from pekoe.config.base import ConfigSection, OneOrOwn, cut, flatten
 from pekoe.config.names import NAMES
 from pekoe.core.errors import UserError, nearest
 
@@ -84,6 +84,9 @@ def _type(annotation: Any, field: Any = None) -> str:
         for attribute, words in _BOUNDS.items()
         if (limit := getattr(part, attribute, None)) is not None
     )
+    for part in getattr(field, "metadata", None) or ():
+        if isinstance(part, AfterValidator) and isinstance(part.func, OneOrOwn):
+            return part.func.expected.replace("'", '"')
     origin, args = get_origin(annotation), get_args(annotation)
     if hasattr(annotation, "__metadata__"):  # Annotated
         return _type(args[0], FieldInfo.from_annotation(annotation))

@@ -70,7 +70,7 @@ NAMES = (
     Names("train.compile", "torch_compile", "actor.use_torch_compile"),
     Names("train.save_every", "save_steps", "trainer.save_freq"),
     Names("train.keep_checkpoints", "save_total_limit", "trainer.max_actor_ckpt_to_keep"),
-    Names("verify.functions", "reward_funcs", "custom_reward_function.path"),
+    Names("verify.reward", "reward_funcs", "custom_reward_function.path, custom_reward_function", "MODULE:NAME"),
     Names("eval.data", "eval_dataset", "data.val_files"),
     Names("eval.every", "eval_steps", "trainer.test_freq"),
     Names("eval.samples", "num_generations_eval, num_generations", "rollout.val_kwargs.n"),

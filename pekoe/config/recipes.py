@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, cast
 
 import tomli_w
-from pydantic import Field, ValidationError, model_validator
+from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from pekoe.config.base import (
     ConfigSection,
     FileName,
+    FunctionName,
     GiB,
+    OneOrOwn,
     Processes,
     Samples,
     Seconds,
@@ -84,9 +86,9 @@ class RolloutSection(ConfigSection):
 
 
 class AlgoSection(ConfigSection):
-    advantage: Literal["global", "grpo", "dr_grpo", "rloo"] = "global"
+    advantage: Annotated[str, AfterValidator(OneOrOwn("global", "grpo", "dr_grpo", "rloo"))] = "global"
     """global: reward normalised over all response tokens of the batch (the release). grpo, dr_grpo, rloo: the
-    reward against its group's."""
+    reward against its group's. "MODULE:NAME": a function of your own, (rewards, lengths, groups) -> advantages."""
     reward: float = Field(default=5.0, gt=0)
     """What CORRECT earns, or a score of 1."""
     reward_wrong: float | None = None
@@ -278,8 +280,18 @@ class TrainingConfig(Config):
     track: Logging = Logging()
 
 
+class RLLogging(Logging):
+    """As of every run, and metrics of one's own."""
+
+    metrics: Annotated[tuple[FunctionName, ...], Field(strict=False)] = ()
+    """Functions of your own, each "MODULE:NAME": (groups of a step, judged) -> {name: number}, which go into the
+    journal and wherever its metrics go."""
+
+
 class RLConfig(TrainingConfig):
     """A recipe of `pekoe rl`."""
+
+    track: RLLogging = RLLogging()
 
     num_steps: int = Field(ge=1)
     """Steps: rollout batches, each with `algo.minibatches` optimizer steps."""
@@ -333,7 +345,7 @@ class RLConfig(TrainingConfig):
                 f"train.token_budget: expected at least the longest sequence, data.max_prompt_tokens + "
                 f"rollout.max_new_tokens = {longest}{over}, got {self.train.token_budget}; nearest: {-(-longest // cp)}"
             )
-        if algo.advantage != "global" and rollout.samples_per_prompt < 2:
+        if algo.advantage in ("grpo", "dr_grpo", "rloo") and rollout.samples_per_prompt < 2:
             raise ValueError(
                 f"rollout.samples_per_prompt: expected at least 2 for algo.advantage = {algo.advantage!r} "
                 f"(a reward is compared with its group's), got {rollout.samples_per_prompt}"

@@ -297,7 +297,7 @@ def describe(out: Path, summary: dict[str, Any], results: dict[str, Any], contro
         "What to try next:",
         f"  the run as a page           {program} report {out}/rl",
         f"  every response, judged      zstd -dc {out}/rl/rollouts/step-000001.jsonl.zst | head -n 3",
-        f"  the RL stage with your lr   {program} rl recipes/laptop.toml run.dir=runs/mine optim.lr=1e-3",
+        f"  the RL stage with your lr   {program} rl laptop run.dir=runs/mine optim.lr=1e-3",
         f"  the control                 {program} demo --control --out runs/control",
         f"  use the model               AutoModelForCausalLM.from_pretrained('{out}/rl/model')",
     ]

@@ -53,7 +53,7 @@ FIGURES: Mapping[str, Figure] = {
     ),
     "judging": Figure(
         f"what is left of it after the last response: {JUDGE_TOKEN_S * 1000:.2g} s of a judge process for 1,000 tokens "
-        f"(make bench-verify)", (), ""
+        f"(the benchmark bench_verify.py)", (), ""
     ),
     "log-probs": Figure(
         "a forward over all tokens: as training, one pass", ("train_flops", "train_attention", "train_passes"), "train"

@@ -86,7 +86,7 @@ def _sentences(found: Forecast) -> Iterator[str]:
     yield (
         f"half of such predictions of published steps were within {known['rl'].median:.0%}, nine in ten within "
         f"{known['rl'].p90:.0%}: the step of {short(own.step_s)} s stands for {short(low)} to {short(high)} s "
-        f"(make bench-plan, {known['rl'].rows} rows, to which constants were fitted)"
+        f"(the benchmark bench_plan.py, {known['rl'].rows} rows, to which constants were fitted)"
     )
     parts = [f"{name} {error.median:.0%} and {error.p90:.0%}" for name, error in known.items() if name != "rl"]
     yield f"of the parts: {', '.join(parts)}. --explain says what each figure is computed from"
@@ -119,6 +119,6 @@ def explain(found: Forecast) -> Iterator[RenderableType]:
         f"{device.network_byte_s / GB:g} GB/s"
     )
     yield (
-        'constants: pekoe/plan/fitted.json, fitted by make bench-plan ARGS="--figures FILE.json --fit"; those of an '
-        "own device's file stand in their place. Memory: tests/plan/test_memory.py holds it to pekoe doctor's"
+        "constants: Pekoe's fitted.json, which its benchmark bench_plan.py fits; those of an own device's file stand "
+        "in their place. Memory: a test holds it to pekoe doctor's"
     )

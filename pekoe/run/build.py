@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from pekoe.algo.advantage import find_advantage
 from pekoe.config.data import ProblemSection
 from pekoe.config.recipes import (
     CurateConfig,
@@ -27,6 +28,7 @@ from pekoe.config.recipes import (
 )
 from pekoe.core import loop as core
 from pekoe.core.errors import UserError
+from pekoe.core.functions import load_function
 from pekoe.core.progress import ProgressReporter, phase
 from pekoe.core.spec import ModelSpec
 from pekoe.core.types import IntArray, Problem, SamplingParams
@@ -337,6 +339,9 @@ class Task:
 def open_task(config: RLConfig, spec: ModelSpec, tokenizer: Tokenizer, view: ProgressReporter) -> Task:
     """Read the data of a recipe. UserError for what does not fit the model, or is not enough."""
     data, rollout = config.data, config.rollout
+    find_advantage(config.algo.advantage)  # a mistake in it is found now
+    for name in config.track.metrics:
+        load_function(name, "track.metrics")
     new_tokens = max(rollout.max_new_tokens, config.eval.max_new_tokens or 0)
     check_context(spec, data.max_prompt_tokens, new_tokens)
     folder = config.run.dir

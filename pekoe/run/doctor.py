@@ -91,8 +91,8 @@ def environment() -> list[tuple[str, str]]:
             rows.append((name, f"absent: {install}"))
     for name, folder in SERVERS:
         python = Path(folder) / "bin" / "python"
-        make = f"make {folder}/.stamp (for a CPU); for a GPU see recipes/server.toml"
-        rows.append((name, str(python) if python.exists() else f"absent here: {make}"))
+        install = f"python -m venv {folder} && {python} -m pip install {name.lower()} (pekoe recipe server)"
+        rows.append((name, str(python) if python.exists() else f"absent here: {install}"))
     return rows
 
 

@@ -40,7 +40,8 @@ def inputs_of(config: RLConfig, tokenizer: Tokenizer, problems: Sequence[Problem
     return {
         "problems": {problem.uid: digest(problem)[:8] for problem in problems},
         "prompts": hashlib.sha256(json.dumps(tokens).encode()).hexdigest()[:16],
-        "rewards": reward_sources(config.verify, [problem.kind for problem in problems]),
+        "rewards": reward_sources(config.verify, [problem.kind for problem in problems])
+        | ({config.algo.advantage: source_digest(config.algo.advantage)} if ":" in config.algo.advantage else {}),
     }
 
 
@@ -63,5 +64,5 @@ def difference(before: Inputs, now: Inputs) -> str:
     rewards = before["rewards"]
     for name in sorted(now["rewards"].keys() | rewards.keys()):
         if rewards.get(name) != now["rewards"].get(name):
-            return f"the source of the reward {name} has changed (or of what it imports from beside it)"
+            return f"the source of {name} has changed (or of what it imports from beside it)"
     return ""

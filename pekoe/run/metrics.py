@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,10 +12,12 @@ import numpy as np
 from pekoe.algo.loss import logprob_diffs_by_lag
 from pekoe.algo.scoring import Scored, reward_of
 from pekoe.config.recipes import RLConfig
+from pekoe.core.functions import load_function
 from pekoe.core.loop import Counters, StepStats
+from pekoe.core.progress import ProgressReporter
 from pekoe.core.roofline import sampling_bytes, sampling_flops, training_bytes, training_flops
 from pekoe.core.spec import ModelSpec
-from pekoe.core.types import Trajectory
+from pekoe.core.types import JudgedGroup, Trajectory
 from pekoe.run.rollouts import Batch
 
 # Above it something computes other numbers than training does. Tests hold every engine to half of the first; the second
@@ -130,6 +132,25 @@ def step_work(
         work["train_flops"] = passes * training_flops(spec, map(len, scored.samples), num_targets).total
         work["train_bytes"] = training_bytes(spec, num_microbatches, len(stats), dtype)
     return work
+
+
+def own_metrics(
+    names: Sequence[str], groups: Sequence[JudgedGroup], ours: Mapping[str, Any], view: ProgressReporter
+) -> dict[str, float]:
+    """What functions of the user's ("MODULE:NAME", see `track.metrics`) measure of a step's groups.
+
+    What one raises is said, and the run goes on without its numbers.
+    """
+    found: dict[str, float] = {}
+    for name in names:
+        try:
+            numbers = {str(key): float(value) for key, value in load_function(name, "track.metrics")(groups).items()}
+            if taken := numbers.keys() & {*ours, *found}:
+                raise ValueError(f"expected names of its own, got {', '.join(sorted(taken))}")
+            found |= numbers
+        except Exception as error:
+            view.say(f"warning: track.metrics: {name}: {error!r}")
+    return found
 
 
 _STATES = ("num_engines", "num_lost_engines", "num_ranks")  # counters that are journalled as they are

@@ -23,7 +23,7 @@ from pekoe.core.types import AnySample, Draw, JudgedGroup
 from pekoe.run.build import RLParts, eval_sampling
 from pekoe.run.evaluate import evaluate, warn_truncation
 from pekoe.run.interrupt import StepTimer, StoppedInStep, StopRequested
-from pekoe.run.metrics import step_metrics, step_work, warnings_of
+from pekoe.run.metrics import own_metrics, step_metrics, step_work, warnings_of
 from pekoe.run.records import record_lines
 from pekoe.run.rollouts import Batch, check_faults
 from pekoe.run.run_dir import Progress
@@ -228,6 +228,7 @@ def commit(
     metrics = step_metrics(step, batch, scored, stats, config, parts.timer.seconds)
     counted = parts.counters.take()
     metrics |= step_work(parts.spec, config, batch, scored, stats, counted.get("num_forwards"))
+    metrics |= own_metrics(config.track.metrics, list(batch.everything()), metrics, parts.view)
     parts.run.journal.write("step", **metrics, **synced.as_dict(), **counted)
     if step % WARN_EVERY == 1:
         for warning in warnings_of(metrics, config):

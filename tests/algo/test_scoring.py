@@ -1,6 +1,7 @@
 """From verdicts to samples; a fault never becomes a number (I9)."""
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 
 from pekoe.algo.scoring import reward_of, score, uninformative
 from pekoe.config.recipes import AlgoSection
+from pekoe.core import UserError
 from pekoe.core.types import FinishReason, JudgedGroup, Label, Problem, Record, Trajectory, Verdict
 
 
@@ -25,6 +27,54 @@ def group(*parts: tuple[int, Label] | tuple[int, Label, FinishReason]) -> Judged
 
 def verdicts(*labels: Label) -> tuple[Verdict, ...]:
     return tuple(Verdict(label) for label in labels)
+
+
+OWN = """
+import numpy as np
+
+def halved(rewards, lengths, groups):
+    return rewards / 2 + groups + lengths / 100
+
+def silent(rewards, lengths, groups):
+    return [0] * len(rewards)
+
+def short(rewards, lengths, groups):
+    return rewards[1:]
+
+def endless(rewards, lengths, groups):
+    return rewards / 0
+"""
+
+
+@pytest.fixture
+def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Advantages of the user's own, in the current directory."""
+    (tmp_path / "own_advantages.py").write_text(OWN)
+    monkeypatch.chdir(tmp_path)
+
+
+def test_an_advantage_of_the_users_own(own: None):
+    groups = [group((4, "correct"), (2, "wrong")), group((3, "correct"), (5, "fault"), (6, "correct"))]
+    scored = score(groups, AlgoSection(advantage="own_advantages:halved"))
+    assert [s.advantage for s in scored.samples] == pytest.approx([2.54, -2.48, 3.53, 3.56])
+    assert scored.no_signal == ""
+    equal = score(groups[1:], AlgoSection(advantage="own_advantages:halved"))  # it says itself what teaches
+    assert equal.no_signal == ""
+    assert score(groups, AlgoSection(advantage="own_advantages:silent")).no_signal == "all advantages are 0"
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("short", r"expected own_advantages:short to return 2 finite numbers, got shape \[1\]"),
+        ("endless", r"expected own_advantages:endless to return 2 finite numbers, got some that are not finite"),
+        ("absent", r"algo.advantage: expected a function in .*own_advantages.py, got 'absent'"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning")
+def test_an_advantage_that_cannot_be_used(own: None, name: str, message: str):
+    with pytest.raises(UserError, match=message):
+        score([group((4, "correct"), (2, "wrong"))], AlgoSection(advantage=f"own_advantages:{name}"))
 
 
 @pytest.mark.parametrize(("label", "expected"), [("correct", 5.0), ("wrong", -5.0), ("unparsed", -5.0)])

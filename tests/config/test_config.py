@@ -29,7 +29,10 @@ RECIPE: dict[str, Any] = {
         ('run.seed="1"', "run.seed: expected a valid integer, got '1'"),
         ("rollout=3", "rollout: expected"),
         ("model.device=tpu", "model.device: expected 'cpu', 'cuda' or 'auto', got 'tpu'"),
-        ("algo.advantage=gpro", "algo.advantage: expected 'global', 'grpo', 'dr_grpo' or 'rloo', got 'gpro'"),
+        (
+            "algo.advantage=gpro",
+            "algo.advantage: expected 'global', 'grpo', 'dr_grpo', 'rloo' or MODULE:NAME, .* got 'gpro'",
+        ),
         ("optim.lr=-1", "optim.lr: expected greater than 0, got -1"),
         ("rollout.prompts_per_step=13", "expected a multiple of algo.minibatches (4), got 13; nearest: 12"),
         ("train.token_budget=100", "expected at least the longest sequence, .* = 2048, got 100; nearest: 2048"),

@@ -113,7 +113,9 @@ def test_what_is_absent_comes_with_the_command_that_installs_it(monkeypatch: pyt
     monkeypatch.chdir(tmp_path)
     found = dict(environment())
     assert found["cluster"] == "absent: pip install 'pekoe[cluster]'"
-    assert found["vLLM"].startswith("absent here: make .venv-vllm/.stamp")
+    assert found["vLLM"].startswith(
+        "absent here: python -m venv .venv-vllm && .venv-vllm/bin/python -m pip install vllm"
+    )
 
 
 def test_a_machines_ceilings_are_those_of_a_product_and_a_copy():

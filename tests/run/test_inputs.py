@@ -83,7 +83,7 @@ def test_another_source_of_a_reward_is_noticed(
     file.write_text("# longer is better\n" + REWARD)
     begin(problems, *own)
     file.write_text(REWARD.replace("64", "32"))
-    with pytest.raises(UserError, match=r"the source of the reward resumed_rewards:graded has changed"):
+    with pytest.raises(UserError, match=r"the source of resumed_rewards:graded has changed"):
         begin(problems, *own)
     with pytest.raises(UserError, match=r"holds a run with verify\.reward"):
         begin(problems, "verify.random=false")

@@ -61,6 +61,44 @@ def test_a_run_leaves_what_the_design_says(build: Build, train: Train):
         assert (line["advantage"] > 0) == (line["label"] == "correct")
 
 
+OWN_METRICS = """
+def answers(groups):
+    return {"answers": len(groups), "longest": max(t.num_tokens for g in groups for t in g.trajectories)}
+
+def taken(groups):
+    return {"reward": 1}
+
+def broken(groups):
+    return {"x": 1 / 0}
+"""
+
+
+def test_metrics_of_the_users_own_are_journalled(
+    build: Build, train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    (tmp_path / "own_metrics.py").write_text(OWN_METRICS)
+    monkeypatch.chdir(tmp_path)
+    names = ", ".join(f'"own_metrics:{name}"' for name in ("answers", "taken", "broken"))
+    config, view = build("num_steps=1", f"track.metrics=[{names}]"), Messages()
+    train(config, view=view)
+    (step,) = steps_of(config)
+    assert (step["answers"], step["longest"]) == (4.0, step["response_tokens_max"])
+    assert "x" not in step
+    warnings = [line for line in view.said if "track.metrics" in line]
+    assert warnings == [
+        """warning: track.metrics: own_metrics:taken: ValueError('expected names of its own, got reward')""",
+        """warning: track.metrics: own_metrics:broken: ZeroDivisionError('division by zero')""",
+    ]
+
+
+@pytest.mark.parametrize("word", ["algo.advantage=own_absent:f", 'track.metrics=["own_absent:f"]'])
+def test_a_function_that_is_absent_is_found_before_the_run(build: Build, train: Train, word: str):
+    config = build(word)
+    with pytest.raises(UserError, match=r"expected a module that Python can import, got own_absent"):
+        train(config)
+    assert not Path(config.run.dir).exists()
+
+
 def test_the_ledger_accounts_for_every_prompt_drawn(build: Build, train: Train):
     config = build("num_steps=9")  # 36 draws of 18 problems: two epochs
     train(config)

@@ -136,7 +136,7 @@ def check_python(server: str, python: str | None) -> None:
     if python is None or shutil.which(python) is None:
         raise UserError(
             f"engine.server.python: expected the Python of an environment with {server} in it, got {python!r}; "
-            "recipes/server.toml says how to make one"
+            "`pekoe recipe server` writes a recipe that says how to make one"
         )
 
 
