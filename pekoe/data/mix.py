@@ -186,7 +186,8 @@ def _outside_pass_rate(items: list[_Item], data: ProblemSection) -> _Drops:
         rate = item.problem.pass_rate
         if rate is None:
             raise UserError(
-                f"data.pass_rate: expected problems that `pekoe curate` measured, got {item} without a rate"
+                f"data.pass_rate: expected problems that `pekoe curate` measured, got {item.place} "
+                f"(uid {item.problem.uid!r}) without a rate"
             )
         if not low <= rate <= high:
             drop[index] = (PASS_RATE, f"{rate:.3g}")

@@ -56,7 +56,7 @@ def open_source(name: str) -> Source:
         if path.is_dir():
             return Source(", row ", enumerate(read_saved(path), 1))
         if not path.exists():
-            raise missing(path, "a file of problems", "If it is on the hub: 'hf:{name}' reads it", path.suffix)
+            raise missing(path, "a file of problems", "If it is on the hub: 'hf:{name}' reads it")
         if path.suffix == ".parquet":
             return Source(", row ", enumerate(read_parquet(path), 1))
         text = _decoded(path, _content(path))
@@ -69,11 +69,11 @@ def open_source(name: str) -> Source:
     return _json_source(path, text, kind == ".json")
 
 
-def missing(path: Path, what: str, hub: str = OF_HUB, suffix: str | None = None) -> UserError:
-    """A UserError for a path that does not exist. It names the nearest sibling (of this suffix), and what to do
-    where the path may be a name on the hub (`hub_hint`)."""
+def missing(path: Path, what: str, hub: str = OF_HUB) -> UserError:
+    """A UserError for a path that does not exist. It names the nearest sibling, and what to do where the path may be a
+    name on the hub (`hub_hint`)."""
     try:
-        siblings = [p.name for p in path.parent.iterdir() if suffix is None or p.suffix == suffix]
+        siblings = [p.name for p in path.parent.iterdir()]
     except (OSError, ValueError):  # not there; no path at all
         siblings = []
     hint = nearest(path.name, siblings)
