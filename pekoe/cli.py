@@ -253,7 +253,7 @@ def recipe(
     shipped = shipped_recipes()
     if name is None:
         for known, path in shipped.items():
-            head = path.read_text(encoding="utf-8").removeprefix("# ").partition(". ")[0].replace("\n# ", " ")
+            head = path.read_text(encoding="utf-8").removeprefix("# ").partition("\n#\n")[0].replace("\n# ", " ")
             typer.echo(f"{known:<16} {textwrap.shorten(head, 100, placeholder=' …')}")
         return
     if name not in shipped:

@@ -124,6 +124,7 @@ def test_keys_are_listed():
 
 def test_a_recipe_is_written_once(tmp_path: Path):
     assert pekoe("recipe").stdout.startswith("boba-1.5b  ")
+    assert "\ndr-grpo          Dr. GRPO (arXiv:2503.20783" in pekoe("recipe").stdout
     assert (pekoe("recipe", "laptop", cwd=tmp_path)).returncode == 0
     assert load_config(tmp_path / "laptop.toml") == load_config("laptop")
     again = pekoe("recipe", "laptop", cwd=tmp_path)

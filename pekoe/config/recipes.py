@@ -85,8 +85,11 @@ class RolloutSection(ConfigSection):
         return self.max_lag + -(-(self.window - 1) // self.prompts_per_step)
 
 
+GROUP_ADVANTAGES = ("grpo", "dr_grpo", "rloo")  # which compare a reward with its group's
+
+
 class AlgoSection(ConfigSection):
-    advantage: Annotated[str, AfterValidator(OneOrOwn("global", "grpo", "dr_grpo", "rloo"))] = "global"
+    advantage: Annotated[str, AfterValidator(OneOrOwn("global", *GROUP_ADVANTAGES))] = "global"
     """global: reward normalised over all response tokens of the batch (the release). grpo, dr_grpo, rloo: the
     reward against its group's. "MODULE:NAME": a function of your own, (rewards, lengths, groups) -> advantages."""
     reward: float = Field(default=5.0, gt=0)
@@ -345,7 +348,7 @@ class RLConfig(TrainingConfig):
                 f"train.token_budget: expected at least the longest sequence, data.max_prompt_tokens + "
                 f"rollout.max_new_tokens = {longest}{over}, got {self.train.token_budget}; nearest: {-(-longest // cp)}"
             )
-        if algo.advantage in ("grpo", "dr_grpo", "rloo") and rollout.samples_per_prompt < 2:
+        if algo.advantage in GROUP_ADVANTAGES and rollout.samples_per_prompt < 2:
             raise ValueError(
                 f"rollout.samples_per_prompt: expected at least 2 for algo.advantage = {algo.advantage!r} "
                 f"(a reward is compared with its group's), got {rollout.samples_per_prompt}"

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from pekoe.algo.advantage import dr_grpo, global_normalised, grpo, rloo
+from pekoe.algo.advantage import ADVANTAGES, dr_grpo, global_normalised, grpo, rloo
+from pekoe.config.recipes import GROUP_ADVANTAGES
 
 REWARDS = np.array([5.0, -5.0, -5.0, 5.0])
 LENGTHS = np.array([10, 30, 20, 40])
@@ -37,6 +38,10 @@ def test_group_baselines_do_not_mix_groups():
     std = np.std([1, 0, 0], ddof=1)
     np.testing.assert_allclose(grpo(rewards, lengths, groups)[:3], np.array([2, -1, -1]) / 3 / (std + 1e-4))
     np.testing.assert_allclose(grpo(rewards, lengths, groups)[3:], 0)
+
+
+def test_the_recipes_names_are_those_of_the_table():
+    assert list(ADVANTAGES) == ["global", *GROUP_ADVANTAGES]
 
 
 def test_equal_rewards_give_no_advantage():
