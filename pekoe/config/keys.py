@@ -105,6 +105,8 @@ def _type(annotation: Any, field: Any = None) -> str:
 
 
 def _toml(value: Any) -> str:
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(_toml, value))}]"
     return "absent" if value is None else "{}" if value == {} else tomli_w.dumps({"x": value})[len("x = ") :].strip()
 
 
