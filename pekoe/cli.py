@@ -41,6 +41,7 @@ from pekoe.config.recipes import (
 from pekoe.core.errors import Interrupted, RunError, UserError, nearest
 from pekoe.core.progress import NoProgress, ProgressReporter
 from pekoe.core.types import Verdict
+from pekoe.core.words import counted
 from pekoe.report import LiveProgress, PlainProgress, make_progress
 from pekoe.report.trackers import tracking
 
@@ -157,7 +158,7 @@ def rl(
 
     for sentence in findings(read_history(Path(config.run.dir))):
         typer.echo(sentence)
-    typer.echo(f"done: {config.num_steps} steps; the model is in {config.run.dir}/model")
+    typer.echo(f"done: {counted(config.num_steps, 'step')}; the model is in {config.run.dir}/model")
 
 
 @app.command(cls=RecipeCommand)
@@ -230,7 +231,7 @@ def curate(recipe: Recipe, overrides: Overrides = None, dry_run: DryRun = False)
     with viewing() as view:
         curated = run_curate(config, view)
     Console().print(table_of(curated))
-    typer.echo(f"done: {len(curated.problems)} problems in {config.out}/problems.jsonl")
+    typer.echo(f"done: {counted(len(curated.problems), 'problem')} in {config.out}/problems.jsonl")
 
 
 @app.command()
@@ -385,7 +386,10 @@ def plan(
 @app.command()
 def verify(
     files: Annotated[
-        list[str], typer.Argument(metavar="CASES.jsonl...", help='lines {"id"?, "response", "gold", "kind"?, "label"?}')
+        list[str],
+        typer.Argument(
+            metavar="CASES.jsonl...", help='lines {"id"?, "response", "gold", "kind"?, "label"?}; - is stdin'
+        ),
     ],
     summary: Annotated[
         bool, typer.Option("--summary", help="a table of error rates, for lines that carry labels (true, false)")
@@ -401,7 +405,8 @@ def verify(
 ) -> None:
     """Judge responses: prints one JSON verdict a line, in input order.
 
-    With --summary, where lines carry labels: how many right answers were rejected (FN) and wrong ones accepted (FP).
+    With --summary, where lines carry labels: how many right answers were rejected (FN) and wrong ones accepted (FP),
+    and how many responses could not be judged (FAULT; exit status 1 where there are any).
     With --references, of files of problems: which references cannot be read, or are not accepted as answers (exit
     status 1 where there are any).
     """
@@ -420,11 +425,11 @@ def verify(
             raise typer.Exit(1)
         return
     from pekoe.verify import JudgePool
-    from pekoe.verify.cases import check_case_kinds, error_cells, item_of, read_cases
+    from pekoe.verify.cases import COLUMNS, check_case_kinds, error_cells, item_of, read_cases
 
     by_file = [(file, read_cases(Path(file))) for file in files]
-    columns = (Column(name, justify="right") for name in ("right", "wrong", "FN", "FP", "unparsed", "fault"))
-    table = Table("cases", *columns)
+    columns = (Column(name, justify="right", no_wrap=True) for name in COLUMNS)
+    table = Table(Column("cases", overflow="fold"), *columns, box=None, pad_edge=False, padding=(0, 2, 0, 0))
     judged: list[list[Verdict]] = []
     functions = function or []
     for file, cases in by_file:
@@ -441,6 +446,12 @@ def verify(
             typer.echo(json.dumps({k: v for k, v in shown.items() if k != "score" or v is not None}))
     if summary:
         Console().print(table)
+        faults = [verdict.why for verdicts in judged for verdict in verdicts if verdict.label == "fault"]
+        if faults:
+            typer.echo(
+                f"{counted(len(faults), 'response')} could not be judged (FAULT); the first: {faults[0]}", err=True
+            )
+            raise typer.Exit(1)
 
 
 @app.command()

@@ -303,7 +303,7 @@ def test_verify(folder: Path):
         "".join(json.dumps(row | {"label": label}) + "\n" for row, label in zip(rows, (True, False, True), strict=True))
     )
     table = pekoe("verify", str(cases), str(cases), "--summary").stdout
-    assert re.findall(r"cases\W+2\W+1\W+1 \(50.0%\)\W+0 \(0.0%\)\W+1\W+0", table) != []
+    assert re.findall(r"cases\W+2\W+1\W+1 \(50.0%\)\W+0 \(0.0%\)\W+1\W+0\W+0", table) != []
     assert table.count("50.0%") == 2
     assert pekoe("verify", str(cases), "--summary", "--kind", "math-unboxed").stdout.count("0 (0.0%)") == 1
     (folder / "own.py").write_text("def short(response, gold):\n    return len(response) < gold\n")

@@ -72,6 +72,10 @@ class Journal(JsonLines):
         for listener in self._listeners:
             listener(record)
 
+    def has(self, event: str) -> bool:
+        """Whether such an event is in the file."""
+        return self.path is not None and any(one["event"] == event for one in read_lines(self.path))
+
 
 def read_lines(path: Path) -> Iterator[Event]:
     """Yield the objects of a JSON-lines file; a torn last line (no newline, not JSON) is dropped."""

@@ -14,29 +14,31 @@ from pekoe.report.findings import utilisation
 from pekoe.report.history import History
 from pekoe.report.lag import versions_served
 
-# (metric, title, number format of its axis)
+# (metric, title, name of the y axis, its number format)
 CURVES = (
-    ("reward", "reward", ".2f"),
-    ("loss", "loss", ".3g"),
-    ("pass_rate", "pass rate of the rollouts", ".0%"),
-    ("response_tokens", "response length (tokens)", ",.0f"),
-    ("truncation_rate", "responses cut at max_new_tokens", ".0%"),
-    ("entropy", "entropy (nats a token)", ".3f"),
-    ("clip_fraction", "tokens clipped", ".1%"),
-    ("grad_norm", "gradient norm", ".3g"),
-    ("lag_mean", "lag of the tokens trained on, mean (versions)", ".2f"),
-    ("lag_max", "lag of the oldest token trained on (versions)", ".0f"),
-    ("correction_fraction", "tokens whose importance weight was bounded", ".1%"),
-    ("correction_weight_max", "largest importance weight", ".3g"),
-    ("logprob_diff_max", "largest difference of sampling and training log-probs", ".0e"),
-    ("approx_kl", "approximate KL of a step", ".1e"),
-    ("rollout_tokens_per_s", "sampled tokens a second", ",.0f"),
-    ("train_tokens_per_s", "trained tokens a second", ",.0f"),
-    ("idle_engines", "of a step, an engine idle", ".0%"),
-    ("idle_ranks", "of a step, a training rank idle", ".0%"),
-    ("train_peak_bytes", "memory at the peak of an optimizer step (bytes)", ".3s"),
-    ("fault_rate", "FAULT verdicts", ".1%"),
+    ("reward", "reward", "reward, mean", ".2f"),
+    ("score", "score of own rewards", "score, mean", ".2f"),
+    ("loss", "loss", "loss", ".3g"),
+    ("pass_rate", "right among the sampled responses", "share of responses", ".0%"),
+    ("response_tokens", "response length", "tokens, mean", ",.0f"),
+    ("truncation_rate", "responses cut at max_new_tokens", "share of responses", ".0%"),
+    ("entropy", "entropy of the policy", "nats a token", ".3f"),
+    ("clip_fraction", "tokens whose gradient was clipped", "share of tokens", ".1%"),
+    ("grad_norm", "gradient norm", "norm", ".3g"),
+    ("lag_mean", "age of the weights that sampled, mean", "versions", ".2f"),
+    ("lag_max", "age of the weights that sampled, oldest token", "versions", ".0f"),
+    ("correction_fraction", "tokens whose importance weight was bounded", "share of tokens", ".1%"),
+    ("correction_weight_max", "largest importance weight", "weight", ".3g"),
+    ("logprob_diff_max", "difference of sampling and training log-probs", "largest of a step", ".0e"),
+    ("approx_kl", "KL of a step's updates, approximate", "nats a token", ".1e"),
+    ("rollout_tokens_per_s", "speed of sampling", "tokens a second", ",.0f"),
+    ("train_tokens_per_s", "speed of training", "tokens a second", ",.0f"),
+    ("idle_engines", "engines idle", "share of the step", ".0%"),
+    ("idle_ranks", "training processes idle", "share of the step", ".0%"),
+    ("train_peak_bytes", "peak memory of training", "bytes", ".3s"),
+    ("fault_rate", "responses that could not be judged", "share of responses", ".1%"),
 )
+_PHASE_WORDS = {"rollout": "sampling", "train": "training"}
 COLOURS = ("#2f6f9f", "#c4622d", "#4f8f4f", "#8a5fa0", "#b0913a", "#5b8f95")
 PHASES = {"rollout": COLOURS[0], "verify": COLOURS[3], "recompute": COLOURS[4], "train": COLOURS[1], "sync": COLOURS[2]}
 BANDS = ("#6d8a96", "#a3b8bf")  # of versions, in turn
@@ -47,15 +49,16 @@ def charts(histories: Sequence[History]) -> list[dict[str, Any]]:
     """Plotly figures; the curves of several runs share one figure."""
     figures: list[dict[str, Any]] = []
     if any(history.of("eval") for history in histories):
-        figures.append(_figure(histories, "pass@1 on held-out problems, 95 % intervals", ".0%", _eval_line))
-    for name, title, form in CURVES:
+        figures.append(_figure(histories, "pass@1 on held-out problems, 95 % intervals", "pass@1", ".0%", _eval_line))
+    for name, title, unit, form in CURVES:
         if any(name in step for history in histories for step in history.steps):
             axis = {"type": "log"} if name == "logprob_diff_max" else {"rangemode": "tozero"} if "%" in form else {}
-            figures.append(_figure(histories, title, form, partial(_metric_line, name=name, form=form), **axis))
-    for phase in ("rollout", "train"):
+            line_of = partial(_metric_line, name=name, form=form)
+            figures.append(_figure(histories, title, unit, form, line_of, **axis))
+    for phase, word in _PHASE_WORDS.items():
         if any(utilisation(history, phase) for history in histories):
-            title, line_of = f"utilisation in {phase}: share of the machine's ceiling", partial(_used_line, phase=phase)
-            figures.append(_figure(histories, title, ".0%", line_of, rangemode="tozero"))
+            title, line_of = f"{word}, of the speed possible here", partial(_used_line, phase=phase)
+            figures.append(_figure(histories, title, "share of that speed", ".0%", line_of, rangemode="tozero"))
     return figures
 
 
@@ -78,7 +81,8 @@ def timeline(history: History) -> dict[str, Any] | None:
         text = {"hovertext": texts, "hoverinfo": "text"}
         figure.add_bar(name=phase, x=lengths, y=rows, base=starts, orientation="h", marker=marker, **text)
     _add_versions(figure, history, begin, steps[-1]["time"])
-    figure.update_layout(barmode="overlay", showlegend=False, title="phases of each step", xaxis_title="seconds")
+    axis = "seconds since the first step began"
+    figure.update_layout(barmode="overlay", showlegend=False, title="phases of each step", xaxis_title=axis)
     return _json(figure)
 
 
@@ -112,7 +116,7 @@ def _used_line(history: History, phase: str) -> Line | None:
     """For each step, the share of `phase` that its operations or bytes would take at the machine's ceilings."""
     used = utilisation(history, phase)
     shares, limits = [share for _, _, share, _ in used], [limit for _, _, _, limit in used]
-    attributes = {"y": shares, "text": limits, "hovertemplate": "step %{x}: %{y:.0%} of %{text}'s ceiling"}
+    attributes = {"y": shares, "text": limits, "hovertemplate": "step %{x}: %{y:.0%} of what %{text} allows"}
     return ([step for step, _, _, _ in used], attributes) if used else None
 
 
@@ -126,9 +130,14 @@ def _eval_line(history: History) -> Line:
 
 
 def _figure(
-    histories: Sequence[History], title: str, form: str, line_of: Callable[[History], Line | None], **axis: str
+    histories: Sequence[History],
+    title: str,
+    unit: str,
+    form: str,
+    line_of: Callable[[History], Line | None],
+    **axis: str,
 ) -> dict[str, Any]:
-    """A figure with a curve for each run that has one. `axis`: attributes of the y axis."""
+    """A figure with a curve for each run that has one. `unit`: of the y axis; `axis`: its other attributes."""
     figure = go.Figure()
     for number, history in enumerate(histories):
         if (line := line_of(history)) is not None:
@@ -136,7 +145,12 @@ def _figure(
             style = {"color": COLOURS[number % len(COLOURS)], "width": 2}
             attributes = {"mode": "lines" if len(events) > 1 else "markers", "line": style} | attributes
             figure.add_scatter(name=history.name, x=[event["step"] for event in events], **attributes)
-    figure.update_layout(title=title, yaxis={"tickformat": form, **axis}, showlegend=len(histories) > 1)
+    figure.update_layout(
+        title=title,
+        xaxis_title="step",
+        yaxis={"title": {"text": unit}, "tickformat": form, **axis},
+        showlegend=len(histories) > 1,
+    )
     return _json(figure)
 
 

@@ -1,4 +1,4 @@
-"""Sentences about where a run's time went and what is wrong with it, each computed from the run's measurements."""
+"""Sentences about where a run's time went, each computed from the run's measurements."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ from statistics import median
 
 from pekoe.core.journal import Event
 from pekoe.core.roofline import Ceilings
+from pekoe.core.words import counted
 from pekoe.report.history import History
 from pekoe.report.lag import overlap
+from pekoe.report.learning import learning
 
 _WORK = {"rollout": "Sampling", "train": "Training"}  # the phases whose operations are counted
 _PREFILL = ("prefill", "cached", "shared")  # the tokens of context that were computed, and those that were not
@@ -18,7 +20,12 @@ _FEW = 0.25  # share of a step's responses: the tail begins when no more than th
 
 
 def findings(history: History) -> list[str]:
-    """The findings, the most important first. Empty for a run without steps."""
+    """All of them: whether the run learned, then where its time went. Empty for a run without steps."""
+    return [*learning(history), *speed(history)]
+
+
+def speed(history: History) -> list[str]:
+    """Where the time went, the most important first. Empty for a run without steps."""
     steps = history.steps
     if not steps:
         return []
@@ -30,7 +37,6 @@ def findings(history: History) -> list[str]:
         _tail(history),
         _micro_batches(history),
         _cluster(steps),
-        *_learning([step for step in steps if "pass_rate" in step]),
         _numerics(steps),
     ]
     return [sentence for sentence in sentences if sentence]
@@ -153,9 +159,10 @@ def _micro_batches(history: History) -> str:
     least = history.config.get("algo", {}).get("minibatches", 1) * ranks  # one each
     doubled = max(least, ceil(median(tokens) / (2 * budget)))
     if doubled >= number:
-        return f"A step trains on {number:.0f} micro-batches; a larger token budget would not make them fewer."
+        rest = "" if number == 1 else "; a larger token budget would not make them fewer"
+        return f"A step trains on {counted(number, 'micro-batch')}{rest}."
     return (
-        f"A step trains on {number:.0f} micro-batches of at most {budget:,} tokens; a token budget of "
+        f"A step trains on {counted(number, 'micro-batch')} of at most {budget:,} tokens; a token budget of "
         f"{2 * budget:,} would make that about {doubled}, if it fits in memory (pekoe doctor RECIPE.toml)."
     )
 
@@ -166,43 +173,20 @@ def _cluster(steps: Sequence[Event]) -> str:
         return ""
     engines, ranks = (median(step[name] for step in steps) for name in ("idle_engines", "idle_ranks"))
     lost = steps[-1].get("num_lost_engines", 0)
-    sentence = f"Of a step, an engine is idle for {engines:.0%} and a rank for {ranks:.0%} (medians)"
-    return f"{sentence}; {lost} engines were lost and started again."
-
-
-def _learning(steps: Sequence[Event]) -> list[str]:
-    sentences: list[str] = []
-    if not steps:
-        return []
-    last = steps[-max(1, len(steps) // 5) :]
-    share = median(step["truncation_rate"] for step in last)
-    if share > 0.2:
-        sentences.append(
-            f"{share:.0%} of the last responses were cut at max_new_tokens, and are judged by what they contain up to "
-            f"there: raise rollout.max_new_tokens, or look at whether they repeat themselves."
-        )
-    if all(step.get("skipped") for step in last):
-        sentences.append(
-            f"Nothing was learned in the last {len(last)} steps: {last[-1]['skipped']}. `pekoe curate` keeps problems "
-            f"that this model sometimes gets right."
-        )
-    if median(step["pass_rate"] for step in last) > 0.95:
-        sentences.append("Nearly all of the last responses are right: these problems have little left to teach.")
-    faults = sum(step["fault_rate"] * step["num_rollouts"] for step in steps)
-    if faults:
-        sentences.append(f"{faults:.0f} verdicts are FAULT, a failure of the judge or the reference: see them below.")
-    return sentences
+    sentence = f"Of a step, an engine is idle for {engines:.0%} and a training process for {ranks:.0%} (medians)"
+    again = f"; {counted(lost, 'engine')} {'was' if lost == 1 else 'were'} lost and started again" if lost else ""
+    return f"{sentence}{again}."
 
 
 def _numerics(steps: Sequence[Event]) -> str:
     name, what = "logprob_diff_max", "Sampling and training log-probs differ by at most"
     if any("lag_max" in step for step in steps):  # those of samples are of older weights
-        name, what = "sync_canary_diff", "After a publish, the canary's log-probs and the trainer's differ by at most"
+        name, what = "sync_canary_diff", "Of a test prompt, log-probs of engines and trainer differ by at most"
     values = [step[name] for step in steps if name in step]
     by_lag: dict[int, float] = {}
     for step in steps:
         for lag, value in step.get("lag_logprob_diff_max", {}).items():
             by_lag[int(lag)] = max(by_lag.get(int(lag), 0.0), value)
-    listed = ", ".join(f"{by_lag[lag]:.1e} at lag {lag}{'' if lag else ' (I1)'}" for lag in sorted(by_lag))
+    listed = ", ".join(f"{by_lag[lag]:.1e} at lag {lag}" for lag in sorted(by_lag))
     more = f" Of samples, sampling and training log-probs differ by at most {listed}." if listed else ""
-    return f"{what} {max(values):.1e} (I1).{more}" if values else ""
+    return f"{what} {max(values):.1e}.{more}" if values else ""

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import tomllib
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from operator import itemgetter
@@ -16,10 +17,13 @@ from pekoe.config.secrets import without_secrets
 from pekoe.core.errors import UserError
 from pekoe.core.journal import Event, read_lines
 from pekoe.core.records import read_records, steps_recorded
+from pekoe.core.words import counted
 
 Decode = Callable[[Sequence[int]], str]
 _MOST_TOKENS = 1500  # shown of a response: half from its beginning, half from its end
 _FULL_TEXT = 6000  # characters shown of a response without tokens
+_QUESTION = 300  # characters of a question that names a group
+_MARKERS = re.compile(r"<[|｜][^<>]{1,40}[|｜]>|\[/?INST\]|</?s>|<(?:start|end)_of_turn>")
 
 
 @dataclass(slots=True)
@@ -33,6 +37,7 @@ class History:
     responses: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])  # see `sample_responses`
     pieces: dict[int, str] | None = None  # token id -> its text, for the tokens of `responses`; None: no tokenizer
     left_out: str = ""  # a sentence on the responses that are not shown
+    label: str = ""  # a name that tells it from other runs of one page
 
     def of(self, kind: str) -> list[Event]:
         return [event for event in self.events if event["event"] == kind]
@@ -47,7 +52,7 @@ class History:
 
     @property
     def name(self) -> str:
-        return self.path.name
+        return self.label or self.path.name
 
 
 def read_history(path: Path, decode: Decode | None = None, max_bytes: int = 2_500_000) -> History:
@@ -98,15 +103,32 @@ def sample_responses(history: History, decode: Decode | None, max_bytes: int) ->
         if max_bytes < 0:
             break
     history.responses = sorted(kept, key=itemgetter("step", "group", "sample"))
+    questions = questions_of({line["prompt"] for line in kept})
+    for line in kept:
+        line["question"] = questions[line["prompt"]]
     if decode is not None:
         used = {token for line in kept for token in line["tokens"]}
         history.pieces = {token: decode([token]) for token in sorted(used)}
     num_steps = len({line["step"] for line in kept})
     if num_kept < num_seen or num_steps < len(steps):
         history.left_out = (
-            f"{num_kept} groups of {num_steps} of {len(steps)} steps are here, to keep this file small; "
+            f"{counted(num_kept, 'group')} of {num_steps} of {counted(len(steps), 'step')} are here, to keep this file "
+            f"small; "
             f"all of them are in {history.path}/rollouts"
         )
+
+
+def questions_of(prompts: Collection[str]) -> dict[str, str]:
+    """Each prompt's text without a chat's markers, and without the lines that all begin or end with: a name for it."""
+    lines = {prompt: [line for line in _MARKERS.sub("\n", prompt).splitlines() if line.strip()] for prompt in prompts}
+    shortest = min(map(len, lines.values()), default=0)
+    begin, end = 0, 0
+    if len(lines) > 1:
+        while begin < shortest - 1 and len({each[begin] for each in lines.values()}) == 1:
+            begin += 1
+        while end < shortest - 1 - begin and len({each[-1 - end] for each in lines.values()}) == 1:
+            end += 1
+    return {prompt: " ".join(each[begin : len(each) - end])[:_QUESTION] for prompt, each in lines.items()}
 
 
 def _evenly(steps: list[int]) -> list[int]:

@@ -15,9 +15,10 @@ from pekoe import __version__
 from pekoe.config.base import flatten
 from pekoe.core.journal import Event
 from pekoe.report.charts import charts, timeline
-from pekoe.report.findings import findings, phase_shares
+from pekoe.report.findings import phase_shares, speed
 from pekoe.report.history import History
 from pekoe.report.lag import gain
+from pekoe.report.learning import learning
 
 ASSETS = Path(__file__).with_name("assets")
 
@@ -32,11 +33,15 @@ def render(histories: Sequence[History], live: bool = False) -> str:
         loader=jinja2.FileSystemLoader(ASSETS), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
     )
     first = histories[0]
+    if len({history.name for history in histories}) < len(histories):
+        for history in histories:
+            history.label = str(history.path)
     data = {"charts": charts(histories), "timeline": timeline(first)}
     data |= {"responses": first.responses, "pieces": first.pieces}
     return environment.get_template("page.html.j2").render(
         title=" and ".join(history.name for history in histories),
         runs=[_run(history, gain(first, history)) for history in histories],
+        differences=_differences(histories),
         left_out=first.left_out,
         has_responses=bool(first.responses),
         faults=[line for line in first.responses if line["label"] == "fault"][:50],
@@ -56,13 +61,27 @@ def _run(history: History, compared: str) -> dict[str, Any]:
         "name": history.name,
         "path": str(history.path),
         "figures": _figures(history),
-        "findings": [*filter(None, [compared]), *findings(history)],
+        "learning": learning(history),
+        "speed": [*filter(None, [compared]), *speed(history)],
         "phases": [(name, f"{share:.0%}", share) for name, share in phase_shares(history.steps).items()],
         "ledger": history.ledger,
         "resumed": [event["step"] for event in history.of("resumed")],
-        "config": flatten(history.config).items(),
+        "config": [(key, _written(value)) for key, value in flatten(history.config).items()],
         "machine": flatten(history.of("machine")[-1]).items() if history.of("machine") else [],
     }
+
+
+def _differences(histories: Sequence[History]) -> list[tuple[str, list[str]]]:
+    """Every key of which two recipes differ, with each run's value."""
+    configs = [flatten(history.config) for history in histories]
+    keys = list(dict.fromkeys(key for config in configs for key in config))
+    rows = [(key, [_written(config[key]) if key in config else "" for config in configs]) for key in keys]
+    return [(key, values) for key, values in rows if len(set(values)) > 1]
+
+
+def _written(value: Any) -> str:
+    """As in a recipe, but for the quotes around text."""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
 
 
 def _figures(history: History) -> list[tuple[str, str]]:
@@ -78,7 +97,7 @@ def _figures(history: History) -> list[tuple[str, str]]:
     if len(evals) > 1:
         figures.append(("pass@1 after", _pass(evals[-1])))
     if steps and "pass_rate" in steps[0]:
-        figures.append(("pass rate of rollouts", f"{steps[0]['pass_rate']:.1%} → {steps[-1]['pass_rate']:.1%}"))
+        figures.append(("right among sampled responses", f"{steps[0]['pass_rate']:.1%} → {steps[-1]['pass_rate']:.1%}"))
         figures.append(("responses", f"{sum(step['num_rollouts'] for step in steps):,}"))
     if steps:
         figures.append(("time in steps", _duration(sum(map(history.seconds_of, steps)))))

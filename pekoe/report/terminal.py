@@ -53,6 +53,7 @@ COLUMNS: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
 LINES = {
     "eval": "step {step}: pass@1 {pass_at_1:.1%} [{ci95[0]:.1%}, {ci95[1]:.1%}] on {problems} x {samples}",
     "eval_loss": "step {step}: held-out loss {loss:.4f} on {num_targets:,} tokens",
+    "collapse": "warning: step {step}: {why}",
     "resumed": "resumed after step {step}",
     "checkpoint": "saved step {step}: {mib:.0f} MiB in {seconds:.1f} s, of which training waited {stall_s:.1f} s",
 }

@@ -78,6 +78,8 @@ class RLParts:
     spec: ModelSpec
     machine: dict[str, Any] = field(default_factory=dict[str, Any])
     """The journal's event on the machine, written when the run begins."""
+    collapsed: bool = False
+    """Whether a collapse was reported."""
     num_admitted: int = 0
     """Steps whose groups have been put, since the run began."""
     in_flight: core.InFlight | None = None

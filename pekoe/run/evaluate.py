@@ -53,11 +53,12 @@ class EvalResult:
     unparsed_rate: float
     fault_rate: float
     score: float | None = None  # mean, of the verdicts that have one
+    rates: tuple[float | None, ...] = ()  # of each problem, in their order; None: FAULTs alone
     examples: tuple[dict[str, Any], ...] = ()  # one response to each of the first problems
     by_set: dict[str, EvalResult] = field(default_factory=dict[str, "EvalResult"])  # where there are several
 
     def as_dict(self) -> dict[str, Any]:
-        figures = {k: v for k, v in asdict(self).items() if k not in ("examples", "by_set")}
+        figures = {k: v for k, v in asdict(self).items() if k not in ("rates", "examples", "by_set")}
         if self.score is None:
             del figures["score"]
         return figures | ({"sets": {k: v.as_dict() for k, v in self.by_set.items()}} if self.by_set else {})
@@ -81,6 +82,7 @@ def result_of(rows: Sequence[ProblemResult], num_samples: int) -> EvalResult:
         unparsed_rate=labels.count("unparsed") / len(labels),
         fault_rate=labels.count("fault") / len(labels),
         score=float(np.mean(scores)) if scores else None,
+        rates=tuple(None if row.pass_rate is None else round(row.pass_rate, 6) for row in rows),
     )
 
 

@@ -224,5 +224,23 @@ def warnings_of(metrics: dict[str, Any], config: RLConfig) -> list[str]:
     return [f"warning: step {metrics['step']}: {text}" for text in found]
 
 
+def collapse_of(metrics: dict[str, Any], config: RLConfig) -> str | None:
+    """What is wrong where no response of a step is right and all are cut, with the likely cause; None elsewhere."""
+    if metrics["pass_rate"] > 0 or metrics["truncation_rate"] < 1:
+        return None
+    step, most = metrics["step"], config.rollout.max_new_tokens
+    cause = (
+        f"the model does not end its responses. Most likely it is a base model, or not prompted in its own format "
+        f"(model.template), or needs more room (rollout.max_new_tokens); `pekoe sample --model {config.model.path}` "
+        f"shows what it says"
+    )
+    if step > 1:
+        cause = (
+            f"training has broken the model. Most likely the learning rate is too high (optim.lr = "
+            f"{config.optim.lr:g}): stop, and begin again with a lower one, or from a checkpoint before step {step}"
+        )
+    return f"no response is right and all are cut at {most} tokens: {cause}"
+
+
 def _mean(values: Any) -> float:
     return float(np.mean(values)) if len(values) else 0.0

@@ -23,7 +23,7 @@ from pekoe.core.types import AnySample, Draw, JudgedGroup
 from pekoe.run.build import RLParts, eval_sampling
 from pekoe.run.evaluate import evaluate, warn_truncation
 from pekoe.run.interrupt import StepTimer, StoppedInStep, StopRequested
-from pekoe.run.metrics import own_metrics, step_metrics, step_work, warnings_of
+from pekoe.run.metrics import collapse_of, own_metrics, step_metrics, step_work, warnings_of
 from pekoe.run.records import record_lines
 from pekoe.run.rollouts import Batch, check_faults
 from pekoe.run.run_dir import Progress
@@ -41,6 +41,7 @@ def run_rl(parts: RLParts) -> None:
     config, run = parts.config, parts.run
     progress = run.resume(parts.trainer) or Progress(0, parts.order.state(), config.eval.every is None)
     parts.order.restore(progress.order)
+    parts.collapsed = run.journal.has("collapse")
     goes_on = config.rollout.during_update == "go_on"
     if parts.machine:
         run.journal.write("machine", **parts.machine)
@@ -230,10 +231,15 @@ def commit(
     metrics |= step_work(parts.spec, config, batch, scored, stats, counted.get("num_forwards"))
     metrics |= own_metrics(config.track.metrics, list(batch.everything()), metrics, parts.view)
     parts.run.journal.write("step", **metrics, **synced.as_dict(), **counted)
+    collapse = collapse_of(metrics, config)
+    if collapse and not parts.collapsed:
+        parts.run.journal.write("collapse", step=step, why=collapse)
+    parts.collapsed = parts.collapsed or bool(collapse)
     if step % WARN_EVERY == 1:
         for warning in warnings_of(metrics, config):
             parts.view.say(warning)
-        warn_truncation(metrics["truncation_rate"], config.rollout.max_new_tokens, parts.view)
+        if not collapse:
+            warn_truncation(metrics["truncation_rate"], config.rollout.max_new_tokens, parts.view)
     parts.run.settle(wait=False)
 
 
@@ -265,7 +271,8 @@ def evaluate_if_due(parts: RLParts, progress: Progress) -> Progress:
     parts.begin_step()
     params = eval_sampling(parts.config, parts.stop_token_ids)
     result = evaluate(parts.eval_rollouts, parts.held_out, params, parts.config.verify.max_fault_rate)
-    parts.run.journal.write("eval", step=progress.step, seconds=parts.timer.seconds, **result.as_dict())
+    figures = result.as_dict() | {"rates": result.rates, "data": parts.config.eval.data}
+    parts.run.journal.write("eval", step=progress.step, seconds=parts.timer.seconds, **figures)
     parts.rollouts.flush_cache()  # the next step finds the caches that a resumed run would find
     return replace(progress, evaluated=True)
 

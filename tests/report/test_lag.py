@@ -75,22 +75,18 @@ def test_the_page_of_a_run_with_lag_shows_it_by_step(tmp_path: Path):
     history = read_history(write_run(tmp_path / "run", steps, {"000001": [response(0, 0)]}))
     page = render([history])
     found = {chart["layout"]["title"]["text"]: chart["data"][0]["y"] for chart in data_of(page)["charts"]}
-    assert found["lag of the tokens trained on, mean (versions)"] == [0.5, 1.0]
-    assert found["lag of the oldest token trained on (versions)"] == [1, 2]
+    assert found["age of the weights that sampled, mean"] == [0.5, 1.0]
+    assert found["age of the weights that sampled, oldest token"] == [1, 2]
     assert "Sampling runs ahead of training by 0.75 versions on average, 2 at most." in page
-    assert (
-        findings(history)[-1]
-        == "After a publish, the canary's log-probs and the trainer's differ by at most 3.0e-06 (I1)."
-    )
+    assert findings(history)[-1] == "Of a test prompt, log-probs of engines and trainer differ by at most 3.0e-06."
     for step, largest in zip(history.steps, ({"0": 1e-6}, {"0": 2e-6, "1": 0.25}), strict=True):
         step["lag_logprob_diff_max"] = largest
     assert findings(history)[-1].endswith(
-        "3.0e-06 (I1). Of samples, sampling and training log-probs differ by at most 2.0e-06 at lag 0 (I1), 2.5e-01 at "
-        "lag 1."
+        "3.0e-06. Of samples, sampling and training log-probs differ by at most 2.0e-06 at lag 0, 2.5e-01 at lag 1."
     )
     synchronous = read_history(write_run(tmp_path / "other", [step_event(1)], {"000001": [response(0, 0)]}))
     titles = [chart["layout"]["title"]["text"] for chart in data_of(render([synchronous]))["charts"]]
-    assert not any(title.startswith("lag") for title in titles)
+    assert not any(title.startswith("age") for title in titles)
 
 
 SYNC = {"event": "sync", "time": 1000.0, "step": 0, "sync_version": 0}

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from pekoe.report.findings import findings, utilisation
-from pekoe.report.history import read_history
+from pekoe.report.history import questions_of, read_history
 from pekoe.report.live import LiveReport
 from pekoe.report.page import render
 from tests.report.conftest import HOSTILE, response, step_event, write_run
@@ -81,7 +81,9 @@ def test_a_run_without_a_step_says_so(tmp_path: Path):
 
 
 def test_the_sentences_say_where_time_goes_and_what_would_help(run_dir: Path):
-    phases, turns, micro, numerics = findings(read_history(run_dir))
+    learned, cannot, phases, turns, micro, numerics = findings(read_history(run_dir))
+    assert learned.startswith("The run learned: pass@1 on held-out problems rose from 20.0% [10.0%, 30.0%] to 60.0%")
+    assert cannot.startswith("1 response could not be judged (FAULT) and has no reward")
     assert phases == (
         "A step takes 10 s (median of 2): rollout 60%, train 30%, sync 10%. Most of it is rollout, at 100 tokens a "
         "second; were that twice as fast, a step would be 1.43 times as fast."
@@ -92,7 +94,7 @@ def test_the_sentences_say_where_time_goes_and_what_would_help(run_dir: Path):
         "s (1.43), if they did not share cores or a GPU as they do here."
     )
     assert "4 micro-batches of at most 20 tokens; a token budget of 40 would make that about 3" in micro
-    assert numerics == "Sampling and training log-probs differ by at most 1.0e-06 (I1)."
+    assert numerics == "Sampling and training log-probs differ by at most 1.0e-06."
 
 
 @pytest.mark.parametrize(
@@ -100,14 +102,108 @@ def test_the_sentences_say_where_time_goes_and_what_would_help(run_dir: Path):
     [
         ({"truncation_rate": 0.5}, "50% of the last responses were cut"),
         ({"pass_rate": 1.0}, "little left to teach"),
-        ({"skipped": "all advantages are 0"}, "Nothing was learned in the last 1 steps: all advantages are 0"),
-        ({"fault_rate": 0.25}, "4 verdicts are FAULT"),
-        ({"idle_engines": 0.6, "idle_ranks": 0.4, "num_lost_engines": 2}, "idle for 60% and a rank for 40%"),
+        ({"skipped": "all advantages are 0"}, "Nothing was learned in the last step: all advantages are 0"),
+        ({"fault_rate": 0.25}, "4 responses could not be judged (FAULT) and have no reward"),
+        (
+            {"idle_engines": 0.6, "idle_ranks": 0.4, "num_lost_engines": 2},
+            "idle for 60% and a training process for 40% (medians); 2 engines were lost",
+        ),
     ],
 )
 def test_problems_of_a_run_are_reported(tmp_path: Path, change: dict[str, Any], said: str):
     run = write_run(tmp_path / "run", [step_event(1, **change), step_event(2, **change)], {})
     assert any(said in sentence for sentence in findings(read_history(run)))
+
+
+UP, DOWN = [0.3, 0.7] * 20, [0.2, 0.6] * 20
+
+
+@pytest.mark.parametrize(
+    ("after", "rates", "said"),
+    [
+        (
+            0.6,
+            None,
+            "It is not shown that the run learned: pass@1 on 40 held-out problems went from 50.0% [40.0%, 60.0%] to "
+            "60.0% [50.0%, 70.0%] at step 1; the difference, +10.0 points [-4.1, +24.1], may be chance (by the two "
+            "intervals).",
+        ),
+        (0.8, None, "The run learned: pass@1 on 40 held-out problems rose from 50.0% [40.0%, 60.0%] to 80.0% [70.0%,"),
+        (
+            0.4,
+            DOWN,
+            "The run got worse: pass@1 on 40 held-out problems fell from 50.0% [40.0%, 60.0%] to 40.0% [30.0%,",
+        ),
+        (
+            0.5,
+            UP,
+            "It is not shown that the run learned: pass@1 on 40 held-out problems went from 50.0% [40.0%, 60.0%]",
+        ),
+    ],
+)
+def test_the_first_sentence_says_whether_the_run_learned(
+    tmp_path: Path, after: float, rates: list[float] | None, said: str
+):
+    first, last = (
+        {"event": "eval", "time": 1.0, "step": i, "pass_at_1": rate, "ci95": [rate - 0.1, rate + 0.1]}
+        | {"num_problems": 40, "data": "held_out.jsonl"}
+        for i, rate in enumerate((0.5, after))
+    )
+    if rates is not None:
+        first, last = first | {"rates": UP}, last | {"rates": rates}
+    other = {"event": "eval", "time": 0.5, "step": 0, "pass_at_1": 0.0, "ci95": [0, 0.1], "data": "other.jsonl"}
+    history = read_history(write_run(tmp_path / "run", [other, first, step_event(1), last], {}))
+    assert findings(history)[0].startswith(said)
+    if rates is not None:  # the same problems: each with itself
+        assert "chance (paired over problems, p " in findings(history)[0]
+
+
+def test_without_an_evaluation_it_says_what_is_not_known(tmp_path: Path):
+    run = write_run(tmp_path / "run", [step_event(1), step_event(2)], {})
+    assert findings(read_history(run))[0] == (
+        "Whether the run learned is not measured on held-out problems: it needs eval.data and eval.every. Of the "
+        "responses that it trains on, 25.0% were right in its first step and 50.0% in its last."
+    )
+
+
+def test_a_collapse_is_said_once_with_its_cause(tmp_path: Path):
+    collapse = {"event": "collapse", "time": 1.0, "step": 2, "why": "no response is right and all are cut"}
+    broken = step_event(2, truncation_rate=1.0)
+    said = findings(read_history(write_run(tmp_path / "run", [step_event(1), broken, collapse], {})))
+    assert said[1] == "Step 2: no response is right and all are cut."
+    assert sum("cut" in sentence for sentence in said) == 1
+
+
+def test_the_page_needs_no_source_to_be_read(run_dir: Path):
+    page = render([read_history(run_dir)])
+    data = data_of(page)
+    for chart in data["charts"]:
+        assert chart["layout"]["xaxis"]["title"]["text"] == "step"
+        assert chart["layout"]["yaxis"]["title"]["text"]
+    own = page.replace(page[page.index("<script>") : page.rindex("</script>")], "")  # without Plotly
+    for word in ("Ledger", "(I1)", "ceiling", "draw 0", "utilisation", "canary"):
+        assert word not in own
+        assert word not in json.dumps(data)
+    assert page.index("The run learned") < page.index("A step takes")
+
+
+def test_groups_are_named_by_their_questions():
+    chat = "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n{}\nBox it.<|im_end|>\n<|im_start|>assistant\n"
+    prompts = [chat.format("What is 1+6?"), chat.format("What is 2+6?\nThink.")]
+    assert list(questions_of(prompts).values()) == ["What is 1+6?", "What is 2+6? Think."]
+    assert questions_of([chat.format("What is 1+6?")])  # one prompt: nothing is known to be the same in all
+    assert questions_of(["1+6=", "1+7="]) == {"1+6=": "1+6=", "1+7=": "1+7="}
+    assert questions_of([]) == {}
+
+
+def test_where_two_recipes_differ(tmp_path: Path):
+    runs = [write_run(tmp_path / name / "rl", [step_event(1)], {}) for name in ("a", "b")]
+    (runs[1] / "config.toml").write_text('num_steps = 2\n[model]\npath = "m"\n[optim]\nlr = 0.1\n', "utf-8")
+    page = render([read_history(run) for run in runs])
+    table = page[page.index("Where the recipes differ") : page.index("<h2>Curves")]
+    assert re.findall(r"<td>(.*?)</td>", table) == ["train.token_budget", "20", "", "optim.lr", "", "0.1"]
+    assert f"<th>{runs[0]}</th><th>{runs[1]}</th>" in table  # both are named "rl"
+    assert "Where the recipes differ" not in render([read_history(runs[0])])
 
 
 def test_the_long_tail_is_estimated_from_lengths(tmp_path: Path):
@@ -125,20 +221,20 @@ def test_a_phase_is_measured_against_the_machine_that_ran_it(tmp_path: Path):
     run = write_run(tmp_path / "run", [MACHINE, *(step_event(i, **work, **sharing) for i in (1, 2))], {})
     history = read_history(run)
     said = findings(history)
-    assert said[2] == (  # 6 s of rollout: 0.3 s of arithmetic, 4.8 s of memory
+    assert said[3] == (  # 6 s of rollout: 0.3 s of arithmetic, 4.8 s of memory
         "Sampling computes 0.1 GFLOP/s; at memory's 0 GB/s, measured here, it would take 80% of its time: memory "
         "bounds it; larger batches would help, little else."
     )
-    assert said[3] == (  # 3 s of training: 0.6 s of arithmetic
+    assert said[4] == (  # 3 s of training: 0.6 s of arithmetic
         "Training computes 0.2 GFLOP/s; at a matrix product's 1 GFLOP/s, measured here, it would take 20% of its time: "
         "the rest goes to Python and small operations between the products, which more tokens a "
         "micro-batch would share."
     )
-    assert said[4].startswith("Prefix sharing saved 90% of prefill: 180 of 200 tokens of context, 140 by a group's")
+    assert said[5].startswith("Prefix sharing saved 90% of prefill: 180 of 200 tokens of context, 140 by a group's")
     page = render([history])
     found = {chart["layout"]["title"]["text"]: chart for chart in data_of(page)["charts"]}
-    assert found["utilisation in rollout: share of the machine's ceiling"]["data"][0]["y"] == pytest.approx([0.8, 0.8])
-    assert found["utilisation in train: share of the machine's ceiling"]["data"][0]["text"] == ["arithmetic"] * 2
+    assert found["sampling, of the speed possible here"]["data"][0]["y"] == pytest.approx([0.8, 0.8])
+    assert found["training, of the speed possible here"]["data"][0]["text"] == ["arithmetic"] * 2
     assert "<td>versions.torch</td><td>2.11.0</td>" in page
 
 
@@ -154,7 +250,9 @@ def test_without_a_measured_machine_no_bound_is_reported(tmp_path: Path):
     run = write_run(tmp_path / "run", [cluster, step_event(1, train_flops=6e8, train_bytes=1e7)], {})
     history = read_history(run)
     assert not any("GFLOP" in sentence for sentence in findings(history))
-    assert not any("utilisation" in chart["layout"]["title"]["text"] for chart in data_of(render([history]))["charts"])
+    assert not any(
+        "speed possible here" in chart["layout"]["title"]["text"] for chart in data_of(render([history]))["charts"]
+    )
 
 
 def test_a_live_page_is_made_anew_when_the_run_grows(run_dir: Path):

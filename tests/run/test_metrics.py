@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from pekoe.config.recipes import RLConfig, load_config
-from pekoe.run.metrics import warnings_of
+from pekoe.run.metrics import collapse_of, warnings_of
 
 WELL: dict[str, Any] = {"step": 11, "loss": 0.1, "logprob_diff_max": 2e-5, "fault_rate": 0.0, "pass_rate": 0.5}
 RECIPE = {"num_steps": 1, "run": {"dir": "r"}, "model": {"path": "m"}, "data": {"train": "t"}}
@@ -35,6 +35,23 @@ def test_a_step_that_taught_nothing():
     assert said.startswith(
         "warning: step 11: nothing was learned (all rewards are equal; pass rate 50%): `pekoe curate`"
     )
+
+
+@pytest.mark.parametrize(
+    ("step", "cause"),
+    [
+        (1, "the model does not end its responses.*pekoe sample --model m"),
+        (9, r"learning rate is too high \(optim.lr = "),
+    ],
+)
+def test_a_collapse_has_its_likely_cause(step: int, cause: str):
+    config = load_config(RECIPE, kind=RLConfig)
+    broken = WELL | {"step": step, "pass_rate": 0.0, "truncation_rate": 1.0}
+    said = collapse_of(broken, config)
+    assert said is not None
+    assert re.search(rf"^no response is right and all are cut at \d+ tokens: .*{cause}", said)
+    assert collapse_of(broken | {"pass_rate": 0.01}, config) is None
+    assert collapse_of(broken | {"truncation_rate": 0.9}, config) is None
 
 
 def test_bfloat16_is_allowed_its_rounding():

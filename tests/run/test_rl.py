@@ -99,6 +99,15 @@ def test_a_function_that_is_absent_is_found_before_the_run(build: Build, train: 
     assert not Path(config.run.dir).exists()
 
 
+def test_a_collapse_is_said_at_once_and_once(build: Build, train: Train, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("pekoe.run.rl.collapse_of", lambda metrics, config: "why" if metrics["step"] > 1 else None)
+    for steps in (3, 4):  # the second goes on
+        config = build(f"num_steps={steps}")
+        train(config)
+        events = list(read_lines(Path(config.run.dir) / "journal.jsonl"))
+        assert [(e["step"], e["why"]) for e in events if e["event"] == "collapse"] == [(2, "why")]
+
+
 def test_the_ledger_accounts_for_every_prompt_drawn(build: Build, train: Train):
     config = build("num_steps=9")  # 36 draws of 18 problems: two epochs
     train(config)

@@ -9,14 +9,15 @@ function draw(place, figure, height) {
   const style = getComputedStyle(document.documentElement);
   const [ink, line] = ["--ink", "--line"].map((name) => style.getPropertyValue(name).trim());
   const axis = { gridcolor: line, zerolinecolor: line, linecolor: line, automargin: true };
+  const touch = matchMedia("(pointer: coarse)").matches;  // a finger on a chart scrolls the page
   const paper = "rgba(0,0,0,0)";
   const font = { color: ink, size: 11, family: "system-ui, sans-serif" };
   const layout = {
     ...figure.layout,
     title: { text: figure.layout.title?.text ?? "", font: { size: 13 }, x: 0.03, xanchor: "left" },
     height, font, paper_bgcolor: paper, plot_bgcolor: paper, margin: { l: 48, r: 16, t: 40, b: 34 },
-    xaxis: { ...figure.layout.xaxis, ...axis }, yaxis: { ...figure.layout.yaxis, ...axis },
-    hovermode: figure.layout.barmode ? "closest" : "x", legend: { orientation: "h", y: -0.2 },
+    xaxis: { ...figure.layout.xaxis, ...axis }, yaxis: { ...figure.layout.yaxis, ...axis, ticksuffix: " " },
+    dragmode: touch ? false : "zoom", hovermode: figure.layout.barmode ? "closest" : "x", legend: { orientation: "h", y: -0.2 },
   };
   Plotly.react(place, figure.data, layout, { responsive: true, displaylogo: false, displayModeBar: false });
 }
@@ -62,6 +63,11 @@ function passes(line) {
       || line.uid.toLowerCase().includes(words));
 }
 
+// A value of a row or a judge: text as it is, anything else as JSON.
+function written(value) {
+  return typeof value === "string" ? value : JSON.stringify(value);
+}
+
 function element(kind, words, name) {
   const made = document.createElement(kind);
   if (words !== undefined) made.textContent = words;
@@ -74,12 +80,14 @@ function list() {
   const matching = [...groups].filter(([, lines]) => lines.some(passes));
   document.getElementById("count").textContent = `${matching.length} of ${groups.size} groups`;
   place.replaceChildren(...matching.slice(0, 500).map(([key, lines]) => {
-    const button = element("button", `step ${lines[0].step} · ${lines[0].uid} `);
+    const button = element("button");
     const dots = element("span", undefined, "dots");
     for (const line of lines) dots.append(element("span", passes(line) ? "●" : "○", line.label));
-    button.append(document.createElement("br"), dots);
+    const right = lines.filter((line) => line.label === "correct").length;
+    const about = element("span", ` step ${lines[0].step} · ${right} of ${lines.length} right`, "quiet");
+    button.append(element("span", lines[0].question || lines[0].uid, "question"), dots, about);
     button.setAttribute("aria-current", String(key === shown));
-    button.addEventListener("click", () => { shown = key; list(); show(); });
+    button.addEventListener("click", () => { shown = key; list(); show(true); });
     const item = element("li");
     item.append(button);
     return item;
@@ -112,22 +120,26 @@ function response(line) {
   return place;
 }
 
-function show() {
+function show(opened) {
   const lines = groups.get(shown);
   if (!lines) return;
   const samples = element("div", undefined, "samples");
   for (const line of lines) {
     const card = element("article", undefined, passes(line) ? "sample" : "sample other");
     const head = element("h3", line.label, line.label);
-    const got = line.extracted === null || line.extracted === "" ? "" : ` · read as ${line.extracted}`;
-    card.append(head, element("p", `${line.length} tokens · ${line.finish_reason} · reward ${line.reward ?? "none"}`
+    const got = line.extracted === null || line.extracted === "" ? "" : ` · read as ${written(line.extracted)}`;
+    const end = { length: "cut at the limit", abort: "aborted" }[line.finish_reason] ?? "ended by itself";
+    card.append(head, element("p", `${line.length} tokens · ${end} · reward ${line.reward ?? "none"}`
       + ` · advantage ${line.advantage ?? "none"}${got}${line.why ? ` · ${line.why}` : ""}`, "quiet"));
     card.append(response(line));
     samples.append(card);
   }
   const prompt = element("pre", lines[0].prompt, "prompt");
-  const gold = element("p", `${lines[0].uid}, draw ${lines[0].draw} · reference answer: ${lines[0].gold}`, "quiet");
-  document.getElementById("group").replaceChildren(gold, prompt, samples);
+  const { uid, draw, gold } = lines[0];
+  const times = draw ? ` · drawn before: ${draw === 1 ? "once" : `${draw} times`}` : "";
+  const reference = element("p", `${uid}${times} · reference answer: ${written(gold)}`, "quiet");
+  document.getElementById("group").replaceChildren(reference, prompt, samples);
+  if (opened && matchMedia("(max-width: 720px)").matches) reference.scrollIntoView();
 }
 
 if (filters) {  // absent for a run without responses (of `pekoe sft`)

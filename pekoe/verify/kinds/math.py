@@ -120,8 +120,9 @@ def _contradicts(reference: str, response: str, gold: Any, answer: Any) -> bool:
 
 
 def _golds(gold: Any) -> list[str]:
-    """Return the references, or an empty list where `gold` is not text or a list of texts."""
+    """Return the references, or an empty list where `gold` is not text, a number, or a list of them."""
     golds: list[Any] = cast(list[Any], gold) if isinstance(gold, (list, tuple)) else [gold]
+    golds = [f"{text:.15g}" if type(text) is float else str(text) if type(text) is int else text for text in golds]
     if not all(isinstance(text, str) and text.strip() for text in golds):
         return []
     return [", ".join(linked_boxes(text)) or text if "boxed" in text else text for text in golds]
