@@ -13,6 +13,7 @@ if __name__ == "__main__" and not sys.flags.safe_path:
 import contextlib
 import json
 import os
+import re
 import textwrap
 import tomllib
 from collections.abc import Callable, Iterator, Sequence
@@ -54,6 +55,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 C = TypeVar("C", bound=Config)
+_OVERRIDE = re.compile(r"[a-z_]+(\.[a-z_]+)+=")  # section.key=value
 KINDS: dict[str, type[Config]] = {"rl": RLConfig, "sft": SFTConfig, "eval": EvalConfig, "curate": CurateConfig}
 
 # How OpenMP's threads wait at barriers, set before torch is loaded: they spin a little and then sleep (decision 0002).
@@ -186,11 +188,12 @@ def evaluate(
     compare: Annotated[
         bool, typer.Option("--compare", help="two results problem by problem: pekoe eval --compare BEFORE AFTER")
     ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="of --compare: print JSON in place of tables")] = False,
 ) -> None:
     """Measure pass@1 with its 95 % interval, pass@k and majority@k: 32 samples a problem, judged.
 
-    Takes a recipe, or --model DIR --data FILE.jsonl. Prints the result as JSON, and a table beside it. With out=DIR the
-    verdicts are kept, and the same command goes on from them.
+    Takes a recipe, or --model DIR --data FILE.jsonl. Prints the result as JSON, and a table beside it. With out=DIR
+    every response is kept with its verdict (responses.jsonl), and the same command goes on from there.
 
     --compare BEFORE AFTER compares two such directories (or their results.json) with a paired test.
     """
@@ -199,8 +202,13 @@ def evaluate(
         if len(words) != 2:
             raise UserError(f"eval --compare: expected two results, got {' '.join(words)}")
         from pekoe.run.evaluate import compare as compare_results
+        from pekoe.run.evaluate import comparison_tables
 
-        typer.echo(json.dumps(compare_results(Path(words[0]), Path(words[1])), indent=2))
+        found = compare_results(Path(words[0]), Path(words[1]))
+        if as_json:
+            typer.echo(json.dumps(found, indent=2))
+        else:
+            Console().print(*comparison_tables(found), sep="\n\n")
         return
     if recipe and "=" not in recipe:
         if model or data:
@@ -216,6 +224,36 @@ def evaluate(
         result = run_eval(config, view)
     Console(stderr=True).print(table_of(result))
     typer.echo(json.dumps(result.as_dict(), indent=2))
+
+
+@app.command()
+def sample(
+    words: Annotated[
+        list[str] | None, typer.Argument(metavar='["PROMPT"] [section.key=value]...', help="- reads prompts from stdin")
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="model directory")] = None,
+    data: Annotated[str | None, typer.Option(help="rows with a prompt; those with an answer are judged")] = None,
+    n: Annotated[int, typer.Option("-n", min=1, help="responses to each prompt")] = 1,
+    as_json: Annotated[bool, typer.Option("--json", help="a line of JSON for each response")] = False,
+) -> None:
+    """What a model says: to a prompt, to the rows of a file, or, with neither in a terminal, in a chat.
+
+    Keys are those of `pekoe eval`, such as eval.temperature=0.6 and eval.max_new_tokens=200 (at most 1,024 by default).
+    """
+    overrides = [word for word in words or [] if _OVERRIDE.match(word)]
+    prompts = [word for word in words or [] if not _OVERRIDE.match(word)]
+    if not model or len(prompts) + (data is not None) > 1:
+        raise UserError(f'sample: expected --model DIR, and "PROMPT" or --data FILE or neither, got {words or []}')
+    tree = {"model": {"path": model}, "eval": {"data": data or "-", "samples": n}}
+    config = load_config(tree, overrides, EvalConfig)
+    from pekoe.run.sample import chat, prompt_problem, read_prompts, show_responses, typed
+
+    view = PlainProgress(Console(stderr=True))  # a live view would take stdout
+    if not prompts and data is None and sys.stdin.isatty():
+        chat(config, typed(), view, typer.echo)
+        return
+    problems = [prompt_problem(prompts[0])] if prompts not in ([], ["-"]) else read_prompts(data or "-")
+    show_responses(config, problems, view, typer.echo, as_json)
 
 
 @app.command(cls=RecipeCommand)

@@ -12,6 +12,7 @@ from pekoe.core.errors import RunError
 from pekoe.core.loop import SyncReport
 from pekoe.core.progress import ProgressReporter
 from pekoe.core.spec import ModelSpec
+from pekoe.core.words import counted
 from pekoe.data.order import DataOrder
 from pekoe.engine.pool import EnginePool
 from pekoe.model import read_spec
@@ -76,7 +77,9 @@ def run_with_restarts(cluster: Cluster) -> None:
             return run_rl(parts)
         except WorkerLost as error:
             if restart == section.max_restarts:
-                raise RunError(f"{error}; training was started again {restart} times (cluster.max_restarts)") from None
+                raise RunError(
+                    f"{error}; training was started again {counted(restart, 'time')} (cluster.max_restarts)"
+                ) from None
             parts.view.say(f"training broke off, and begins again from the last checkpoint: {error}")
             trainer.stop()
             parts.rollouts.cancel()

@@ -148,7 +148,7 @@ def _figure(
     figure.update_layout(
         title=title,
         xaxis_title="step",
-        yaxis={"title": {"text": unit}, "tickformat": form, **axis},
+        yaxis={"title": {"text": unit, "standoff": 10}, "tickformat": form, **axis},
         showlegend=len(histories) > 1,
     )
     return _json(figure)

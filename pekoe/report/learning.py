@@ -17,7 +17,7 @@ def learning(history: History) -> list[str]:
     """Whether the run learned, first; then what looks wrong in it. Empty for a run without steps."""
     steps = [step for step in history.steps if "pass_rate" in step]
     if not steps:
-        return [_losses(history)] if history.steps else []
+        return _losses(history)
     collapses = [f"Step {event['step']}: {event['why']}." for event in history.of("collapse")]
     return [learned(history), *collapses, *_warnings(steps, bool(collapses))]
 
@@ -76,16 +76,21 @@ def _figure(event: Event) -> str:
     return f"{event['pass_at_1']:.1%} [{low:.1%}, {high:.1%}]"
 
 
-def _losses(history: History) -> str:
+def _losses(history: History) -> list[str]:
     """Of a run without rewards (`pekoe sft`)."""
     steps, evals = [step for step in history.steps if "loss" in step], history.of("eval_loss")
-    held_out = f"The loss on held-out demonstrations went from {evals[0]['loss']:.4f} to " if len(evals) > 1 else ""
-    if held_out:
-        held_out += f"{evals[-1]['loss']:.4f} at step {evals[-1]['step']}. "
-    part = max(1, len(steps) // 10)
-    first, last = (mean(step["loss"] for step in part) for part in (steps[:part], steps[-part:])) if steps else (0, 0)
-    trained = f"The training loss went from {first:.4f} to {last:.4f} (means of {counted(part, 'step')})."
-    return held_out + (trained if steps else "")
+    sentences: list[str] = []
+    if len(evals) > 1:
+        first, last = evals[0], evals[-1]
+        sentences.append(
+            f"The loss on held-out demonstrations went from {first['loss']:.4f} at step {first['step']} to "
+            f"{last['loss']:.4f} at step {last['step']}."
+        )
+    if steps:
+        part = max(1, len(steps) // 10)
+        first, last = (mean(step["loss"] for step in some) for some in (steps[:part], steps[-part:]))
+        sentences.append(f"The training loss went from {first:.4f} to {last:.4f} (means of {counted(part, 'step')}).")
+    return sentences
 
 
 def _warnings(steps: Sequence[Event], collapsed: bool) -> list[str]:

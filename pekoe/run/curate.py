@@ -14,6 +14,7 @@ from pekoe.config.recipes import CurateConfig
 from pekoe.core.errors import RunError, UserError
 from pekoe.core.progress import ProgressReporter
 from pekoe.core.types import Problem
+from pekoe.core.words import counted
 from pekoe.data import write_problems
 from pekoe.data.mix import DataReport, Dropped, gather_problems
 from pekoe.data.tokenizer import Tokenizer
@@ -104,7 +105,7 @@ def sort_out(
 
 def table_of(curated: Curated) -> Table:
     """The pass rates as a histogram, and what was dropped."""
-    table = Table(title=f"{len(curated.problems):,} problems kept")
+    table = Table(title=f"{counted(len(curated.problems), 'problem')} kept")
     table.add_column("right")
     table.add_column("problems", justify="right")
     table.add_column("")

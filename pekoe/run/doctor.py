@@ -23,6 +23,7 @@ from pekoe.core.journal import read_lines
 from pekoe.core.progress import NoProgress, ProgressReporter
 from pekoe.core.roofline import sampling_flops, training_flops
 from pekoe.core.spec import ModelSpec
+from pekoe.core.words import counted
 from pekoe.model import read_spec
 from pekoe.run.hardware import measure_ceilings
 from pekoe.train.memory_estimate import StepMemory, predict
@@ -147,8 +148,8 @@ def step_summary(config: RLConfig, spec: ModelSpec) -> list[str]:
         f"{spec.family} of {spec.num_parameters / 1e6:,.1f}M parameters, context {spec.max_positions:,}",
         f"a step: {rollout.prompts_per_step} prompts x {rollout.samples_per_prompt} = {responses:,} responses of at "
         f"most {rollout.max_new_tokens:,} tokens: at most {responses * rollout.max_new_tokens:,} are sampled",
-        f"trained in {algo.minibatches} optimizer steps of at most {minibatch * longest:,} tokens, {together} or more "
-        f"responses a micro-batch",
+        f"trained in {counted(algo.minibatches, 'optimizer step')} of at most {minibatch * longest:,} tokens, "
+        f"{together} or more responses a micro-batch",
     ]
     journal = Path(config.run.dir) / "journal.jsonl"
     steps = [event for event in read_lines(journal) if event["event"] == "step"] if journal.is_file() else []
@@ -156,8 +157,8 @@ def step_summary(config: RLConfig, spec: ModelSpec) -> list[str]:
     if steps and left > 0:
         seconds = median(step["step_s"] for step in steps)
         lines.append(
-            f"{config.run.dir} has {len(steps)} steps, {seconds:.3g} s each (median): about "
-            f"{seconds * left / 60:,.1f} minutes for the {left} that are left"
+            f"{config.run.dir} has {counted(len(steps), 'step')}, {seconds:.3g} s each (median): about "
+            f"{seconds * left / 60:,.1f} minutes for the {left:,} that {'is' if left == 1 else 'are'} left"
         )
     return lines
 

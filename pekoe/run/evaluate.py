@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 from rich.table import Table
+from rich.text import Text
 
 from pekoe import __version__
 from pekoe.config.base import flatten
@@ -26,6 +27,7 @@ from pekoe.core.loop import Rollouts
 from pekoe.core.progress import ProgressReporter
 from pekoe.core.statistics import paired
 from pekoe.core.types import Draw, JudgedGroup, Problem, SamplingParams
+from pekoe.core.words import counted
 from pekoe.data.tokenizer import Tokenizer
 from pekoe.run.build import check_context, open_model, open_problems, prepare, sampling_for
 from pekoe.run.eval_metrics import majority_at_k, pass_at_1, pass_at_k, powers_up_to
@@ -35,6 +37,7 @@ from pekoe.run.rollouts import check_faults
 from pekoe.run.run_dir import write_whole
 from pekoe.run.sample_store import ProblemResult, sample_problems
 
+_PROMPT = 500  # characters of a problem in results.json
 MAX_TRUNCATION = 0.05  # above it a figure says more about the length limit than about the model
 
 
@@ -134,7 +137,7 @@ def run_eval(config: EvalConfig, view: ProgressReporter) -> EvalResult:
     )
     warn_truncation(result.truncation_rate, new_tokens, view)
     if out:
-        _write_results(out / "results.json", config, result, rows)
+        _write_results(out / "results.json", config, result, problems, rows)
     return result
 
 
@@ -157,44 +160,75 @@ def _open_sets(
     return sets
 
 
-def _write_results(path: Path, config: EvalConfig, total: EvalResult, rows: Sequence[ProblemResult]) -> None:
+def _write_results(
+    path: Path, config: EvalConfig, total: EvalResult, problems: Sequence[Problem], rows: Sequence[ProblemResult]
+) -> None:
     results = {
         "schema": 1,
         "pekoe": __version__,
         "config": without_secrets(config.model_dump(mode="json", exclude_none=True)),
         "total": total.as_dict(),
         "problems": [
-            {"uid": row.uid, "num_correct": row.num_correct, "num_judged": row.num_judged}
-            for row in sorted(rows, key=lambda row: row.uid)
+            {"uid": row.uid, "prompt": problem.messages[-1]["content"][:_PROMPT]}
+            | {"num_correct": row.num_correct, "num_judged": row.num_judged}
+            for problem, row in sorted(zip(problems, rows, strict=True), key=lambda pair: pair[1].uid)
         ],
     }
     write_whole(path, json.dumps(results, indent=1) + "\n")
 
 
 def table_of(result: EvalResult) -> Table:
-    """One line a data set, and one for all."""
-    table = Table(title=f"{result.samples_per_problem} responses a problem")
-    sizes = [k for k in result.pass_at_k if k != "1"]
-    wide = sizes[-1:]
-    for name in ("set", "problems", "pass@1", "95 %", *(f"pass@{k}" for k in wide), *(f"maj@{k}" for k in wide)):
-        table.add_column(name, justify="left" if name == "set" else "right")
-    scored = ["score"] if result.score is not None else []
-    for name in (*scored, "tokens", "cut", "unparsed", "fault"):
-        table.add_column(name, justify="right")
-    for name, one in [*result.by_set.items(), ("all", result)]:
-        table.add_row(
-            name,
-            str(one.num_problems),
-            f"{one.pass_at_1:.1%}",
-            f"{one.ci95[0]:.1%} to {one.ci95[1]:.1%}",
-            *(f"{rates[k]:.1%}" if k in rates else "" for rates in (one.pass_at_k, one.majority_at_k) for k in wide),
-            *([f"{one.score:.3f}" if one.score is not None else ""] if scored else []),
-            f"{one.response_tokens:.0f}",
-            f"{one.truncation_rate:.1%}",
-            f"{one.unparsed_rate:.1%}",
-            f"{one.fault_rate:.1%}",
-        )
+    """One line a data set, and one for all. Columns that are 0 everywhere are left out; it fits 80 columns."""
+    sets = [*result.by_set.items(), ("all", result)]
+    last = [k for k in result.pass_at_k if k != "1"][-1:]
+    columns: dict[str, list[str]] = {
+        "problems": [f"{one.num_problems:,}" for _, one in sets],
+        "pass@1 [95 %]": [f"{one.pass_at_1:.1%} [{100 * one.ci95[0]:.1f}, {100 * one.ci95[1]:.1f}]" for _, one in sets],
+    }
+    for name, rates in (("pass", "pass_at_k"), ("maj", "majority_at_k")):
+        columns |= {f"{name}@{k}": [_percent(getattr(one, rates).get(k)) for _, one in sets] for k in last}
+    columns["tokens"] = [f"{one.response_tokens:.0f}" for _, one in sets]
+    for name, key in (("cut", "truncation_rate"), ("unparsed", "unparsed_rate"), ("FAULT", "fault_rate")):
+        if getattr(result, key):
+            columns[name] = [_percent(getattr(one, key)) for _, one in sets]
+    table = _plain_table(f"{counted(result.samples_per_problem, 'response')} a problem")
+    table.add_column("set", overflow="fold", min_width=3)
+    for name in columns:
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in zip((name for name, _ in sets), *columns.values(), strict=True):
+        table.add_row(*row)
     return table
+
+
+def _percent(rate: float | None) -> str:
+    return "" if rate is None else f"{rate:.1%}"
+
+
+def _plain_table(title: str) -> Table:
+    return Table(title=title, title_justify="left", box=None, pad_edge=False, padding=(0, 1, 0, 0))
+
+
+def comparison_tables(found: dict[str, Any]) -> list[Table]:
+    """What `compare` found, for a terminal: the means with the test, and the problems that moved most."""
+    (low, high), p = found["ci95"], found["p_value"]
+    means = _plain_table(f"the same {counted(found['num_problems'], 'problem')}, before and after")
+    for name in ("before", "after", "difference [95 %], points", "better", "worse", "p"):
+        means.add_column(name, justify="right", no_wrap=True)
+    difference = f"{100 * found['difference']:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
+    p_value = "< 0.001" if p < 0.001 else f"{p:.2g}"
+    counts = str(found["num_better"]), str(found["num_worse"])
+    means.add_row(_percent(found["before"]), _percent(found["after"]), difference, *counts, p_value)
+    if found["num_all_fault"]:
+        left_out = counted(found["num_all_fault"], "problem")
+        means.caption, means.caption_justify = f"left out: {left_out} that one side could not judge (FAULT)", "left"
+    moved = _plain_table("what moved most")
+    moved.add_column("problem", overflow="ellipsis", no_wrap=True, max_width=62)  # of 80 columns
+    for name in ("before", "after"):
+        moved.add_column(name, justify="right", no_wrap=True, min_width=7)
+    for one in found["moved_most"]:
+        text = " ".join(one["prompt"].split())
+        moved.add_row(Text(text), *(_percent(one[name]) for name in ("before", "after")))
+    return [means, moved] if found["moved_most"] else [means]
 
 
 def compare(before: Path, after: Path) -> dict[str, Any]:
@@ -202,34 +236,39 @@ def compare(before: Path, after: Path) -> dict[str, Any]:
 
     A problem of which either has FAULTs alone has no rate there: it is left out, and counted.
     """
-    rates = [_rates(path) for path in (before, after)]
-    if rates[0].keys() != rates[1].keys():
-        only = [sorted(rates[i].keys() - rates[1 - i].keys()) for i in (0, 1)]
+    results = [_rows_of(path) for path in (before, after)]
+    if results[0].keys() != results[1].keys():
+        only = [sorted(results[i].keys() - results[1 - i].keys()) for i in (0, 1)]
         raise UserError(
             f"eval --compare: expected results on the same problems, got {len(only[0])} that only {before} has "
             f"and {len(only[1])} that only {after} has, such as {(only[0] + only[1])[0]!r}"
         )
-    pairs = {uid: (rates[0][uid], rates[1][uid]) for uid in sorted(rates[0])}
-    judged = {uid: (a, b) for uid, (a, b) in pairs.items() if a is not None and b is not None}
+    judged = [uid for uid in sorted(results[0]) if all(rows[uid]["num_judged"] for rows in results)]
     if not judged:
-        raise UserError(f"eval --compare: expected problems that both have verdicts of, got none of {len(pairs)}")
-    first, second = [a for a, _ in judged.values()], [b for _, b in judged.values()]
-    moved = sorted(judged, key=lambda uid: -abs(judged[uid][1] - judged[uid][0]))[:10]
+        raise UserError(f"eval --compare: expected problems that both have verdicts of, got none of {len(results[0])}")
+    first, second = ([rows[uid]["num_correct"] / rows[uid]["num_judged"] for uid in judged] for rows in results)
+    moves = [
+        {"uid": uid, "prompt": results[0][uid].get("prompt", uid), "before": a, "after": b}
+        for uid, a, b in zip(judged, first, second, strict=True)
+        if a != b
+    ]
     return {
         "before": float(np.mean(first)),
         "after": float(np.mean(second)),
         **paired(first, second),
-        "num_all_fault": len(pairs) - len(judged),
-        "moved_most": {uid: list(judged[uid]) for uid in moved if judged[uid][0] != judged[uid][1]},
+        "num_all_fault": len(results[0]) - len(judged),
+        "moved_most": sorted(moves, key=lambda one: -abs(one["after"] - one["before"]))[:10],
     }
 
 
-def _rates(path: Path) -> dict[str, float | None]:
-    """The pass rate of each problem; None where no verdict but FAULT was given."""
+def _rows_of(path: Path) -> dict[str, dict[str, Any]]:
+    """What `results.json` has of each problem."""
     path = path / "results.json" if path.is_dir() else path
     try:
         problems = json.loads(path.read_text(encoding="utf-8"))["problems"]
-        return {one["uid"]: one["num_correct"] / one["num_judged"] if one["num_judged"] else None for one in problems}
+        return {
+            one["uid"]: {"num_correct": one["num_correct"], "num_judged": one["num_judged"]} | one for one in problems
+        }
     except FileNotFoundError:
         siblings = [p.name for p in path.parent.glob("*.json")] if path.parent.is_dir() else []
         raise UserError(f"{path}: expected results of pekoe eval, found none.{nearest(path.name, siblings)}") from None

@@ -109,6 +109,7 @@ def record_lines(batch: Batch, scored: Scored, config: RLConfig) -> Iterator[Rec
                 "why": verdict.why,
                 "score": verdict.score,
                 "gold": group.problem.gold,
+                "kind": group.problem.kind,
                 "reward": None if verdict.label == "fault" else reward_of(verdict, algo, trajectory.num_tokens, limit),
                 "advantage": advantages.get((position, trajectory.sample)),
             }

@@ -18,6 +18,7 @@ from pekoe.core.loop import StepStats
 from pekoe.core.progress import ProgressReporter, phase
 from pekoe.core.records import read_records, record_of
 from pekoe.core.types import Sample
+from pekoe.core.words import counted
 from pekoe.model import load_model
 from pekoe.run.build import make_trainer, open_model, prepare
 from pekoe.run.interrupt import StepTimer
@@ -80,11 +81,12 @@ class ReplayedRun:
         weights = {True: "the same weights, bit by bit", False: "other weights", None: "no weights to compare with"}
         steps = "all with the loss of the run" if not self.differing else f"other losses in {_listed(self.differing)}"
         worst = max(self.logprob_diffs, key=lambda version: self.logprob_diffs[version], default=None)
-        lines = [f"{self.num_steps} steps trained again from their rollouts: {steps}; {weights[self.same_weights]}"]
+        number = counted(self.num_steps, "step")
+        lines = [f"{number} trained again from saved rollouts: {steps}; {weights[self.same_weights]}"]
         if worst is not None:
             lines.append(
                 f"log-probs of sampling and training differ by at most {self.logprob_diffs[worst]:.2g} in each of "
-                f"{len(self.logprob_diffs)} versions (the most in version {worst})"
+                f"{counted(len(self.logprob_diffs), 'version')} (the most in version {worst})"
             )
         return "\n".join(lines)
 

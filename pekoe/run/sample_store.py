@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -26,12 +26,13 @@ from pekoe.model import Decoder
 from pekoe.run.build import attach_weights, open_pool
 from pekoe.run.inputs import digest, reward_sources
 from pekoe.run.interrupt import StepTimer, Stop, StopRequested
-from pekoe.run.judging import kinds_of, make_judge
+from pekoe.run.judging import kinds_of, make_judge, response_text
 from pekoe.run.rollouts import Rollouts, check_faults
 from pekoe.run.run_dir import lock
 
 _PLACES = {"model.path", "eval.data"}  # in files of earlier versions: what is there decides, and is compared
 SYNC_EVERY, CHUNK = 16, 1024  # problems
+RESPONSES = "responses.jsonl"
 NUM_EXAMPLES = 8
 
 
@@ -103,13 +104,35 @@ def _rewards(verify: VerifySection, problems: Sequence[Problem]) -> dict[str, An
     )
 
 
-class ResumableSamples:
-    """`path` None keeps nothing. Raises UserError where the file there was made by another recipe, is in use by another
-    process, or cannot be written."""
+def response_lines(group: JudgedGroup, tokenizer: Tokenizer) -> Iterator[dict[str, Any]]:
+    """A line for each response to a problem; `pekoe verify` reads them."""
+    first, *more = group.problem.messages
+    prompt = {"messages": [first, *more]} if more else {"prompt": first["content"]}
+    for trajectory, verdict in zip(group.trajectories, group.verdicts, strict=True):
+        yield {
+            "uid": group.problem.uid,
+            "sample": trajectory.sample,
+            **prompt,
+            "response": response_text(trajectory, tokenizer),
+            **{key: value for key, value in asdict(verdict).items() if key != "score" or value is not None},
+            "gold": group.problem.gold,
+            "kind": group.problem.kind,
+            "tokens": trajectory.num_tokens,
+            "finish_reason": trajectory.finish,
+        }
 
-    def __init__(self, path: Path | None, about: dict[str, Any]) -> None:
+
+class ResumableSamples:
+    """`path` None keeps nothing. `tokenizer`: every response is kept, too, in `RESPONSES` beside it.
+
+    Raises UserError where the file there was made by another recipe, is in use by another process, or cannot be
+    written.
+    """
+
+    def __init__(self, path: Path | None, about: dict[str, Any], tokenizer: Tokenizer | None = None) -> None:
         self.done: dict[str, ProblemResult] = {}
         self.groups: list[JudgedGroup] = []  # the first that were sampled here, for examples
+        self._tokenizer = tokenizer if path is not None else None
         try:
             self._lines = JsonLines(path)
         except OSError as error:
@@ -121,6 +144,8 @@ class ResumableSamples:
                     lock(path, f"{path}: another process is sampling here; wait for it, or name another out")
                 )
                 self._read(path, json.loads(json.dumps(about)))
+            self._responses = JsonLines(path.with_name(RESPONSES) if path and tokenizer else None)
+            stack.callback(self._responses.close)
             self._stack = stack.pop_all()
 
     def _read(self, path: Path, about: dict[str, Any]) -> None:
@@ -146,6 +171,7 @@ class ResumableSamples:
         """Sample and judge what is missing. Returns all of it, in the problems' order. RunError as `check_faults`."""
         contents = {uid: row.content for uid, row in self.done.items()}
         missing = [Draw(problem, 0) for problem in problems if contents.get(problem.uid) != digest(problem)]
+        self._forget({draw.problem.uid for draw in missing})
         try:
             for start in range(0, len(missing), CHUNK):  # tokens and log-probs of all of them may not fit in memory
                 chunk = missing[start : start + CHUNK]
@@ -162,9 +188,27 @@ class ResumableSamples:
         self.done[group.problem.uid] = result = ProblemResult.of(group)
         if len(self.groups) < NUM_EXAMPLES:
             self.groups.append(group)
+        if self._tokenizer is not None:  # before the line by which they count as kept
+            for line in response_lines(group, self._tokenizer):
+                self._responses.append(line)
         self._lines.append(asdict(result))
         if len(self.done) % SYNC_EVERY == 0:
             self._lines.sync()
+
+    def _forget(self, uids: set[str]) -> None:
+        """Take out the responses to problems that will be sampled again, or were while the command was killed."""
+        path = self._responses.path
+        if path is None or not uids or not path.stat().st_size:
+            return
+        kept = path.with_name(f".{path.name}.partial")
+        with kept.open("w", encoding="utf-8") as file:
+            for line in read_lines(path):
+                if line["uid"] not in uids:
+                    file.write(json.dumps(line, separators=(",", ":")) + "\n")
+        self._responses.close()
+        os.replace(kept, path)
+        self._responses = JsonLines(path)
+        self._stack.callback(self._responses.close)
 
     def close(self) -> None:
         self._stack.close()
@@ -197,7 +241,8 @@ def sample_problems(
     """
     stop = Stop()
     with stop.listening(), ExitStack() as stack:
-        samples = ResumableSamples(file, decided_by(config, problems) | about if file else about)
+        keeps = tokenizer if isinstance(config, EvalConfig) else None
+        samples = ResumableSamples(file, decided_by(config, problems) | about if file else about, keeps)
         stack.callback(samples.close)
         logs = file.parent / "logs" if file else None
         judge = make_judge(config.verify, tokenizer, config.run.seed, kinds_of(problems), logs)

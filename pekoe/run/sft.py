@@ -14,6 +14,7 @@ from pekoe.core.errors import Interrupted, UserError
 from pekoe.core.progress import NoProgress, ProgressReporter, phase
 from pekoe.core.roofline import training_bytes, training_flops
 from pekoe.core.types import Sample
+from pekoe.core.words import counted
 from pekoe.data.order import DataOrder
 from pekoe.data.problems import Demonstration, read_demonstrations
 from pekoe.data.rows import named
@@ -164,7 +165,7 @@ def open_demonstrations(
         )
     skipped = len(file.demonstrations) - len(samples) + len(file.skipped)
     if skipped:
-        view.say(f"{path}: skipped {skipped} demonstrations, malformed or longer than {limit} tokens")
+        view.say(f"{path}: skipped {counted(skipped, 'demonstration')}, malformed or longer than {limit} tokens")
     if not samples:
         raise UserError(f"{path}: expected demonstrations, got none that can be used")
     return samples

@@ -52,10 +52,10 @@ def read_cases(path: Path) -> list[Case]:
 def _case(case: Case, number: int) -> Case:
     found: Case = {}
     for key, names in (("response", _RESPONSE), ("gold", _GOLD)):
-        name = next((name for name in names if case.get(name) is not None), None)
-        if name is None:
+        present = sorted((name for name in names if name in case), key=lambda name: case[name] in (None, ""))
+        if not present:
             raise ValueError(f"expected the key {key!r}, got {sorted(case)}")
-        found[key] = case[name]
+        found[key] = case[present[0]]
     if type(found["response"]) in (int, float):
         found["response"] = str(found["response"])
     if not isinstance(found["response"], str):

@@ -81,7 +81,7 @@ def write_run(path: Path, events: list[dict[str, Any]], rollouts: dict[str, list
 @pytest.fixture
 def run_dir(tmp_path: Path) -> Path:
     first = [response(0, i, "correct" if i else "wrong") for i in range(4)]
-    second = [response(1, 0, text=HOSTILE, uid=HOSTILE), response(1, 1, "fault")]
+    second = [response(1, 0, text=HOSTILE, uid=HOSTILE, gold={"target": 24}), response(1, 1, "fault", draw=1)]
     evals = [
         {"event": "eval", "time": 1001.0, "step": 0, "pass_at_1": 0.2, "ci95": [0.1, 0.3]},
         {"event": "eval", "time": 1030.0, "step": 2, "pass_at_1": 0.6, "ci95": [0.5, 0.7]},

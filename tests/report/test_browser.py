@@ -48,7 +48,11 @@ def test_it_is_drawn_and_answers(browser: Any, run_dir: Path, scheme: str, width
     assert page.locator("#count").inner_text() == "1 of 2 groups"
     page.locator("#groups button").first.click()
     assert page.locator(".sample").count() == 2
-    assert HOSTILE in page.locator("#group").inner_text()  # the problem's name, as text
+    shown = page.locator("#group").inner_text()
+    assert HOSTILE in shown  # the problem's name, as text
+    assert 'reference answer: {"target":24}' in shown
+    assert page.locator("#groups .question").first.inner_text() == "1+6="
+    assert page.evaluate("document.getElementById('group').getBoundingClientRect().top < innerHeight")
     assert "<2><3>" in page.locator(".sample pre").first.inner_text()
     page.select_option("select[name=label]", "")
     page.fill("input[name=text]", "1+6")

@@ -131,15 +131,16 @@ def run(config: RLConfig | SFTConfig, points: Sequence[Point]) -> None:
         run_rl(build_rl(config, NoProgress(), Stop(), stack))
 
 
-def killed_command(name: str, tree: dict[str, Any], act: str) -> None:
-    """`pekoe eval` or `pekoe curate` in a process that is killed at the third problem that it writes down."""
-    command = [sys.executable, "-m", __name__, name, json.dumps(tree), act]
+def killed_command(name: str, tree: dict[str, Any], act: str, line: int = 4) -> None:
+    """`pekoe eval` or `pekoe curate` in a process that is killed at a line that it writes down (4: with curate, the
+    third problem; the first line says what the file is)."""
+    command = [sys.executable, "-m", __name__, name, json.dumps(tree), act, str(line)]
     child = subprocess.run(command, timeout=120, capture_output=True, text=True)
     assert child.returncode == -signal.SIGKILL, child.stderr
 
 
 if __name__ == "__main__":
-    arm(Point("pekoe.core.journal:JsonLines.append", 4, sys.argv[3]))  # the first line says what it is
+    arm(Point("pekoe.core.journal:JsonLines.append", int(sys.argv[4]), sys.argv[3]))
     if sys.argv[1] == "eval":
         run_eval(load_config(json.loads(sys.argv[2]), kind=EvalConfig), NoProgress())
     else:

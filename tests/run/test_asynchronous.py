@@ -198,7 +198,7 @@ def test_the_command_trains_the_whole_run_again(build: Build, train: Train):
     train(config)
     done = CliRunner().invoke(app, ["rl", "--replay", config.run.dir])
     assert done.exit_code == 0, done.output
-    assert "2 steps trained again from their rollouts: all with the loss of the run; the same weights" in done.output
+    assert "2 steps trained again from saved rollouts: all with the loss of the run; the same weights" in done.output
     model = load_model(Path(config.run.dir) / "model")
     next(model.parameters()).data[0] += 1e-3
     save_model(model, Path(config.run.dir) / "model")

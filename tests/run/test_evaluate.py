@@ -1,14 +1,19 @@
 """pass@1 and its interval; the engine's evaluation stream is not the training one."""
 
+import io
 import itertools
 import json
 import math
+import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from rich.console import Console
+from rich.table import Table
 
 from pekoe.config import EvalConfig, load_config
 from pekoe.core import UserError
@@ -16,8 +21,9 @@ from pekoe.core.progress import NoProgress
 from pekoe.core.statistics import interval, paired
 from pekoe.core.types import Completion, Label, Record, Request, Trajectory
 from pekoe.run.eval_metrics import majority_at_k, pass_at_1, pass_at_k, powers_up_to
-from pekoe.run.evaluate import compare, run_eval
+from pekoe.run.evaluate import EvalResult, compare, comparison_tables, run_eval, table_of
 from pekoe.run.sample_store import ProblemResult
+from pekoe.verify.cases import read_cases
 from tests.run.killed import killed_command
 
 
@@ -135,6 +141,8 @@ def test_several_sets_and_a_comparison(tiny_dir: Path, tmp_path: Path):
     assert result.num_problems == 25
     found = compare(tmp_path / "a", tmp_path / "b/results.json")
     assert found["num_problems"] == 25
+    for table in (table_of(result), *comparison_tables(found)):
+        assert max(map(len, printed(table))) <= 80
     results = json.loads((tmp_path / "a/results.json").read_text())
     results["problems"][0]["num_judged"] = 0  # FAULTs alone
     (tmp_path / "fault.json").write_text(json.dumps(results))
@@ -151,16 +159,18 @@ def test_several_sets_and_a_comparison(tiny_dir: Path, tmp_path: Path):
         compare(tmp_path / "a", tmp_path / "d.json")
 
 
-@pytest.mark.parametrize("act", ["after", "torn_line"])
-def test_killed_and_resumed_is_never_killed(tiny_dir: Path, tmp_path: Path, act: str):
+# A problem is three responses, then a line in samples.jsonl: the twelfth line after the first is the third problem's.
+@pytest.mark.parametrize(("act", "line", "kept"), [("after", 13, 4), ("torn_line", 13, 3), ("torn_line", 11, 3)])
+def test_killed_and_resumed_is_never_killed(tiny_dir: Path, tmp_path: Path, act: str, line: int, kept: int):
     whole = run_eval(load_config(tree_of(tiny_dir, tmp_path / "whole"), kind=EvalConfig), NoProgress())
     tree = tree_of(tiny_dir, tmp_path / "part")
-    killed_command("eval", tree, act)
+    killed_command("eval", tree, act, line)
     lines = (tmp_path / "part/samples.jsonl").read_bytes()
-    assert lines.count(b"\n") == (4 if act == "after" else 3)
+    assert lines.count(b"\n") == kept
     assert run_eval(load_config(tree, kind=EvalConfig), NoProgress()).as_dict() == whole.as_dict()
-    files = [sorted((tmp_path / name / "samples.jsonl").read_text().splitlines()) for name in ("whole", "part")]
-    assert files[0] == files[1]
+    for name in ("samples.jsonl", "responses.jsonl"):
+        files = [sorted((tmp_path / out / name).read_text().splitlines()) for out in ("whole", "part")]
+        assert files[0] == files[1]
     before = (tmp_path / "part/samples.jsonl").read_bytes()
     assert run_eval(load_config(tree, kind=EvalConfig), NoProgress()).as_dict() == whole.as_dict()
     assert (tmp_path / "part/samples.jsonl").read_bytes() == before  # nothing sampled again
@@ -183,6 +193,46 @@ def test_run_eval(tiny_dir: Path):
         run_eval(load_config(tree, ["eval.max_new_tokens=60"], EvalConfig), NoProgress())
     with pytest.raises(UserError, match=r"expected a prompt of at most 3 tokens"):
         run_eval(load_config(tree, ["max_prompt_tokens=3"], EvalConfig), NoProgress())
+
+
+def printed(table: Table) -> list[str]:
+    text = io.StringIO()
+    Console(file=text, width=80).print(table)
+    return text.getvalue().splitlines()
+
+
+def test_wide_results_fit_80_columns():
+    rates = {"1": 0.2, "32": 1.0}
+    one = EvalResult(0.27, (0.196, 0.344), 12345, 32, rates, rates, 12345, 0.5, 0.1, 0.01)
+    lines = printed(table_of(replace(one, by_set={"a_data_set_with_a_name_that_is_long": one, "aime": one})))
+    assert max(map(len, lines)) <= 80
+    assert all(name in "".join(lines[:3]) for name in ("pass@32", "maj@32", "tokens", "cut", "unparsed", "FAULT"))
+    assert "27.0% [19.6, 34.4]" in lines[-1]
+    assert "…" not in "".join(lines)
+    assert "cut" not in "".join(printed(table_of(replace(one, truncation_rate=0.0))))  # 0 everywhere
+
+
+def test_a_comparison_names_problems_by_their_text():
+    moved = [{"uid": "3f9a", "prompt": "What is\n1 + [red]6[/red]? " + "x" * 100, "before": 0.0, "after": 1.0}]
+    found = {"before": 0.25, "after": 0.5, "difference": 0.25, "ci95": (0.1, 0.4), "p_value": 1e-4}
+    found |= {"num_problems": 4, "num_better": 1, "num_worse": 0, "num_all_fault": 1, "moved_most": moved}
+    means, problems = map(printed, comparison_tables(found))
+    assert max(map(len, means + problems)) <= 80
+    assert re.search(r"25.0% +50.0% +\+25.0 \[\+10.0, \+40.0\] +1 +0 +< 0.001", "\n".join(means))
+    assert "1 problem that one side could not judge" in means[-1]
+    assert problems[-1].startswith("What is 1 + [red]6[/red]? xxx")
+    assert re.search(r"0.0% +100.0%$", problems[-1].rstrip())
+
+
+def test_every_response_is_kept(tiny_dir: Path, tmp_path: Path):
+    run_eval(load_config(tree_of(tiny_dir, tmp_path / "out"), kind=EvalConfig), NoProgress())
+    cases = read_cases(tmp_path / "out/responses.jsonl")  # as `pekoe verify` reads them
+    assert len(cases) == 21
+    assert {case["prompt"] for case in cases} >= {"3+3=", "4+4="}
+    assert {case["sample"] for case in cases} == {0, 1, 2}
+    assert {case["label"] for case in cases} <= {True, False}
+    problems = json.loads((tmp_path / "out/results.json").read_text())["problems"]
+    assert problems[-1]["prompt"] == "4+4="
 
 
 def test_a_judged_evaluation_sees_right_answers(

@@ -16,7 +16,7 @@ function draw(place, figure, height) {
     ...figure.layout,
     title: { text: figure.layout.title?.text ?? "", font: { size: 13 }, x: 0.03, xanchor: "left" },
     height, font, paper_bgcolor: paper, plot_bgcolor: paper, margin: { l: 48, r: 16, t: 40, b: 34 },
-    xaxis: { ...figure.layout.xaxis, ...axis }, yaxis: { ...figure.layout.yaxis, ...axis, ticksuffix: " " },
+    xaxis: { ...figure.layout.xaxis, ...axis }, yaxis: { ...figure.layout.yaxis, ...axis },
     dragmode: touch ? false : "zoom", hovermode: figure.layout.barmode ? "closest" : "x", legend: { orientation: "h", y: -0.2 },
   };
   Plotly.react(place, figure.data, layout, { responsive: true, displaylogo: false, displayModeBar: false });
