@@ -76,6 +76,7 @@ class Loop:
             self.lag,
             self.route,  # type: ignore[arg-type]
             most=self.most,
+            goes_on=self.lag > 1,  # as all systems of these rows that sample so far ahead
         )  # fmt: skip
 
 

@@ -407,18 +407,23 @@ def plan(
     price: Annotated[float | None, typer.Option(min=0, help="of a GPU and hour")] = None,
     mean_response: Annotated[float | None, typer.Option(min=1, help="tokens; by default 0.3 x the limit")] = None,
     mean_prompt: Annotated[float | None, typer.Option(min=1, help="tokens; by default 128")] = None,
+    lengths: Annotated[str | None, typer.Option(metavar="RUN_DIR", help="draw lengths from a run's responses")] = None,
+    failures: Annotated[float, typer.Option(min=0, help="of a GPU in 1,000 hours")] = 0.0,
+    what_if: Annotated[list[str] | None, typer.Option(metavar="KEY=VALUE", help="compare changes; repeatable")] = None,
+    best: Annotated[bool, typer.Option("--best", help="search layouts: time against price")] = False,
     explain: Annotated[bool, typer.Option("--explain", help="formulas and constants too")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
     """What a recipe of rl takes on devices that are not here: memory, seconds of a step, hours, price.
 
-    Simulates the loop's schedule at lag 0 and 1, and prints how wrong predictions of published figures were. Exit
-    status 2 if the recipe does not fit.
+    Simulates the loop's schedule, and prints how wrong predictions of published figures were. Exit status 2 if the
+    recipe does not fit, with the nearest change that does.
     """
     from pekoe.plan.command import run_plan
+    from pekoe.plan.recipe import Asked
 
-    config = load_config(recipe, overrides or (), RLConfig)
-    run_plan(Console(), config, hardware, gpus, price, mean_response, mean_prompt, explain, as_json)
+    given = hardware, gpus, mean_response, mean_prompt, lengths, price, failures
+    run_plan(Console(), Asked(recipe, tuple(overrides or ()), *given), what_if or (), best, explain, as_json)
 
 
 @app.command()

@@ -3,35 +3,47 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
+from dataclasses import asdict
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 
-from pekoe.config.recipes import RLConfig
 from pekoe.core.errors import UserError
 from pekoe.plan.forecast import GB, Forecast, forecast
-from pekoe.plan.recipe import read_plan
-from pekoe.plan.show import explain, show
+from pekoe.plan.recipe import Asked
+from pekoe.plan.search import best_layouts, front, one_change
+from pekoe.plan.show import compared, explain, show, show_changes, show_front
 
 
 def run_plan(
     console: Console,
-    config: RLConfig,
-    hardware: str,
-    gpus: int | None,
-    price: float | None,
-    mean_response: float | None,
-    mean_prompt: float | None,
-    explained: bool,
-    as_json: bool,
+    asked: Asked,
+    what_if: Sequence[str] = (),
+    best: bool = False,
+    explained: bool = False,
+    as_json: bool = False,
 ) -> None:
-    """See `pekoe plan --help`."""
-    found = forecast(read_plan(config, hardware, gpus, mean_response, mean_prompt), price)
+    """See `pekoe plan --help`.
+
+    Args:
+        what_if: changes to compare, each one or several keys with values, separated by spaces.
+    """
+    found = forecast(asked)
+    others = {change: forecast(asked.changed(change.split()), alone=True) for change in what_if}
+    changes = one_change(found) if found.fits else []
+    layouts = best_layouts(found) if best else []
     if as_json:
-        console.file.write(json.dumps(found.as_dict(), indent=2) + "\n")
+        result = found.as_dict() | {"one_change": [asdict(option) for option in changes]}
+        result["what_if"] = {change: other.as_dict() for change, other in others.items()}
+        if best:
+            result |= {"layouts": [asdict(one) for one in layouts], "front": [one.gpus for one in front(layouts)]}
+        console.file.write(json.dumps(result, indent=2) + "\n")
     else:
-        for each in [*show(found), *(explain(found) if explained else ())]:
+        parts: list[RenderableType] = [*show(found), *show_changes(changes), *compared(found, others)]
+        parts += show_front(layouts, front(layouts)) if best else []
+        for each in [*parts, *(explain(found) if explained else ())]:
             console.print(each, markup=False, highlight=False, soft_wrap=isinstance(each, str))
-    if not found.fits:
+    if not found.fits and not best:
         raise UserError(misfit(found))
 
 

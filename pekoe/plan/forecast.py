@@ -9,8 +9,9 @@ from dataclasses import asdict, dataclass, replace
 from importlib.resources import files
 from typing import Any
 
+from pekoe.core.errors import UserError
 from pekoe.plan.memory import Memory, engine_memory, trainer_memory
-from pekoe.plan.recipe import JUDGE_TOKEN_S, Plan, judging_s, least_gpus
+from pekoe.plan.recipe import JUDGE_TOKEN_S, Asked, Plan, least_gpus, read_plan
 from pekoe.plan.schedule import Simulated, simulate
 from pekoe.plan.step import Setup
 
@@ -82,12 +83,16 @@ FIGURES: Mapping[str, Figure] = {
 }  # fmt: skip
 
 
+RECOVERY_S = 600.0  # assumed, where something fails: it is noticed, starts again, loads weights
+
+
 @dataclass(frozen=True, slots=True)
 class Schedule:
-    """A step at one lag."""
+    """A step under one schedule."""
 
     lag: int
     goes_on: bool
+    changes: tuple[str, ...]  # of the recipe
     stages: dict[str, float]  # seconds; sampling: of a batch, from its first request to its last response
     wait_s: float  # in which the trainer waits for sampling
     step_s: float
@@ -97,6 +102,7 @@ class Schedule:
     running: float  # sequences together at an engine
     tokens_s: float
     tokens_s_gpu: float
+    lost: float  # share of the time that failures take
     hours: float
     gpu_hours: float
     price: float | None
@@ -105,19 +111,56 @@ class Schedule:
     def title(self) -> str:
         return f"lag {self.lag}" + (", go on" if self.goes_on else "")
 
+    def intervals(self) -> dict[str, tuple[float, float]]:
+        """What each figure stands for where its family's error is the median one: half of the errors were smaller."""
+        known = errors()
+        found = {
+            name: interval(seconds, known[FIGURES[name].family].median)
+            for name, seconds in self.stages.items()
+            if FIGURES[name].family
+        }
+        low, high = interval(1.0, known["rl"].median)
+        for name in ("step_s", "hours", "gpu_hours", "price"):
+            if (value := getattr(self, name)) is not None:
+                found[name] = low * value, high * value
+        for name in ("tokens_s", "tokens_s_gpu"):
+            value = getattr(self, name)
+            found[name] = value / high, value / low
+        seen = self.wait_s / self.step_s  # of the step, what sampling's error changes
+        for name in ("engines_idle", "trainer_idle"):
+            busy, factors = 1 - getattr(self, name), interval(1.0, known["throughput"].median)
+            steps = [1 + seen * (factor - 1) for factor in factors]
+            works = factors if name == "engines_idle" else (1.0, 1.0)
+            shares = sorted(max(0.0, 1 - busy * work / step) for work, step in zip(works, steps, strict=True))
+            found[name] = shares[0], shares[1]
+        return found
+
+
+def interval(value: float, error: float) -> tuple[float, float]:
+    """What a prediction may stand for, where |predicted / true - 1| is `error`."""
+    return value / (1 + error), value / (1 - error) if error < 1 else float("inf")
+
 
 @dataclass(frozen=True, slots=True)
 class Forecast:
+    asked: Asked
     plan: Plan
     engine: Memory
     trainer: Memory
     changes: list[str]  # of the recipe, with which it would fit; empty where it does, or where nothing was found
-    schedules: list[Schedule]  # empty where it does not fit
+    schedules: list[Schedule]  # the recipe's own first; empty where it does not fit
     bounds: dict[str, str]
 
     @property
     def fits(self) -> bool:
         return self.trainer.fits and (self.plan.layout.one_process or self.engine.fits)
+
+    @property
+    def marks(self) -> dict[str, str]:
+        """Where figures are from: measured here, published, projected, given, or assumed."""
+        rates = "measured here" if self.plan.measured else "published" if self.plan.published else "given"
+        lengths = "measured" if self.asked.lengths else "given" if self.asked.mean_response else "assumed"
+        return {"device": rates, "lengths": lengths, "memory": "projected", "steps": "projected", "errors": "published"}
 
     def as_dict(self) -> dict[str, Any]:
         """Everything as JSON: bytes, seconds, shares."""
@@ -131,10 +174,11 @@ class Forecast:
             "device": asdict(plan.setup.engine.device),
             "layout": asdict(plan.layout) | {"gpus": plan.layout.gpus, "changes": plan.changes},
             "assumed": plan.assumed,
+            "marks": self.marks,
             "memory": memory,
             "fits": self.fits,
             "changes_that_fit": self.changes,
-            "steps": [asdict(schedule) for schedule in self.schedules],
+            "steps": [asdict(schedule) | {"intervals": schedule.intervals()} for schedule in self.schedules],
             "bounds": self.bounds,
             "figures": {name: asdict(figure) for name, figure in FIGURES.items()},
             "constants": asdict(plan.setup.constants),
@@ -142,36 +186,63 @@ class Forecast:
         }
 
 
-def forecast(plan: Plan, price: float | None = None) -> Forecast:
-    """Args: price: of a device and hour."""
+# Beside the recipe's own: (lag, whether responses go on), and the keys that say so.
+WAYS: Mapping[tuple[int, bool], tuple[str, ...]] = {
+    (0, False): ("rollout.max_lag=0", "rollout.during_update=wait", "rollout.window=1"),
+    (1, False): ("rollout.max_lag=1", "rollout.during_update=wait", "rollout.window=1"),
+    (1, True): ("rollout.max_lag=1", "rollout.during_update=go_on"),
+    (2, True): ("rollout.max_lag=2", "rollout.during_update=go_on"),
+}
+
+
+def forecast(asked: Asked, alone: bool = False) -> Forecast:
+    """Args: alone: the recipe's own schedule, no others."""
+    plan = read_plan(asked)
     engine, trainer = engine_memory(plan.setup.engine, plan.longest), rank_memory(plan)
-    found = Forecast(plan, engine, trainer, [], [], {})
+    found = Forecast(asked, plan, engine, trainer, [], [], {})
     if not found.fits:
         return replace(found, changes=what_fits(plan, engine, trainer))
-    setup = plan.setup
-    first = simulate(replace(setup, lag=0))
-    judging = judging_s(plan.config, setup)  # judges work while others are sampled: what is left is the last group's
-    setup = replace(setup, judge_s=max(judging / setup.prompts, judging - first.time.sampling_s))
-    ways = {(0, False)}
-    if not plan.layout.shares:
-        ways |= {(1, False), (1, True), (setup.lag, setup.goes_on)}
-    simulated = {way: simulate(replace(setup, lag=way[0], goes_on=way[1])) for way in sorted(ways)}
-    schedules = [_schedule(plan, *way, each, price) for way, each in simulated.items()]
-    return replace(found, schedules=schedules, bounds=bounds(setup, simulated[0, False]))
+    simulated = simulate(plan.setup)
+    schedules = [schedule_of(asked, plan, simulated)]
+    own = plan.setup.lag, plan.setup.goes_on
+    for way in [] if alone or plan.layout.shares else [(0, False), (1, False), (1, True)]:
+        if way == own:
+            continue
+        try:
+            other = read_plan(asked.changed(WAYS[way]))
+        except UserError:  # such as servers that cannot go on
+            continue
+        schedules.append(schedule_of(asked, other, simulate(other.setup), WAYS[way]))
+    return replace(found, schedules=schedules, bounds=bounds(plan.setup, simulated))
 
 
-def _schedule(plan: Plan, lag: int, goes_on: bool, simulated: Simulated, price: float | None) -> Schedule:
-    time, gpus = simulated.time, plan.layout.gpus
+def schedule_of(asked: Asked, plan: Plan, simulated: Simulated, changes: tuple[str, ...] = ()) -> Schedule:
+    time, gpus, setup = simulated.time, plan.layout.gpus, plan.setup
     stages = {
         "sampling": time.sampling_s, "judging": time.judging_s, "log-probs": time.logprobs_s,
         "training": time.training_s, "publishing": time.publish_s, "overhead": time.overhead_s,
     }  # fmt: skip
-    tokens_s, hours = plan.setup.tokens / time.step_s, plan.config.num_steps * time.step_s / 3600
+    lost = lost_to_failures(plan, simulated, asked.failures)
+    tokens_s, hours = setup.tokens / time.step_s, plan.config.num_steps * time.step_s / 3600 / (1 - lost)
     return Schedule(
-        lag, goes_on, stages, time.wait_s, time.step_s, simulated.last_tenth_s, 1 - time.engines_busy,
-        1 - time.trainer_busy, simulated.running, tokens_s, tokens_s / gpus, hours, hours * gpus,
-        None if price is None else hours * gpus * price,
+        setup.lag, setup.goes_on, changes, stages, time.wait_s, time.step_s, simulated.last_tenth_s,
+        1 - time.engines_busy, 1 - time.trainer_busy, simulated.running, tokens_s, tokens_s / gpus, lost, hours,
+        hours * gpus, None if asked.price is None else hours * gpus * asked.price,
     )  # fmt: skip
+
+
+def lost_to_failures(plan: Plan, simulated: Simulated, failures: float) -> float:
+    """Share of the time that is lost where a device fails `failures` times in 1,000 hours; at most 0.99.
+
+    A rank's failure costs the recovery, and half of the steps between two checkpoints, which are done again. That of an
+    engine costs its share of the sampling in the recovery, and half of what it was sampling.
+    """
+    time, layout = simulated.time, plan.layout
+    again = plan.config.train.save_every / 2 * time.step_s
+    sampled = min(1.0, time.wait_s / time.step_s) * (RECOVERY_S + time.sampling_s / 2) / layout.engines
+    ranks, engines = layout.ranks, 0 if layout.shares else layout.engines * layout.engine_gpus
+    spent = failures / 1000 / 3600 * (ranks * (RECOVERY_S + again) + engines * sampled)
+    return min(0.99, spent / (1 + spent))
 
 
 def bounds(setup: Setup, simulated: Simulated) -> dict[str, str]:
@@ -183,10 +254,10 @@ def bounds(setup: Setup, simulated: Simulated) -> dict[str, str]:
     tail = simulated.last_tenth_s / simulated.time.sampling_s
     found = {
         "sampling": f"{_largest(decoding)}; its last tenth of responses takes {tail:.0%} of it",
-        "judging": "the last response's group, or judges (verify.workers)",
+        "judging": "the last group's, or judges (verify.workers)",
         "training": _largest(trained),
         "publishing": "moving bytes" if moving > setup.constants.sync_s else "fixed costs",
-        "overhead": "one value, of published loops",
+        "overhead": "what published loops take beside",
     }
     if setup.forwards:
         found["log-probs"] = _largest(trained | {"the optimizer": 0.0})
@@ -199,10 +270,10 @@ def _largest(parts: Mapping[str, float]) -> str:
 
 
 def rank_memory(
-    plan: Plan, ranks: int = 1, tp: int = 1, checkpointing: bool = False, budget: int | None = None
+    plan: Plan, ranks: int = 1, tp: int = 1, checkpointing: bool | None = None, budget: int | None = None
 ) -> Memory:
-    """Memory of a training rank; with `ranks` times as many, `tp` times the tensor parallelism, activation
-    checkpointing, another token budget."""
+    """Memory of a training rank; with `ranks` times as many, `tp` times the tensor parallelism, with or without
+    activation checkpointing, another token budget."""
     config, layout, setup = plan.config, plan.layout, plan.setup
     half, engine = config.model.dtype == "bfloat16", setup.engine
     beside = 0.0
@@ -210,8 +281,8 @@ def rank_memory(
         beside = engine.weights + engine.kv_tokens() * engine.shape.kv_per_token * engine.kv_bytes
         beside += 8 * engine.shape.num_parameters * (config.rollout.max_lag > 0)
     training = replace(setup.training, tp=layout.tp * tp)
-    if checkpointing:
-        training = replace(training, recompute=1.0)
+    if checkpointing is not None:
+        training = replace(training, recompute=float(checkpointing))
     shards = max(1, layout.shards * ranks // tp)
     return trainer_memory(training, budget or config.train.token_budget, shards, half, config.algo.kl > 0, beside)
 
@@ -240,7 +311,7 @@ def _trainer_changes(plan: Plan) -> Iterator[list[str]]:
             keys = split + ["train.activation_checkpointing=true"] * again
 
             def fits(budget: int, ranks: int = ranks, tp: int = tp, again: bool = again) -> bool:
-                return rank_memory(plan, ranks, tp, again, budget).fits
+                return rank_memory(plan, ranks, tp, again or None, budget).fits
 
             low, high = smallest, train.token_budget
             if not fits(low):

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import tomllib
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +14,18 @@ from pydantic import Field, ValidationError
 
 from pekoe.config.base import ConfigSection
 from pekoe.config.keys import explain
-from pekoe.config.recipes import RLConfig
+from pekoe.config.recipes import RLConfig, load_config
 from pekoe.core.errors import UserError, nearest
 from pekoe.core.hardware import DEVICES, Device
+from pekoe.core.records import read_records
 from pekoe.plan.costs import NAMES, Constants, Engine, Training, Transport, fitted
 from pekoe.plan.rollout import SIGMA, Lengths
 from pekoe.plan.shapes import Shape, recognise_model
-from pekoe.plan.step import Setup
+from pekoe.plan.step import Setup, steady_seconds
 
 PROMPT = 128  # tokens of a problem with its template, where nothing is said
 MEAN_SHARE = 0.3  # of rollout.max_new_tokens: the mean response, where nothing is said (the release: 8,000 of 27,648)
+SEEN_STEPS = 20  # of a run's last ones, whose lengths are taken
 # Of a judge process for a token: make bench-verify (8,192 responses of 32,768 characters each, 39 s on 2 cores), at 4
 # characters a token.
 JUDGE_TOKEN_S = 2 * 39.04 / 8192 / (32768 / 4)
@@ -41,15 +45,18 @@ class OwnDevice(ConfigSection):
     network_gb_s: float = Field(gt=0)
     """To other nodes, this device's share."""
     per_node: int = Field(default=8, ge=1)
+    measured: bool = False
+    """Whether these are measurements, as `pekoe doctor --measure` makes them."""
     constants: dict[str, float] = Field(default_factory=dict[str, float])
     """Measured in place of fitted ones: `pekoe.plan.costs.Constants`."""
 
 
-def read_device(name: str) -> tuple[Device, Constants]:
-    """A device by its name, or from a TOML file. UserError where neither is known."""
+@cache
+def read_device(name: str) -> tuple[Device, Constants, bool]:
+    """A device by its name, or from a TOML file, and whether it was measured. UserError where neither is known."""
     plain = name.lower().removesuffix("-sxm").removesuffix("-80")
     if plain in DEVICES:
-        return DEVICES[plain], fitted()
+        return DEVICES[plain], fitted(), False
     path = Path(name)
     if path.suffix != ".toml":
         raise UserError(f"--hardware: expected a device or a TOML file, got {name!r}.{nearest(plain, DEVICES)}")
@@ -63,7 +70,8 @@ def read_device(name: str) -> tuple[Device, Constants]:
         raise UserError(f"{name}: unknown constant {unknown[0]!r}.{nearest(unknown[0], NAMES)}")
     rates = own.memory_gb_s * 1e9, own.tflop_s * 1e12, own.fp8_tflop_s * 1e12, 0.0
     links = own.link_gb_s * 1e9, own.network_gb_s * 1e9
-    return Device(own.name, own.memory_gb * 1e9, *rates, *links, own.per_node, name), replace(fitted(), **own.constants)
+    device = Device(own.name, own.memory_gb * 1e9, *rates, *links, own.per_node, name)
+    return device, replace(fitted(), **own.constants), own.measured
 
 
 def read_shape(folder: str) -> tuple[Shape, str]:
@@ -181,6 +189,36 @@ def _own_layout(config: RLConfig) -> Layout:
 
 
 @dataclass(frozen=True, slots=True)
+class Asked:
+    """What a user asks about: a recipe on devices, and what no recipe says."""
+
+    recipe: str | Mapping[str, Any]
+    overrides: tuple[str, ...] = ()
+    hardware: str = "h100"
+    gpus: int | None = None  # in all; None: as many as the recipe has
+    mean_response: float | None = None
+    mean_prompt: float | None = None
+    lengths: str | None = None  # a run directory, whose responses' lengths are drawn
+    price: float | None = None  # of a device and hour
+    failures: float = 0.0  # of a device in 1,000 hours
+
+    def changed(self, changes: Iterable[str]) -> Asked:
+        """The same with keys of the recipe changed, or `gpus=N`, `hardware=NAME`. UserError for a wrong number."""
+        asked = self
+        for change in changes:
+            key, _, value = change.partition("=")
+            if key == "hardware":
+                asked = replace(asked, hardware=value)
+            elif key == "gpus":
+                if not value.isdecimal() or int(value) < 1:
+                    raise UserError(f"gpus: expected a number of 1 or more, got {value!r}")
+                asked = replace(asked, gpus=int(value))
+            else:
+                asked = replace(asked, overrides=(*asked.overrides, change))
+        return asked
+
+
+@dataclass(frozen=True, slots=True)
 class Plan:
     """A recipe on devices: what to time, and what was taken for granted."""
 
@@ -189,38 +227,31 @@ class Plan:
     layout: Layout
     changes: list[str]  # keys of the recipe that the layout changes
     assumed: list[str]
+    measured: bool  # whether the device's rates were measured, else they are published or a user's
+
+    @property
+    def published(self) -> bool:
+        """Whether the device's rates are its maker's."""
+        return self.setup.engine.device.name in DEVICES
 
     @property
     def longest(self) -> int:
         return self.config.data.max_prompt_tokens + self.config.rollout.max_new_tokens
 
 
-def read_plan(
-    config: RLConfig, hardware: str, gpus: int | None, mean_response: float | None, mean_prompt: float | None
-) -> Plan:
+def read_plan(asked: Asked) -> Plan:
     """Raises UserError for an unknown device or model, or a layout or lengths that are not possible."""
-    device, k = read_device(hardware)
+    config = load_config(asked.recipe, asked.overrides, RLConfig)
+    device, k, measured = read_device(asked.hardware)
     shape, source = read_shape(config.model.path)
     rollout, half = config.rollout, config.model.dtype == "bfloat16"
     longest = config.data.max_prompt_tokens + rollout.max_new_tokens
     size = 2 if half else 4
     least = 1 if config.engine.backend == "embedded" else least_gpus(Engine(shape, device, 1, size, size, k), longest)
-    layout, changes = layout_of(config, gpus, least)
-    assumed = [f"model: {source}"]
-    prompt = mean_prompt or float(min(PROMPT, config.data.max_prompt_tokens))
-    mean = mean_response or MEAN_SHARE * rollout.max_new_tokens
-    if not 0 < prompt <= config.data.max_prompt_tokens:
-        limit = config.data.max_prompt_tokens
-        raise UserError(f"--mean-prompt: expected at most data.max_prompt_tokens = {limit}, got {prompt:g}")
-    if not 0 < mean < rollout.max_new_tokens:
-        limit = rollout.max_new_tokens
-        raise UserError(f"--mean-response: expected below rollout.max_new_tokens = {limit}, got {mean:g}")
-    said = "--mean-response" if mean_response else "assumed; say --mean-response"
-    assumed.append(f"responses: {mean:,.0f} tokens on average ({said}), log-normal with sigma {SIGMA} (assumed)")
-    assumed.append(
-        f"prompts: {prompt:,.0f} tokens ({'--mean-prompt' if mean_prompt else 'assumed; say --mean-prompt'})"
-    )
-    if not half:
+    layout, changes = layout_of(config, asked.gpus, least)
+    lengths, prompt, drawn = _lengths_of(asked, config)
+    assumed = [f"model: {source}", *drawn]
+    if not half and not measured:
         assumed.append("model.dtype = float32: timed at the device's stated rate, which is bfloat16's in the table")
     if rollout.dynamic_rounds:
         assumed.append("rollout.dynamic_rounds: no group is drawn again")
@@ -241,11 +272,44 @@ def read_plan(
         most = min(most, config.engine.server.max_requests)
     setup = Setup(
         engine, layout.engines, training, rollout.prompts_per_step, rollout.samples_per_prompt, prompt,
-        Lengths.of_mean(mean, rollout.max_new_tokens), config.algo.minibatches, config.train.token_budget * layout.cp,
+        lengths, config.algo.minibatches, config.train.token_budget * layout.cp,
         (config.algo.proximal == "recompute") + (config.algo.kl > 0), layout.shares, rollout.max_lag, layout.route,
         most=most, goes_on=rollout.during_update == "go_on", window=rollout.window,
     )  # fmt: skip
-    return Plan(config, setup, layout, changes, assumed)
+    judging = judging_s(config, setup)  # judges work while others are sampled: what is left is the last group's
+    setup = replace(setup, judge_s=max(judging / setup.prompts, judging - steady_seconds(replace(setup, lag=0))))
+    return Plan(config, setup, layout, changes, assumed, measured)
+
+
+def _lengths_of(asked: Asked, config: RLConfig) -> tuple[Lengths, float, list[str]]:
+    """Lengths of responses, the mean prompt, and what they are from."""
+    most, longest = config.rollout.max_new_tokens, config.data.max_prompt_tokens
+    if asked.lengths is not None:
+        prompts, responses = _seen(Path(asked.lengths))
+        mean = asked.mean_prompt or sum(prompts) / len(prompts)
+        seen = Lengths(1.0, most, seen=responses)
+        return seen, mean, [f"responses and prompts: {len(responses):,} of {asked.lengths} (measured), on average "
+                            f"{seen.mean:,.0f} and {mean:,.0f} tokens"]  # fmt: skip
+    prompt = asked.mean_prompt or float(min(PROMPT, longest))
+    mean = asked.mean_response or MEAN_SHARE * most
+    if not 0 < prompt <= longest:
+        raise UserError(f"--mean-prompt: expected at most data.max_prompt_tokens = {longest}, got {prompt:g}")
+    if not 0 < mean < most:
+        raise UserError(f"--mean-response: expected below rollout.max_new_tokens = {most}, got {mean:g}")
+    given = "--mean-response" if asked.mean_response else "assumed; give --mean-response or --lengths RUN_DIR"
+    return Lengths.of_mean(mean, most), prompt, [
+        f"responses: {mean:,.0f} tokens on average ({given}), log-normal with sigma {SIGMA} (assumed)",
+        f"prompts: {prompt:,.0f} tokens ({'--mean-prompt' if asked.mean_prompt else 'assumed; give --mean-prompt'})",
+    ]  # fmt: skip
+
+
+def _seen(run_dir: Path) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Lengths of prompts and responses in the last steps of a run. UserError where it has none."""
+    names = {int(file.name[5:11]) for file in (run_dir / "rollouts").glob("step-*.jsonl.zst")}
+    lines = [line for step in sorted(names)[-SEEN_STEPS:] for line in read_records(run_dir, step)]
+    if not lines:
+        raise UserError(f"--lengths: expected a run directory with rollouts, got {run_dir}")
+    return tuple(len(line["prompt_tokens"]) for line in lines), tuple(max(1, len(line["tokens"])) for line in lines)
 
 
 def judging_s(config: RLConfig, setup: Setup) -> float:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 
 from rich.console import RenderableType
 from rich.table import Column, Table
 
-from pekoe.plan.forecast import FIGURES, GB, Forecast, Schedule, errors
+from pekoe.plan.forecast import FIGURES, GB, RECOVERY_S, Forecast, errors
+from pekoe.plan.search import Option
 
 
 def show(found: Forecast) -> Iterator[RenderableType]:
@@ -43,28 +44,33 @@ def _memory(found: Forecast) -> Table:
 
 
 def _steps(found: Forecast) -> Table:
-    right = [Column(schedule.title, justify="right") for schedule in found.schedules]
-    table = Table("seconds", *right, "bound by")
-    for stage in found.schedules[0].stages:
-        cells = [short(schedule.stages[stage]) for schedule in found.schedules]
-        table.add_row(stage, *cells, found.bounds.get(stage, ""))
+    own, ranges = found.schedules[0], found.schedules[0].intervals()
+    right = [Column(f"{schedule.title}", justify="right") for schedule in found.schedules]
+    right += [Column("half of errors within", justify="right")]
+    table = Table("seconds (projected)", *right)
+
+    def row(name: str, cells: list[str], key: str, share: bool = False) -> None:
+        form = _percent if share else short
+        within = " to ".join(form(value) for value in ranges[key]) if key in ranges else ""
+        table.add_row(name, *cells, within)
+
+    for stage in own.stages:
+        row(stage, [short(each.stages[stage]) for each in found.schedules], stage)
     table.add_section()
-
-    def row(name: str, cells: list[str], note: str = "") -> None:
-        table.add_row(name, *cells, note)
-
     each = found.schedules
-    row("trainer waits for sampling", [short(s.wait_s) for s in each])
-    row("a step", [short(s.step_s) for s in each])
-    row("engines idle", [f"{s.engines_idle:.0%}" for s in each])
-    row("trainer idle", [f"{s.trainer_idle:.0%}" for s in each])
-    row("sequences at an engine", [f"{s.running:,.0f}" for s in each], "mean while it samples")
-    row("tokens/s", [f"{s.tokens_s:,.0f}" for s in each], "trained on, prompts too")
-    row("tokens/s/GPU", [f"{s.tokens_s_gpu:,.0f}" for s in each])
-    row("hours", [short(s.hours) for s in each], f"{found.plan.config.num_steps} steps")
-    row("GPU-hours", [short(s.gpu_hours) for s in each])
-    if each[0].price is not None:
-        row("price", [f"{s.price:,.2f}" for s in each], "in --price's currency")
+    row("trainer waits for sampling", [short(s.wait_s) for s in each], "")
+    row("a step", [short(s.step_s) for s in each], "step_s")
+    row("engines idle", [_percent(s.engines_idle) for s in each], "engines_idle", share=True)
+    row("trainer idle", [_percent(s.trainer_idle) for s in each], "trainer_idle", share=True)
+    row("sequences at an engine", [f"{s.running:,.0f}" for s in each], "")
+    row("tokens/s", [f"{s.tokens_s:,.0f}" for s in each], "tokens_s")
+    row("tokens/s/GPU", [f"{s.tokens_s_gpu:,.0f}" for s in each], "tokens_s_gpu")
+    if own.lost:
+        row("lost to failures", [_percent(s.lost) for s in each], "")
+    row(f"hours, {found.plan.config.num_steps} steps", [short(s.hours) for s in each], "hours")
+    row("GPU-hours", [short(s.gpu_hours) for s in each], "gpu_hours")
+    if own.price is not None:
+        row("price", [f"{s.price:,.2f}" for s in each], "price")
     return table
 
 
@@ -72,17 +78,13 @@ def short(value: float) -> str:
     return f"{value:,.4g}" if abs(value) < 9999.5 else f"{value:,.0f}"
 
 
-def interval(seconds: float, error: float) -> tuple[float, float]:
-    """What a prediction may stand for, where |predicted / true - 1| is `error`."""
-    return seconds / (1 + error), seconds / (1 - error) if error < 1 else float("inf")
+def _percent(value: float) -> str:
+    return f"{value:.0%}"
 
 
 def _sentences(found: Forecast) -> Iterator[str]:
-    setup = found.plan.setup
-    way = (0, False) if found.plan.layout.shares else (setup.lag, setup.goes_on)
-    own = next(schedule for schedule in found.schedules if (schedule.lag, schedule.goes_on) == way)
-    known = errors()
-    low, high = interval(own.step_s, known["rl"].median)
+    known, own, marks = errors(), found.schedules[0], found.marks
+    low, high = own.intervals()["step_s"]
     yield (
         f"half of such predictions of published steps were within {known['rl'].median:.0%}, nine in ten within "
         f"{known['rl'].p90:.0%}: the step of {short(own.step_s)} s stands for {short(low)} to {short(high)} s "
@@ -90,16 +92,54 @@ def _sentences(found: Forecast) -> Iterator[str]:
     )
     parts = [f"{name} {error.median:.0%} and {error.p90:.0%}" for name, error in known.items() if name != "rl"]
     yield f"of the parts: {', '.join(parts)}. --explain says what each figure is computed from"
-    if not found.plan.layout.shares and (better := _best(found.schedules, own)):
-        yield better
+    for stage, bound in found.bounds.items():
+        yield f"{stage} ({short(own.stages[stage])} s): bound by {bound}"
+    if own.lost:
+        rate = f"{found.asked.failures:g} of a GPU in 1,000 hours (given)"
+        yield f"failures: {rate}, {RECOVERY_S:g} s to recover (assumed): {own.lost:.2%} of the time is lost"
+    device = found.plan.setup.engine.device.name
+    yield f"rates of {device}: {marks['device']}; lengths: {marks['lengths']}; memory, times and hours: projected"
 
 
-def _best(schedules: list[Schedule], own: Schedule) -> str:
-    best = min(schedules, key=lambda s: s.step_s)
-    if best.step_s > 0.97 * own.step_s:
-        return ""
-    go_on = " rollout.during_update=go_on" * best.goes_on
-    return f"rollout.max_lag={best.lag}{go_on} would make a step {1 - best.step_s / own.step_s:.0%} shorter"
+def show_changes(options: Sequence[Option]) -> Iterator[str]:
+    """Which one change gives most, and the next ones."""
+    if not options:
+        return
+    first, *others = (f"{' '.join(option.changes)} ({option.gain:.2f}x)" for option in options[:3])
+    yield f"the one change that gives most steps a second: {first}" + (f"; then {', '.join(others)}" if others else "")
+
+
+def compared(found: Forecast, others: Mapping[str, Forecast]) -> Iterator[RenderableType]:
+    """What the changes of --what-if give, beside the recipe as it is."""
+    if not others:
+        return
+    columns = ("step (s)", "hours", "GPU-hours", "price", "steps/s")
+    table = Table(Column("what if (projected)", overflow="fold"), *(Column(name, justify="right") for name in columns))
+    base = found.schedules[0].step_s if found.schedules else None
+    for name, other in {"as it is": found, **others}.items():
+        if not other.schedules:
+            table.add_row(name, "does not fit" + (f": {' '.join(other.changes)}" if other.changes else ""))
+            continue
+        one = other.schedules[0]
+        price = "" if one.price is None else f"{one.price:,.2f}"
+        gain = f"{base / one.step_s:.2f}x" if base else ""
+        table.add_row(name, short(one.step_s), short(one.hours), short(one.gpu_hours), price, gain)
+    yield table
+
+
+def show_front(options: Sequence[Option], front: Sequence[Option]) -> Iterator[RenderableType]:
+    """The quickest layout of each number of devices; those than which none is both quicker and cheaper are marked."""
+    columns = ("GPUs", "step (s)", "hours", "GPU-hours", "price", "tokens/s/GPU", "steps/s")
+    table = Table("front", *(Column(name, justify="right") for name in columns))
+    for option in options:
+        one = option.schedule
+        price = "" if one.price is None else f"{one.price:,.2f}"
+        figures = short(one.step_s), short(one.hours), short(one.gpu_hours), price, f"{one.tokens_s_gpu:,.0f}"
+        table.add_row("*" * (option in front), str(option.gpus), *figures, f"{option.gain:.2f}x")
+    yield table
+    for option in options:
+        yield f"{option.gpus} GPUs: {' '.join(option.changes)}"
+    yield "layouts are compared by simulations of a few of their engines: plan one again with its keys"
 
 
 def explain(found: Forecast) -> Iterator[RenderableType]:

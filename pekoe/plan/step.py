@@ -33,7 +33,7 @@ class Setup:
     judge_s: float = 0.0  # after the last response
     most: int = MOST
     seed: int = 0
-    goes_on: bool = False  # with lag: whether responses in flight go on under new weights (`plan.schedule` alone)
+    goes_on: bool = False  # with lag: whether responses in flight go on under new weights
     window: int = 1  # groups within which one that is sampled may overtake others (`plan.schedule` alone)
 
     @property
@@ -128,10 +128,11 @@ def times_beside(setup: Setup) -> tuple[float, float, float, float]:
 
 
 def step_time(setup: Setup, sampling: tuple[float, float] | None = None) -> StepTime:
-    """A step, in the steady state.
+    """A step, in the steady state, by formula; `plan.schedule` simulates it.
 
-    Lag 0: sampling, then training. Lag 1: a whole batch is sampled while the one before is trained on. From lag 2 on
-    engines begin new groups as others end, and no batch's tail is waited for.
+    Lag 0: sampling, then training. With lag a whole batch is sampled while the one before is trained on. Where
+    responses go on under new weights, from lag 2 on engines begin new groups as others end, and no batch's tail is
+    waited for.
 
     Args:
         sampling: what `sampling_of` says, where it is known already.
@@ -141,7 +142,7 @@ def step_time(setup: Setup, sampling: tuple[float, float] | None = None) -> Step
     sampled, share = sampling or sampling_of(setup)
     k = setup.constants
     sampled /= k.rollout_share
-    if setup.lag >= 2 and not setup.colocated:
+    if setup.lag >= 2 and setup.goes_on and not setup.colocated:
         sampled, share = (
             max(
                 steady_seconds(setup) / k.rollout_share,

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import json
+import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from rich.console import Console
 
-from pekoe.config.recipes import RLConfig, load_config
 from pekoe.core.errors import UserError
+from pekoe.core.records import write_records
+from pekoe.core.types import Record
 from pekoe.plan.command import run_plan
 from pekoe.plan.costs import NAMES, Engine, Training, fitted
-from pekoe.plan.forecast import FIGURES, errors, forecast, rank_memory
-from pekoe.plan.recipe import Plan, read_device, read_plan
-from pekoe.plan.show import interval
+from pekoe.plan.forecast import FIGURES, errors, forecast, interval, rank_memory
+from pekoe.plan.recipe import Asked, Plan, read_device, read_plan
+from pekoe.plan.search import best_layouts, front
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 OWN = """
@@ -31,18 +35,20 @@ step_overhead = 0.1
 
 
 def plan_of(recipe: str, *overrides: str, hardware: str = "h800", gpus: int | None = None) -> Plan:
-    return read_plan(load_config(RECIPES / recipe, overrides, RLConfig), hardware, gpus, None, None)
+    return read_plan(asked(recipe, *overrides, hardware=hardware, gpus=gpus))
 
 
-def printed(capsys: pytest.CaptureFixture[str], recipe: str, *overrides: str, **options: Any) -> str:
-    given = {"hardware": "h800", "gpus": None, "price": None, "mean_response": None, "mean_prompt": None}
-    given |= {"explained": False, "as_json": False} | options
-    run_plan(Console(width=160), load_config(RECIPES / recipe, overrides, RLConfig), **given)
+def asked(recipe: str, *overrides: str, **options: Any) -> Asked:
+    return Asked(str(RECIPES / recipe), overrides, **({"hardware": "h800"} | options))
+
+
+def printed(capsys: pytest.CaptureFixture[str], question: Asked, **options: Any) -> str:
+    run_plan(Console(width=200), question, **options)
     return capsys.readouterr().out
 
 
 def test_a_recipe_on_its_own_gpus(capsys: pytest.CaptureFixture[str]):
-    out = printed(capsys, "boba-7b-cluster.toml", price=2.5, explained=True)
+    out = printed(capsys, asked("boba-7b-cluster.toml", price=2.5), explained=True)
     assert "on 128 x h800: 64 engines, 64 training ranks" in out
     for word in ("KV cache", "Adam's moments", "sampling", "publishing", "GPU-hours", "price", "lag 0", "lag 1"):
         assert word in out
@@ -52,7 +58,7 @@ def test_a_recipe_on_its_own_gpus(capsys: pytest.CaptureFixture[str]):
 
 
 def test_json_has_the_same_figures(capsys: pytest.CaptureFixture[str]):
-    found = json.loads(printed(capsys, "boba-7b-cluster.toml", price=2.0, as_json=True))
+    found = json.loads(printed(capsys, asked("boba-7b-cluster.toml", price=2.0), as_json=True))
     first = found["steps"][0]
     assert first["price"] == pytest.approx(2 * first["gpu_hours"])
     assert first["gpu_hours"] == pytest.approx(128 * 250 * first["step_s"] / 3600)
@@ -77,17 +83,17 @@ def test_the_keys_that_are_printed_are_a_recipe():
 
 def test_what_does_not_fit_says_what_would(capsys: pytest.CaptureFixture[str]):
     with pytest.raises(UserError, match=r"memory of a training rank: expected .* nearest: .*train.token_budget="):
-        printed(capsys, "boba-32b.toml", gpus=64)
+        printed(capsys, asked("boba-32b.toml", gpus=64))
     assert "together, of what there is" in capsys.readouterr().out
     plan = plan_of("boba-32b.toml", gpus=64)
-    changed = plan_of("boba-32b.toml", *plan.changes, *forecast(plan).changes)
+    changed = plan_of("boba-32b.toml", *plan.changes, *forecast(asked("boba-32b.toml", gpus=64)).changes)
     assert rank_memory(changed).fits
 
 
 def test_one_process_holds_engine_and_trainer(tmp_path: Path):
     (tmp_path / "own.toml").write_text(OWN)
     plan = plan_of("laptop.toml", "model.path=Qwen2.5-0.5B", hardware=str(tmp_path / "own.toml"))
-    found = forecast(plan)
+    found = forecast(asked("laptop.toml", "model.path=Qwen2.5-0.5B", hardware=str(tmp_path / "own.toml")))
     assert plan.layout.gpus == 1
     assert plan.setup.constants.step_overhead == 0.1
     assert "the engine beside it" in found.trainer.parts
@@ -116,9 +122,8 @@ def test_a_config_json_is_read(tmp_path: Path):
     ],
 )
 def test_mistakes(options: dict[str, Any], message: str):
-    given = {"hardware": "h800", "gpus": None, "mean_response": None, "mean_prompt": None} | options
     with pytest.raises(UserError, match=message):
-        read_plan(load_config(RECIPES / "boba-7b-cluster.toml", (), RLConfig), **given)
+        read_plan(asked("boba-7b-cluster.toml", **options))
 
 
 @pytest.mark.parametrize(
@@ -138,6 +143,71 @@ def test_mistakes_in_an_own_device(tmp_path: Path, change: tuple[str, str], mess
 def test_mixtures_are_refused():
     with pytest.raises(UserError, match="dense model"):
         plan_of("boba-7b-cluster.toml", "model.path=Qwen3-30B-A3B")
+
+
+def test_what_if_and_the_one_change(capsys: pytest.CaptureFixture[str]):
+    question = asked("boba-7b-cluster.toml", gpus=32, price=1.0)
+    out = printed(capsys, question, what_if=["rollout.max_lag=1", "gpus=64 hardware=h200", "model.path=Qwen2.5-72B"])
+    assert "what if (projected)" in out
+    assert re.search(r"gpus=64 hardware=h200 +│ +[\d,.]+ │", out)
+    assert re.search(r"model.path=Qwen2.5-72B +│ does not fit", out)
+    assert re.search(r"the one change that gives most steps a second: rollout.max_lag=\d", out)
+    with pytest.raises(UserError, match="gpus: expected a number"):
+        question.changed(["gpus=many"])
+
+
+def test_the_best_layouts_are_recipes_and_a_front():
+    small = asked("boba-7b-cluster.toml", "rollout.prompts_per_step=16", gpus=8, price=2.0)
+    options = best_layouts(forecast(small, alone=True))
+    assert [option.gpus for option in options] == [4, 8, 16, 32]  # nothing fits on 2
+    assert max(option.gain for option in options) > 1.5
+    for option in options:
+        plan = read_plan(replace(small, gpus=None).changed(option.changes))
+        assert plan.layout.gpus == option.gpus
+        assert rank_memory(plan).fits
+    kept = front(options)
+    assert kept
+    assert all(any(other.schedule.hours < one.schedule.hours and other.schedule.price < one.schedule.price
+                   for other in kept) for one in options if one not in kept)  # fmt: skip
+    with pytest.raises(UserError, match="--best: expected a recipe with a section cluster"):
+        best_layouts(forecast(asked("laptop.toml", "model.path=Qwen2.5-0.5B"), alone=True))
+
+
+def test_lengths_are_those_of_a_run(tmp_path: Path):
+    def record(prompt: int, response: int) -> Record:
+        return Record.of(*(np.zeros(n, np.int32) for n in (prompt, response)), np.zeros(response, np.float32))
+
+    for step, length in ((1, 500), (2, 1000)):
+        lines = [{"group": i, "sample": 0} for i in range(8)]
+        write_records(tmp_path / "rollouts" / f"step-{step:06d}", lines, [record(50, length)] * 8)
+    plan = read_plan(asked("boba-7b-cluster.toml", lengths=str(tmp_path)))
+    assert plan.setup.lengths.mean == 750
+    assert plan.setup.prompt == 50
+    assert "(measured)" in plan.assumed[1]
+    with pytest.raises(UserError, match="--lengths: expected a run directory"):
+        read_plan(asked("boba-7b-cluster.toml", lengths=str(tmp_path / "other")))
+
+
+def test_failures_cost_time_and_frequent_checkpoints_less():
+    def lost(*overrides: str, failures: float = 0.1) -> float:
+        found = forecast(asked("boba-7b-cluster.toml", *overrides, gpus=16, failures=failures), alone=True)
+        own = found.schedules[0]
+        assert own.hours == pytest.approx(own.step_s * 250 / 3600 / (1 - own.lost))
+        return own.lost
+
+    assert lost(failures=0) == 0
+    assert 0 < lost() < lost(failures=1) < 1
+    assert lost("train.save_every=1") < lost()
+
+
+def test_every_figure_has_an_interval_and_a_mark():
+    found = forecast(asked("boba-7b-cluster.toml", gpus=16, price=1.0), alone=True)
+    own, ranges = found.schedules[0], found.schedules[0].intervals()
+    for name in ("step_s", "hours", "gpu_hours", "price", "tokens_s_gpu", "engines_idle", "trainer_idle"):
+        low, high = ranges[name]
+        assert low < getattr(own, name) < high
+    assert found.marks == {"device": "published", "lengths": "assumed", "memory": "projected", "steps": "projected",
+                           "errors": "published"}  # fmt: skip
 
 
 def test_names_of_devices():
