@@ -92,7 +92,7 @@ def _layout_keys(engines: int, engine_gpus: int, ranks: int, shares: bool = Fals
     ]
 
 
-def best_layouts(found: Forecast) -> list[Option]:
+def best_layouts(found: Forecast, times: Sequence[float] = GPUS) -> list[Option]:
     """The quickest layout of each number of devices, by how long a run takes; `gain` is over the recipe's own.
 
     UserError where the recipe runs in one process, which has no layout.
@@ -101,7 +101,7 @@ def best_layouts(found: Forecast) -> list[Option]:
         raise UserError("--best: expected a recipe with a section cluster, or --gpus, got one of a single process")
     asked, most = found.asked, found.plan.layout.gpus
     own, options = quick(asked, ()), list[Option]()
-    for gpus in sorted({max(2, round(times * most)) for times in GPUS}):
+    for gpus in sorted({max(2, round(factor * most)) for factor in times}):
         best: Option | None = None
         for changes in _layouts(found.plan, gpus):
             other = quick(replace(asked, gpus=None), changes)
