@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from pekoe.plan.forecast import WAYS, Schedule, forecast
+from pekoe.plan.forecast import WAYS, forecast
 from pekoe.plan.recipe import Asked
 from pekoe.plan.search import best_layouts
 
@@ -46,7 +46,9 @@ def main() -> None:
     args = parser.parse_args()
     asked = Asked(args.recipe, hardware=args.hardware, mean_response=args.mean_response)
     rows = scaling(asked, [int(number) for number in args.gpus.split(",")], args.best)
-    print("| GPUs | schedule | step (s) | tokens/s | tokens/s/GPU | engines idle | trainer idle | publish (s) | hours |")
+    print(
+        "| GPUs | schedule | step (s) | tokens/s | tokens/s/GPU | engines idle | trainer idle | publish (s) | hours |"
+    )
     print("|---|---|---|---|---|---|---|---|---|")
     for row in rows:
         for name in ("lag 0", "lag 1, go on", "best"):
@@ -54,7 +56,8 @@ def main() -> None:
             if not isinstance(one, dict) or "step_s" not in one:
                 continue
             print(
-                f"| {row['gpus']} | {name} | {one['step_s']:,.0f} | {one['tokens_s']:,.0f} | {one['tokens_s_gpu']:,.0f} | "
+                f"| {row['gpus']} | {name} | {one['step_s']:,.0f} | {one['tokens_s']:,.0f} | "
+                f"{one['tokens_s_gpu']:,.0f} | "
                 f"{one['engines_idle']:.0%} | {one['trainer_idle']:.0%} | {one['stages']['publishing']:.2f} | "
                 f"{one['hours']:,.1f} |"
             )
