@@ -8,6 +8,11 @@ logprob_prefetch.py   log-probs while sampling goes on
 run.py                builds the parts of the loop, and runs it
 """
 
+import os
+
+# Ray runs code for whoever reaches its ports, unless they must have a token. It reads this once, when it is imported.
+os.environ.setdefault("RAY_AUTH_MODE", "token")
+
 from pekoe.ray.placement import plan
 from pekoe.ray.run import run_cluster
 

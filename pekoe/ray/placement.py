@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import pickle
+import secrets
 import signal
 import threading
 import time
@@ -15,7 +16,8 @@ from typing import Any
 
 import ray
 import torch
-from ray.exceptions import GetTimeoutError, RayError
+from ray.exceptions import AuthenticationError, GetTimeoutError, RayError
+from ray.job_config import JobConfig
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 
 from pekoe.config.cluster import ClusterSection
@@ -31,16 +33,19 @@ Bundle = dict[str, float]
 def connect(section: ClusterSection, view: ProgressReporter, stack: ExitStack) -> None:
     """Join the Ray cluster that the recipe names, or start one here; `stack` leaves or stops it."""
     options: dict[str, Any] = {"address": section.address, "log_to_driver": False, "configure_logging": False}
+    # As a client's job: of any other, Ray puts the current directory first on the path of all that it starts.
+    options["job_config"] = JobConfig(_client_job=True)
     if section.address is None:
         options |= {"address": "local", "num_cpus": _local_cores(section), "include_dashboard": False}
         options |= {"object_store_memory": _LOCAL_STORE_BYTES}
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))  # of this process and what it starts
     logging.getLogger("ray").setLevel(logging.ERROR)
     # Ray leaves CUDA_VISIBLE_DEVICES of an actor of 0 GPUs as we set it: with `colocate` an engine has its ranks' GPUs.
     os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"
     try:
         with _handlers_kept():
             ray.init(**options)
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except (ConnectionError, RuntimeError, ValueError, AuthenticationError) as error:
         raise UserError(
             f"cluster.address: expected a Ray cluster that answers at {section.address or 'this machine'}, got: {error}"
         ) from None

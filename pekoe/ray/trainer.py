@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import secrets
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -69,12 +70,15 @@ class RankActor:
         """The address of this node, with a port that is free."""
         return self._address, free_port(self._address)
 
-    def start(self, host: str, port: int) -> tuple[int, str]:
-        """Join the other ranks, load the model. Returns the process id, and the GPUs as in CUDA_VISIBLE_DEVICES."""
+    def start(self, host: str, port: int, name: str) -> tuple[int, str]:
+        """Join the other ranks, load the model. Returns the process id, and the GPUs as in CUDA_VISIBLE_DEVICES.
+
+        The first rank keeps the store at `host` alone; `name`, which nobody else knows, begins all keys in it.
+        """
         use_interface(self._address)
         os.environ |= {"MASTER_ADDR": host, "MASTER_PORT": str(port), "RANK": str(self._rank), "LOCAL_RANK": "0"}
         os.environ |= {"WORLD_SIZE": str(self._section.ranks)}
-        self._process_group = process_group()
+        self._process_group = process_group(name)
         self._process_group.__enter__()
         model, _, dtype = open_model(self._config.model.model_copy(update={"device": device_of(self._config)}))
         layout = make_layout(model.spec, self._section, next(model.parameters()).device)
@@ -171,7 +175,7 @@ class RayTrainer:
             )
             self.ranks.append(options.remote(self._config, rank, *self._stores.on(nodes[bundle])))
         host, port = self.first("address", "the first rank to start", limit_s=limit_s)
-        started = self.call("start", "the ranks to start", host, port, limit_s=limit_s)
+        started = self.call("start", "the ranks to start", host, port, secrets.token_hex(16), limit_s=limit_s)
         self.pids = [pid for pid, _ in started]
         gpus = [gpus for _, gpus in started]
         self.devices = [",".join(filter(None, gpus[i : i + each])) for i in range(0, len(gpus), each)]

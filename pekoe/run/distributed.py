@@ -14,19 +14,29 @@ from pekoe.config.recipes import ParallelSection
 from pekoe.core.errors import UserError
 from pekoe.core.spec import ModelSpec
 from pekoe.train import Layout
+from pekoe.weights.groups import open_store, use_interface
 
 WAIT_LIMIT = timedelta(minutes=30)  # of one process for another
 
 
 @contextmanager
-def process_group() -> Iterator[int]:
-    """Join the processes that torchrun started; gives this one's rank. A process of its own has rank 0."""
-    if num_processes() == 1:
+def process_group(name: str = "pekoe") -> Iterator[int]:
+    """Join the processes that the environment names, as torchrun sets it; gives this one's rank. A process of its own
+    has rank 0. `name`: of their keys in the store; all must know it."""
+    if (size := num_processes()) == 1:
         yield 0
         return
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=WAIT_LIMIT)
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    if os.environ.get("LOCAL_WORLD_SIZE") == str(size) and "GLOO_SOCKET_IFNAME" not in os.environ:
+        use_interface("127.0.0.1", "GLOO")  # all are on this machine
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # torchrun itself keeps the store
+        dist.init_process_group(backend, timeout=WAIT_LIMIT)
+    else:
+        rank, place = int(os.environ["RANK"]), (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
+        store = dist.PrefixStore(name, open_store(*place, size, rank, WAIT_LIMIT))
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=WAIT_LIMIT)
     try:
         yield dist.get_rank()
     finally:

@@ -24,19 +24,23 @@ def open_group(group: BroadcastGroup, rank: int = 0) -> Any:
 
     torch makes further default-less groups only by this private function; servers do the same (OpenRLHF's recipe).
     """
-    limit = timedelta(seconds=group.limit_s)
-    size, place = group.world_size, (group.host, group.port)
-    if rank == 0:
-        with socket.create_server(place) as listener:  # left to itself the store listens on every address
-            fd = listener.detach()
-        store = dist.TCPStore(*place, size, True, limit, wait_for_workers=False, master_listen_fd=fd)
-    else:
-        store = dist.TCPStore(*place, size, False, limit)
+    limit, size = timedelta(seconds=group.limit_s), group.world_size
+    store = open_store(group.host, group.port, size, rank, limit)
     make: Any = c10d._new_process_group_helper  # pyright: ignore[reportPrivateUsage]
     prefixed = c10d.PrefixStore(group.name, store)
     handle, _ = make(size, rank, [], group.backend, prefixed, group_name=group.name, timeout=limit)
     c10d._world.pg_group_ranks[handle] = {i: i for i in range(size)}  # pyright: ignore[reportPrivateUsage]
     return handle
+
+
+def open_store(host: str, port: int, size: int, rank: int, limit: timedelta) -> dist.TCPStore:
+    """The store where the members of a group find one another; rank 0 keeps it. It listens at `host` alone: left to
+    itself it listens on every address, and torch lets whoever connects read and write."""
+    if rank:
+        return dist.TCPStore(host, port, size, False, limit)
+    with socket.create_server((host, port)) as listener:
+        fd = listener.detach()
+    return dist.TCPStore(host, port, size, True, limit, wait_for_workers=False, master_listen_fd=fd)
 
 
 def close_group(handle: Any | None) -> None:
@@ -77,9 +81,9 @@ def free_port(host: str) -> int:
         return probe.getsockname()[1]
 
 
-def use_interface(address: str) -> None:
+def use_interface(address: str, *users: str) -> None:
     """Let torch.distributed use the network interface that has this IPv4 address: by itself it takes that of the host's
-    name, which may be another."""
+    name, which may be another. `users`: "GLOO", "NCCL"; by default both."""
     for name, addresses in psutil.net_if_addrs().items():
         if any(each.family == socket.AF_INET and each.address == address for each in addresses):
-            os.environ |= {"GLOO_SOCKET_IFNAME": name, "NCCL_SOCKET_IFNAME": name}
+            os.environ |= {f"{user}_SOCKET_IFNAME": name for user in users or ("GLOO", "NCCL")}

@@ -21,6 +21,7 @@ from pekoe.data.problems import Demonstration, write_demonstrations
 from pekoe.model import load_model
 from pekoe.run.distributed import make_layout, require_single_process
 from pekoe.run.sft import run_sft
+from pekoe.weights.groups import free_port
 
 LIMIT_S = 120
 
@@ -112,3 +113,29 @@ def test_what_several_processes_do_not_do(recipe: Path, monkeypatch: pytest.Monk
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match="rl: expected one process, got torchrun with 2; torchrun is for sft"):
         require_single_process("rl")
+
+
+JOIN = """
+import sys, psutil
+from pekoe.run.distributed import process_group
+with process_group(sys.argv[1]) as rank:
+    listening = psutil.Process().net_connections("inet")
+    print(rank, sorted({each.laddr.ip for each in listening if each.status == psutil.CONN_LISTEN}))
+"""
+
+
+def test_what_processes_meet_at_is_loopback_where_all_are_here():
+    """torch's store has no key, and listens on every address by itself; torchrun's own is out of our hands."""
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port("127.0.0.1"))}
+    env = os.environ | place | {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", JOIN, "a name"],
+            env=env | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    printed = [process.communicate(timeout=LIMIT_S)[0].strip() for process in processes]
+    assert printed == ["0 ['127.0.0.1']", "1 ['127.0.0.1']"]

@@ -8,9 +8,11 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from safetensors import SafetensorError
@@ -20,7 +22,7 @@ from pekoe.engine.base import BroadcastGroup
 from pekoe.engine.buckets import buckets
 from pekoe.model import Decoder, load_model
 from pekoe.weights import LocalSender
-from pekoe.weights.groups import close_group, free_port, new_group, open_group, poll
+from pekoe.weights.groups import close_group, free_port, new_group, open_group, open_store, poll
 from pekoe.weights.transport import directory, receive, send
 
 MakeModel = Callable[..., Decoder]
@@ -201,3 +203,13 @@ def test_embedded_engines_take_large_tensors_in_place_and_small_ones_together(si
     thread.join()
     assert lies == [tensor.data_ptr() for _, tensor in target]
     assert all(torch.equal(a, b) for (_, a), (_, b) in zip(source, target, strict=True))
+
+
+def test_a_store_listens_at_its_host_alone():
+    """torch lets whoever connects read and write: left to itself it listens on every address."""
+    port = free_port("127.0.0.1")
+    store = open_store("127.0.0.1", port, 1, 0, timedelta(seconds=10))
+    store.set("a", "b")
+    assert open_store("127.0.0.1", port, 1, 1, timedelta(seconds=10)).get("a") == b"b"
+    listening = [each for each in psutil.Process().net_connections("inet") if each.status == psutil.CONN_LISTEN]
+    assert {each.laddr.ip for each in listening if each.laddr.port == port} == {"127.0.0.1"}
