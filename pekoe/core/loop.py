@@ -143,30 +143,34 @@ class Trainer(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class SyncReport:
-    """What a publish cost and proved. `copied_bytes` left the trainer."""
+    """What a publish cost and proved. `copied_bytes` left the trainer. `canary_diff` is None where nothing is proven:
+    the user asked to stop before the engines had answered."""
 
     version: int
     route: Route
     seconds: float
     copied_bytes: int
-    canary_diff: float
+    canary_diff: float | None
     checksum: ChecksumResult
     completed: float | None = None  # Unix time of the proof, where nobody waited for it
 
     def as_dict(self) -> dict[str, Any]:
         """The fields of a journal event."""
-        return ({} if self.completed is None else {"sync_time": round(self.completed, 3)}) | {
+        fields = {
+            "sync_time": self.completed and round(self.completed, 3),
             "sync_version": self.version,
             "sync_route": self.route,
             "sync_bytes": self.copied_bytes,
             "sync_canary_diff": self.canary_diff,
             "sync_checksum": self.checksum,
         }
+        return {name: value for name, value in fields.items() if value is not None}
 
     def __str__(self) -> str:
+        proof = "not proven" if self.canary_diff is None else f"canary off by {self.canary_diff:.0e}"
         return (
             f"weights: version {self.version} by {self.route}, {self.copied_bytes / 2**20:.0f} MiB in "
-            f"{self.seconds:.1f} s; canary off by {self.canary_diff:.0e}, checksum {self.checksum}"
+            f"{self.seconds:.1f} s; {proof}, checksum {self.checksum}"
         )
 
 

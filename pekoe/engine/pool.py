@@ -138,13 +138,15 @@ class EnginePool(Sampler):
 
     # Members
 
-    def wait_started(self, view: ProgressReporter | None = None) -> None:
-        """Until all have started. Raises the error of the first that cannot, or RunError after `start_limit_s`."""
+    def wait_started(self, view: ProgressReporter | None = None, check: Callable[[], None] = lambda: None) -> None:
+        """Until all have started. Raises the error of the first that cannot, or RunError after `start_limit_s`; or what
+        `check` raises, which is called meanwhile."""
         end = time.monotonic() + self._start_limit_s
         for member in track(view or NoProgress(), "engines", self.members):
             while member.state == "starting" and self._start_error is None:
                 if time.monotonic() > end:
                     raise RunError(f"{member.name} did not start within {self._start_limit_s:g} s: {member.why}")
+                check()
                 time.sleep(_POLL_S)
             if self._start_error is not None:
                 raise self._start_error

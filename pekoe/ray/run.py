@@ -103,7 +103,7 @@ def build_cluster(config: RLConfig, view: ProgressReporter, stop: Stop, stack: E
     run = stack.enter_context(open_run(config, tokenizer, task, view))
     connect(section, view, stack)
     stores, timer = StoreRegistry(config), StepTimer(view)
-    trainer, pool = _start(config, spec, task.longest, stores, view, stack)
+    trainer, pool = _start(config, spec, task.longest, stores, view, stop, stack)
     stack.callback(run.forget_writing)  # what the ranks are writing may stand, whatever ends the run
     check_room(pool.max_sequence_tokens, task.longest)
     for params in task.planned:
@@ -120,6 +120,7 @@ def build_cluster(config: RLConfig, view: ProgressReporter, stop: Stop, stack: E
         bucket_bytes=section.bucket_mib << 20,
         # NCCL takes no two members on one GPU.
         backend="nccl" if section.training.gpus_per_rank and not section.colocate else "gloo",
+        stopping=lambda: stop.requested,
     )
     channel.trainer = trainer if section.colocate else None
     judge = RayJudge(stores, config.verify.time_limit_s)
@@ -154,7 +155,13 @@ def build_cluster(config: RLConfig, view: ProgressReporter, stop: Stop, stack: E
 
 
 def _start(
-    config: RLConfig, spec: ModelSpec, longest: int, stores: StoreRegistry, view: ProgressReporter, stack: ExitStack
+    config: RLConfig,
+    spec: ModelSpec,
+    longest: int,
+    stores: StoreRegistry,
+    view: ProgressReporter,
+    stop: Stop,
+    stack: ExitStack,
 ) -> tuple[RayTrainer, EnginePool]:
     """Place and start ranks and engines; returns when all are ready."""
     section = config.cluster
@@ -178,5 +185,5 @@ def _start(
     stack.callback(pool.close)
     if not section.colocate:
         trainer.start()  # while the engines start
-    pool.wait_started(view)
+    pool.wait_started(view, stop.check)
     return trainer, pool

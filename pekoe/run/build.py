@@ -26,6 +26,7 @@ from pekoe.config.recipes import (
     RolloutSection,
     TrainSection,
 )
+from pekoe.config.secrets import without_secrets
 from pekoe.core import loop as core
 from pekoe.core.errors import UserError
 from pekoe.core.functions import load_function
@@ -228,7 +229,7 @@ class ServerStarter:
     @property
     def name(self) -> str:
         urls, label = self.config.engine.server.urls, _SERVERS[self.config.engine.backend].name
-        return f"{label} at {urls[self.number]}" if urls else f"{label} server {self.number}"
+        return f"{label} at {without_secrets(urls[self.number])}" if urls else f"{label} server {self.number}"
 
     def start(self) -> ServerEngine:
         urls = self.config.engine.server.urls
@@ -257,6 +258,7 @@ def open_pool(
     planned: Sequence[SamplingParams],
     log_dir: Path,
     view: ProgressReporter,
+    stop: Stop,
     stack: ExitStack,
 ) -> EnginePool:
     """The engines of one process that the config names, ready; closed with `stack`.
@@ -297,7 +299,7 @@ def open_pool(
     )
     stack.callback(pool.close)
     with phase(view, "servers") if section.backend != "embedded" else nullcontext():
-        pool.wait_started()
+        pool.wait_started(check=stop.check)
     check_room(pool.max_sequence_tokens, longest)
     for params in planned:
         pool.check(params)
@@ -386,9 +388,9 @@ def build_rl(config: RLConfig, view: ProgressReporter, stop: Stop, stack: ExitSt
     staged = StagedSender(model, dtype, temperature, embedded) if lag else None  # before the trainer prepares the model
     trainer, timer = make_trainer(config, model, dtype), StepTimer(view)
     sender = staged or LocalSender(model, dtype, trainer.logprobs)
-    pool = open_pool(config, sender.model, task.longest, task.planned, logs, view, stack)
+    pool = open_pool(config, sender.model, task.longest, task.planned, logs, view, stop, stack)
     canary = tokenizer.encode_prompt(task.problems[0].messages)
-    weights = open_channel(config, pool, sender, canary, temperature, logs)
+    weights = open_channel(config, pool, sender, canary, temperature, logs, stop)
     common, catch_up = (pool, tokenizer, judge, task.planned[0], timer, view, stop), weights.catch_up
     at_once, window = config.engine.max_running * len(pool.members), config.rollout.window
     rollouts = Rollouts(*common, catch_up, catch_up if lag else lambda: None, window=window, at_once=at_once)
@@ -447,7 +449,13 @@ def say_changes(run: RunDir, optim: OptimSection, view: ProgressReporter, per_st
 
 
 def open_channel(
-    config: SamplingConfig, pool: EnginePool, sender: LocalSender, canary: IntArray, temperature: float, log_dir: Path
+    config: SamplingConfig,
+    pool: EnginePool,
+    sender: LocalSender,
+    canary: IntArray,
+    temperature: float,
+    log_dir: Path,
+    stop: Stop,
 ) -> WeightChannel:
     """The channel of weights from this process to the engines that the config names."""
     server, embedded = config.engine.server, config.engine.backend == "embedded"
@@ -460,6 +468,7 @@ def open_channel(
         checksum_every=1 if embedded else server.checksum_every,
         limit_s=server.update_limit_s,
         folder=log_dir / "weights",
+        stopping=lambda: stop.requested,
     )
 
 
@@ -471,6 +480,7 @@ def attach_weights(
     problem: Problem,
     params: SamplingParams,
     log_dir: Path,
+    stop: Stop,
 ) -> WeightChannel:
     """Prove that the engines hold `model`; servers that ran already are sent it first.
 
@@ -479,7 +489,7 @@ def attach_weights(
     temperature, dtype = params.temperature or 1.0, getattr(torch, config.model.dtype)
     sender = LocalSender(model, dtype, partial(forward_logprobs, model, temperature, dtype))
     canary = tokenizer.encode_prompt(problem.messages)
-    channel = open_channel(config, pool, sender, canary, temperature, log_dir)
+    channel = open_channel(config, pool, sender, canary, temperature, log_dir, stop)
     if config.engine.server.urls:
         channel.publish(0)
     else:

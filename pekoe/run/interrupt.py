@@ -26,7 +26,8 @@ class Stop:
 
     While it listens, the first SIGINT, SIGTERM or SIGHUP sets the request; the same one again interrupts at once. (At
     Ctrl-C torchrun sends a SIGTERM after the terminal's SIGINT.) SIGHUP stays ignored where it is (nohup). The first
-    signal decides the exit status of an Interrupted that leaves `listening`.
+    signal decides the exit status of an Interrupted that leaves `listening`. A StopRequested leaves it as one, too: if
+    nobody handled it, nothing had begun.
     """
 
     def __init__(self) -> None:
@@ -61,7 +62,10 @@ class Stop:
             numbers.append(signal.SIGHUP)
         before = {number: signal.signal(number, handle) for number in numbers}
         try:
-            yield self
+            try:
+                yield self
+            except StopRequested:
+                raise Interrupted("stopped before anything was done; run the same command again") from None
         except Interrupted as error:
             error.status = 128 + self._received[0]
             raise

@@ -247,8 +247,8 @@ def sample_problems(
         logs = file.parent / "logs" if file else None
         judge = make_judge(config.verify, tokenizer, config.run.seed, kinds_of(problems), logs)
         stack.callback(judge.close)
-        pool = open_pool(config, model, longest, [params], log_dir, view, stack)
-        weights = attach_weights(config, pool, model, tokenizer, problems[0], params, log_dir)
+        pool = open_pool(config, model, longest, [params], log_dir, view, stop, stack)
+        weights = attach_weights(config, pool, model, tokenizer, problems[0], params, log_dir, stop)
         common = pool, tokenizer, judge, params, StepTimer(view), view, stop, weights.catch_up
         rollouts = Rollouts(*common, at_once=config.engine.max_running * len(pool.members))
         try:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import wait as wait_futures
 from dataclasses import dataclass, replace
 from itertools import accumulate, islice
 from pathlib import Path
@@ -28,8 +30,13 @@ from pekoe.weights.transport import SHARED_MEMORY, directory
 _JOIN_LIMIT_S = 60.0
 _ATTEMPTS = 5
 _LOOK_S = 0.1
+_STOP_S = 5.0  # that engines have to answer after the user asked to stop
 
 T = TypeVar("T")
+
+
+class _Stopped(Exception):
+    """The user asked to stop, and engines do not answer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +101,8 @@ class WeightChannel:
         folder: for weights that go over the disk.
         bucket_bytes: weights are gathered, sent and loaded in pieces of this size.
         backend: of broadcast groups.
+        stopping: whether the user asked to stop. Engines that do not answer then are not waited for; a publish is not
+            proven, and the next run begins with one.
     """
 
     def __init__(
@@ -109,12 +118,14 @@ class WeightChannel:
         folder: Path,
         bucket_bytes: int = 256 << 20,
         backend: Literal["gloo", "nccl"] = "gloo",
+        stopping: Callable[[], bool] = lambda: False,
     ) -> None:
         self.route: Route = route
         self._pool, self._sender = pool, sender
         self._canary, self._temperature = canary, temperature
         self._checksum_every, self._limit_s, self._folder = checksum_every, limit_s, folder.resolve()
         self._bucket_bytes, self._backend = bucket_bytes, backend
+        self._stopping, self._stopped_at = stopping, 0.0
         self._bf16 = sender.compute_dtype is torch.bfloat16
         self._version = -1  # none yet
         self._count = 0
@@ -151,13 +162,17 @@ class WeightChannel:
         self._version, self._unknown = version, False
         due = self._count < 2 or self._count % self._checksum_every == 0
         self._count += 1
-        diff = 0.0
-        while not self._pool.in_state("serving"):
-            if targets := self._targets("stale"):
-                diff = max(diff, self._update(targets, due))
-            else:
-                self._pool.check_alive()
-                time.sleep(_LOOK_S)
+        diff: float | None = 0.0
+        try:
+            while not self._pool.in_state("serving"):
+                if targets := self._targets("stale"):
+                    diff = max(diff, self._update(targets, due))
+                else:
+                    self._pool.check_alive()
+                    self._check_stopping()
+                    time.sleep(_LOOK_S)
+        except _Stopped:
+            diff, due = None, False
         checksum: ChecksumResult = "skipped" if not due else "unknown" if self._unknown else "equal"
         seconds = time.perf_counter() - start
         return SyncReport(version, self.route, seconds, self._num_bytes - sent, diff, checksum)
@@ -171,12 +186,14 @@ class WeightChannel:
             self.settle()
         targets = [target for target in self._targets("stale") if not target.member.offloaded]
         if targets and self._version >= 0:
-            self._update(targets, True)
+            with contextlib.suppress(_Stopped):
+                self._update(targets, True)
 
     def prove(self, version: int) -> None:
         """Prove that engines which serve hold the trainer's weights as `version`, without sending them."""
         self._version = version
-        self._prove(self._targets("serving"), True)
+        with contextlib.suppress(_Stopped):
+            self._prove(self._targets("serving"), True)
 
     def forget_groups(self) -> None:
         """The trainer's processes are others."""
@@ -207,7 +224,7 @@ class WeightChannel:
         end = time.monotonic() + self._limit_s + _JOIN_LIMIT_S
         for target, future in begun.items():
             try:
-                results[target] = future.result(max(0.1, end - time.monotonic()))
+                results[target] = self._wait(future, end)
             except EngineLost as error:
                 self._lose(target, str(error))
             except TimeoutError:
@@ -215,6 +232,21 @@ class WeightChannel:
             except RuntimeError as error:
                 errors.append(f"{target.member.name}: {error}")
         return {target: result for target, result in results.items() if target.alive}, "\n".join(errors)
+
+    def _wait(self, future: Future[T], end: float) -> T:
+        """Its result; TimeoutError after `end`, _Stopped some seconds after the user asked to stop."""
+        while not future.done():
+            wait_futures([future], _LOOK_S)
+            if time.monotonic() > end:
+                break
+            self._check_stopping()
+        return future.result(0)
+
+    def _check_stopping(self) -> None:
+        if self._stopping():
+            self._stopped_at = self._stopped_at or time.monotonic()
+            if time.monotonic() - self._stopped_at > _STOP_S:
+                raise _Stopped
 
     # Sending
 

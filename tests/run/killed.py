@@ -20,6 +20,7 @@ import torch
 
 from pekoe.config import EvalConfig, RLConfig, SFTConfig, load_config
 from pekoe.config.recipes import CurateConfig
+from pekoe.core.errors import Interrupted
 from pekoe.core.progress import NoProgress
 from pekoe.core.roofline import Ceilings
 from pekoe.run import hardware
@@ -89,6 +90,12 @@ def half_removed(function: Callable[..., Any], folder: Path, *args: Any, **more:
     kill()
 
 
+def terminated(function: Callable[..., Any], *args: Any, **more: Any) -> Any:
+    """As a cluster's scheduler does it: the run is asked to stop, and goes on until it does."""
+    os.kill(os.getpid(), signal.SIGTERM)
+    return function(*args, **more)
+
+
 def with_children(function: Callable[..., Any], *args: Any, **more: Any) -> NoReturn:
     """Writes down which processes it leaves behind."""
     function(*args, **more)
@@ -97,7 +104,7 @@ def with_children(function: Callable[..., Any], *args: Any, **more: Any) -> NoRe
     kill()
 
 
-_ACTS = (before, after, torn_line, torn_bytes, torn_tensors, in_backward, half_removed, with_children)
+_ACTS = (before, after, torn_line, torn_bytes, torn_tensors, in_backward, half_removed, with_children, terminated)
 ACTS = {act.__name__: act for act in _ACTS}
 
 
@@ -127,8 +134,12 @@ def run(config: RLConfig | SFTConfig, points: Sequence[Point]) -> None:
     if isinstance(config, SFTConfig):
         run_sft(config, NoProgress())
         return
-    with ExitStack() as stack:
-        run_rl(build_rl(config, NoProgress(), Stop(), stack))
+    stop = Stop()
+    try:
+        with stop.listening(), ExitStack() as stack:
+            run_rl(build_rl(config, NoProgress(), stop, stack))
+    except Interrupted as stopped:
+        sys.exit(stopped.status)
 
 
 def killed_command(name: str, tree: dict[str, Any], act: str, line: int = 4) -> None:

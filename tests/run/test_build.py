@@ -20,6 +20,7 @@ from pekoe.core.types import SamplingParams
 from pekoe.data import Tokenizer
 from pekoe.model import Decoder, read_spec
 from pekoe.run.build import open_pool, open_problems, open_task
+from pekoe.run.interrupt import Stop
 from tests.run.conftest import Messages
 
 
@@ -82,7 +83,7 @@ def test_servers_that_would_share_a_gpu_are_refused_before_any_starts(
         model = cast(Decoder, SimpleNamespace(parameters=lambda: iter([weight]), spec=None))
         config = load_config(tree, kind=EvalConfig)
         with ExitStack() as stack:
-            open_pool(config, model, 32, [SamplingParams(stream="eval")], tmp_path, NoProgress(), stack)
+            open_pool(config, model, 32, [SamplingParams(stream="eval")], tmp_path, NoProgress(), Stop(), stack)
 
     with pytest.raises(UserError, match=r'engine.server.gpus: expected the GPUs of each of 2 servers.*\["0", "1"\]'):
         open_on("cuda")

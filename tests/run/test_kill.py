@@ -98,6 +98,14 @@ AGAIN: dict[str, Point] = {  # and once more, by the run that goes on
     "half of the line on going on": Point(LINE, 1, "torn_line"),
     "mid-rollout": Point(RESPONSE, 5),
 }
+TERMINATED: dict[str, Point] = {  # by SIGTERM, in each phase
+    "in a rollout": Point(RESPONSE, 23, "terminated"),
+    "in a training step": Point(OPTIMIZER, 6, "terminated"),
+    "in a sync": Point("pekoe.weights.channel:WeightChannel.publish", 3, "terminated"),
+    "in a save": Point("pekoe.train.checkpoint:snapshot", 2, "terminated"),
+    "while a save is written": Point(TENSORS, 2, "terminated"),
+    "in an evaluation": Point(RESPONSE, 49, "terminated"),
+}
 # Five steps sampled ahead of training by one version each, with an evaluation after the third and saves after 2, 4, 5.
 DRAIN, RECEIVE = "pekoe.run.rollouts:Rollouts.drain", "pekoe.run.rollouts:Rollouts._receive"
 AHEAD: dict[str, Point] = {
@@ -233,6 +241,17 @@ def test_killed_while_going_on(name: str, rl: RLConfig, life: Callable[..., int 
     assert_same(future_of(Path(rl.run.dir)), expected)
 
 
+@pytest.mark.parametrize("name", TERMINATED)
+def test_terminated_and_started_again(
+    name: str, rl: RLConfig, life: Callable[..., int | None], expected: dict[str, Any]
+):
+    start = time.monotonic()
+    assert life(rl, TERMINATED[name]) == 128 + signal.SIGTERM
+    assert time.monotonic() - start < 20
+    assert life(rl) == 0
+    assert_same(future_of(Path(rl.run.dir)), expected)
+
+
 @pytest.fixture(scope="module")
 def unbroken() -> dict[int, dict[str, Any]]:
     return {}
@@ -316,7 +335,7 @@ def test_sft_killed_and_started_again(tiny_dir: Path, tmp_path: Path, life: Call
 
 
 JUDGES: dict[str, Point] = {"judges": Point("pekoe.run.rl:collect", 1, "with_children")}
-ALL = POINTS | AGAIN | AHEAD | AHEAD_AGAIN | SFT | JUDGES
+ALL = POINTS | AGAIN | TERMINATED | AHEAD | AHEAD_AGAIN | SFT | JUDGES
 
 
 def test_no_judge_outlives_its_run(rl: RLConfig, life: Callable[..., int | None]):

@@ -129,10 +129,10 @@ def test_an_engine_that_is_lost_and_started_again_goes_on_with_the_evaluation(ti
                 raise EngineLost("it was killed")
             return super().submit(requests)
 
-    def open_one(config: Any, model: Any, longest: int, planned: Any, logs: Any, view: Any, stack: Any) -> EnginePool:
+    def open_one(config: Any, model: Any, longest: int, *more: Any) -> EnginePool:
         starter = SimpleNamespace(name="server", kind="embedded", start=lambda: DiesOnce(model))
         pools.append(EnginePool([starter], start_limit_s=30, serving_at_once=True))
-        stack.callback(pools[0].close)
+        more[-1].callback(pools[0].close)
         pools[0].wait_started()
         return pools[0]
 

@@ -7,17 +7,24 @@ import pty
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from pekoe.config import dump_config, load_config
+from pekoe.config import RLConfig, dump_config, load_config
+from pekoe.core.errors import Interrupted
 from pekoe.core.journal import read_lines
+from pekoe.core.progress import NoProgress
+from pekoe.run.build import build_rl
 from pekoe.run.interrupt import Stop
+from pekoe.run.rl import run_rl
 from pekoe.run.run_dir import checkpoints
+from tests.engine.servers.fake_sglang import FakeSGLang
 
 LIMIT_S = 120
 CLUSTER = {"generation": {"engines": 1}, "training": {"ranks": 1}, "silence_limit_s": 20}
@@ -91,6 +98,39 @@ def test_a_terminal_that_is_gone_keeps_no_step_from_being_saved(start: Start, tm
         assert int(checkpoints(tmp_path / "run")[-1].name[5:]) == steps(tmp_path / "run")[-1]
     finally:
         process.kill()
+
+
+@pytest.mark.parametrize("path", ["/health", "/update_weights_from_disk"])
+def test_a_server_that_drips_keeps_no_run_from_ending(
+    build: Callable[..., RLConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str
+):
+    """While servers start, and while weights are published."""
+    monkeypatch.setattr("pekoe.weights.channel._STOP_S", 0.2)
+    server, stop = FakeSGLang(), Stop()
+    server.faults[path] = ["drip"]
+    config = build("engine.backend=sglang", f'engine.server.urls=["{server.url}"]', "engine.block_tokens=16")
+
+    def terminate() -> None:
+        while not any(asked == path for asked, _ in server.requests):
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=terminate, daemon=True).start()
+    start = time.monotonic()
+    try:
+        with (
+            pytest.raises(Interrupted, match="run the same command again") as caught,
+            stop.listening(),
+            ExitStack() as stack,
+        ):
+            run_rl(build_rl(config, NoProgress(), stop, stack))
+        assert caught.value.status == 128 + signal.SIGTERM
+        assert time.monotonic() - start < 20
+    finally:
+        server.die()
+    journal = tmp_path / "run" / "journal.jsonl"
+    synced = [line for line in read_lines(journal) if line["event"] == "sync"] if journal.exists() else []
+    assert not any("sync_canary_diff" in line for line in synced)  # nothing is proven
 
 
 def test_nohup_holds():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -286,3 +287,22 @@ def test_requests_in_flight_go_on_while_weights_are_published(make_bench: MakeBe
     assert {completion.num_tokens for completion in completions} == {100}
     assert {version for c in completions for version, _ in c.versions} >= {0, 1}
     assert all(np.isfinite(c.logprobs).all() for c in completions)
+
+
+def test_who_asks_to_stop_does_not_wait_for_an_engine_that_does_not_answer(
+    make_bench: MakeBench, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("pekoe.weights.channel._STOP_S", 0.2)
+    bench, released = make_bench(num=1), threading.Event()
+    assert bench.channel.publish(1).canary_diff is not None
+    bench.members[0].lie = lambda *_: (released.wait(20), None)[1]
+    bench.channel._stopping = lambda: bench.members[0].updates > 1
+    start = time.monotonic()
+    report = bench.channel.publish(2)
+    bench.channel.catch_up()
+    released.set()
+    assert time.monotonic() - start < 10
+    assert (report.canary_diff, report.checksum) == (None, "skipped")
+    assert "sync_canary_diff" not in report.as_dict()
+    assert "not proven" in str(report)
+    assert not bench.pool.in_state("serving")
