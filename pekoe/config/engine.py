@@ -49,6 +49,18 @@ class ServerSection(ConfigSection):
 
     @model_validator(mode="after")
     def _possible(self) -> ServerSection:
+        if self.urls:
+            unread = {"count": self.count > 1, "gpus": self.gpus, "args": self.args, "env": self.env}
+            if named := [name for name, value in unread.items() if value]:
+                raise ValueError(
+                    f"engine.server.{named[0]}: expected none with urls, whose servers were started with their own, "
+                    f"got {getattr(self, named[0])!r}; leave it out"
+                )
+        elif self.key_env:
+            raise ValueError(
+                f"engine.server.key_env: expected none without urls (a server that is started here has its own), "
+                f"got {self.key_env!r}; leave it out"
+            )
         if self.gpus and len(self.gpus) != self.count:
             raise ValueError(f"engine.server.gpus: expected one for each of {self.count} servers, got {len(self.gpus)}")
         for url in self.urls:
@@ -86,6 +98,22 @@ class EngineSection(ConfigSection):
         if self.kv_tokens or device != "cpu":
             return self.kv_tokens
         return self.kv_room(longest, values_per_token * (4 if dtype == "float32" else 2))
+
+    def refuse_unread(self) -> None:
+        """ValueError for settings that servers do not read."""
+        if self.backend == "embedded":
+            return
+        options = "engine.server.args has a server's own options"
+        unread = {"block_tokens": options, "prefill_tokens": options}
+        if self.server.urls:
+            unread["max_running"] = "engine.server.max_requests bounds what a server that runs already is given"
+        for name, hint in unread.items():
+            default, value = type(self).model_fields[name].default, getattr(self, name)
+            if value != default:
+                raise ValueError(
+                    f"engine.{name}: expected the default, {default}, with engine.backend = {self.backend!r}, whose "
+                    f"servers do not read it, got {value}; leave it out ({hint})"
+                )
 
     @model_validator(mode="after")
     def _one_way(self) -> EngineSection:

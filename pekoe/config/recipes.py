@@ -356,6 +356,8 @@ class RLConfig(TrainingConfig):
         self._check_schedule()
         if self.cluster is not None:
             self._check_engines(self.cluster)
+        if self.cluster is None or self.cluster.generation.num_servers == self.cluster.generation.engines:
+            self.engine.refuse_unread()
         if self.eval.every and self.eval.data is None:
             raise ValueError("eval.data: expected a problem file, as eval.every is set, got none")
         return self
@@ -460,6 +462,11 @@ class EvalConfig(Config):
     out: FileName | None = None
     """A directory for results.json and the verdicts so far, from which the same command goes on. Absent: neither."""
 
+    @model_validator(mode="after")
+    def _possible(self) -> EvalConfig:
+        self.engine.refuse_unread()
+        return self
+
 
 class CurateSection(ConfigSection):
     samples: int = Field(default=8, ge=0, le=65_536)
@@ -486,6 +493,11 @@ class CurateConfig(Config):
     run: Process = Process()
     engine: EngineSection = EngineSection()
     verify: VerifySection = VerifySection()
+
+    @model_validator(mode="after")
+    def _possible(self) -> CurateConfig:
+        self.engine.refuse_unread()
+        return self
 
 
 class DataConfig(ConfigSection):

@@ -9,9 +9,11 @@ run.py                builds the parts of the loop, and runs it
 """
 
 import os
+import sys
 
 # Ray runs code for whoever reaches its ports, unless they must have a token. It reads this once, when it is imported.
-os.environ.setdefault("RAY_AUTH_MODE", "token")
+if "ray" not in sys.modules:
+    os.environ.setdefault("RAY_AUTH_MODE", "token")
 
 from pekoe.ray.placement import plan
 from pekoe.ray.run import run_cluster

@@ -77,15 +77,15 @@ def opened(config: EvalConfig, view: ProgressReporter, problems: Sequence[Proble
     prepare(config.run)
     model, tokenizer, _ = open_model(config.model)
     context = model.spec.max_positions
-    params = _params(config, tokenizer, min(context - 1, config.eval.max_new_tokens or MAX_NEW_TOKENS))
+    stop, params = Stop(), _params(config, tokenizer, min(context - 1, config.eval.max_new_tokens or MAX_NEW_TOKENS))
     with tempfile.TemporaryDirectory(prefix="pekoe-sample-") as logs, ExitStack() as stack:
-        pool = open_pool(config, model, context, [params], Path(logs), view, stack)
-        weights = attach_weights(config, pool, model, tokenizer, prompt_problem("0"), params, Path(logs))
+        pool = open_pool(config, model, context, [params], Path(logs), view, stop, stack)
+        weights = attach_weights(config, pool, model, tokenizer, prompt_problem("0"), params, Path(logs), stop)
         seed = config.run.seed
         kinds = [kind for kind in kinds_of(problems) if kind != NO_ANSWER]
         judge = _Judge(make_judge(config.verify, tokenizer, seed, kinds) if kinds else RandomJudge(seed))
         stack.callback(judge.close)
-        common = pool, tokenizer, judge, params, StepTimer(view), view, Stop(), weights.catch_up
+        common = pool, tokenizer, judge, params, StepTimer(view), view, stop, weights.catch_up
         at_once = config.engine.max_running * len(pool.members)
         yield Sampler(config, Rollouts(*common, at_once=at_once), tokenizer, context)
 

@@ -18,6 +18,7 @@ RECIPE: dict[str, Any] = {
 }
 
 VLLM = "engine.backend=vllm engine.server.python=python"
+URL = 'engine.backend=vllm engine.server.urls=["http://a:1"]'
 
 
 @pytest.mark.parametrize(
@@ -45,6 +46,31 @@ def test_each_engine_sees_its_own_server():
     seen = [config.engine_config(number).engine for number in range(3)]
     assert [engine.backend for engine in seen] == ["embedded", "sglang", "sglang"]
     assert [engine.server.urls for engine in seen[1:]] == [("http://a:1",), ("http://b:1",)]
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        (f"{VLLM} engine.prefill_tokens=64", r"engine\.prefill_tokens: expected the default, 8192, with .*'vllm'"),
+        (f"{VLLM} engine.block_tokens=8", r"engine\.block_tokens: expected the default, 16"),
+        (f"{URL} engine.max_running=8", r"engine\.max_running: expected the default, 512, with .*'vllm'"),
+        (f'{URL} engine.server.args=["--x"]', r"engine\.server\.args: expected none with urls"),
+        (f"{VLLM} engine.server.key_env=A", r"engine\.server\.key_env: expected none without urls"),
+    ],
+)
+def test_what_servers_do_not_read_is_refused(override: str, message: str):
+    with pytest.raises(UserError, match=message):
+        load_config(RECIPE, override.split())
+    load_config(RECIPE, f"{VLLM} engine.max_running=8".split())
+    load_config(RECIPE, f"{URL} engine.server.key_env=A".split())
+
+
+def test_what_servers_do_not_read_may_be_for_other_engines():
+    more = ["engine.backend=sglang", "engine.server.python=python", "engine.prefill_tokens=64"]
+    generation = ["cluster.generation.engines=3", "cluster.generation.servers=2"]
+    assert load_config(RECIPE, [*more, *generation]).engine.prefill_tokens == 64
+    with pytest.raises(UserError, match=r"engine\.prefill_tokens: expected the default, 8192"):
+        load_config(RECIPE, [*more, *generation[:1]])
 
 
 def test_its_defaults_are_one_of_each():

@@ -108,7 +108,12 @@ def test_a_server_that_drips_keeps_no_run_from_ending(
     monkeypatch.setattr("pekoe.weights.channel._STOP_S", 0.2)
     server, stop = FakeSGLang(), Stop()
     server.faults[path] = ["drip"]
-    config = build("engine.backend=sglang", f'engine.server.urls=["{server.url}"]', "engine.block_tokens=16")
+    config = build(
+        "engine.backend=sglang",
+        f'engine.server.urls=["{server.url}"]',
+        "engine.block_tokens=16",
+        "engine.server.start_limit_s=4",
+    )
 
     def terminate() -> None:
         while not any(asked == path for asked, _ in server.requests):
@@ -128,6 +133,9 @@ def test_a_server_that_drips_keeps_no_run_from_ending(
         assert time.monotonic() - start < 20
     finally:
         server.die()
+    while any(thread.name.startswith("pekoe ") for thread in threading.enumerate()):  # of an engine that starts
+        assert time.monotonic() - start < 40
+        time.sleep(0.05)
     journal = tmp_path / "run" / "journal.jsonl"
     synced = [line for line in read_lines(journal) if line["event"] == "sync"] if journal.exists() else []
     assert not any("sync_canary_diff" in line for line in synced)  # nothing is proven

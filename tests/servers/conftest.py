@@ -53,7 +53,7 @@ def sglang_section(sglang_python: str) -> Callable[..., EngineSection]:
         }
         server |= changes
         if "urls" in changes:
-            del server["python"]
+            del server["python"], server["env"]
             return EngineSection.model_validate({"backend": "sglang", "server": server})
         return EngineSection.model_validate({"backend": "sglang", "max_running": 32, "server": server})
 

@@ -54,6 +54,7 @@ def test_every_route_brings_the_weights(make_bench: MakeBench, route: Route, tmp
     for version in range(3):
         report = bench.channel.publish(version)
         assert (report.version, report.route, report.checksum) == (version, route, "equal")
+        assert report.canary_diff is not None
         assert report.canary_diff <= 1e-4
         if route in ("alias", "copy"):
             assert report.copied_bytes == 0
@@ -282,7 +283,9 @@ def test_requests_in_flight_go_on_while_weights_are_published(make_bench: MakeBe
     futures = bench.pool.submit(requests_of("long", 0, [3, 4, 5], params))
     until(lambda: bench.pool.stats().num_decode_tokens > 60)
     bench.learn()
-    assert bench.channel.publish(1).canary_diff <= 1e-4
+    report = bench.channel.publish(1)
+    assert report.canary_diff is not None
+    assert report.canary_diff <= 1e-4
     completions: list[Completion] = [future.result(60) for future in futures]
     assert {completion.num_tokens for completion in completions} == {100}
     assert {version for c in completions for version, _ in c.versions} >= {0, 1}

@@ -264,7 +264,7 @@ class ServerClient(ABC):
         sending = self._http.stream(method, self._address + path, json=body, timeout=timeout)
         try:
             async with asyncio.timeout(limit), sending as answer:  # httpx's limits are of each read alone
-                if (coding := answer.headers.get("content-encoding", "identity")) != "identity":
+                if (coding := answer.headers.get("content-encoding", "identity").lower()) != "identity":
                     raise RunError(f"{place}: expected an answer that is not compressed, got {shown(coding)}")
                 data = bytearray()
                 async for piece in answer.aiter_bytes():

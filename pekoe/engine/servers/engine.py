@@ -55,6 +55,7 @@ from pekoe.engine.servers.client import (
     ServerOptions,
     SilenceError,
     TransportError,
+    shown,
 )
 from pekoe.engine.servers.process import ServerProcess, allow_open_files, check_python, free_port, wait_ready
 from pekoe.model import Decoder, save_model
@@ -148,8 +149,8 @@ class ServerEngine(Engine):
             check_python(self.name, server.python)
         elif server.sync == "shm" and urlsplit(url).hostname not in ("127.0.0.1", "localhost", "::1"):
             raise UserError(
-                f"engine.server.sync: expected servers on this host (a loopback address) for 'shm', got {url}; "
-                "nearest: 'disk', 'broadcast'"
+                f"engine.server.sync: expected servers on this host (a loopback address) for 'shm', got "
+                f"{without_secrets(url)}; nearest: 'disk', 'broadcast'"
             )
         allow_open_files(len(server.urls) or server.count, server.max_requests)
         port = free_port()
@@ -358,14 +359,16 @@ class ServerEngine(Engine):
             (answer.finish != "length" or size == params.max_new_tokens, f"{params.max_new_tokens} tokens, got {size}"),
             (
                 not size or (starts[:1] == [0] and starts == sorted(set(starts)) and starts[-1] < size),
-                f"versions that cover {size} tokens, got {versions}",
+                f"versions that cover {size} tokens, got {shown(versions)}",
             ),
         ):
             if not holds:
-                raise RunError(f"{self.url}: prompt {request.uid}, sample {request.sample}: expected {expected}")
+                raise RunError(
+                    f"{self._client.url}: prompt {request.uid}, sample {request.sample}: expected {expected}"
+                )
         first, last, got = flight.version, self._version, [version for version, _ in versions]
         if not all(first <= version <= last for version in got):
-            raise EngineLost(f"{self.label}: expected tokens of versions {first} to {last}, got {got}")
+            raise EngineLost(f"{self.label}: expected tokens of versions {first} to {last}, got {shown(got)}")
         record = Record.of(request.tokens, tokens, logprobs)
         return Completion(size, answer.finish, versions, record, answer.num_cached_tokens)
 
@@ -425,7 +428,7 @@ class ServerEngine(Engine):
                     await client.flush()
                     tag = await client.version()
                     if tag != str(version):
-                        raise RunError(f"{self.url}: expected weights tagged {version}, got {tag!r}")
+                        raise RunError(f"{self._client.url}: expected weights tagged {version}, got {shown(tag)}")
                     self._version, self._unusable = version, ""  # before any further token is sampled
                     await client.resume()
                 self._may_send.set()

@@ -8,6 +8,7 @@ socket to an engine. What breaks the promise is printed with its seed, and the s
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import gzip
 import json
@@ -253,13 +254,19 @@ class Fuzz:
         limits = {"start_limit_s": 20, "request_limit_s": LIMIT_S, "update_limit_s": LIMIT_S, "retries": 1}
         section = {"backend": kind, "server": {"urls": [self.server.url]} | limits}
         config = EngineSection.model_validate(section)
-        self.engine = KINDS[kind](folder, config, SPEC, 4096, folder, url=self.server.url)
+        self.engine = self._attach(config)
         self.outcomes: Counter[str] = Counter()
         self.problems: list[str] = []
         self.engine._thread.loop.set_exception_handler(lambda _, what: self._problem(-1, f"in the loop: {what}"))
         size = 14 if kind == "sglang" else 6
         stops = tuple(range(3, 40)) if kind == "sglang" else ()
         self.params = SamplingParams(max_new_tokens=400 if stops else size, temperature=1.0, stop_token_ids=stops)
+
+    def _attach(self, config: EngineSection) -> ServerEngine:
+        for _ in range(10):
+            with contextlib.suppress(RunError):  # the limits are short for a machine that does much else
+                return KINDS[self.kind](self.folder, config, SPEC, 4096, self.folder, url=self.server.url)
+        raise RunError("no server within ten attempts")
 
     def _problem(self, seed: int, what: str) -> None:
         self.problems.append(f"{self.kind}, seed {seed}: {what[:2000]}")
