@@ -28,6 +28,8 @@ MAX_PROMPT_CHARS = 8_000_000  # of a prompt: more than any model's context, and 
 MAX_NAMED = 10  # rows in one message
 MAX_REASON_CHARS = 1000
 
+# Columns that a column of this name takes the place of.
+_SAME: dict[Any, tuple[str, ...]] = {"prompt": ("messages",), "answer": ("answers",)}
 _KINDS: dict[Any, str] = {dict: "an object", list: "an array", str: "a string", bool: "a boolean", type(None): "null"}
 
 
@@ -74,7 +76,7 @@ class Row(dict[str, Any]):
                     raise Malformed(f"expected the column {column!r} (columns.{meaning}), got {self.shown}.{hint}")
                 value = value[key]
             self.used.add(path[0])
-            for name in (meaning, {"prompt": "messages", "answer": "answers"}.get(meaning, meaning)):
+            for name in (meaning, *_SAME.get(meaning, ())):
                 self.pop(name, None)
             if value is not None:
                 self[meaning] = value
