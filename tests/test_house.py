@@ -30,7 +30,7 @@ BUDGETS = {
     "data": 1907,
     # normalize.py and units.py: what users' answers look like, 230; references.py, 90; function.py and sources.py: how
     # a user's reward is called, and its source, 205; what it prints, 35
-    "verify": 3640,
+    "verify": 3648,
     "engine": 4655,  # stop tokens, 35; base, pool and sampling 970; embedded 1,710; servers 1,915: limits, checks, keys
     "train": 820,
     "weights": 951,  # a publish that is not waited for after a stop request, 30

@@ -76,7 +76,7 @@ class _Reward:
     def __init__(self, path: str, options: Options) -> None:
         module, _, name = path.partition(":")
         sys.path.append(os.getcwd())  # in these workers alone, and last: no other code may come from there
-        self._path, self._options = path, options
+        self.path, self.options = path, options
         self._function: Callable[..., Any] = getattr(importlib.import_module(module), name)
         try:
             parameters = list(inspect.signature(self._function).parameters.values())
@@ -111,11 +111,11 @@ class _Reward:
         else:
             given |= {"row": row, "messages": list(messages), "prompt": prompt}
             given |= {_VERL: response, "ground_truth": gold} if _VERL in self._named else {}
-        given |= self._options.arguments
+        given |= self.options.arguments
         missing = [p.name for p in self._named.values() if p.default is p.empty and p.name not in given]
         if missing:
             raise TypeError(
-                f"{self._path}: expected a column of the row or an argument in verify.arguments for its parameter "
+                f"{self.path}: expected a column of the row or an argument in verify.arguments for its parameter "
                 f"{missing[0]!r}, got none.{nearest(missing[0], given)}"
             )
         wanted = given.keys() - self._placed if self._open else given.keys() & self._named.keys()
@@ -123,30 +123,32 @@ class _Reward:
         result = self._function(*placed, **{name: given[name] for name in wanted})
         return result[0] if self._is_trl and isinstance(result, list | tuple) and len(result) == 1 else result
 
-    def verdict(self, result: Any, response: str) -> Verdict:
-        """Raises TypeError or ValueError for what is none of the things that a reward may return."""
-        if isinstance(result, Verdict):
-            if result.label not in get_args(Label):
-                raise ValueError(f"function:{self._path}: expected a label of {get_args(Label)}, got {result.label!r}")
-            return result if result.extracted is not None else replace(result, extracted=_answer(response))
-        extracted, right, number = _answer(response), None, result
-        if isinstance(result, dict) and "score" in result:  # verl
-            right, found = result.get("acc"), result.get("pred")
-            extracted, number = extracted if found is None else str(found), result["score"]
-        if hasattr(number, "item"):  # numpy's and torch's
-            number = number.item()
-        if isinstance(number, bool):
-            return Verdict("correct" if number else "wrong", extracted)
-        if not isinstance(number, int | float):
-            raise TypeError(f"function:{self._path}: expected bool, float or Verdict, got {type(number).__name__}")
-        low, high = self._options.low, self._options.high
-        if not low <= number <= high:
-            raise ValueError(
-                f"function:{self._path}: expected a score in [{low:g}, {high:g}] (verify.score_range), got {number:g}"
-            )
-        score = min(1.0, (number - low) / (high - low))
-        right = score >= self._options.correct_from if right is None else bool(right)
-        return Verdict("correct" if right else "wrong", extracted, f"score {number:g}", score)
+
+def verdict_of(result: Any, extracted: str | None, options: Options, name: str) -> Verdict:
+    """What a reward returned, as a verdict. `extracted` is what was read where the result does not say it.
+
+    Raises TypeError or ValueError, which begin with `name`, for what is none of the things that a reward may return.
+    """
+    if isinstance(result, Verdict):
+        if result.label not in get_args(Label):
+            raise ValueError(f"{name}: expected a label of {get_args(Label)}, got {result.label!r}")
+        return result if result.extracted is not None else replace(result, extracted=extracted)
+    right, number = None, result
+    if isinstance(result, dict) and "score" in result:  # verl
+        right, found = result.get("acc"), result.get("pred")
+        extracted, number = extracted if found is None else str(found), result["score"]
+    if hasattr(number, "item"):  # numpy's and torch's
+        number = number.item()
+    if isinstance(number, bool):
+        return Verdict("correct" if number else "wrong", extracted)
+    if not isinstance(number, int | float):
+        raise TypeError(f"{name}: expected bool, float or Verdict, got {type(number).__name__}")
+    low, high = options.low, options.high
+    if not low <= number <= high:
+        raise ValueError(f"{name}: expected a score in [{low:g}, {high:g}] (verify.score_range), got {number:g}")
+    score = min(1.0, (number - low) / (high - low))
+    right = score >= options.correct_from if right is None else bool(right)
+    return Verdict("correct" if right else "wrong", extracted, f"score {number:g}", score)
 
 
 def _answer(response: str) -> str | None:
@@ -159,7 +161,8 @@ def _answer(response: str) -> str | None:
 def _decide(load: Callable[[], _Reward], response: str, gold: Any, context: Mapping[str, Any] | None) -> Verdict:
     reward = load()
     try:
-        return reward.verdict(reward(response, gold, context or {}), response)
+        result = reward(response, gold, context or {})
+        return verdict_of(result, _answer(response), reward.options, f"function:{reward.path}")
     except (MemoryError, RecursionError):  # limits: the worker's to tell
         raise
     except (Exception, SystemExit) as error:
