@@ -162,7 +162,7 @@ def collect(parts: RLParts, step: int) -> Batch:
     except RunError as error:
         parts.records.write(step, list(record_lines(batch, Scored((), {}), parts.config)))
         parts.records.settle()
-        raise RunError(f"{error}. The responses: pekoe report {parts.config.run.dir}") from None
+        raise RunError(f"{str(error).rstrip('.')}. The responses: pekoe report {parts.config.run.dir}") from None
     return batch
 
 

@@ -77,7 +77,11 @@ class _Reward:
         module, _, name = path.partition(":")
         sys.path.append(os.getcwd())  # in these workers alone, and last: no other code may come from there
         self.path, self.options = path, options
-        self._function: Callable[..., Any] = getattr(importlib.import_module(module), name)
+        imported = importlib.import_module(module)
+        if not hasattr(imported, name):
+            valid = (other for other, value in vars(imported).items() if callable(value))
+            raise AttributeError(f"expected a function of {module}, got {name!r}.{nearest(name, valid)}")
+        self._function: Callable[..., Any] = getattr(imported, name)
         try:
             parameters = list(inspect.signature(self._function).parameters.values())
         except ValueError:  # written in C

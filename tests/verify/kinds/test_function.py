@@ -238,6 +238,11 @@ def test_an_argument_that_the_function_does_not_take_is_refused_before_anything_
         decide("by_name", arguments={"limmit": 9})
 
 
+def test_a_name_that_the_module_lacks_is_said_with_the_nearest(decide: Any):
+    with pytest.raises(AttributeError, match=r"expected a function of calls, got 'sined'\. Did you mean 'signed'"):
+        decide("sined")
+
+
 def test_what_was_read_reaches_the_verdict(decide: Callable[..., Verdict]):
     assert decide("own_names", r"so \boxed{12}").extracted == "12"
     assert decide("own_names", "no answer").extracted is None
