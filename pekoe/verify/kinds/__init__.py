@@ -6,18 +6,18 @@ import re
 from collections.abc import Collection, Mapping
 
 from pekoe.core.errors import UserError, nearest
+from pekoe.core.functions import FUNCTION
 from pekoe.verify.kinds import code, function, gym, math, structured
 from pekoe.verify.kinds.base import Verifier
 
 _ALL = (math.VERIFIER, math.UNBOXED, structured.CHOICE, structured.LOGIC, structured.COUNTDOWN, code.VERIFIER)
 VERIFIERS: dict[str, Verifier] = {verifier.name: verifier for verifier in _ALL}
-_FUNCTION = re.compile(r"[\w.]+:\w+")
 
 
 def check_functions(functions: Collection[str]) -> None:
     """Raise UserError unless each of `functions` has the form "PACKAGE.MODULE:NAME"."""
     for path in functions:
-        if not _FUNCTION.fullmatch(path):
+        if not FUNCTION.fullmatch(path):
             raise UserError(f"verify.functions: expected PACKAGE.MODULE:NAME, got {path!r}")
 
 
@@ -30,7 +30,7 @@ def find_verifier(kind: str, functions: Collection[str] | Mapping[str, function.
     """
     family, _, rest = kind.partition(":")
     if family == "function":
-        if not _FUNCTION.fullmatch(rest):
+        if not FUNCTION.fullmatch(rest):
             raise UserError(f"judge: expected a kind function:PACKAGE.MODULE:NAME, got {kind!r}")
         if rest not in functions:
             allowed = ", ".join(sorted(functions)) or "none"
