@@ -21,7 +21,7 @@ BUDGETS = {
     "core": 1205,
     # keys.py, which lists every key, 205; names.py, what TRL and verl call them, 85; secrets.py, 40; the bounds of
     # settings, 70; rewards of the user's own, scores and lengths, 50; columns, 26; unread settings, 40
-    "config": 1377,
+    "config": 1381,
     "kernels": 740,
     "algo": 582,  # own advantages, 20; by sequence, 25; log-prob differences by lag, 33; rewards by a formula, 19
     "model": 870,
@@ -38,7 +38,7 @@ BUDGETS = {
     # look.py, 120; judges that are started first, the step that is kept at an error, rows by their places, 60;
     # own metrics, 25
     # sample.py, 175; tables of eval, 50; responses.jsonl, 45
-    "run": 4075,
+    "run": 4079,
     "report": 1545,  # lag.py: who waits for whom, what a lag gave, 150; learning.py, 115; the time left, 20; page.js
     "ray": 1452,  # streams.py: many answers by one call, 85; who may connect, 20
     "demo": 480,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from itertools import chain, islice
@@ -33,7 +33,6 @@ from pekoe.run.build import check_context, open_model, open_problems, prepare, s
 from pekoe.run.eval_metrics import majority_at_k, pass_at_1, pass_at_k, powers_up_to
 from pekoe.run.judging import response_text
 from pekoe.run.references import reference_check
-from pekoe.run.rollouts import check_faults
 from pekoe.run.run_dir import write_whole
 from pekoe.run.sample_store import ProblemResult, sample_problems
 
@@ -90,12 +89,15 @@ def result_of(rows: Sequence[ProblemResult], num_samples: int) -> EvalResult:
 
 
 def evaluate(
-    rollouts: Rollouts, problems: Sequence[Problem], params: SamplingParams, max_fault_rate: float = 0.05
+    rollouts: Rollouts,
+    problems: Sequence[Problem],
+    params: SamplingParams,
+    check: Callable[[list[JudgedGroup]], None],
 ) -> EvalResult:
-    """Sample `params.n` responses to each problem and judge them."""
+    """Sample `params.n` responses to each problem and judge them. `check` raises where the verdicts cannot be used."""
     rollouts.put([Draw(problem, 0) for problem in problems], params)
     groups = rollouts.take(len(problems))
-    check_faults((verdict for group in groups for verdict in group.verdicts), max_fault_rate)
+    check(groups)
     return result_of([ProblemResult.of(group) for group in groups], params.n)
 
 

@@ -142,9 +142,7 @@ def put(parts: RLParts, number: int) -> None:
 
 
 def collect(parts: RLParts, step: int) -> Batch:
-    """Take the groups of a step. With dynamic sampling, draw again for groups that teach nothing (DAPO).
-
-    RunError where too many verdicts are FAULT (I9); the responses are written first."""
+    """Take the groups of a step. With dynamic sampling, draw again for groups that teach nothing (DAPO)."""
     rollout, batch = parts.config.rollout, Batch()
     while len(batch.groups) < rollout.prompts_per_step and batch.num_rounds <= rollout.dynamic_rounds:
         missing = rollout.prompts_per_step - len(batch.groups)
@@ -157,13 +155,18 @@ def collect(parts: RLParts, step: int) -> Batch:
             else:
                 batch.groups.append(group)
         batch.num_rounds += 1
+    check_verdicts(parts, step, batch)
+    return batch
+
+
+def check_verdicts(parts: RLParts, step: int, batch: Batch) -> None:
+    """RunError where too many verdicts are FAULT (I9); the responses are written first, as those of `step`."""
     try:
         check_faults(batch.verdicts(), parts.config.verify.max_fault_rate)
     except RunError as error:
         parts.records.write(step, list(record_lines(batch, Scored((), {}), parts.config)))
         parts.records.settle()
         raise RunError(f"{str(error).rstrip('.')}. The responses: pekoe report {parts.config.run.dir}") from None
-    return batch
 
 
 def train(parts: RLParts, scored: Scored, step: int) -> tuple[list[StepStats], dict[int, str]]:
@@ -270,7 +273,8 @@ def evaluate_if_due(parts: RLParts, progress: Progress) -> Progress:
         return replace(progress, evaluated=True)
     parts.begin_step()
     params = eval_sampling(parts.config, parts.stop_token_ids)
-    result = evaluate(parts.eval_rollouts, parts.held_out, params, parts.config.verify.max_fault_rate)
+    check = partial(check_verdicts, parts, progress.step + 1)
+    result = evaluate(parts.eval_rollouts, parts.held_out, params, lambda groups: check(Batch(groups)))
     figures = result.as_dict() | {"rates": result.rates, "data": parts.config.eval.data}
     parts.run.journal.write("eval", step=progress.step, seconds=parts.timer.seconds, **figures)
     parts.rollouts.flush_cache()  # the next step finds the caches that a resumed run would find

@@ -145,16 +145,20 @@ def test_a_graded_reward_trains_and_a_resumed_run_may_be_evaluated(
     train(build("num_steps=3", *own))
 
 
+@pytest.mark.parametrize("evaluates", [False, True])
 def test_the_responses_of_the_step_that_stopped_the_run_are_written(
-    build: Build, train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    build: Build, train: Train, tiny_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, evaluates: bool
 ):
     (tmp_path / "failing_rewards.py").write_text("def f(response, gold):\n    print('seen', gold)\n    return 1 / 0\n")
     monkeypatch.syspath_prepend(str(tmp_path))
-    config = build("num_steps=1", "verify.random=false", "verify.reward=failing_rewards:f")
-    with pytest.raises(RunError, match=r"16 of 16 .*failing_rewards\.py:3: ZeroDivisionError.* pekoe report"):
+    held_out = (f"eval.data={tiny_dir / 'held_out.jsonl'}", "eval.every=1", "eval.samples=2") if evaluates else ()
+    config = build("num_steps=1", "verify.random=false", "verify.reward=failing_rewards:f", *held_out)
+    with pytest.raises(
+        RunError, match=r"(16 of 16|14 of 14) .*failing_rewards\.py:3: ZeroDivisionError.* pekoe report"
+    ):
         train(config)
     lines = read_records(Path(config.run.dir), 1)
-    assert len(lines) == 16
+    assert len(lines) == (14 if evaluates else 16)
     assert {line["label"] for line in lines} == {"fault"}
     printed = (Path(config.run.dir) / "logs" / "function-failing_rewards-f.log").read_text()
     assert "seen" in printed
