@@ -294,7 +294,7 @@ class RLLogging(Logging):
 class RLConfig(TrainingConfig):
     """A recipe of `pekoe rl`."""
 
-    track: RLLogging = RLLogging()
+    track: RLLogging = RLLogging()  # pyright: ignore[reportIncompatibleVariableOverride]  # frozen: never set
 
     num_steps: int = Field(ge=1)
     """Steps: rollout batches, each with `algo.minibatches` optimizer steps."""

@@ -249,7 +249,7 @@ def compare(before: Path, after: Path) -> dict[str, Any]:
     if not judged:
         raise UserError(f"eval --compare: expected problems that both have verdicts of, got none of {len(results[0])}")
     first, second = ([rows[uid]["num_correct"] / rows[uid]["num_judged"] for uid in judged] for rows in results)
-    moves = [
+    moves: list[dict[str, Any]] = [
         {"uid": uid, "prompt": results[0][uid].get("prompt", uid), "before": a, "after": b}
         for uid, a, b in zip(judged, first, second, strict=True)
         if a != b

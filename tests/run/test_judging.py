@@ -68,7 +68,7 @@ def test_the_recipe_sets_the_judges_memory(tiny_dir: Path, build: Any, monkeypat
             "import no_such_library",
             r"kind function:broken:score cannot start: broken.py:1: ModuleNotFoundError: .*no_such_lib",
         ),
-        ("def other(): ...", r"cannot start: AttributeError: .* has no attribute 'score'"),
+        ("def other(): ...", r"cannot start: AttributeError: expected a function of .*, got 'score'"),
         (None, r"cannot start: ModuleNotFoundError: No module named 'broken'"),
     ],
 )
