@@ -87,7 +87,9 @@ VERDICTS: list[tuple[Any, str, str]] = [
     ([], "7", "fault"),
     ("", "7", "fault"),
     (["7", ""], "7", "fault"),
-    (7, "7", "fault"),
+    (7, "7", "correct"),
+    (7.5, "15/2", "correct"),
+    (True, "1", "fault"),
     (["7", None], "7", "fault"),
 ]
 
