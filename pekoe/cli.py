@@ -370,10 +370,9 @@ def _ray_package() -> ModuleType:
 def doctor(
     recipe: Annotated[str | None, typer.Argument(metavar="[RECIPE.toml]", help="of rl or sft")] = None,
     overrides: Overrides = None,
-    memory_gib: Annotated[
-        float | None, typer.Option(min=0.1, help="memory of another machine, or of one of its GPUs")
-    ] = None,
+    memory_gib: Annotated[float | None, typer.Option(min=0.1, help="memory of another machine, or of its GPU")] = None,
     processes: Annotated[int, typer.Option(min=1, help="how many will train together (torchrun)")] = 1,
+    measure: Annotated[str | None, typer.Option(metavar="FILE.toml", help="a profile for plan --hardware")] = None,
 ) -> None:
     """This machine's hardware and optional packages; with a recipe, whether its training fits in memory.
 
@@ -383,6 +382,11 @@ def doctor(
     """
     from pekoe.run.doctor import available_bytes, environment, examine
 
+    if measure is not None:
+        from pekoe.plan.calibrate import write_profile
+        from pekoe.run.profile import measure_machine
+
+        return typer.echo(write_profile(Path(measure), *measure_machine()))
     fault: str | None = None
     memory_bytes = int(memory_gib * 2**30) if memory_gib else None
     if recipe is None:
@@ -416,8 +420,7 @@ def plan(
 ) -> None:
     """What a recipe of rl takes on devices that are not here: memory, seconds of a step, hours, price.
 
-    Simulates the loop's schedule, and prints how wrong predictions of published figures were. Exit status 2 if the
-    recipe does not fit, with the nearest change that does.
+    With how wrong such predictions of published figures were. Exit status 2 if the recipe does not fit.
     """
     from pekoe.plan.command import run_plan
     from pekoe.plan.recipe import Asked

@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import Literal
+
+from pekoe.core.spec import ModelSpec
 
 _GB, _TERA = 1e9, 1e12
 
@@ -75,3 +78,18 @@ def recognise(text: str) -> Device | None:
     if text in DEVICES:
         return DEVICES[text]
     return next((DEVICES[name] for pattern, name in _SPELT if re.search(pattern, text.lower())), None)
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """A measurement of this machine: how long `sequences` sequences of a model took to be sampled, or to be trained on.
+
+    Example: Timing("sample", spec, 64, 32, 32, 0.41): 64 responses of 32 tokens to prompts of 32, by groups of 8.
+    """
+
+    kind: Literal["sample", "train"]
+    spec: ModelSpec
+    sequences: int
+    prompt: int  # tokens of each
+    response: int
+    seconds: float
