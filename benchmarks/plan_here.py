@@ -4,7 +4,7 @@
     OMP_NUM_THREADS=1 pekoe doctor --measure core.toml     # for runs whose processes have a core each
     python benchmarks/plan_here.py --hardware here.toml [--lengths RUN_DIR] [--json OUT.json] RUN_DIR ...
 
-A run's own config.toml is planned on the profile. Lengths are those of `--lengths`, a run that was there before; without
+A run's own config.toml is planned on the profile. Lengths are those of `--lengths`, an earlier run; without
 it those of each run itself: then lengths are not predicted. Measured: the median step, without the first and last.
 """
 
