@@ -24,7 +24,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from plan_rows import Question, question
+import plan_loops
+from plan_rows import Question, fits, question
 
 from pekoe.plan.costs import Constants, fitted
 
@@ -167,6 +168,29 @@ def release(rows: Sequence[Row], constants: Constants) -> list[dict[str, Any]]:
     return found
 
 
+def simulated(items: Sequence[Item], constants: Constants) -> dict[str, float]:
+    """Errors of the steps of RL loops, simulated as `pekoe plan` does."""
+    plan_loops.SIMULATED = True
+    loops = [item for item in items if item[1].family == "rl"]
+    errors = [abs(math.expm1(log_error(item, constants))) for item in loops]
+    steps = [e for e, (row, _) in zip(errors, loops, strict=True) if row["metric"] == "step_time"]
+    plan_loops.SIMULATED = False
+    return {
+        name: round(value, 4)
+        for name, values in (("all", errors), ("step_time", steps))
+        for name, value in ((f"{name}_median", median(values)), (f"{name}_p90", quantile(values, 0.9)))
+    } | {"rows": len(errors), "step_time_rows": len(steps)}
+
+
+def fitting(rows: Sequence[Row], constants: Constants) -> dict[str, dict[str, int]]:
+    """Of rows about what ran, and so fitted: those that fit by our formulas. No row of these says what does not fit."""
+    known = [found for row in rows if (found := fits(row, constants)) is not None]
+    return {
+        name: {"rows": sum(one == name for one, _ in known), "fit": sum(fit for one, fit in known if one == name)}
+        for name in ("engines", "training")
+    }
+
+
 def table(title: str, result: dict[str, Any], extra: dict[str, float] | None = None) -> None:
     print(f"\n{title:<48} {'rows':>5} {'expr.':>6} {'median':>7} {'p90':>7}" + (" left out" if extra else ""))
     for name, line in result.items():
@@ -181,6 +205,7 @@ def main() -> None:
     parser.add_argument("--json", help="where to write the scores")
     parser.add_argument("--fit", action="store_true", help="fit the constants, and keep them")
     parser.add_argument("--leave-out", action="store_true", help="score each group with constants of the others")
+    parser.add_argument("--simulate", action="store_true", help="score steps of RL loops by simulation, too")
     parser.add_argument("--worst", type=int, default=3, help="worst rows to name, of each family")
     args = parser.parse_args()
     rows: list[Row] = json.loads(Path(args.figures).read_text(encoding="utf-8"))
@@ -203,9 +228,14 @@ def main() -> None:
             rows, errors, lambda i, row: f"{family[i]}, {kind[is_mixture(row)]}" if i in family else "not expressed"
         ),
         "release": release(rows, constants),
+        "fits": fitting(rows, constants),
         "constants": asdict(constants),
         "not_expressed": dict(Counter(q for q in asked if isinstance(q, str)).most_common()),
     }
+    if args.simulate:
+        result["simulated"] = simulated(items, constants)
+        print("steps of RL loops, simulated:", result["simulated"])
+    print("of what ran, and so fitted, what fits by our formulas:", result["fits"])
     if args.leave_out:
         result["left_out"] = left_out(items)
     table("group", result["groups"], result.get("left_out"))

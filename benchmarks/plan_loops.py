@@ -16,6 +16,7 @@ from plan_rows import Question, number, place
 from pekoe.core.hardware import Device
 from pekoe.plan.costs import Constants, Engine, Training
 from pekoe.plan.rollout import Lengths
+from pekoe.plan.schedule import simulate
 from pekoe.plan.shapes import Shape
 from pekoe.plan.step import Setup, StepTime, sampling_of, step_time
 
@@ -80,8 +81,20 @@ class Loop:
         )  # fmt: skip
 
 
-@cache
+SIMULATED = False  # whether steps are simulated event by event, as `pekoe plan` does, else by formula (quick)
+
+
 def timed(loop: Loop, k: Constants) -> StepTime:
+    return simulated(loop, k) if SIMULATED else by_formula(loop, k)
+
+
+@cache
+def simulated(loop: Loop, k: Constants) -> StepTime:
+    return simulate(loop.setup(k)).time
+
+
+@cache
+def by_formula(loop: Loop, k: Constants) -> StepTime:
     return step_time(
         loop.setup(k), sampled(loop, replace(k, step_overhead=0, reload_s=0, rollout_share=1, sync_s=0, train_flops=0))
     )

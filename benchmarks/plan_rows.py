@@ -20,6 +20,15 @@ SHAREGPT = (225.0, 200.0)  # mean prompt and response of ShareGPT as `vllm bench
 SERVER_SEQUENCES, OFFLINE_SEQUENCES = 256, 2048  # a server's default at most, and TensorRT-LLM's benchmark
 
 
+ENGINE_METRICS = {
+    "tpot",
+    "output_throughput",
+    "output_throughput_per_gpu",
+    "total_token_throughput",
+    "batch_completion_time",
+}
+
+
 @dataclass(frozen=True)
 class Question:
     """What a row asks: `answer` takes constants, and returns what the row's unit says."""
@@ -250,6 +259,20 @@ def memory_question(row: Row) -> Question | str:
     make, length, micro, _ = setting
     whole = 0 if "(rl)" in row["system"] else 14  # chunks of logits in RL; else kept in bfloat16, and in float32 twice
     return Question("memory", lambda k: memory_of_training(make(k), length * micro, whole) / 2**30)
+
+
+def fits(row: Row, k: Constants) -> tuple[str, bool] | None:
+    """Of a row about something that ran, and so fitted: engine or training, and whether it fits by our formulas."""
+    found = place(row)
+    if isinstance(found, str) or not row.get("value"):
+        return None
+    prompt, response = number(row["prompt_len"]), number(row["response_len"])
+    if row["metric"] == "peak_memory":
+        asked = memory_question(row)
+        return None if isinstance(asked, str) else ("training", asked.answer(k) * 2**30 <= found[1].memory_bytes)
+    if row["metric"] in ENGINE_METRICS and prompt and response:
+        return "engines", engine_of(row, *found)(k).kv_tokens(0.94) >= prompt + response
+    return None
 
 
 def sync_question(row: Row) -> Question | str:

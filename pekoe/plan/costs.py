@@ -341,15 +341,17 @@ def memory_of_training(training: Training, tokens: float, logit_bytes: float = 0
     """Bytes of one device at the peak: weights, gradients and moments in float32, activations of a micro-batch.
 
     Activations (Korthikanti et al. 2022, section 4, bfloat16, sequence-parallel): 34 C a token and layer where all is
-    kept; 2 C where each layer is computed again, whose own 34 C come on top.
+    kept; 18 C where every other product is computed again (torchtitan's selective checkpointing: fitted to its rows);
+    2 C where each layer is, whose own 34 C come on top. Pipeline stages (1F1B) hold as many micro-batches as there are
+    stages, the first one's peak. Under LoRA the weights are held in float32, without gradients and moments.
 
     Args:
         logit_bytes: of each logit of the micro-batch; 0 where they are computed in chunks, as Pekoe does.
     """
     shape, split = training.shape, training.tp * training.pp
     shards = training.devices if training.sharded else split
-    state = shape.num_parameters * (2 if training.lora else 16) / shards
+    state = shape.num_parameters * (4 if training.lora else 16) / shards
     gathered = 4 * shape.num_parameters / max(1, shape.num_layers) / training.tp if training.sharded else 0
-    own, layers = tokens / training.cp / training.tp, shape.num_layers / training.pp
-    kept = layers * (2 if training.recompute >= 1 else 34) + 34
+    own = tokens / training.cp / training.tp
+    kept = shape.num_layers * (2 if training.recompute >= 1 else 18 if training.recompute else 34) + 34
     return state + gathered + own * (shape.hidden * kept + shape.vocab * logit_bytes) + beside
