@@ -415,6 +415,7 @@ def plan(
     failures: Annotated[float, typer.Option(min=0, help="of a GPU in 1,000 hours")] = 0.0,
     what_if: Annotated[list[str] | None, typer.Option(metavar="KEY=VALUE", help="compare changes; repeatable")] = None,
     best: Annotated[bool, typer.Option("--best", help="search layouts: time against price")] = False,
+    page: Annotated[str | None, typer.Option(metavar="FILE.html", help="write a page with plots, too")] = None,
     explain: Annotated[bool, typer.Option("--explain", help="formulas and constants too")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
@@ -422,11 +423,10 @@ def plan(
 
     With how wrong such predictions of published figures were. Exit status 2 if the recipe does not fit.
     """
-    from pekoe.plan.command import run_plan
-    from pekoe.plan.recipe import Asked
+    from pekoe.plan.command import Asked, run_plan
 
     given = hardware, gpus, mean_response, mean_prompt, lengths, price, failures
-    run_plan(Console(), Asked(recipe, tuple(overrides or ()), *given), what_if or (), best, explain, as_json)
+    run_plan(Console(), Asked(recipe, tuple(overrides or ()), *given), what_if or (), best, explain, as_json, page)
 
 
 @app.command()

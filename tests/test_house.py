@@ -45,8 +45,8 @@ BUDGETS = {
     # keys, recipe, keys in --help, 52; plan, 45; data, 26; verify --references, 20; sample, 35; sys.path of -m, 4
     "cli.py": 600,
     # formulas 840; memory, the simulated schedule, reading a recipe, tables, 1,180; other layouts and what-if, 230;
-    # calibrate.py: constants of this machine, 115
-    "plan": 2365,
+    # calibrate.py: constants of this machine, 115; page.py, 80
+    "plan": 2470,
 }
 ROOMS = sorted(room for room in BUDGETS if not room.endswith(".py"))
 MAX_FILE_LINES, MAX_FUNCTION_LINES = 600, 80

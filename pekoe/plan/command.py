@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 
 from rich.console import Console, RenderableType
 
 from pekoe.core.errors import UserError
 from pekoe.plan.forecast import GB, Forecast, forecast
+from pekoe.plan.page import render
 from pekoe.plan.recipe import Asked
 from pekoe.plan.search import best_layouts, front, one_change
 from pekoe.plan.show import compared, explain, show, show_changes, show_front
@@ -22,11 +24,13 @@ def run_plan(
     best: bool = False,
     explained: bool = False,
     as_json: bool = False,
+    page: str | None = None,
 ) -> None:
     """See `pekoe plan --help`.
 
     Args:
         what_if: changes to compare, each one or several keys with values, separated by spaces.
+        page: an HTML file to write, too.
     """
     found = forecast(asked)
     others = {change: forecast(asked.changed(change.split()), alone=True) for change in what_if}
@@ -41,10 +45,25 @@ def run_plan(
     else:
         parts: list[RenderableType] = [*show(found), *show_changes(changes), *compared(found, others)]
         parts += show_front(layouts, front(layouts)) if best else []
-        for each in [*parts, *(explain(found) if explained else ())]:
-            console.print(each, markup=False, highlight=False, soft_wrap=isinstance(each, str))
+        _print(console, [*parts, *(explain(found) if explained else ())])
+        if page is not None:
+            with console.capture() as printed:
+                _print(console, parts)
+            _write(Path(page), render(found, layouts, front(layouts), printed.get()))
     if not found.fits and not best:
         raise UserError(misfit(found))
+
+
+def _print(console: Console, parts: Sequence[RenderableType]) -> None:
+    for each in parts:
+        console.print(each, markup=False, highlight=False, soft_wrap=isinstance(each, str))
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"--page: expected a file that can be written, got {path}: {error.strerror}") from None
 
 
 def misfit(found: Forecast) -> str:

@@ -23,6 +23,7 @@ class Simulated:
     time: StepTime
     last_tenth_s: float  # of a batch: from the end of 90 % of its responses to that of the last
     running: float  # sequences that an engine decodes together, mean over the time in which it samples
+    timeline: list[tuple[float, float, float, float]]  # of each step: put, sampled, trained on, published, in seconds
 
 
 @dataclass(slots=True)
@@ -129,7 +130,7 @@ def simulate(setup: Setup, num_steps: int | None = None, most_engines: int | Non
         setup = replace(setup, num_engines=most_engines, prompts=prompts)
     engines, now = _Engines(setup), 0.0
     before, counted = (setup.lag + 2, num_steps or 4) if setup.lag else (0, num_steps or 1)
-    ends, waits, busy = [0.0], list[float](), [(0.0, 0.0)]
+    ends, waits, busy, timeline = [0.0], list[float](), [(0.0, 0.0)], list[tuple[float, float, float, float]]()
     for step in range(before + counted):
         while len(engines.batches) < step + 1 + setup.lag:
             engines.put(now)
@@ -139,6 +140,7 @@ def simulate(setup: Setup, num_steps: int | None = None, most_engines: int | Non
             drained = engines.drain(now)
             wait, now = wait + drained - now, drained
         engines.load(now, now + published)
+        timeline.append((engines.batches[step].began, sampled, now, now + published))
         now += published
         ends.append(now)
         waits.append(wait)
@@ -152,4 +154,4 @@ def simulate(setup: Setup, num_steps: int | None = None, most_engines: int | Non
         sampling, setup.judge_s, passes, trained, published, overhead, float(np.mean(waits[before:])),
         min(1.0, worked / counted / setup.num_engines / seconds), (passes + trained) / seconds,
     )  # fmt: skip
-    return Simulated(time, tenth, running / worked if worked else 0.0)
+    return Simulated(time, tenth, running / worked if worked else 0.0, timeline)

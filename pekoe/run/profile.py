@@ -71,7 +71,7 @@ def _trained(model: Decoder, spec: ModelSpec, tokens: Sequence[int], dtype: torc
     mask, zeros = np.arange(length) >= PROMPT, np.zeros(length, np.float32)
     for number in (total // length for total in tokens):
         samples = [
-            Sample(np.full(length, i % spec.vocab_size, np.int32), mask, zeros, mask.astype(np.float32), i)
+            Sample(np.full(length, i % spec.vocab_size, np.int64), mask, zeros, mask.astype(np.float32), i)
             for i in range(number)
         ]
         taken = [_seconds(partial(trainer.step, samples, cross_entropy)) for _ in range(TIMES)]

@@ -87,7 +87,9 @@ class Costs:
 def run_with_costs(config: Any, setup: Setup, monkeypatch: pytest.MonkeyPatch) -> tuple[list[float], list[str]]:
     """When each step of `run_rl` ended, and the order of what it did."""
     costs, ends = Costs(setup), list[float]()
-    nothing: Any = SimpleNamespace(write=lambda *_, **__: None, settle=lambda *_, **__: None, fetch=list, adopt=list)
+    nothing: Any = SimpleNamespace(
+        has=lambda _: False, write=lambda *_, **__: None, settle=lambda *_, **__: None, fetch=list, adopt=list
+    )
     order = SimpleNamespace(state=lambda: None, restore=lambda _: None, draw=lambda n: [(0, i) for i in range(n)])
     run = SimpleNamespace(
         resume=lambda _: None, journal=nothing, settle=lambda *_, **__: None, save=lambda *_: None, saved=0

@@ -176,6 +176,17 @@ def test_the_best_layouts_are_recipes_and_a_front():
         best_layouts(forecast(asked("laptop.toml", "model.path=Qwen2.5-0.5B"), alone=True))
 
 
+def test_a_page_has_the_timeline_and_the_front(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    small = asked("boba-7b-cluster.toml", "rollout.prompts_per_step=16", gpus=16)
+    out = printed(capsys, small, best=True, page=str(tmp_path / "plan.html"))
+    text = (tmp_path / "plan.html").read_text()
+    assert text.count("<rect") == 3 * 4  # four steps of three stages
+    assert text.count("<circle") == out.count(" GPUs: ")
+    assert "bound by" in text
+    with pytest.raises(UserError, match="--page: expected a file that can be written"):
+        printed(capsys, small, page=str(tmp_path / "none" / "plan.html"))
+
+
 def test_lengths_are_those_of_a_run(tmp_path: Path):
     def record(prompt: int, response: int) -> Record:
         tokens = np.zeros(prompt, np.int32), np.zeros(response, np.int32)
