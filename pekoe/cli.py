@@ -370,8 +370,8 @@ def _ray_package() -> ModuleType:
 def doctor(
     recipe: Annotated[str | None, typer.Argument(metavar="[RECIPE.toml]", help="of rl or sft")] = None,
     overrides: Overrides = None,
-    memory_gib: Annotated[float | None, typer.Option(min=0.1, help="memory of another machine, or of its GPU")] = None,
-    processes: Annotated[int, typer.Option(min=1, help="how many will train together (torchrun)")] = 1,
+    memory_gib: Annotated[float | None, typer.Option(min=0.1, max=1e6, help="memory of another machine or GPU")] = None,
+    processes: Annotated[int, typer.Option(min=1, max=1e6, help="how many will train together (torchrun)")] = 1,
     measure: Annotated[str | None, typer.Option(metavar="FILE.toml", help="a profile for plan --hardware")] = None,
 ) -> None:
     """This machine's hardware and optional packages; with a recipe, whether its training fits in memory.
@@ -380,7 +380,7 @@ def doctor(
     one training process from a step of the recipe's shapes on meta tensors, and prints the largest
     train.token_budget that fits. Exit status 2 if the recipe does not fit.
     """
-    from pekoe.run.doctor import available_bytes, environment, examine
+    from pekoe.run.doctor import available_bytes, bytes_of, environment, examine
 
     if measure is not None:
         from pekoe.plan.calibrate import write_profile
@@ -388,7 +388,7 @@ def doctor(
 
         return typer.echo(write_profile(Path(measure), *measure_machine()))
     fault: str | None = None
-    memory_bytes = int(memory_gib * 2**30) if memory_gib else None
+    memory_bytes = bytes_of(memory_gib)
     if recipe is None:
         rows = [*environment(), ("memory", f"{available_bytes('cpu') / 2**30:.1f} GiB available")]
         lines = [f"{name:<14} {value}" for name, value in rows]
@@ -581,7 +581,7 @@ def main() -> None:
         if stopped.code == 130:  # typer's status after Ctrl-C: before a loop listens, or a second one
             _fail("interrupted; the last checkpoint, if any, is kept. Run the same command again to go on", 130)
         raise
-    except OSError as error:  # such as a full disk, or a file that cannot be read
+    except (OSError, MemoryError) as error:  # such as a full disk, or a file that cannot be read
         _fail(f"{type(error).__name__}: {error}; what was saved before is kept", 1)
 
 

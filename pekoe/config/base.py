@@ -132,7 +132,7 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
         return
     if not equals or not key.strip():
         hint = nearest(override, shipped_recipes()) if not equals else ""
-        raise UserError(f"override {override!r}: expected section.key=value, or a recipe.{hint}")
+        raise UserError(f"override {cut(override)}: expected section.key=value, or a recipe.{hint}")
     *sections, last = key.strip().split(".")
     node: Any = tree
     if len(sections) > MAX_DEPTH:
@@ -140,7 +140,7 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
     for section in sections:
         node = node.setdefault(section, {})
         if not isinstance(node, dict):
-            raise UserError(f"override {override!r}: {section!r} is a value, not a section")
+            raise UserError(f"override {cut(override)}: {cut(section)} is a value, not a section")
     try:
         node[last] = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:

@@ -17,6 +17,8 @@ from pekoe.config.base import ConfigSection, OneOrOwn, cut, flatten
 from pekoe.config.names import NAMES
 from pekoe.core.errors import UserError, nearest
 
+MAX_MISTAKES, MAX_LINE_CHARS = 20, 1_500  # of one message
+
 _BOUNDS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
 _WORDS: dict[Any, str] = {Any: "any value", bool: "true or false", int: "whole number", float: "number", str: "text"}
 
@@ -130,7 +132,7 @@ def _without_none(value: Any) -> Any:
 
 
 def explain(error: ValidationError, kind: type[ConfigSection], where: str) -> str:
-    """A line for each mistake: where, expected, got, and the nearest valid name."""
+    """A line for each mistake, of the first MAX_MISTAKES: where, expected, got, and the nearest valid name."""
     lines: list[str] = []
     for problem in error.errors():
         path = [str(part) for part in problem["loc"]]
@@ -146,7 +148,8 @@ def explain(error: ValidationError, kind: type[ConfigSection], where: str) -> st
                 expected = problem["msg"].removeprefix("Input should be ")
                 shown = type(got).__name__ + " (a section)" if isinstance(got, dict) else cut(got)
                 lines.append(f"{where}: {name}: expected {expected}, got {shown}.")
-    return "\n".join(lines)
+    more = [f"{where}: {len(lines) - MAX_MISTAKES} more."] if len(lines) > MAX_MISTAKES else []
+    return "\n".join([*(line[:MAX_LINE_CHARS] for line in lines[:MAX_MISTAKES]), *more])
 
 
 def unknown(kind: type[ConfigSection], path: list[str], got: Any = None) -> Iterator[tuple[str, str]]:

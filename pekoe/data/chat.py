@@ -2,81 +2,104 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Mapping, Sequence
+import os
+import signal
+import subprocess
+import sys
+import threading
+import weakref
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
-from typing import Any, NoReturn
+from pathlib import Path
+from typing import IO, Any, cast
 
 import jinja2
-from jinja2 import nodes
-from jinja2.ext import Extension
-from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+import markupsafe
 
 from pekoe.core.errors import UserError
+from pekoe.data import template_process
 
-
-class _GenerationTag(Extension):
-    """`{% generation %}` marks the assistant's text for trainers that mask by it; we only render what is inside."""
-
-    tags = {"generation"}  # noqa: RUF012 (the base class says so)
-
-    def parse(self, parser: Parser) -> nodes.Node:
-        line = next(parser.stream).lineno
-        return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
+MAX_SOURCE_CHARS = 1_000_000
+CPU_LIMIT_S = 5.0  # of a conversation
 
 
 class ChatTemplate:
-    """A compiled chat template, with the special tokens it may name. Renders what `transformers` renders."""
+    """A chat template, with the special tokens it may name. Renders what `transformers` renders.
 
-    def __init__(self, source: str, special_tokens: Mapping[str, Any], origin: str) -> None:
+    Templates are programs that come with models, so they run in a process with limits (`data.template_process`), which
+    starts when the first conversation is rendered, and again after one that met a limit.
+    """
+
+    def __init__(self, source: str, special_tokens: Mapping[str, str], origin: str) -> None:
         """`origin` names the template in messages. Raises UserError for a syntax error."""
         self._origin = origin
-        self._special_tokens = dict(special_tokens)
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, "jinja2.ext.loopcontrols"]
-        )
-        environment.filters["tojson"] = _tojson
-        helpers: dict[str, Any] = {"raise_exception": _raise_exception}
-        environment.globals.update(helpers)
+        self._start_line = json.dumps({"source": source, "special_tokens": dict(special_tokens)}) + "\n"
+        self._process: subprocess.Popen[str] | None = None
+        self._end: Callable[[], int | None] | None = None
+        self._lock = threading.Lock()
         try:
-            self._template = environment.from_string(source)
-        except jinja2.TemplateError as error:
-            raise UserError(f"{origin}: expected a Jinja chat template, got {error}") from None
+            if len(source) > MAX_SOURCE_CHARS:
+                raise ValueError(f"{len(source):,} characters")
+            template_process.environment().parse(source)
+        except Exception as error:  # also RecursionError
+            got = str(error)[:500] or type(error).__name__
+            raise UserError(f"{origin}: expected a Jinja chat template, got {got}") from None
 
     def render(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool, today: date) -> str:
         """The conversation as text; `today` is what `strftime_now` prints.
 
-        Raises UserError where the template refuses the messages, or fails.
+        Raises UserError where the template refuses the messages, fails, or meets a limit.
         """
-        try:
-            return self._template.render(
-                messages=[dict(message) for message in messages],
-                add_generation_prompt=add_generation_prompt,
-                tools=None,
-                documents=None,
-                strftime_now=today.strftime,
-                **self._special_tokens,
-            )
-        except Exception as error:  # a template is a downloaded program: any exception is a failure of the template
-            roles = [message["role"] for message in messages]
-            raise UserError(f"{self._origin}: the chat template refused messages of roles {roles}: {error}") from None
+        request = {"messages": messages, "add_generation_prompt": add_generation_prompt, "today": today.isoformat()}
+        with self._lock:
+            answer = self._ask(json.dumps(request, default=dict) + "\n")
+        if "text" in answer:
+            return answer["text"]
+        roles = [message["role"] for message in messages]
+        raise UserError(
+            f"{self._origin}: the chat template refused messages of roles {roles}: {answer['error']}"
+        ) from None
+
+    def _ask(self, line: str) -> dict[str, str]:
+        if self._process is None:
+            self._process = _start()
+            self._end = weakref.finalize(self, _end, self._process)
+            line = self._start_line + line
+        stdin, stdout = cast(IO[str], self._process.stdin), cast(IO[str], self._process.stdout)
+        with contextlib.suppress(BrokenPipeError):  # it died; its status says of what
+            stdin.write(line)
+            stdin.flush()
+        answer = stdout.readline()
+        if answer.endswith("\n"):
+            return json.loads(answer)
+        self._process, status = None, self._end and self._end()
+        limit = f"it takes more than {CPU_LIMIT_S:g} s"
+        return {"error": limit if status == -signal.SIGPROF else f"its process ended with status {status}"}
 
 
-def _tojson(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    """Jinja's own filter escapes HTML; prompts are no HTML."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+def _start() -> subprocess.Popen[str]:
+    libraries = dict.fromkeys(str(Path(module.__file__ or "").parents[1]) for module in (jinja2, markupsafe))
+    return subprocess.Popen(
+        [sys.executable, "-P", "-s", "-S", template_process.__file__, str(CPU_LIMIT_S)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        encoding="ascii",
+        env={"PYTHONPATH": os.pathsep.join(libraries), "PYTHONHASHSEED": "0"},
+        start_new_session=True,  # the terminal's Ctrl-C does not reach it
+    )
 
 
-def _raise_exception(message: str) -> NoReturn:
-    raise jinja2.TemplateError(message)
+def _end(process: subprocess.Popen[str]) -> int:
+    """Kill it, if it lives, and return its status."""
+    process.kill()
+    for file in (cast(IO[str], process.stdin), cast(IO[str], process.stdout)):
+        with contextlib.suppress(BrokenPipeError):  # what it did not read
+            file.close()
+    return process.wait()
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,27 @@ from pekoe.core.errors import UserError
 from pekoe.core.io import TOKENIZER_FILES
 from pekoe.core.types import IntArray
 from pekoe.data.chat import FAMILIES, OPENING, ChatTemplate
-from pekoe.data.rows import PLAIN, RAW
+from pekoe.data.rows import PLAIN, RAW, Malformed, loads, plain
 from pekoe.data.sources import missing
 
+MAX_CHARS = 4_000_000  # of a text: a million tokens
+MAX_GROWTH = 1_000  # characters that a tokenizer may make of one
 _JSON_FILES = ("special_tokens_map.json", "tokenizer_config.json", "generation_config.json", "config.json")
+
+
+class LibraryFailed(Exception):
+    """An error of the tokenizers library."""
+
+
+@contextlib.contextmanager
+def _library() -> Iterator[None]:
+    """Its errors, which are bare Exceptions, and its panics, which are BaseExceptions, as LibraryFailed."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:
+        raise LibraryFailed(str(error)[:500]) from None
 
 
 class Tokenizer:
@@ -36,9 +54,15 @@ class Tokenizer:
         self.files = dict(files)
         self._origin = origin
         try:
-            self._tokenizer = tokenizers.Tokenizer.from_buffer(self.files["tokenizer.json"])
-        except Exception as error:  # the library raises bare Exception
+            with _library():
+                self._tokenizer = tokenizers.Tokenizer.from_buffer(self.files["tokenizer.json"])
+        except LibraryFailed as error:
             raise UserError(f"{origin}: expected a tokenizer.json of the tokenizers library, got {error}") from None
+        if (growth := _growth(self._tokenizer.normalizer) * _growth(self._tokenizer.decoder)) > MAX_GROWTH:
+            raise UserError(
+                f"{origin}: tokenizer.json: expected replacements that make at most {MAX_GROWTH:,} characters of one, "
+                f"got {growth:.1e}"
+            )
         self._tokenizer.no_truncation()  # saved files may carry the limits of whoever saved them
         self._tokenizer.no_padding()
         sources = self.files | {"config.json": model_config}
@@ -55,8 +79,7 @@ class Tokenizer:
         self._directive = self._opening = ""
         self._today = date.today()
         stops: set[int | None] = {self._tokenizer.token_to_id(self._special.get("eos_token", ""))}
-        for eos in (generation.get("eos_token_id"), model.get("eos_token_id")):
-            stops |= {eos} if isinstance(eos, int) else set(eos or ())
+        stops |= _stop_ids(generation, f"{origin}/generation_config.json") | _stop_ids(model, f"{origin}/config.json")
         self.stop_token_ids = tuple(sorted(token for token in stops if token is not None))
 
     @classmethod
@@ -117,19 +140,28 @@ class Tokenizer:
 
         Raises UserError for a character that the vocabulary cannot write: it would otherwise be dropped or changed.
         """
+        if len(text) > MAX_CHARS:
+            raise UserError(f"{self._origin}: expected a text of at most {MAX_CHARS:,} characters, got {len(text):,}")
         try:
-            return self._tokenizer.encode(text, add_special_tokens=False).ids
-        except Exception:  # a word-level model without an unknown token; the library raises bare Exception
+            with _library():
+                return self._tokenizer.encode(text, add_special_tokens=False).ids
+        except LibraryFailed as error:  # a word-level model without an unknown token; half of a surrogate pair
             added = (re.escape(token.content) for token in self._tokenizer.get_added_tokens_decoder().values())
             rest = re.sub("|".join(added), "", text)
-            unknown = sorted({char for char in rest if self._tokenizer.token_to_id(char) is None})
+            unknown = sorted({char for char in rest if _is_half(char) or self._tokenizer.token_to_id(char) is None})
+            if not unknown:
+                raise UserError(f"{self._origin}: the tokenizer failed on {text[:80]!r}: {error}") from None
             raise UserError(
                 f"{self._origin}: expected characters of its vocabulary, got {unknown} in {text[:80]!r}"
             ) from None
 
     def decode(self, ids: Sequence[int] | IntArray, skip_special_tokens: bool = False) -> str:
         """The text of `ids`, with special tokens spelt out or left out."""
-        return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=skip_special_tokens)
+        try:
+            with _library():
+                return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=skip_special_tokens)
+        except LibraryFailed as error:
+            raise UserError(f"{self._origin}: the tokenizer failed on tokens {list(ids[:8])}...: {error}") from None
 
     def apply_chat_template(self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool = True) -> str:
         """Render a conversation. Raises UserError when the model has no chat template, or it refuses."""
@@ -169,24 +201,69 @@ class Tokenizer:
         bos = self._tokenizer.token_to_id(self._special.get("bos_token", ""))
         if bos is None or ids[:1] == [bos]:
             return ids
-        probe = self._tokenizer.encode("", add_special_tokens=True).ids
+        try:
+            with _library():
+                probe = self._tokenizer.encode("", add_special_tokens=True).ids
+        except LibraryFailed as error:
+            raise UserError(f"{self._origin}: the tokenizer failed on empty text: {error}") from None
         adds_bos = self._config.get("add_bos_token", probe[:1] == [bos])
         return [bos, *ids] if adds_bos else ids
 
     def _load_template(self) -> ChatTemplate | None:
         source: Any = self._config.get("chat_template")
         if "chat_template.jinja" in self.files:
-            source = self.files["chat_template.jinja"].decode()
-        if isinstance(source, list):  # several named templates
-            source = {entry["name"]: entry["template"] for entry in source}.get("default")
+            source = _text(self.files["chat_template.jinja"], f"{self._origin}/chat_template.jinja")
+        try:
+            if isinstance(source, list):  # several named templates
+                source = {entry["name"]: entry["template"] for entry in source}.get("default")
+            if not isinstance(source, str | None):
+                raise TypeError
+        except (TypeError, KeyError):
+            got = f"{source!r:.80}"
+            raise UserError(
+                f"{self._origin}: chat_template: expected a text, or a list of name and template, got {got}"
+            ) from None
         return None if source is None else ChatTemplate(source, self._special, self._origin)
+
+
+def _is_half(character: str) -> bool:
+    """Whether it is half of a surrogate pair, which no encoding has."""
+    return "\ud800" <= character <= "\udfff"
+
+
+def _growth(part: Any) -> float:
+    """How many characters a normalizer or decoder may make of one, by its replacements (the rest at most doubles)."""
+    steps: list[Any] = [] if part is None else [json.loads(part.__getstate__())]
+    growth = 1.0
+    while steps:
+        step = steps.pop()
+        steps += [*step.get("normalizers", ()), *step.get("decoders", ())]
+        if step["type"] == "Replace":
+            content, pattern = len(step["content"]), len(step["pattern"].get("String", ""))
+            growth *= max(1.0, content / pattern if pattern else content + 1)  # a pattern may match nothing, anywhere
+    return growth
+
+
+def _stop_ids(config: Mapping[str, Any], origin: str) -> set[int | None]:
+    value = config.get("eos_token_id")
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    if not all(type(token) is int and 0 <= token < 2**31 for token in ids):
+        raise UserError(f"{origin}: eos_token_id: expected a token's number, or several, got {value!r:.80}")
+    return set(ids)
+
+
+def _text(data: bytes, origin: str) -> str:
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{origin}: expected UTF-8 text, got {error}") from None
 
 
 def _parse_json(data: bytes, origin: str) -> dict[str, Any]:
     try:
-        value = json.loads(data)
-    except ValueError as error:
-        raise UserError(f"{origin}: expected JSON, got {error}") from None
+        value = plain(loads(_text(data, origin)))
+    except Malformed as error:
+        raise UserError(f"{origin}: {error}") from None
     if not isinstance(value, dict):
         raise UserError(f"{origin}: expected a JSON object, got {type(value).__name__}")
     return value

@@ -6,7 +6,6 @@ version, vLLM and SGLang load it. Whatever the decoder does not compute is refus
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, cast, get_args
@@ -19,6 +18,8 @@ _ARCHITECTURES: dict[Family, str] = {
     "qwen3": "Qwen3ForCausalLM",
     "llama": "LlamaForCausalLM",
 }
+MAX_INTEGER = 2**31 - 1  # of a size; and positions are int32 in kernels
+MAX_PARAMETERS = 10**14  # whose bytes are counted in int64
 _QWEN3_HEAD_DIM = 128  # Qwen3's head_dim does not follow from its width; this is the family's default
 
 
@@ -30,7 +31,7 @@ class _Fields:
     where: str
 
     def integer(self, key: str, default: int | None = None) -> int:
-        return self._checked(key, default, "a positive integer", lambda v: type(v) is int and v >= 1)
+        return self._checked(key, default, "a positive integer below 2^31", _is_size)
 
     def number(self, key: str, default: float | None = None) -> float:
         return float(self._checked(key, default, "a positive number", _is_positive_number))
@@ -44,11 +45,11 @@ class _Fields:
     def choice(self, key: str, valid: tuple[str, ...], default: str | None = None) -> str:
         value = self._get(key, default)
         if value not in valid:
-            raise UserError(f"{self.where}: {key}: {value!r} is not supported.{nearest(str(value), valid)}")
+            raise UserError(f"{self.where}: {key}: {value!r:.200} is not supported.{nearest(str(value)[:200], valid)}")
         return str(value)
 
     def wrong(self, key: str, expected: str) -> UserError:
-        return UserError(f"{self.where}: {key}: expected {expected}, got {self.values.get(key)!r}")
+        return UserError(f"{self.where}: {key}: expected {expected}, got {self.values.get(key)!r:.200}")
 
     def _get(self, key: str, default: Any) -> Any:
         value = self.values.get(key)
@@ -64,8 +65,12 @@ class _Fields:
         return value
 
 
+def _is_size(value: Any) -> bool:
+    return type(value) is int and 1 <= value <= MAX_INTEGER
+
+
 def _is_positive_number(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value) and value > 0
+    return type(value) in (int, float) and 0 < value < 1e30
 
 
 def hf_config_to_spec(config: Mapping[str, Any], where: str) -> ModelSpec:
@@ -83,7 +88,7 @@ def hf_config_to_spec(config: Mapping[str, Any], where: str) -> ModelSpec:
         max_positions = max(max_positions, int(rope.original_max_positions * rope.factor))
     attention_bias = family != "qwen2" and fields.flag("attention_bias")
     try:
-        return ModelSpec(
+        spec = ModelSpec(
             family=family,
             vocab_size=fields.integer("vocab_size"),
             hidden_size=hidden,
@@ -106,6 +111,12 @@ def hf_config_to_spec(config: Mapping[str, Any], where: str) -> ModelSpec:
         raise
     except ValueError as error:
         raise UserError(f"{where}: {error}") from None
+    if spec.num_parameters > MAX_PARAMETERS or spec.max_positions > MAX_INTEGER:
+        raise UserError(
+            f"{where}: expected at most {MAX_PARAMETERS:.0e} parameters and {MAX_INTEGER} positions, "
+            f"got {spec.num_parameters:.0e} and {spec.max_positions}"
+        )
+    return spec
 
 
 def spec_to_hf_config(spec: ModelSpec) -> dict[str, Any]:
@@ -155,7 +166,7 @@ def _refuse_unsupported(fields: _Fields) -> None:
     for holder in (config, config.get("rope_parameters"), config.get("rope_scaling")):
         if isinstance(holder, Mapping) and holder.get("partial_rotary_factor") not in (None, 1, 1.0):
             got = holder["partial_rotary_factor"]
-            raise UserError(f"{where}: partial_rotary_factor: expected 1 (the whole head is rotated), got {got!r}")
+            raise UserError(f"{where}: partial_rotary_factor: expected 1 (the whole head is rotated), got {got!r:.200}")
 
 
 def _rope_spec(fields: _Fields, max_positions: int) -> RopeSpec:

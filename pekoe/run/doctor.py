@@ -15,7 +15,7 @@ from statistics import median
 import psutil
 import torch
 
-from pekoe.config.base import read_toml
+from pekoe.config.base import MAX_COUNT, read_toml
 from pekoe.config.cluster import ClusterSection, ParallelSection
 from pekoe.config.recipes import RLConfig, SFTConfig, load_config
 from pekoe.core.errors import UserError
@@ -25,6 +25,7 @@ from pekoe.core.roofline import sampling_flops, training_flops
 from pekoe.core.spec import ModelSpec
 from pekoe.core.words import counted
 from pekoe.model import read_spec
+from pekoe.run.build import check_context
 from pekoe.run.hardware import measure_ceilings
 from pekoe.train.memory_estimate import StepMemory, predict
 
@@ -112,6 +113,8 @@ def examine(
     kind = RLConfig if "num_steps" in read_toml(Path(recipe)) else SFTConfig  # a recipe of `rl` must have it
     config = load_config(recipe, overrides, kind)
     spec, _ = read_spec(Path(config.model.path))
+    if isinstance(config, RLConfig):
+        check_context(spec, config.data.max_prompt_tokens, config.rollout.max_new_tokens)
     lines = step_summary(config, spec) if isinstance(config, RLConfig) else []
     if isinstance(config, RLConfig) and config.cluster is not None:
         assert place is not None
@@ -179,6 +182,13 @@ def min_step_time(config: RLConfig, spec: ModelSpec) -> str:
     )
 
 
+def bytes_of(memory_gib: float | None) -> int | None:
+    """The value of --memory-gib."""
+    if memory_gib != memory_gib:
+        raise UserError("--memory-gib: expected a number, got nan")
+    return int(memory_gib * GIB) if memory_gib else None
+
+
 def available_bytes(device: str) -> int:
     """Memory that a new process could have: of the first GPU, or of this machine or container."""
     if device == "cuda":
@@ -235,7 +245,7 @@ def _largest(step: StepMemory, room: int, parts: dict[str, int]) -> int:
     """The largest budget within `room`, of which state has its bytes once and the rest, where it does, gaps."""
     state = step.total - step.activations
     gaps = GAPS if "gaps of the allocator" in parts else 0.0
-    return step.largest_budget(state + int((room - state) / (1 + gaps)))
+    return min(MAX_COUNT, step.largest_budget(state + int((room - state) / (1 + gaps))))
 
 
 def _step(config: RLConfig | SFTConfig, spec: ModelSpec, processes: int, device: str, budget: int) -> StepMemory:

@@ -21,6 +21,7 @@ from pekoe.model.attention import Attention
 from pekoe.train.trainer import Trainer
 
 _FLOAT = 4  # bytes of a weight, a gradient, each of Adam's moments
+_MOST_TOKENS = 1 << 18  # that are tracked; memory is linear beyond
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +75,8 @@ def predict(
         num_kv_heads=spec.num_kv_heads // tp,
         intermediate_size=spec.intermediate_size // tp,
     )
-    few, many = max(2, token_budget // 4), max(3, token_budget)
+    many = min(max(3, token_budget), _MOST_TOKENS)
+    few = max(2, many // 4)
 
     def peak(tokens: int) -> int:
         settings = tokens, longest, compute_dtype, activation_checkpointing, device == "cuda"

@@ -97,6 +97,14 @@ def _power(base: Number, exponent: Number) -> Number:
     return _finite(base**exponent)
 
 
+def is_beyond(base: Number, exponent: Number) -> bool:
+    """Whether a power, also times any value, has more bits than every value here."""
+    if not (isinstance(base, Fraction) and isinstance(exponent, Fraction)) or exponent.denominator > 1:
+        return False
+    size = max(base.numerator.bit_length(), base.denominator.bit_length())
+    return abs(exponent) * (size - 1) > 4 * MAX_BITS
+
+
 def _exact_root(value: int, degree: int) -> int | None:
     guess = round(value ** (1 / degree)) if value.bit_length() < 1000 else 0
     return next((g for g in (guess - 1, guess, guess + 1) if g >= 0 and g**degree == value), None)

@@ -4,6 +4,11 @@ I9: FAULT means that our machinery or the reference failed. If judging a respons
 the worker's death), the task is retried on a fresh worker. If that hits a limit too, a third judges the reference by
 itself. If that passes, the response was at fault: UNPARSED, with `why` beginning with "limit"; if not, FAULT.
 A worker killed by a signal from outside hit no limit: its task is tried again, MAX_KILLS times, and then FAULT.
+
+Heavy answers have a budget, so that a thousand of them do not hold up the rest. The first LIMITS_A_BATCH limits that a
+batch (what is submitted until no task waits) hits cost the whole time each. After these an answer has SHORT of it,
+once; every JUDGED_A_LIMIT answers judged make room for a limit more. Functions of the user's, and kinds with limits of
+their own (code), always have the whole time.
 """
 
 from __future__ import annotations
@@ -40,6 +45,7 @@ Item = tuple[str, Any, str] | tuple[str, Any, str, Context | None]
 
 MAX_SHOWN_CHARS = 10_000  # of an answer in its verdict
 MAX_FAILED_STARTS = 3  # in a row, before the pool gives up
+LIMITS_A_BATCH, JUDGED_A_LIMIT, SHORT = 20, 100, 0.2
 MAX_KILLS = 20  # of the workers of one item, from outside
 # Signals that others send; not those of a process that goes wrong by itself, as SIGSEGV. An answer cannot send any.
 _FROM_OUTSIDE = {-signal.SIGKILL, -signal.SIGTERM, -signal.SIGINT, -signal.SIGHUP, -signal.SIGQUIT}
@@ -71,6 +77,7 @@ class _Task:
     futures: list[Future[Verdict]]
     itself: bool = False  # the answer is the reference, to be checked
     is_users: bool = False  # judged by a function of the user's
+    has_own_limit: bool = False  # which is never cut short
     num_kills: int = 0
     limits_hit: list[str] = field(default_factory=list[str])  # after two, the reference is judged against itself
 
@@ -106,6 +113,8 @@ class _Worker:
         self.group = group
         self.ready = False
         self.task: _Task | None = None
+        self.limit_s = start_limit_s  # of what it does now
+        self.is_short = False  # the task has a part of its time
         self.message_id = 0
         self.num_judged = 0
         self.deadline = time.monotonic() + start_limit_s
@@ -168,6 +177,7 @@ class _Group:
     retries: deque[_Task] = field(default_factory=deque[_Task])  # for fresh workers only
     workers: list[_Worker] = field(default_factory=list[_Worker])
     num_failed_starts: int = 0  # in a row
+    limits_left: float = field(default_factory=lambda: LIMITS_A_BATCH)  # that may cost the whole time
 
 
 def _environment() -> dict[str, str]:
@@ -270,6 +280,7 @@ class JudgePool:
             else:
                 self._in_flight[key] = task = _Task(key, kind, prepared, gold, context, limit_s, [future], itself)
                 task.is_users = verifier.is_users
+                task.has_own_limit = verifier.is_users or limit_s > self._time_limit_s
                 self._group_of(verifier).tasks.append(task)
                 self._wake_up()
                 return future
@@ -390,10 +401,12 @@ class JudgePool:
             else:
                 self._on_message(key.data)
         for worker in [worker for worker in self._workers() if worker.deadline <= now]:
-            late_after_s = worker.task.time_limit_s if worker.task else self._start_limit_s
-            self._retire(worker, f"time ({late_after_s:g} s)")
+            after = f", after {LIMITS_A_BATCH} limits of this batch" if worker.task and worker.is_short else ""
+            self._retire(worker, f"time ({worker.limit_s:g} s{after})")
 
     def _assign(self, group: _Group) -> None:
+        if not (group.tasks or group.retries or any(worker.task for worker in group.workers)):
+            group.limits_left = LIMITS_A_BATCH
         for worker in group.workers:
             # Each limit hit starts one fresh worker, and retries go first, so no retry waits for ever.
             tasks = group.retries if group.retries and worker.num_judged == 0 else group.tasks
@@ -401,7 +414,9 @@ class JudgePool:
                 continue
             worker.task = task = tasks.popleft()
             worker.message_id += 1
-            worker.deadline = time.monotonic() + task.time_limit_s
+            worker.is_short = group.limits_left < 1 and task.check == "answer" and not task.has_own_limit
+            worker.limit_s = task.time_limit_s * (SHORT if worker.is_short else 1)
+            worker.deadline = time.monotonic() + worker.limit_s
             request = {"id": worker.message_id, "kind": task.kind, "gold": task.gold, "check": task.check}
             self._watch_stdin(worker, worker.send(request | {"answer": task.answer, "context": task.context}))
 
@@ -435,6 +450,7 @@ class JudgePool:
         worker.task, worker.deadline = None, float("inf")
         worker.num_judged += 1
         worker.group.num_failed_starts = 0
+        worker.group.limits_left = min(LIMITS_A_BATCH, worker.group.limits_left + 1 / JUDGED_A_LIMIT)
         label: Any = message.get("label")
         shown = task.answer if len(task.answer) <= MAX_SHOWN_CHARS else task.answer[:200] + "…"
         why = str(message.get("why", ""))[:300]
@@ -446,7 +462,7 @@ class JudgePool:
         elif task.check != "reference":
             verdict = Verdict(label, shown, why)
         elif label == "correct":
-            why = f"limit: {task.limits_hit[-1]}, twice"
+            why = f"limit: {task.limits_hit[-1]}" + ("" if task.limits_hit[0] == "" else ", twice")
             why += "" if task.is_users else "; the reference can be judged against itself"
             verdict = Verdict("unparsed", shown, why)
         else:
@@ -469,7 +485,8 @@ class JudgePool:
                 self._deliver(task, Verdict("fault", task.answer, f"{task.num_kills} workers were killed from outside"))
         elif task is not None:
             self._num_limits += 1
-            task.limits_hit.append(why)
+            group.limits_left -= 1
+            task.limits_hit += ["", why] if worker.is_short and not task.limits_hit else [why]
             if len(task.limits_hit) < (2 if task.itself else 3):
                 group.retries.append(task)
             else:

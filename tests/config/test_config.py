@@ -156,3 +156,14 @@ def test_a_recipe_that_toml_cannot_hold(tmp_path: Path, text: str):
     (tmp_path / "r.toml").write_text(text)
     with pytest.raises(UserError, match=r"r\.toml: expected TOML, got something else"):
         load_config(tmp_path / "r.toml")
+
+
+def test_a_message_has_an_end():
+    with pytest.raises(UserError) as caught:
+        load_config({"model": {"path": "m"}, "run": {"dir": "r"}, "data": {"sources": [0] * 2000}})
+    lines = str(caught.value).splitlines()
+    assert len(lines) == 21
+    assert lines[-1] == "recipe: 1981 more."
+    with pytest.raises(UserError, match=r"override '\[0, 0, .*….*: expected section.key=value") as caught:
+        load_config({"model": {"path": "m"}}, ["[" + "0, " * 2000])
+    assert len(str(caught.value)) < 500

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pekoe.core.errors import UserError
-from pekoe.data import Tokenizer
+from pekoe.data import Tokenizer, chat
 from pekoe.demo.char_tokenizer import make_char_tokenizer
 from pekoe.demo.problems import ARITHMETIC_ALPHABET
 
@@ -273,5 +274,113 @@ class TestFiles:
         ],
     )
     def test_files_that_do_not_parse(self, tmp_path, byte_files, name, content):
-        with pytest.raises(UserError, match=r"expected .*JSON|expected a tokenizer\.json"):
+        with pytest.raises(UserError, match=r"expected .*JSON|expected UTF-8|expected a tokenizer\.json"):
             Tokenizer.load(write(tmp_path, {**byte_files, name: content}))
+
+
+DEEP = b"[" * 200_000
+BPE = {"type": "BPE", "vocab": {"a": 0, "b": 1}, "merges": ["a b"], "continuing_subword_prefix": "##"}
+
+
+def without_template(files: dict[str, bytes]) -> dict[str, bytes]:
+    return {name: data for name, data in files.items() if name != "chat_template.jinja"}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        *(
+            ("generation_config.json", b'{"eos_token_id": %s}' % value, "eos_token_id: expected a token's number")
+            for value in (b"1.5", b'"3"', b"[[1]]", b"true", b"{}", b"-1", b"[1, null]", b"4294967296")
+        ),
+        ("generation_config.json", DEEP, "generation_config.json: expected JSON, got values nested"),
+        ("tokenizer_config.json", b'{"a": ' + DEEP, "tokenizer_config.json: expected JSON"),
+        ("special_tokens_map.json", b'{"bos_token": "\\ud800"}', "half of a surrogate pair"),
+        ("special_tokens_map.json", b'{"bos_token": "\xff"}', "special_tokens_map.json: expected UTF-8 text"),
+        *(
+            ("tokenizer_config.json", b'{"chat_template": %s}' % value, "chat_template: expected a text, or a list of")
+            for value in (b"5", b"{}", b'[{"a": 1}]', b"[1]", b'[{"name": [], "template": "x"}]', b"true")
+        ),
+        ("chat_template.jinja", b"\xff\xfe{", "chat_template.jinja: expected UTF-8 text"),
+        ("chat_template.jinja", b"{{" + b"(" * 5000 + b")" * 5000 + b"}}", "expected a Jinja chat template, got"),
+        ("chat_template.jinja", b"{% if 1 %}" * 5000 + b"{% endif %}" * 5000, "expected a Jinja chat template, got"),
+        ("tokenizer.json", json.dumps({"model": BPE}).encode(), "expected a tokenizer.json of the tokenizers library"),
+        ("tokenizer.json", DEEP, "expected a tokenizer.json of the tokenizers library"),
+    ],
+)
+def test_hostile_files_of_a_model_directory_are_one_message(
+    byte_files: dict[str, bytes], name: str, content: bytes, message: str
+):
+    with pytest.raises(UserError, match=message) as caught:
+        Tokenizer({**without_template(byte_files), name: content}, origin="dir")
+    assert len(str(caught.value)) < 500
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"pre_tokenizer": {"type": "FixedLength", "length": 0}},
+        {
+            "post_processor": {
+                "type": "TemplateProcessing",
+                "single": [{"SpecialToken": {"id": "x", "type_id": 0}}],
+                "pair": [],
+                "special_tokens": {},
+            }
+        },
+    ],
+)
+def test_a_tokenizer_that_panics_at_work_is_one_message(byte_files: dict[str, bytes], changes: dict[str, Any]):
+    plain = without_template(byte_files)
+    plain["tokenizer.json"] = json.dumps(json.loads(byte_files["tokenizer.json"]) | changes).encode()
+    plain["tokenizer_config.json"] = b'{"bos_token": "<bos>"}'
+    with pytest.raises(UserError, match="dir: the tokenizer failed on "):
+        Tokenizer(plain, origin="dir").encode_prompt([{"role": "raw", "content": "ab"}])
+
+
+def test_half_a_surrogate_pair_is_a_character_that_no_vocabulary_has(byte_files: dict[str, bytes]):
+    with pytest.raises(UserError, match="expected characters of its vocabulary"):
+        Tokenizer(byte_files, origin="dir").encode("a\ud800")
+
+
+@pytest.mark.parametrize(
+    ("source", "got"),
+    [
+        ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "it takes more than 0.2 s"),
+        (
+            "{% macro f(n) %}{{ f(n - 1) }}{{ f(n - 1) }}{% endmacro %}{{ f(100) }}",
+            "it takes more than 0.2 s|maximum recursion",
+        ),
+        ("{{ messages[0].content * 10**9 }}", "it made .* characters|it takes more"),
+        ("{{ 10 ** (10**9) }}", "it takes more"),
+        ("{{ '%9999999999d' | format(1) }}", "it takes more memory|too"),
+        ("{{ 'x'.center(10**10) }}", "it takes more memory"),
+        (
+            "{% set n = namespace(x=messages[0].content) %}"
+            "{% for i in range(60) %}{% set n.x = n.x ~ n.x %}{% endfor %}{{ n.x | length }}",
+            "it takes more",
+        ),
+        ("{{ (messages[0].content ~ ' ') * 3000000 }}", "it made .* characters, more than 4,000,000"),
+    ],
+)
+def test_a_template_that_loops_or_multiplies_meets_a_limit(
+    byte_files: dict[str, bytes], monkeypatch: pytest.MonkeyPatch, source: str, got: str
+):
+    monkeypatch.setattr(chat, "CPU_LIMIT_S", 0.2)
+    tokenizer = Tokenizer({**byte_files, "chat_template.jinja": source.encode()}, origin="dir")
+    for _ in range(2):  # a new process after one that was ended
+        with pytest.raises(UserError, match=f"dir: the chat template refused messages of roles .*: ({got})"):
+            tokenizer.apply_chat_template(CHAT)
+
+
+def test_a_tokenizer_that_multiplies_is_refused(byte_files: dict[str, bytes]):
+    replace = {"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 11}
+    growing = {"normalizer": {"type": "Sequence", "normalizers": [replace] * 3}}
+    file = json.dumps(json.loads(byte_files["tokenizer.json"]) | growing).encode()
+    with pytest.raises(UserError, match=r"dir: tokenizer.json: expected replacements that .* got 1\.3e\+03"):
+        Tokenizer({**byte_files, "tokenizer.json": file}, origin="dir")
+
+
+def test_a_text_is_bounded(byte_files: dict[str, bytes]):
+    with pytest.raises(UserError, match="expected a text of at most 4,000,000 characters, got 4,000,001"):
+        Tokenizer(byte_files).encode("a" * 4_000_001)

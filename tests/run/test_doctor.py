@@ -17,6 +17,7 @@ from pekoe.core.roofline import Ceilings, sampling_flops
 from pekoe.model import read_spec
 from pekoe.run import doctor, hardware
 from pekoe.run.doctor import GIB, USABLE, environment, examine, forecast, min_step_time, step_summary
+from tests.fuzz_settings import call as command
 
 
 @pytest.fixture
@@ -169,3 +170,27 @@ def test_a_clusters_placement_is_said_before_anything_starts(tree: dict[str, Any
     assert not any("KV cache" in line for line in lines)
     with pytest.raises(UserError, match=r"room for rank 0 \(1 CPU, 1 GPU\) on one node, got none"):
         examine(str(file), ["cluster.training.gpus_per_rank=1"], 1, None, plan)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["train.token_budget=2147483647"],
+        ["rollout.samples_per_prompt=65536", "rollout.prompts_per_step=1000000000"],
+        ["--memory-gib", "1e6", "--processes", "1000000"],
+    ],
+)
+def test_large_numbers_are_predicted_at_once(tree: dict[str, Any], tmp_path: Path, arguments: list[str]):
+    file = tmp_path / "large.toml"
+    file.write_text(tomli_w.dumps(tree))
+    start = time.monotonic()
+    status, message = command(["doctor", str(file), "model.device=cpu", "--memory-gib", "64", *arguments])
+    assert status in (0, 2), message
+    assert time.monotonic() - start < 20
+
+
+@pytest.mark.parametrize("memory", ["inf", "nan", "1e300", "1e7"])
+def test_a_memory_that_cannot_be_meant(memory: str):
+    status, message = command(["doctor", "--memory-gib", memory])
+    assert status == 2
+    assert "--memory-gib" in message

@@ -125,6 +125,17 @@ def test_unsure(gold: str, answer: str):
     assert compare(gold, answer) is None
 
 
+def test_powers_beyond_all_values_are_told_apart_at_once():
+    start = time.monotonic()
+    for other in ("7", "0", r"\sqrt{2}", r"3 \cdot 10^{8}", "-1/3"):
+        for beyond in ("10^{10000000}", "9^{9^9}", r"2.5 \times 10^{-10000000}"):
+            assert (compare(beyond, other), compare(other, beyond), compare(beyond, beyond)) == (False, False, True)
+    for left, right in (("1^{1000000000}", "1"), (r"0 \cdot 10^{10000000}", "0"), ("2^{12000}", "4^{6000}")):
+        assert compare(left, right) is not False
+    assert compare("10^{10000000}", "10000000^{10000000}") is None
+    assert time.monotonic() - start < 2
+
+
 def test_a_ratio_has_a_value_but_a_number_is_no_ratio():
     assert compare("2:1", "2") is True
     assert compare("2", "2:1") is False

@@ -10,6 +10,7 @@ import pytest
 
 from pekoe.core.errors import RunError
 from pekoe.verify import JudgePool
+from pekoe.verify import pool as pool_module
 
 from .conftest import READY, BadWorker, wait_until, worker_pids
 
@@ -276,3 +277,31 @@ def test_no_python_to_start():
         wait_until(lambda: not pool.usable)
         with pytest.raises(RunError, match="nonexistent"):
             pool.submit(boxed("7"), "7")
+
+
+def test_heavy_answers_have_a_budget_a_batch(bad_worker: BadWorker, monkeypatch: pytest.MonkeyPatch):
+    """Two heavy answers cost the whole time twice each; the others a fifth of it, once. The next batch begins anew."""
+    monkeypatch.setattr(pool_module, "LIMITS_A_BATCH", 4)
+    source = READY + (
+        "for line in sys.stdin:\n"
+        "    request = json.loads(line)\n"
+        "    if request['check'] == 'answer' and request['answer'].startswith('h'): time.sleep(60)\n"
+        "    say({'id': request['id'], 'label': 'correct'})\n"
+    )
+    with JudgePool(num_workers=1, time_limit_s=0.5, _command=bad_worker(source)) as pool:
+        for _ in range(2):
+            start = pool.stats().num_limits
+            answers = [*(f"h{number}" for number in range(6)), "light"]
+            whys = [verdict.why for verdict in pool.judge_many((boxed(answer), "7", "math") for answer in answers)]
+            twice = "limit: time (0.5 s), twice; the reference can be judged against itself"
+            once = "limit: time (0.1 s, after 4 limits of this batch); the reference can be judged against itself"
+            assert sorted(whys) == ["", *[once] * 4, *[twice] * 2]
+            assert pool.stats().num_limits - start == 8
+
+
+def test_a_function_of_the_user_s_always_has_the_whole_time(bad_worker: BadWorker, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(pool_module, "LIMITS_A_BATCH", 0)
+    source = READY + "ask()\ntime.sleep(60)"
+    with JudgePool(num_workers=1, time_limit_s=0.2, functions=["a:b"], _command=bad_worker(source)) as pool:
+        assert "of this batch" not in pool.submit("x", "7", "function:a:b").result().why
+        assert pool.stats().num_limits == 3

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import psutil
 import torch
 
 from pekoe.config.engine import EngineSection
@@ -92,6 +93,10 @@ class EmbeddedEngine(Engine):
             affordable = int(config.kv_gib * 2**30 / (spec.kv_values_per_token * kv_dtype.itemsize * size))
             num_blocks = max(1, min(config.max_running * -(-self._longest // size), affordable))
         self.num_kv_tokens = num_blocks * size  # that the KV cache holds
+        row_bytes = 1_000 + 4 * -(-self._longest // size)  # of the scheduler's table
+        _check_memory("max_running", config.max_running * row_bytes, torch.device("cpu"))
+        kv_bytes = self.num_kv_tokens * spec.kv_values_per_token * kv_dtype.itemsize
+        _check_memory("kv_tokens" if config.kv_tokens else "kv_gib", kv_bytes, next(model.parameters()).device)
         self._make_scheduler = partial(
             Scheduler, num_blocks, size, config.max_running, config.prefill_tokens, self._longest
         )
@@ -434,3 +439,14 @@ def _resize(model: Decoder, whole: bool) -> None:
         parameter.untyped_storage().resize_(parameter.nbytes if whole else 0)
     if torch.cuda.is_available():
         torch.cuda.empty_cache()  # to the other processes of this GPU
+
+
+def _check_memory(key: str, num_bytes: int, device: torch.device) -> None:
+    """Raises UserError for more than the device has, before any is taken."""
+    is_cuda = device.type == "cuda"
+    most = torch.cuda.get_device_properties(device).total_memory if is_cuda else psutil.virtual_memory().total
+    if num_bytes > most:
+        raise UserError(
+            f"engine.{key}: expected what the memory of {device} holds, {most / 2**30:.1f} GiB, got one that takes "
+            f"{num_bytes / 2**30:,.1f} GiB"
+        )

@@ -256,6 +256,8 @@ def check_reference(gold: Any) -> Verdict:
         except _BadReference as fault:
             faults.append(str(fault))
             continue
+        if equivalence.compare(side.text, "0") is not None:
+            continue
         with contextlib.suppress(ArithmeticError, AttributeError, PermissionError, TypeError, ValueError):
             _verify(side.value, _library()[0].sympy.Integer(0))
     return Verdict("fault", None, "; ".join(faults)) if len(faults) == len(texts) else Verdict("correct")

@@ -620,3 +620,9 @@ def test_the_reference_is_not_the_engine(make_model: MakeModel, make_requests: M
         EmbeddedEngine(make_model(), SMALL), make_requests("p", 9, SamplingParams(max_new_tokens=8))
     ).values()
     assert np.abs(reference_logprobs(make_model(seed=1), *pair) - pair[1].logprobs).max() > 0.1
+
+
+@pytest.mark.parametrize("changes", [{"kv_tokens": 2**31 - 1}, {"max_running": 2**31 - 1}])
+def test_more_memory_than_there_is_is_refused(make_model: MakeModel, changes: dict[str, Any]):
+    with pytest.raises(UserError, match=f"engine.{next(iter(changes))}: expected what the memory of cpu holds"):
+        EmbeddedEngine(make_model(hidden_size=64, num_heads=8, num_kv_heads=8), EngineSection(**changes))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import re
 import signal
@@ -21,6 +20,7 @@ from pekoe.verify import JudgePool, sandbox
 from pekoe.verify.kinds import code
 
 from ..conftest import alive, wait_until
+from .code_programs import HAS_LANDLOCK, REFUSED, SEARCH, THREADS, TRICKS, UNREADABLE, attempt, judge, show
 
 SUMS = {"tests": [{"stdin": "1 2\n", "stdout": "3"}, {"stdin": "5 5\n", "stdout": "10\n\n"}]}
 SQUARE = {"asserts": "assert f(2) == 4\nassert f(3) == 9"}
@@ -29,11 +29,6 @@ LONG = {"tests": [{"stdin": "line\n" * 400_000, "stdout": "line\n" * 400_000}]}
 RIGHT = "def f(x):\n    return x * x\n"
 
 pytestmark = pytest.mark.skipif(not sandbox.supported(), reason="the sandbox is for Linux x86_64")
-
-
-def judge(source: str, gold: Any) -> Verdict:
-    prepared = code.prepare(f"First:\n```python\nprint(0)\n```\nno:\n```python\n{source}\n```\n", gold)
-    return prepared if isinstance(prepared, Verdict) else code.decide(prepared, gold)
 
 
 @pytest.mark.parametrize(
@@ -89,128 +84,24 @@ def test_finding_the_block_takes_linear_time(text: str):
     assert time.monotonic() - start < 2
 
 
-# Each is refused where it stands: the last line, which would make the answer right, is not reached.
-REFUSED = {
-    "write": "open('here', 'w')",
-    "append": "open({victim!r}, 'a')",
-    "truncate": "import os; os.truncate({victim!r}, 0)",
-    "remove": "import os; os.remove({victim!r})",
-    "rename": "import os; os.rename({victim!r}, {victim!r} + '2')",
-    "chmod": "import os; os.chmod({victim!r}, 0)",
-    "mkdir": "import os; os.mkdir('folder')",
-    "link": "import os; os.symlink('/etc', 'link')",
-    "socket": "import socket; socket.socket()",
-    "fork": "import os; os.fork()",
-    "program": "import subprocess; subprocess.run(['true'], check=True)",
-    "system": "import os\nif os.system('true') != 0: raise OSError",
-    "exec": "import os; os.execv('/bin/true', ['true'])",
-    "kill": "import os; os.kill(os.getppid(), 0)",
-    "limits": "import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (32, 32))",
-    "mmap a file": "import mmap, os; fd = os.open({victim!r}, os.O_RDWR); mmap.mmap(fd, 0)",
-    "raw call": "import ctypes\nif ctypes.CDLL(None).syscall(41, 2, 1, 0) < 0: raise OSError",
-    "ptrace": "import os, ctypes\nif ctypes.CDLL(None).ptrace(0, 0, 0, 0) < 0: raise OSError",
-    "signals by fcntl": "import os, fcntl; fcntl.fcntl(0, fcntl.F_SETOWN, os.getppid())",
-    "leave the group": "import os; os.setsid()",
-    "another user": "import os; os.setgroups([])",
-    "the clock": "import time; time.clock_settime(time.CLOCK_REALTIME, time.time())",
-    "raw fork": "import os, ctypes\npid = ctypes.CDLL(None).syscall(57)\npid or os._exit(0)\nif pid < 0: raise OSError",
-    "write what is there": "import os; os.open({victim!r}, os.O_WRONLY)",
-    "endless output": "import os\nfor _ in range(9): os.write(1, b'x' * (1 << 20))",
-    "memory": "bytearray(1 << 30)",
-    "x32 call": "import ctypes\nif ctypes.CDLL(None).syscall(0x40000000 + 41, 2, 1, 0) < 0: raise OSError",
-    # Calls that the list of forbidden ones, which was here before, did not know.
-    "priorities": "import ctypes\nattr = (ctypes.c_uint32 * 12)(48, 5)\n"
-    "if ctypes.CDLL(None).syscall(314, 0, attr, 0) < 0: raise OSError",  # sched_setattr to SCHED_IDLE
-    "priority of reads": "import ctypes\nif ctypes.CDLL(None).syscall(251, 1, 0, 3 << 13) < 0: raise OSError",
-    "reserve room": "import os; os.posix_fallocate(1, 0, 6 << 30)",
-    "reserve room by ioctl": "import fcntl, struct\n"
-    "fcntl.ioctl(1, 0x40305828, struct.pack('hhqqI16x', 0, 0, 0, 1 << 20, 0))",
-    "file in memory": "import os; os.memfd_create('x')",
-    "pipe's size": "import fcntl, os; fcntl.fcntl(os.pipe()[1], 1031, 1 << 20)",
-    "a timer's signals": "import ctypes\nif ctypes.CDLL(None).syscall(283, 1, 0) < 0: raise OSError",
-}
-
-
-UNREADABLE = {
-    "file": "open({victim!r}).read()",
-    "the system's file": "open('/etc/passwd').read()",
-    "folder": "import os; os.listdir('/')",
-    "device": "open('/dev/zero', 'rb').read(1)",
-    "its own memory's map": "open('/proc/self/maps').read(1)",
-    "the judge's memory": "import os; open(f'/proc/{os.getppid()}/mem', 'rb')",
-    "the judge's files": "import os; os.listdir(f'/proc/{os.getppid()}/fd')",
-    "the judge's input": "import os; open(f'/proc/{os.getppid()}/fd/0', 'rb').read()",
-    "the judge's environment": "import os; open(f'/proc/{os.getppid()}/environ', 'rb').read()",
-}
-HAS_LANDLOCK = sys.platform == "linux" and ctypes.CDLL(None).syscall(444, None, 0, 1) > 0
-
-
 @pytest.mark.parametrize("name", [*REFUSED, *UNREADABLE])
 def test_the_sandbox_refuses(name: str, tmp_path: Path):
     if name in UNREADABLE and not HAS_LANDLOCK:
         pytest.skip("this kernel has no Landlock")
     victim = tmp_path / "victim"
     victim.write_text("untouched")
-    tried = (REFUSED | UNREADABLE)[name].replace("{victim!r}", repr(str(victim)))
-    indented = tried.replace("\n", "\n    ")
-    asserts = {"asserts": "assert refused"}
-    verdict = judge(
-        f"refused = False\ntry:\n    {indented}\nexcept (OSError, ValueError, MemoryError):\n    refused = True",
-        asserts,
-    )
+    verdict = judge(attempt((REFUSED | UNREADABLE)[name], victim), {"asserts": "assert refused"})
     assert verdict.label == "correct", verdict
     assert victim.read_text() == "untouched"
     assert os.stat(victim).st_mode & 0o600
     assert os.listdir(tmp_path) == ["victim"]
 
 
-FORGED = """
-import os
-for fd in range(3, 30):
-    try:
-        os.write(fd, b"ready " + b"0" * 32)
-    except OSError:
-        pass
-"""
-
-
-@pytest.mark.parametrize(
-    "source",
-    [
-        "import sys\nsys.exit(0)",
-        "import os\nos._exit(0)",
-        "import os\ndef f(x):\n    os._exit(0)",
-        "while True:\n    pass",
-        "import time\ntime.sleep(60)",
-        "x = bytearray(10**10)",
-        "while True:\n    print('x' * 10_000)",
-        "def f(x):\n    return f(x)",
-        "import os\nwhile True:\n    os.fork()",
-        "import os, time\nos.closerange(0, 256)\ntime.sleep(60)",
-        "import os\nos.closerange(0, 256)\nos._exit(0)",
-        "import threading, time\nwhile True:\n    threading.Thread(target=time.sleep, args=(60,)).start()",
-        "import os, signal\nos.kill(os.getpid(), signal.SIGSTOP)",
-        FORGED,
-        "import signal, os\nsignal.raise_signal(signal.SIGKILL)",
-    ],
-)
+@pytest.mark.parametrize("source", TRICKS)
 def test_tricks_and_bombs_are_wrong_and_end(source: str):
     start = time.monotonic()
     assert judge(source, SQUARE | {"time_limit_s": 1}).label == "wrong"
     assert time.monotonic() - start < 10
-
-
-SEARCH = """
-import gc, re, sys
-frame, seen = sys._getframe(), []
-while frame:
-    seen.append(repr(frame.f_locals))
-    frame = frame.f_back
-seen += [repr(one) for one in gc.get_objects() if isinstance(one, dict) and one is not globals()]
-x = re.search("sec" + "ret[0-9]+", "".join(seen))
-x = x and x.group()
-print(x)
-"""
 
 
 def test_what_is_wanted_is_not_in_the_answers_memory():
@@ -271,22 +162,6 @@ try:
     os.waitpid(-1, 0)
 except ChildProcessError:
     print("none left")
-"""
-
-
-# Threads by the system call itself: they share one stack, so that memory does not bound them, and pause for ever.
-THREADS = """
-import ctypes, mmap, time
-code = mmap.mmap(-1, 4096, prot=7)
-code.write(bytes.fromhex("b8380000000f0585c07401c3b8220000000f05ebf7"))
-place = ctypes.addressof(ctypes.c_char.from_buffer(code))  # clone; in the child: pause, again and again
-clone = ctypes.CFUNCTYPE(ctypes.c_long, ctypes.c_ulong, ctypes.c_void_p)(place)
-stack = ctypes.create_string_buffer(1 << 16)
-begin = time.monotonic()
-while time.monotonic() - begin < 3:
-    clone(0x50F00, ctypes.addressof(stack) + 65472)
-def f(x):
-    return x * x
 """
 
 
@@ -389,3 +264,11 @@ def _read(file: Path) -> bytes:
         return file.read_bytes()
     except OSError:
         return b""
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="root alone can be another user")
+def test_another_user_gets_no_further(tmp_path: Path, capfd: pytest.CaptureFixture[str]):
+    assert show("nobody", ["kill", "another user", "the system's file", "the judge's memory", "fork"], []) == 0
+    lines = capfd.readouterr().out.splitlines()
+    assert len(lines) == 2 + 5
+    assert all(" nobody " in line and "PermissionError" in line for line in lines[2:])
