@@ -26,9 +26,9 @@ from pekoe.run.hardware import measure_ceilings
 from pekoe.train import Trainer
 
 PROMPT, RESPONSE, SAMPLES, TIMES = 32, 32, 8, 3
-SHAPES = ((2, 128), (6, 128), (4, 384))  # layers and hidden size, on a CPU; on a GPU eight times as wide
+SHAPES = ((2, 128), (6, 128), (4, 256))  # layers and hidden size, on a CPU; on a GPU eight times as wide
 SEQUENCES = (8, 64, 256)
-TOKENS = (2048, 8192)  # trained on in one micro-batch
+TOKENS = (1024, 4096)  # trained on in one micro-batch
 
 
 def measure_machine(
