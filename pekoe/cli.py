@@ -380,7 +380,7 @@ def doctor(
     one training process from a step of the recipe's shapes on meta tensors, and prints the largest
     train.token_budget that fits. Exit status 2 if the recipe does not fit.
     """
-    from pekoe.run.doctor import available_bytes, bytes_of, environment, examine
+    from pekoe.run.doctor import available_bytes, environment, examine
 
     if measure is not None:
         from pekoe.plan.calibrate import write_profile
@@ -388,7 +388,7 @@ def doctor(
 
         return typer.echo(write_profile(Path(measure), *measure_machine()))
     fault: str | None = None
-    memory_bytes = bytes_of(memory_gib)
+    memory_bytes = int(memory_gib * 2**30) if memory_gib else None
     if recipe is None:
         rows = [*environment(), ("memory", f"{available_bytes('cpu') / 2**30:.1f} GiB available")]
         lines = [f"{name:<14} {value}" for name, value in rows]

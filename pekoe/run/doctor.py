@@ -182,13 +182,6 @@ def min_step_time(config: RLConfig, spec: ModelSpec) -> str:
     )
 
 
-def bytes_of(memory_gib: float | None) -> int | None:
-    """The value of --memory-gib."""
-    if memory_gib != memory_gib:
-        raise UserError("--memory-gib: expected a number, got nan")
-    return int(memory_gib * GIB) if memory_gib else None
-
-
 def available_bytes(device: str) -> int:
     """Memory that a new process could have: of the first GPU, or of this machine or container."""
     if device == "cuda":
