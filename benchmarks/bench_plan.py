@@ -267,6 +267,8 @@ def main() -> None:
             }
             for name in sorted(set(family.values()))
         }
+        loops = simulated(items, constants)  # a plan simulates
+        spread["rl"] |= {"median": round(loops["all_median"], 3), "p90": round(loops["all_p90"], 3)}
         FITTED.write_text(json.dumps({"constants": asdict(constants), "errors": spread}, indent=1) + "\n")
     if args.json:
         Path(args.json).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
