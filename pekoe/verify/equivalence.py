@@ -263,12 +263,12 @@ def _same_value(gold: Tree, answer: Tree) -> bool | None:
 
 def _is_beyond(tree: Tree) -> bool:
     """Whether it is a power too large or too small to be written out, perhaps times a number."""
-    match tree:
-        case ("mul", ("number", factor, _), other) | ("mul", other, ("number", factor, _)):
-            return factor != 0 and _is_beyond(other)
-        case ("pow", base, exponent):
-            with contextlib.suppress(ArithmeticError, Unreadable):
-                return is_beyond(value_of(base, {}), value_of(exponent, {}))
+    if tree[0] == "mul" and "number" in (tree[1][0], tree[2][0]):
+        number, other = (tree[1], tree[2]) if tree[1][0] == "number" else (tree[2], tree[1])
+        return bool(number[1]) and _is_beyond(other)
+    if tree[0] == "pow":
+        with contextlib.suppress(ArithmeticError, Unreadable):
+            return is_beyond(value_of(tree[1], {}), value_of(tree[2], {}))
     return False
 
 
