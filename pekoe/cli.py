@@ -15,7 +15,6 @@ import json
 import os
 import re
 import textwrap
-import tomllib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -28,7 +27,7 @@ from rich.table import Column, Table
 from typer.core import TyperCommand
 
 from pekoe import __version__
-from pekoe.config.base import shipped_recipes
+from pekoe.config.base import read_toml, shipped_recipes
 from pekoe.config.keys import describe, keys_of, show_config
 from pekoe.config.recipes import (
     Config,
@@ -71,16 +70,16 @@ class RecipeCommand(TyperCommand):
             formatter.write_dl([(key.name, key.form) for key in keys_of(KINDS[str(self.name)])])
 
 
-Recipe = Annotated[
-    str,
-    typer.Argument(metavar="RECIPE", help="a TOML file, or a recipe that comes with Pekoe: pekoe recipe lists them"),
-]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Argument(
-        metavar="[section.key=value]...", help="change keys, such as optim.lr=1e-4; another recipe sets those in it"
-    ),
-]
+_RECIPE = typer.Argument(
+    metavar="RECIPE", help="a TOML file, or a recipe that comes with Pekoe: pekoe recipe lists them"
+)
+Recipe = Annotated[str, _RECIPE]
+_OVERRIDES = typer.Argument(
+    metavar="[section.key=value]...", help="change keys, such as optim.lr=1e-4; another recipe sets those in it"
+)
+Overrides = Annotated[list[str] | None, _OVERRIDES]
+_FROM = typer.Option("--from", metavar="STEP", min=0, help="go back to the checkpoint of this step; 0: begin anew")
+FromStep = Annotated[int | None, _FROM]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="print the resolved recipe and stop")]
 
 
@@ -116,6 +115,7 @@ def rl(
     recipe: Recipe,
     overrides: Overrides = None,
     dry_run: DryRun = False,
+    from_step: FromStep = None,
     replay: Annotated[
         bool, typer.Option("--replay", help="train again from saved rollouts: pekoe rl --replay RUN_DIR [STEP]")
     ] = False,
@@ -130,7 +130,7 @@ def rl(
     """
     if replay:
         words = overrides or []
-        if len(words) > 1 or not all(word.isdecimal() for word in words):
+        if from_step is not None or len(words) > 1 or not all(word.isdecimal() for word in words):
             raise UserError(f"rl --replay: expected RUN_DIR, or RUN_DIR STEP, got {' '.join([recipe, *words])}")
         from pekoe.run.replay import replay as replay_step
         from pekoe.run.replay import replay_run
@@ -152,30 +152,30 @@ def rl(
     stop = Stop()
     with stop.listening(), viewing(config) as view, contextlib.ExitStack() as stack:
         if config.cluster is not None:
-            _ray_package().run_cluster(config, view, stop)
+            _ray_package().run_cluster(config, view, stop, from_step)
         else:
-            run_rl(build_rl(config, view, stop, stack))
-    from pekoe.report.findings import findings
-    from pekoe.report.history import read_history
+            run_rl(build_rl(config, view, stop, stack, from_step))
+    from pekoe.report.findings import findings_of
+    from pekoe.run.run_dir import where_model_is
 
-    for sentence in findings(read_history(Path(config.run.dir))):
-        typer.echo(sentence)
-    typer.echo(f"done: {counted(config.num_steps, 'step')}; the model is in {config.run.dir}/model")
+    done = f"done: {counted(config.num_steps, 'step')}; {where_model_is(Path(config.run.dir))}"
+    typer.echo("\n".join([*findings_of(Path(config.run.dir)), done]))
 
 
 @app.command(cls=RecipeCommand)
-def sft(recipe: Recipe, overrides: Overrides = None, dry_run: DryRun = False) -> None:
+def sft(recipe: Recipe, overrides: Overrides = None, dry_run: DryRun = False, from_step: FromStep = None) -> None:
     """Supervised fine-tuning on worked solutions. A run found in run.dir goes on from its last checkpoint.
 
     On N processes, shared as the recipe's section `parallel` says: torchrun --nproc-per-node N -m pekoe.cli sft RECIPE
     """
     config = read_recipe(recipe, overrides, SFTConfig, dry_run)
+    from pekoe.run.run_dir import where_model_is
     from pekoe.run.sft import run_sft
 
     with viewing(config) as view:
-        run_sft(config, view)
+        run_sft(config, view, from_step)
     if _is_first_process():
-        typer.echo(f"done: the model is in {config.run.dir}/model")
+        typer.echo(f"done: {where_model_is(Path(config.run.dir))}")
 
 
 @app.command("eval", cls=RecipeCommand)
@@ -547,8 +547,8 @@ def _decoder(run: Path) -> Callable[[Sequence[int]], str] | None:
     from pekoe.data.tokenizer import Tokenizer
 
     folders = [run / "model"]
-    with contextlib.suppress(OSError, ValueError, KeyError):
-        folders.append(Path(tomllib.loads((run / "config.toml").read_text(encoding="utf-8"))["model"]["path"]))
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        folders.append(Path(read_toml(run / "config.toml")["model"]["path"]))
     for folder in folders:
         if (folder / "tokenizer.json").is_file():
             tokenizer = Tokenizer.load(folder)

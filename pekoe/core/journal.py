@@ -11,7 +11,9 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
+
+from pekoe.core.errors import UserError
 
 Event = dict[str, Any]
 Listener = Callable[[Event], None]
@@ -77,9 +79,33 @@ class Journal(JsonLines):
         return self.path is not None and any(one["event"] == event for one in read_lines(self.path))
 
 
-def read_lines(path: Path) -> Iterator[Event]:
-    """Yield the objects of a JSON-lines file; a torn last line (no newline, not JSON) is dropped."""
+def ends_at(path: Path, offset: int) -> bool:
+    """Whether a line of a file, which may be missing, ends at `offset`; 0: it begins there."""
+    if offset == 0:
+        return True
+    if not path.is_file():
+        return False
     with path.open("rb") as file:
-        for line in file:
+        file.seek(offset - 1)
+        return file.read(1) == b"\n"
+
+
+def read_lines(path: Path) -> Iterator[Event]:
+    """Yield the objects of a JSON-lines file; a torn last line (without a newline) is dropped.
+
+    UserError, with the line's number, for any other that is no JSON object.
+    """
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
             if line.endswith(b"\n"):
-                yield json.loads(line)
+                yield _object(line, f"{path}: line {number}")
+
+
+def _object(line: bytes, where: str) -> Event:
+    try:
+        value: object = json.loads(line)
+    except (ValueError, RecursionError):
+        value = None
+    if not isinstance(value, dict):
+        raise UserError(f"{where}: expected a JSON object, got {line[:60]!r}; the file is damaged")
+    return cast(Event, value)

@@ -11,6 +11,8 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
+import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -19,9 +21,15 @@ from typing import Any
 import numpy as np
 import zstandard
 
+from pekoe.core.errors import UserError
 from pekoe.core.types import JudgedGroup, Problem, Record, Trajectory, Verdict
 
 LINES, ARRAYS = ".jsonl.zst", ".npz.zst"
+_NAME = re.compile(r"step-(\d{6,})(?:\.\d+)?(?:\.jsonl|\.npz)\.zst")
+_DAMAGE = (
+    *(OSError, EOFError, ValueError, KeyError, TypeError, MemoryError, RecursionError, NotImplementedError),
+    *(zstandard.ZstdError, zipfile.BadZipFile),
+)
 
 
 def write_records(stem: Path, lines: Sequence[Mapping[str, Any]], records: Sequence[Record]) -> None:
@@ -51,24 +59,39 @@ def write_records(stem: Path, lines: Sequence[Mapping[str, Any]], records: Seque
 def read_records(run_dir: Path, step: int) -> list[dict[str, Any]]:
     """The lines of a step, group by group, each with its arrays `prompt_tokens`, `tokens` and `logprobs`.
 
-    Empty where the step has no records. Raises ValueError where lines and arrays do not match.
+    Empty where the step has no records. UserError, with the file's name, where they cannot be read.
     """
-    files = sorted((run_dir / "rollouts").glob(f"step-{step:06d}*{LINES}"))
+    files = [file for file, number in record_files(run_dir) if number == step and file.name.endswith(LINES)]
     lines = [line for file in files for line in _read(file.with_name(file.name.removesuffix(LINES)))]
-    return sorted(lines, key=lambda line: (line["group"], line["sample"]))
+    try:
+        return sorted(lines, key=lambda line: (line["group"], line["sample"]))
+    except (KeyError, TypeError):
+        raise UserError(f"{files[0]}: cannot be read: expected group and sample in each line") from None
+
+
+def record_files(run_dir: Path) -> list[tuple[Path, int]]:
+    """The files of rollouts, each with its step, in order; files of other names are none."""
+    named = ((file, _NAME.fullmatch(file.name)) for file in sorted((run_dir / "rollouts").glob("step-*")))
+    return [(file, int(name[1])) for file, name in named if name and file.is_file()]
 
 
 def _read(stem: Path) -> list[dict[str, Any]]:
-    text = zstandard.ZstdDecompressor().decompress(stem.with_name(stem.name + LINES).read_bytes())
-    rows = [json.loads(line) for line in text.splitlines()]
-    data = zstandard.ZstdDecompressor().decompress(stem.with_name(stem.name + ARRAYS).read_bytes())
-    with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
-        prompts = np.split(arrays["prompt_tokens"], arrays["prompt_offsets"][1:-1])
-        tokens, logprobs = (np.split(arrays[name], arrays["offsets"][1:-1]) for name in ("tokens", "logprobs"))
-    return [
-        line | {"prompt_tokens": prompt, "tokens": response, "logprobs": values}
-        for line, prompt, response, values in zip(rows, prompts, tokens, logprobs, strict=bool(rows))
-    ]
+    file = stem.with_name(stem.name + LINES)
+    try:
+        text = zstandard.ZstdDecompressor().decompress(file.read_bytes())
+        rows = [dict[str, Any](json.loads(line)) for line in text.splitlines()]
+        file = stem.with_name(stem.name + ARRAYS)
+        data = zstandard.ZstdDecompressor().decompress(file.read_bytes())
+        with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
+            prompts = np.split(arrays["prompt_tokens"], arrays["prompt_offsets"][1:-1])
+            tokens, logprobs = (np.split(arrays[name], arrays["offsets"][1:-1]) for name in ("tokens", "logprobs"))
+        return [
+            line | {"prompt_tokens": prompt, "tokens": response, "logprobs": values}
+            for line, prompt, response, values in zip(rows, prompts, tokens, logprobs, strict=bool(rows))
+        ]
+    except _DAMAGE as error:
+        why = error.strerror if isinstance(error, OSError) else f"the file is damaged ({type(error).__name__}: {error})"
+        raise UserError(f"{file}: cannot be read: {why}") from None
 
 
 def record_of(line: Mapping[str, Any]) -> Record:
@@ -112,10 +135,14 @@ def read_groups(stem: Path, problems: Mapping[str, Problem]) -> list[JudgedGroup
 
 def steps_recorded(run_dir: Path) -> list[int]:
     """The steps that have records, in order."""
-    return sorted({int(file.name[5:11]) for file in (run_dir / "rollouts").glob(f"step-*{LINES}")})
+    return sorted({step for file, step in record_files(run_dir) if file.name.endswith(LINES)})
 
 
 def _write(file: Path, data: bytes | memoryview) -> None:
     partial = file.with_name(f".{file.name}")
-    partial.write_bytes(zstandard.ZstdCompressor(level=3).compress(data))
-    os.replace(partial, file)
+    try:
+        partial.write_bytes(zstandard.ZstdCompressor(level=3, write_checksum=True).compress(data))
+        os.replace(partial, file)
+    except OSError:
+        partial.unlink(missing_ok=True)  # its room may be what is lacking
+        raise

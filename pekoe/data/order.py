@@ -45,7 +45,9 @@ class DataOrder:
         return self._identity | {"epoch": self._epoch, "position": self._position}
 
     def restore(self, state: Mapping[str, int]) -> None:
-        """Continue from `state`. Raises UserError where it belongs to another seed or other problems."""
+        """Continue from `state`. Raises UserError where it is of another seed or of other problems, or no state."""
+        if not all(type(state.get(key)) is int for key in self.state()) or not 0 <= state["position"] <= self._num:
+            raise UserError(f"data order: expected whole numbers {', '.join(self.state())}, got {dict(state)}")
         for (key, own), what in zip(
             self._identity.items(), ("the seed", "problems", "the problems' uids"), strict=True
         ):

@@ -59,10 +59,10 @@ def _require_engine(pool: EnginePool) -> None:
         raise WorkerLost("every engine was lost while it sampled for a step to come")
 
 
-def run_cluster(config: RLConfig, view: ProgressReporter, stop: Stop) -> None:
-    """`run_rl` on a cluster."""
+def run_cluster(config: RLConfig, view: ProgressReporter, stop: Stop, from_step: int | None = None) -> None:
+    """`run_rl` on a cluster. `from_step`: see `RunDir`."""
     with ExitStack() as stack:
-        run_with_restarts(build_cluster(config, view, stop, stack))
+        run_with_restarts(build_cluster(config, view, stop, stack, from_step))
 
 
 def run_with_restarts(cluster: Cluster) -> None:
@@ -90,7 +90,9 @@ def run_with_restarts(cluster: Cluster) -> None:
             parts.order = DataOrder([p.uid for p in parts.problems], parts.config.run.seed)  # if there is no checkpoint
 
 
-def build_cluster(config: RLConfig, view: ProgressReporter, stop: Stop, stack: ExitStack) -> Cluster:
+def build_cluster(
+    config: RLConfig, view: ProgressReporter, stop: Stop, stack: ExitStack, from_step: int | None = None
+) -> Cluster:
     """Everything for `run_rl`. What must be closed is pushed on `stack`."""
     config = with_date(config)
     assert config.cluster is not None
@@ -100,7 +102,7 @@ def build_cluster(config: RLConfig, view: ProgressReporter, stop: Stop, stack: E
     task = open_task(config, spec, tokenizer, view)
     one_judge = config.verify.model_copy(update={"workers": 1})  # do they start at all? Before anything else does
     make_judge(one_judge, tokenizer, config.run.seed, kinds_of(task.problems, task.held_out)).close()
-    run = stack.enter_context(open_run(config, tokenizer, task, view))
+    run = stack.enter_context(open_run(config, tokenizer, task, view, from_step))
     connect(section, view, stack)
     stores, timer = StoreRegistry(config), StepTimer(view)
     trainer, pool = _start(config, spec, task.longest, stores, view, stop, stack)

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from math import ceil
+from pathlib import Path
 from statistics import median
 
+from pekoe.core.errors import UserError
 from pekoe.core.journal import Event
 from pekoe.core.roofline import Ceilings
 from pekoe.core.words import counted
-from pekoe.report.history import History
+from pekoe.report.history import History, drawn, read_history
 from pekoe.report.lag import overlap
 from pekoe.report.learning import learning
 
@@ -40,6 +42,15 @@ def speed(history: History) -> list[str]:
         _numerics(steps),
     ]
     return [sentence for sentence in sentences if sentence]
+
+
+def findings_of(run_dir: Path) -> list[str]:
+    """The findings of a run that is done, whatever state its files are in."""
+    try:
+        with drawn(run_dir):
+            return findings(read_history(run_dir))
+    except UserError as error:
+        return [f"no findings: {error}"]
 
 
 def phase_shares(steps: Sequence[Event]) -> dict[str, float]:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+import math
 import re
-import tomllib
 from collections import Counter
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Generator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
+from pekoe.config.base import read_toml
 from pekoe.config.secrets import without_secrets
 from pekoe.core.errors import UserError
 from pekoe.core.journal import Event, read_lines
@@ -56,7 +58,7 @@ class History:
 
 
 def read_history(path: Path, decode: Decode | None = None, max_bytes: int = 2_500_000) -> History:
-    """Read a run directory. Raises UserError for a path that is none.
+    """Read a run directory. Raises UserError for a path that is none, and for a journal or ledger that is damaged.
 
     Args:
         decode: text of token ids; without it, responses have no tokens, only their text.
@@ -67,14 +69,32 @@ def read_history(path: Path, decode: Decode | None = None, max_bytes: int = 2_50
         raise UserError(f"{path}: expected a run directory with journal.jsonl in it, got {_description_of(path)}")
     config: dict[str, Any] = {}
     if (path / "config.toml").is_file():
-        config = without_secrets(tomllib.loads((path / "config.toml").read_text(encoding="utf-8")))
+        config = without_secrets(read_toml(path / "config.toml"))
     ledger: Counter[str] = Counter()
-    if (path / "ledger.jsonl").is_file():
-        for line in read_lines(path / "ledger.jsonl"):
-            ledger[line["outcome"] + (f": {line['reason']}" if line.get("reason") else "")] += 1
-    history = History(path, config, list(read_lines(journal)), dict(ledger.most_common()))
-    sample_responses(history, decode, max_bytes)
+    with drawn(path):
+        if (path / "ledger.jsonl").is_file():
+            for line in read_lines(path / "ledger.jsonl"):
+                ledger[line["outcome"] + (f": {line['reason']}" if line.get("reason") else "")] += 1
+        events = [event for event in read_lines(journal) if "event" in event]
+        history = History(path, config, events, dict(ledger.most_common()))
+        sample_responses(history, decode, max_bytes)
     return history
+
+
+@contextmanager
+def drawn(*paths: Path) -> Generator[None]:
+    """UserError where what is read and drawn of these run directories lacks something: a line is damaged, or another
+    version's."""
+    try:
+        yield
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+        if isinstance(error, UserError):
+            raise
+        names = ", ".join(str(path) for path in paths)
+        raise UserError(
+            f"{names}: cannot be shown ({type(error).__name__}: {error}): a line of journal.jsonl or ledger.jsonl, or "
+            "config.toml, is damaged or another version's"
+        ) from None
 
 
 def _description_of(path: Path) -> str:
@@ -89,9 +109,15 @@ def sample_responses(history: History, decode: Decode | None, max_bytes: int) ->
     steps = _evenly(steps_recorded(history.path))
     kept: list[dict[str, Any]] = []
     num_kept, num_seen = 0, 0
+    damaged: list[UserError] = []
     for place, step in enumerate(steps):
         share = max_bytes / (len(steps) - place)  # an equal share for each step still to come
-        groups = [list(lines) for _, lines in groupby(read_records(history.path, step), itemgetter("group"))]
+        try:
+            records = read_records(history.path, step)
+        except UserError as error:
+            damaged.append(error)
+            continue
+        groups = [list(lines) for _, lines in groupby(records, itemgetter("group"))]
         num_seen += len(groups)
         for number, group in enumerate(groups):
             lines = [_shown(line, step, decode is not None) for line in group]
@@ -110,11 +136,15 @@ def sample_responses(history: History, decode: Decode | None, max_bytes: int) ->
         used = {token for line in kept for token in line["tokens"]}
         history.pieces = {token: decode([token]) for token in sorted(used)}
     num_steps = len({line["step"] for line in kept})
-    if num_kept < num_seen or num_steps < len(steps):
+    if num_kept < num_seen or num_steps < len(steps) - len(damaged):
         history.left_out = (
             f"{counted(num_kept, 'group')} of {num_steps} of {counted(len(steps), 'step')} are here, to keep this file "
             f"small; "
             f"all of them are in {history.path}/rollouts"
+        )
+    if damaged:
+        history.left_out += (
+            f"{'; ' if history.left_out else ''}{counted(len(damaged), 'step')} cannot be read: {damaged[0]}"
         )
 
 
@@ -142,10 +172,9 @@ def _shown(line: dict[str, Any], step: int, by_token: bool) -> dict[str, Any]:
     """The fields of a response that the page shows."""
     names = ("uid", "draw", "group", "sample", "label", "extracted", "why", "gold", "reward", "finish_reason", "prompt")
     fields = {name: line[name] for name in names}
-    tokens, logprobs = line["tokens"].tolist(), [round(x, 3) for x in line["logprobs"].tolist()]
-    advantage, text = line["advantage"], line["text"]
-    fields |= {"step": step, "length": len(tokens), "advantage": None if advantage is None else round(advantage, 4)}
-    fields["reward"] = None if line["reward"] is None else round(line["reward"], 4)
+    tokens, logprobs, text = line["tokens"].tolist(), [_rounded(x, 3) for x in line["logprobs"].tolist()], line["text"]
+    fields |= {"step": step, "length": len(tokens)}
+    fields |= {name: None if line[name] is None else _rounded(line[name], 4) for name in ("advantage", "reward")}
     if len(tokens) > _MOST_TOKENS:
         half = _MOST_TOKENS // 2
         fields["cut"] = len(tokens) - 2 * half
@@ -155,3 +184,8 @@ def _shown(line: dict[str, Any], step: int, by_token: bool) -> dict[str, Any]:
     if len(text) > _FULL_TEXT:
         text = f"{text[: _FULL_TEXT // 2]} … {text[-_FULL_TEXT // 2 :]}"
     return fields | {"text": text}
+
+
+def _rounded(value: float, digits: int) -> float | str:
+    """A number that JSON has; "NaN", "inf" or "-inf" in place of one that it has not."""
+    return round(value, digits) if math.isfinite(value) else "NaN" if math.isnan(value) else str(value)

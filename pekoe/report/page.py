@@ -16,7 +16,7 @@ from pekoe.config.base import flatten
 from pekoe.core.journal import Event
 from pekoe.report.charts import charts, timeline
 from pekoe.report.findings import phase_shares, speed
-from pekoe.report.history import History
+from pekoe.report.history import History, drawn
 from pekoe.report.lag import gain
 from pekoe.report.learning import learning
 
@@ -28,7 +28,14 @@ def render(histories: Sequence[History], live: bool = False) -> str:
 
     Args:
         live: the page asks its server whether the run has grown.
+
+    UserError where a journal lacks what is drawn.
     """
+    with drawn(*(history.path for history in histories)):
+        return _render(histories, live)
+
+
+def _render(histories: Sequence[History], live: bool) -> str:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(ASSETS), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
     )

@@ -41,6 +41,7 @@ from pekoe.engine.embedded import EmbeddedEngine
 from pekoe.engine.pool import EnginePool, Starter
 from pekoe.engine.servers import ServerEngine, SGLangEngine, VLLMEngine
 from pekoe.model import Decoder, load_model
+from pekoe.run.checkpoints import checkpoints, step_of
 from pekoe.run.distributed import require_single_process
 from pekoe.run.hardware import describe
 from pekoe.run.inputs import inputs_of
@@ -50,7 +51,7 @@ from pekoe.run.metrics import StepCounters
 from pekoe.run.records import LocalRecords, RecordWriter
 from pekoe.run.references import reference_check
 from pekoe.run.rollouts import Rollouts
-from pekoe.run.run_dir import RunDir, checkpoints, with_date
+from pekoe.run.run_dir import RunDir, with_date
 from pekoe.train import Layout, Trainer
 from pekoe.train.memory import limit_malloc_cache
 from pekoe.train.trainer import learning_rate
@@ -369,15 +370,17 @@ def open_task(config: RLConfig, spec: ModelSpec, tokenizer: Tokenizer, view: Pro
     return Task(problems, held_out, report, data.max_prompt_tokens + new_tokens, planned)
 
 
-def build_rl(config: RLConfig, view: ProgressReporter, stop: Stop, stack: ExitStack) -> RLParts:
-    """Everything for `pekoe rl` in one process. What must be closed is pushed on `stack`."""
+def build_rl(
+    config: RLConfig, view: ProgressReporter, stop: Stop, stack: ExitStack, from_step: int | None = None
+) -> RLParts:
+    """Everything for `pekoe rl` in one process. What must be closed is pushed on `stack`. `from_step`: see `RunDir`."""
     require_single_process("rl")
     config = with_date(config)
     prepare(config.run, config.train)
     model, tokenizer, dtype = open_model(config.model)
     machine = describe(next(model.parameters()).device, dtype)  # before an engine takes what memory there is
     task = open_task(config, model.spec, tokenizer, view)
-    run = stack.enter_context(open_run(config, tokenizer, task, view))
+    run = stack.enter_context(open_run(config, tokenizer, task, view, from_step))
     kinds, logs = kinds_of(task.problems, task.held_out), run.path / "logs"
     judge = make_judge(config.verify, tokenizer, config.run.seed, kinds, logs)
     stack.callback(judge.close)
@@ -414,9 +417,11 @@ def build_rl(config: RLConfig, view: ProgressReporter, stop: Stop, stack: ExitSt
     )
 
 
-def open_run(config: RLConfig, tokenizer: Tokenizer, task: Task, view: ProgressReporter) -> RunDir:
+def open_run(
+    config: RLConfig, tokenizer: Tokenizer, task: Task, view: ProgressReporter, from_step: int | None = None
+) -> RunDir:
     """The run directory of a task. UserError where it holds another run."""
-    run = RunDir(config, (view.event,), inputs=inputs_of(config, tokenizer, task.problems))
+    run = RunDir(config, (view.event,), inputs=inputs_of(config, tokenizer, task.problems), from_step=from_step)
     before = run.before.num_steps if isinstance(run.before, RLConfig) else config.num_steps
     say_changes(run, config.optim, view, config.algo.minibatches, before, config.num_steps)
     if task.report.dropped:
@@ -431,6 +436,8 @@ def say_changes(run: RunDir, optim: OptimSection, view: ProgressReporter, per_st
         per_step: optimizer steps of a step.
         was: steps of the run as it was begun; `now`: as it goes on.
     """
+    for notice in run.notices:
+        view.say(notice)
     saved = checkpoints(run.path)
     if not saved or run.before is None:
         return
@@ -438,7 +445,7 @@ def say_changes(run: RunDir, optim: OptimSection, view: ProgressReporter, per_st
         view.say(
             "going on with " + ", ".join(f"{key} = {now!r} (was {was!r})" for key, (was, now) in run.changed.items())
         )
-    done = int(saved[-1].name[5:])
+    done = step_of(saved[-1])
     expected, rate = (learning_rate(optim, done * per_step, steps * per_step) for steps in (was, now))
     if expected != rate and done < now:
         last = learning_rate(optim, done * per_step - 1, was * per_step)

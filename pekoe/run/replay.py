@@ -3,7 +3,6 @@ the whole run from the model that it began with."""
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,9 +20,10 @@ from pekoe.core.types import Sample
 from pekoe.core.words import counted
 from pekoe.model import load_model
 from pekoe.run.build import make_trainer, open_model, prepare
+from pekoe.run.checkpoints import TRAINER, checkpoints, read_beside, step_of
 from pekoe.run.interrupt import StepTimer
 from pekoe.run.rl import learn
-from pekoe.run.run_dir import checkpoints
+from pekoe.run.run_dir import exported_model
 from pekoe.train import Trainer
 
 
@@ -104,7 +104,8 @@ class _Run:
             raise UserError(f"--replay: expected the directory of an rl run, got {run_dir}")
         self.path = run_dir
         self.config = load_config(run_dir / "config.toml", kind=RLConfig)
-        self.events = {e["step"]: e for e in read_lines(run_dir / "journal.jsonl") if e["event"] == "step"}
+        events = read_lines(run_dir / "journal.jsonl")
+        self.events = {event["step"]: event for event in events if event.get("event") == "step"}
 
     def open(self) -> Trainer:
         prepare(self.config.run)
@@ -137,11 +138,11 @@ def replay(run_dir: Path, step: int, view: ProgressReporter) -> Replayed:
     if "loss" not in run.events[step]:
         raise UserError(f"--replay: step {step} trained on nothing: {run.events[step].get('skipped')}")
     trainer = run.open()
-    earlier = [path for path in checkpoints(run_dir) if int(path.name[5:]) < step]
+    earlier = [path for path in checkpoints(run_dir) if step_of(path) < step]
     start = 0
     if earlier:
-        trainer.load(earlier[-1] / "trainer")
-        start = json.loads((earlier[-1] / "state.json").read_text(encoding="utf-8"))["progress"]["step"]
+        start = read_beside(earlier[-1]).progress.step
+        trainer.load(earlier[-1] / TRAINER)
     stats: list[StepStats] = []
     for number in range(start + 1, step + 1):
         view.say(f"step {number} of {step}")
@@ -172,8 +173,8 @@ def replay_run(run_dir: Path, view: ProgressReporter) -> ReplayedRun:
             view.advance()
     saved = checkpoints(run_dir)
     same = None
-    if saved and int(saved[-1].name[5:]) == steps[-1]:
-        written = dict(load_model(run_dir / "model").named_parameters())
+    if saved and step_of(saved[-1]) == steps[-1]:
+        written = dict(load_model(exported_model(run_dir)[0]).named_parameters())
         same = all(torch.equal(tensor.cpu(), written[name]) for name, tensor in run.model.named_parameters())
     return ReplayedRun(len(steps), differing, same, diffs)
 

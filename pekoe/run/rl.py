@@ -21,12 +21,12 @@ from pekoe.core.loop import StepStats, SyncReport, Trainer
 from pekoe.core.progress import ProgressReporter, phase
 from pekoe.core.types import AnySample, Draw, JudgedGroup
 from pekoe.run.build import RLParts, eval_sampling
+from pekoe.run.checkpoints import Progress
 from pekoe.run.evaluate import evaluate, warn_truncation
 from pekoe.run.interrupt import StepTimer, StoppedInStep, StopRequested
 from pekoe.run.metrics import collapse_of, own_metrics, step_metrics, step_work, warnings_of
 from pekoe.run.records import record_lines
 from pekoe.run.rollouts import Batch, check_faults
-from pekoe.run.run_dir import Progress
 
 WARN_EVERY = 10  # steps: how often a warning is repeated
 

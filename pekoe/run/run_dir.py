@@ -6,13 +6,13 @@
     ledger.jsonl           what became of every prompt drawn
     data.jsonl             problems that were read and dropped, each with the reason; absent if there are none
     rollouts/              the records of each step, see `core.records`
-    checkpoints/           trainer state by torch.distributed.checkpoint, state.json with everything else, and
-                           in-flight.* with the rollouts that were sampled and not trained on yet (`rollout.max_lag`)
-    model/                 the last saved version in Hugging Face format
+    checkpoints/           everything that decides the future, see `run.checkpoints`
+    model/                 the last saved version in Hugging Face format; model-latest/ where something else is there
+    exported.json          which of the two, and of which step it is
     discarded/             what a resumed run took back
 
-A checkpoint is written under a temporary name while training goes on, brought to disk, and renamed; it stores the byte
-offsets of journal and ledger, so that a resumed run takes back exactly what came after it.
+A checkpoint is written under a temporary name while training goes on, brought to disk, and renamed; then the model is
+written. It stores the byte offsets of journal and ledger, so that a resumed run takes back exactly what came after it.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import replace
 from datetime import date
 from pathlib import Path
 from typing import IO, Any, TypeVar
@@ -34,29 +34,26 @@ from pekoe.config.base import flatten, read_toml
 from pekoe.config.recipes import TrainingConfig, dump_config, load_config
 from pekoe.config.secrets import without_secrets
 from pekoe.core.errors import RunError, UserError
-from pekoe.core.io import fsync
-from pekoe.core.journal import Journal, JsonLines, Listener
+from pekoe.core.io import SUMS, fsync
+from pekoe.core.journal import Journal, JsonLines, Listener, ends_at
 from pekoe.core.loop import Snapshot, Trainer
-from pekoe.core.records import read_groups, write_groups
+from pekoe.core.records import read_groups, record_files
 from pekoe.core.types import JudgedGroup, Problem
+from pekoe.run.checkpoints import (
+    IN_FLIGHT,
+    TRAINER,
+    Progress,
+    Saved,
+    checkpoints,
+    name_of,
+    read_beside,
+    read_json,
+    short_rollouts,
+    sizes_of_rollouts,
+    step_of,
+    write_beside,
+)
 from pekoe.run.inputs import INPUTS, Inputs, difference
-
-
-@dataclass(frozen=True, slots=True)
-class Progress:
-    """What a loop needs to go on from a step: plain JSON values."""
-
-    step: int
-    order: dict[str, Any]  # of the data, see `data.order`
-    evaluated: bool = True  # whether the evaluation that follows the step, if any, was made
-    in_flight: tuple[tuple[str, int, int], ...] = ()  # draws put and not taken: uid, number, place (`core.loop`)
-
-    @classmethod
-    def of(cls, state: Mapping[str, Any]) -> Progress:
-        """From a checkpoint's JSON; `measured` is an older name of `evaluated`."""
-        in_flight = tuple((uid, number, place) for uid, number, place in state.get("in_flight", ()))
-        return cls(state["step"], state["order"], state.get("evaluated", state.get("measured", True)), in_flight)
-
 
 C = TypeVar("C", bound=TrainingConfig)
 
@@ -86,7 +83,7 @@ MAY_CHANGE = {
 # Processes, who looks on, and what is measured on the way.
 MAY_CHANGE_BELOW = ("parallel.", "engine.server.", "cluster.", "track.", "eval.")
 WRITE_LIMIT_S = 3600  # of one checkpoint
-IN_FLIGHT = "in-flight"  # the stem of the files of a checkpoint's rollouts
+EXPORTED, MODEL, MODEL_BESIDE = "exported.json", "model", "model-latest"
 
 
 class RunDir:
@@ -97,6 +94,7 @@ class RunDir:
         listeners: called with each event of the journal.
         leader: whether this process writes. Where several train, the others read, and write their part of checkpoints.
         inputs: what decides the result beside the config, and must be that of the run that is there.
+        from_step: go back to the checkpoint of this step; 0: begin anew.
     """
 
     def __init__(
@@ -105,12 +103,16 @@ class RunDir:
         listeners: tuple[Listener, ...] = (),
         leader: bool = True,
         inputs: Inputs | None = None,
+        from_step: int | None = None,
     ) -> None:
         self.path = Path(config.run.dir)
-        self._config, self._leader = config, leader
+        self._config, self._leader, self._from = config, leader, from_step
+        self.notices: list[str] = []  # what a user should know of the run that is there
         self.before: TrainingConfig | None = None  # the recipe of the run that is there
         self.changed: dict[str, list[Any]] = {}  # its keys that have other values now: those before, and these
-        with ExitStack() as stack:
+        self._owes_model = False  # the checkpoint that was resumed stands, and its model does not
+        with ExitStack() as stack, _one_message(self.path):
+            _check_from(self.path, from_step)
             if leader:
                 self._open(stack, inputs)
             self.ledger = JsonLines(self.path / "ledger.jsonl" if leader else None)
@@ -150,7 +152,7 @@ class RunDir:
         busy = f"{self.path}: another process is running here; wait for it, or choose another run.dir"
         stack.enter_context(lock(self.path / ".lock", busy))
         file, known = self.path / "config.toml", self.path / INPUTS
-        has_checkpoint = bool(checkpoints(self.path))
+        has_checkpoint = bool(checkpoints(self.path, self._from))
         if file.exists():
             self.before = load_config(file, kind=type(self._config))
             # Whatever the recipe says of the data, the problems that come of it are compared.
@@ -162,12 +164,24 @@ class RunDir:
                     "go on with the same recipe, or choose another run.dir"
                 )
         if inputs is not None and has_checkpoint and known.exists():
-            if differs := difference(json.loads(known.read_text(encoding="utf-8")), inputs):
+            try:
+                differs = difference(read_json(known), inputs)
+            except (KeyError, TypeError, AttributeError, UserError):
+                raise UserError(
+                    f"{known}: expected what the run began with, got something else; if problems, prompts and rewards "
+                    "are still the same, remove it"
+                ) from None
+            if differs:
                 raise UserError(cannot_go_on(self.path, differs))
         elif inputs is not None:
             write_whole(known, json.dumps(inputs, indent=0) + "\n")
         tree = self._config.model_dump(mode="json")
-        check_num_steps(self.path, getattr(self._config, "num_steps", None))
+        check_num_steps(self.path, getattr(self._config, "num_steps", None), self._from)
+        self._newest()
+        if self._from is not None:
+            for path in checkpoints(self.path):
+                if step_of(path) > self._from:
+                    _set_aside(path, self.path / "discarded")
         write_whole(file, dump_config(self._config), private=without_secrets(tree) != tree)
 
     def _compare(self, before: TrainingConfig, free: str) -> dict[str, list[Any]]:
@@ -182,20 +196,51 @@ class RunDir:
         below = (*MAY_CHANGE_BELOW, free)
         return {key: pair for key, pair in pairs.items() if key not in MAY_CHANGE and not key.startswith(below)}
 
+    def _newest(self) -> Saved | None:
+        """What the checkpoint to go on from holds beside the trainer's state, None where there is none.
+
+        UserError where it, or what was there when it was begun, is damaged.
+        """
+        found = checkpoints(self.path, self._from)
+        if not found:
+            return None
+        with _way_back(found):
+            saved = read_beside(found[-1])
+            for name in ("journal", "ledger"):
+                file, offset = self.path / f"{name}.jsonl", saved.offsets[name]
+                if not ends_at(file, offset):
+                    size = file.stat().st_size if file.exists() else 0
+                    raise UserError(
+                        f"{file}: expected a line that ends at byte {offset}, as when the checkpoint of step "
+                        f"{saved.progress.step} was written, got {f'{size} bytes' if size < offset else 'other lines'}"
+                    )
+        if short := short_rollouts(self.path, saved):
+            more = f" and {len(short) - 1} more" if len(short) > 1 else ""
+            self.notices = [
+                f"{self.path / 'rollouts' / short[0]}{more}: shorter than it was, or missing: the run goes on, and "
+                "pekoe report and pekoe rl --replay lack these steps"
+            ]
+        return saved
+
     def resume(self, trainer: Trainer) -> Progress | None:
         """Go back to the newest checkpoint: load the trainer, take back what came later, return the progress.
 
-        None where there is no checkpoint: then everything found is taken back, and the run starts anew.
+        None where there is no checkpoint: then everything found is taken back, and the run starts anew. UserError, with
+        a way back, where the checkpoint is damaged.
         """
         progress: Progress | None = None
         offsets = {"journal": 0, "ledger": 0}
-        if saved := checkpoints(self.path):
-            state = json.loads((saved[-1] / "state.json").read_text(encoding="utf-8"))
-            progress, offsets = Progress.of(state["progress"]), state["offsets"]
-            trainer.load(saved[-1] / "trainer")
+        if saved := self._newest():
+            progress, offsets = saved.progress, saved.offsets
+            found = checkpoints(self.path, self._from)
+            self._owes_model = _owes_model(found[-1], self._from is not None)
+            with _way_back(found):
+                trainer.load(found[-1] / TRAINER)
             self.saved = progress.step
+        self._from = None  # checkpoints to come count, too
         if self._leader:
-            self._take_back(progress, offsets)
+            with _one_message(self.path):
+                self._take_back(progress, offsets)
         return progress
 
     def _take_back(self, progress: Progress | None, offsets: Mapping[str, int]) -> None:
@@ -203,8 +248,8 @@ class RunDir:
         step = progress.step if progress else 0
         taken = self.journal.cut(offsets["journal"], self.path / "discarded" / "journal.jsonl")
         taken += self.ledger.cut(offsets["ledger"], self.path / "discarded" / "ledger.jsonl")
-        for file in sorted((self.path / "rollouts").glob("step-*.zst")):
-            if int(file.name[5:11]) > step:
+        for file, number in record_files(self.path):
+            if number > step:
                 taken += file.stat().st_size
                 _set_aside(file, self.path / "discarded")
         for partial in (self.path / "checkpoints").glob(".partial-*"):
@@ -225,12 +270,13 @@ class RunDir:
         goes on. `settle` reports success or failure.
         """
         self.settle()
-        if self.saved == progress.step:
+        if self.saved == progress.step and not self._owes_model:
             return
         start = time.perf_counter()
         offsets = {"journal": self.journal.sync(), "ledger": self.ledger.sync()}
-        state = trainer.snapshot()
-        future = self._writer.submit(self._write, state, progress, offsets, keep, in_flight)
+        saved = Saved(progress, offsets) if self.saved != progress.step else None
+        future = self._writer.submit(self._write, trainer.snapshot(), progress.step, saved, keep, in_flight)
+        self._owes_model = False
         stall = time.perf_counter() - start
         self._writing = {"step": progress.step, "stall_s": round(stall, 4)}, start, future
 
@@ -265,36 +311,111 @@ class RunDir:
         self._writing = None
 
     def _write(
-        self,
-        state: Snapshot,
-        progress: Progress,
-        offsets: Mapping[str, int],
-        keep: int,
-        in_flight: Sequence[JudgedGroup],
+        self, state: Snapshot, step: int, saved: Saved | None, keep: int, in_flight: Sequence[JudgedGroup]
     ) -> int:
-        """Write a checkpoint and return its size in bytes. In a thread of its own: touches nothing that changes."""
-        target = self.path / "checkpoints" / f"step-{progress.step:06d}"
+        """Write a checkpoint and its model (`saved` None: the model alone); returns the checkpoint's bytes. In a thread
+        of its own: touches nothing that changes."""
+        target = self.path / "checkpoints" / name_of(step)
         partial = target.with_name(f".partial-{target.name}")
-        try:
-            state.write(partial / "trainer")
-            if not self._leader:
-                return 0
-            text = json.dumps({"progress": asdict(progress), "offsets": offsets}, indent=1)
-            (partial / "state.json").write_text(text, encoding="utf-8")
-            write_groups(partial / IN_FLIGHT, in_flight)
-            size = _to_disk(partial)
-            # The model first: where a checkpoint stands, its model does too. Killed in between, the step is done again.
-            state.export(self.path / "model")
-            os.replace(partial, target)
-            fsync(target.parent)
-        except OSError:
-            shutil.rmtree(partial, ignore_errors=True)  # its room may be what is lacking
-            raise
+        size = 0
+        if saved is not None:
+            try:
+                state.write(partial / TRAINER)
+                if self._leader:
+                    rollouts = sizes_of_rollouts(self.path, step)
+                    size = write_beside(partial, replace(saved, rollouts=rollouts), in_flight)
+                    os.replace(partial, target)
+                    fsync(target.parent)
+            except BaseException:
+                shutil.rmtree(partial, ignore_errors=True)  # its room may be what is lacking
+                raise
+        if not self._leader:
+            return 0
+        # The model comes second: the checkpoint stands whatever is in its way. Killed in between, it is written later.
+        self._export(state, step)
         for old in checkpoints(self.path)[:-keep]:
             doomed = old.with_name(f".partial-{old.name}")  # under its own name it would pass for whole
             os.replace(old, doomed)
             shutil.rmtree(doomed)
         return size
+
+    def _export(self, state: Snapshot, step: int) -> None:
+        """Write the model; beside its place where something else is there, which is not ours to remove."""
+        name, why = MODEL, ""
+        try:
+            state.export(self.path / MODEL)
+        except UserError as error:
+            name, why = MODEL_BESIDE, str(error)
+            state.export(self.path / MODEL_BESIDE)
+        write_whole(self.path / EXPORTED, json.dumps({"step": step, "model": name, "why": why}) + "\n")
+
+
+def exported_model(run_dir: Path) -> tuple[Path, str]:
+    """The directory of a run's last model, and why it is not `model`; empty where it is."""
+    name, why = MODEL, ""
+    with suppress(UserError):  # a run of an older version has no such file
+        exported = read_json(run_dir / EXPORTED)
+        if exported.get("model") == MODEL_BESIDE and (run_dir / MODEL_BESIDE).is_dir():
+            name, why = MODEL_BESIDE, str(exported.get("why"))
+    return run_dir / name, why
+
+
+def where_model_is(run_dir: Path) -> str:
+    path, why = exported_model(run_dir)
+    return f"the model is in {path}" + (f" ({why})" if why else "")
+
+
+def _owes_model(checkpoint: Path, went_back: bool) -> bool:
+    """Whether the model that is there is not that of the checkpoint."""
+    file = checkpoint.parents[1] / EXPORTED
+    if not file.exists() and not (checkpoint / SUMS).exists():  # an older version wrote the model first
+        return went_back
+    try:
+        return read_json(file).get("step") != step_of(checkpoint)
+    except UserError:
+        return True
+
+
+@contextmanager
+def _one_message(run_dir: Path) -> Generator[None]:
+    """UserError for what the system refuses: a directory where a file was, say."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"run.dir: {error.filename or run_dir}: {error.strerror or error}") from None
+
+
+@contextmanager
+def _way_back(found: Sequence[Path]) -> Generator[None]:
+    """Adds to a UserError on the newest of these checkpoints how to go on without it."""
+    try:
+        yield
+    except UserError as error:
+        step, older = step_of(found[-1]), [step_of(path) for path in found[:-1]]
+        way = f"--from {older[-1]} goes back to the one before it" if older else "--from 0 begins anew"
+        raise UserError(
+            f"{error}. The run cannot go on from its checkpoint of step {step}; the same command with {way}"
+        ) from None
+
+
+def _check_from(run_dir: Path, from_step: int | None) -> None:
+    """UserError where there is no checkpoint of this step."""
+    known = [0, *map(step_of, checkpoints(run_dir))]
+    if from_step is not None and from_step not in known:
+        nearest = min(known, key=lambda step: abs(step - from_step))
+        raise UserError(
+            f"--from: expected a step with a checkpoint in {run_dir} ({', '.join(map(str, known))}; 0 begins anew), "
+            f"got {from_step}; nearest: {nearest}"
+        )
+
+
+def check_num_steps(run_dir: Path, num_steps: int | None, from_step: int | None = None) -> None:
+    """Raise UserError where more steps than `num_steps` are done: the model would be of another step than asked for."""
+    saved = checkpoints(run_dir, from_step)
+    if num_steps is not None and saved and (done := step_of(saved[-1])) > num_steps:
+        raise UserError(
+            f"num_steps: expected at least the {done} steps that {run_dir} has done, got {num_steps}; nearest: {done}"
+        )
 
 
 def cannot_go_on(run_dir: Path, why: str) -> str:
@@ -321,23 +442,9 @@ def with_date(config: C) -> C:
     template, file = config.model.template, Path(config.run.dir) / "config.toml"
     if template.date is not None:
         return config
-    kept = read_toml(file).get("model", {}).get("template", {}).get("date") if file.is_file() else None
+    kept = flatten(read_toml(file)).get("model.template.date") if file.is_file() else None
     template = template.model_copy(update={"date": kept or date.today().isoformat()})
     return config.model_copy(update={"model": config.model.model_copy(update={"template": template})})
-
-
-def check_num_steps(run_dir: Path, num_steps: int | None) -> None:
-    """Raise UserError where more steps than `num_steps` are done: the model would be of another step than asked for."""
-    saved = checkpoints(run_dir)
-    if num_steps is not None and saved and (done := int(saved[-1].name[5:])) > num_steps:
-        raise UserError(
-            f"num_steps: expected at least the {done} steps that {run_dir} has done, got {num_steps}; nearest: {done}"
-        )
-
-
-def checkpoints(run_dir: Path) -> list[Path]:
-    """The checkpoints of a run, oldest first."""
-    return sorted((run_dir / "checkpoints").glob("step-*"))
 
 
 def lock(path: Path, busy: str) -> IO[bytes]:
@@ -355,9 +462,13 @@ def write_whole(path: Path, text: str, private: bool = False) -> None:
     """Write a file that a reader sees whole or not at all. `private`: only its owner may read it."""
     partial = path.with_name(f".{path.name}.partial")
     partial.unlink(missing_ok=True)
-    partial.touch(0o600 if private else 0o666)  # with its mode from the beginning
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+    try:
+        partial.touch(0o600 if private else 0o666)  # with its mode from the beginning
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, path)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def _set_aside(file: Path, folder: Path) -> None:
@@ -367,11 +478,3 @@ def _set_aside(file: Path, folder: Path) -> None:
     while (target := folder / (f"{file.name}.{number}" if number else file.name)).exists():
         number += 1
     os.replace(file, target)
-
-
-def _to_disk(folder: Path) -> int:
-    """Sync all files below a folder; returns their bytes."""
-    files = [path for path in folder.rglob("*") if path.is_file()]
-    for path in (*files, folder):
-        fsync(path)
-    return sum(path.stat().st_size for path in files)

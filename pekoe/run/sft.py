@@ -20,23 +20,25 @@ from pekoe.data.problems import Demonstration, read_demonstrations
 from pekoe.data.rows import named
 from pekoe.data.tokenizer import Tokenizer
 from pekoe.run.build import open_model, prepare, say_changes
+from pekoe.run.checkpoints import Progress, checkpoints, step_of
 from pekoe.run.distributed import make_layout, process_group
 from pekoe.run.hardware import describe
 from pekoe.run.interrupt import StepTimer, Stop
-from pekoe.run.run_dir import Progress, RunDir, cannot_go_on, checkpoints, with_date
+from pekoe.run.run_dir import RunDir, cannot_go_on, with_date
 from pekoe.train import Trainer
 
 
-def run_sft(config: SFTConfig, view: ProgressReporter) -> None:
-    """Train on `data.train` for `sft.epochs`. Ctrl-C keeps the last complete step and raises Interrupted.
+def run_sft(config: SFTConfig, view: ProgressReporter, from_step: int | None = None) -> None:
+    """Train on `data.train` for `sft.epochs`. Ctrl-C keeps the last complete step and raises Interrupted. `from_step`:
+    see `RunDir`.
 
     Started by torchrun, all processes call it, and train together as `parallel` says; the first one writes and shows.
     """
     with process_group() as rank:
-        _run(config, view if rank == 0 else NoProgress(), rank == 0)
+        _run(config, view if rank == 0 else NoProgress(), rank == 0, from_step)
 
 
-def _run(config: SFTConfig, view: ProgressReporter, leader: bool) -> None:
+def _run(config: SFTConfig, view: ProgressReporter, leader: bool, from_step: int | None) -> None:
     config = with_date(config)
     prepare(config.run, config.train)
     model, tokenizer, dtype = open_model(config.model)
@@ -56,8 +58,8 @@ def _run(config: SFTConfig, view: ProgressReporter, leader: bool) -> None:
         activation_checkpointing=config.train.activation_checkpointing,
         compile=config.train.compile,
     )
-    if saved := checkpoints(Path(config.run.dir)):
-        epochs = -(-int(saved[-1].name[5:]) // per_epoch)
+    if saved := checkpoints(Path(config.run.dir), from_step):
+        epochs = -(-step_of(saved[-1]) // per_epoch)
         if epochs > config.sft.epochs:
             raise UserError(
                 f"sft.epochs: expected at least the {epochs} that {config.run.dir} has begun, got {config.sft.epochs}; "
@@ -66,7 +68,7 @@ def _run(config: SFTConfig, view: ProgressReporter, leader: bool) -> None:
     uids = [f"{i}/{hashlib.blake2b(s.tokens.tobytes(), digest_size=8).hexdigest()}" for i, s in enumerate(samples)]
     order = DataOrder(uids, config.run.seed)  # refuses to go on with other demonstrations
     stop = Stop()
-    with stop.listening(), RunDir(config, (view.event,), leader) as run:
+    with stop.listening(), RunDir(config, (view.event,), leader, from_step=from_step) as run:
         if isinstance(run.before, SFTConfig):
             say_changes(run, config.optim, view, 1, per_epoch * run.before.sft.epochs, total)
         progress = run.resume(trainer) or Progress(0, order.state())

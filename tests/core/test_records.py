@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from pekoe.core.errors import UserError
 from pekoe.core.records import read_records, steps_recorded, write_records
 from pekoe.core.types import Record
 
@@ -47,5 +48,5 @@ def test_lines_without_their_arrays_are_an_error(tmp_path: Path):
     lines = stem.with_name("step-000001.jsonl.zst").read_bytes()
     write_records(stem, [{"group": 0, "sample": 0}] * 2, [record(2, 3, 0)] * 2)
     stem.with_name("step-000001.jsonl.zst").write_bytes(lines)
-    with pytest.raises(ValueError, match=r"shorter|longer"):
+    with pytest.raises(UserError, match=r"step-000001\.npz\.zst: cannot be read: .*(shorter|longer)"):
         read_records(tmp_path, 1)

@@ -42,6 +42,24 @@ def test_the_page_holds_the_runs_figures_and_nothing_from_elsewhere(run_dir: Pat
     assert "default-src 'none'" in page
 
 
+def test_a_run_that_went_wrong_is_shown_with_the_numbers_that_it_had(tmp_path: Path):
+    nan, infinite = float("nan"), float("inf")
+    wrong = dict.fromkeys(("loss", "grad_norm", "entropy", "reward", "clip_fraction", "approx_kl"), nan)
+    wrong |= {"logprob_diff_max": infinite, "train_tokens_per_s": -infinite}
+    lines = [
+        response(0, 0, logprobs=[-infinite, nan]),
+        response(0, 1, reward=nan, advantage=-infinite, logprobs=[infinite, -1.5, -0.25, -1.5]),
+    ]
+    events = [step_event(number, **wrong) for number in (1, 2)]
+    run = write_run(tmp_path / "run", events, {"000001": lines})
+    page = render([read_history(run, lambda tokens: "a")])
+    first, second = data_of(page)["responses"]
+    assert first["logprobs"] == ["-inf", "NaN"]
+    assert second["logprobs"] == ["inf", -1.5, -0.25, -1.5]
+    assert (second["reward"], second["advantage"]) == ("NaN", "-inf")
+    assert findings(read_history(run))
+
+
 def test_the_timeline_shows_which_version_engines_sample_with(tmp_path: Path):
     first = {"event": "sync", "time": 990.0, "step": 0, "sync_version": 0}
     steps = [step_event(i, sync_version=i) for i in (1, 2, 3)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import ExitStack
@@ -106,3 +107,11 @@ def train():
             run_rl(parts)
 
     return run
+
+
+def checkpoint_in_name(run_dir: Path, step: int) -> None:
+    """What `RunDir` looks at before a trainer loads it, and no more."""
+    folder = run_dir / "checkpoints" / f"step-{step:06d}"
+    folder.mkdir(parents=True, exist_ok=True)
+    state = {"progress": {"step": step, "order": {}}, "offsets": {"journal": 0, "ledger": 0}}
+    (folder / "state.json").write_text(json.dumps(state))

@@ -76,10 +76,11 @@ def test_training_goes_on_while_a_checkpoint_is_written(
 
 
 @pytest.mark.parametrize(
-    "name", ["train.checkpoint.write", "run.run_dir._to_disk", "train.checkpoint.save_model"]
-)  # tensors, state.json, the model
-def test_a_full_disk_stops_the_run_and_the_older_checkpoint_stands(
-    build: Build, train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+    ("name", "stands"),  # tensors, state.json, the model
+    [("train.checkpoint.write", 1), ("run.checkpoints._to_disk", 1), ("train.checkpoint.save_model", 2)],
+)
+def test_a_full_disk_stops_the_run_and_a_checkpoint_stands(
+    build: Build, train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, stands: int
 ):
     unbroken = build("num_steps=4", f"run.dir={tmp_path / 'unbroken'}", "train.save_every=1")
     train(unbroken)
@@ -93,9 +94,9 @@ def test_a_full_disk_stops_the_run_and_the_older_checkpoint_stands(
         return write(*args, **more)
 
     monkeypatch.setattr(f"pekoe.{name}", full)
-    with pytest.raises(RunError, match=r"checkpoint of step 2: .*No space left.*that of step 1 stands"):
+    with pytest.raises(RunError, match=r"checkpoint of step 2: .*No space left.*that of step " + f"{stands} stands"):
         train(config)
-    assert [p.name for p in (Path(config.run.dir) / "checkpoints").iterdir()] == ["step-000001"]
+    assert max(p.name for p in (Path(config.run.dir) / "checkpoints").iterdir()) == f"step-00000{stands}"
     train(config)
     a, b = (load_model(Path(c.run.dir) / "model") for c in (config, unbroken))
     assert all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters(), strict=True))

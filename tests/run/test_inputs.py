@@ -19,7 +19,7 @@ from pekoe.data import Tokenizer
 from pekoe.data.mix import DataReport
 from pekoe.data.problems import read_problems
 from pekoe.run.build import Task, open_run
-from tests.run.conftest import Messages
+from tests.run.conftest import Messages, checkpoint_in_name
 
 Build = Callable[..., RLConfig]
 Train = Callable[..., None]
@@ -39,7 +39,7 @@ def begin(recipe: dict[str, Any], tiny_dir: Path) -> Begin:
         more = {"chat_template.jinja": template.encode()} if template else {}
         task = Task(list(problems), [], DataReport(), 20, [])
         with open_run(config, Tokenizer(files | more), task, view) as run:
-            (run.path / "checkpoints" / "step-000002").mkdir(parents=True, exist_ok=True)
+            checkpoint_in_name(run.path, 2)
         return view.said
 
     return run

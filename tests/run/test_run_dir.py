@@ -12,6 +12,7 @@ from pekoe.core import UserError
 from pekoe.data import Tokenizer
 from pekoe.run import run_dir
 from pekoe.run.run_dir import RunDir, with_date
+from tests.run.conftest import checkpoint_in_name
 
 TEMPLATE = (
     b"{% for message in messages %}<|user|>{{ message.content }}{% endfor %}<|assistant|>{{ strftime_now('%d%m%Y') }}"
@@ -39,7 +40,7 @@ def begin(recipe: dict[str, Any], day: date, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(run_dir, "date", Day)
     config = with_date(load_config(recipe, kind=SFTConfig))
     with RunDir(config) as run:
-        (run.path / "checkpoints" / "step-000001").mkdir(parents=True, exist_ok=True)
+        checkpoint_in_name(run.path, 1)
     return config
 
 
@@ -91,7 +92,7 @@ def test_a_config_with_secrets_is_its_owners_alone(tmp_path: Path, env: dict[str
 def test_fewer_steps_than_are_done_are_refused_before_anything_is_written(tmp_path: Path):
     recipe = {"run": {"dir": str(tmp_path)}, "model": {"path": "m"}, "data": {"train": "t"}, "num_steps": 6}
     with RunDir(load_config(recipe)) as run:
-        (run.path / "checkpoints" / "step-000005").mkdir(parents=True)
+        checkpoint_in_name(run.path, 5)
     before = (tmp_path / "config.toml").read_text()
     with pytest.raises(UserError, match=r"num_steps: expected at least the 5 steps .* got 4; nearest: 5"):
         RunDir(load_config(recipe | {"num_steps": 4}))

@@ -56,7 +56,7 @@ function passes(line) {
   const words = filter.text.toLowerCase();
   return (!filter.step || line.step === Number(filter.step))
     && (!filter.label || line.label === filter.label)
-    && (!filter.reward || line.reward === Number(filter.reward))
+    && (!filter.reward || String(line.reward) === filter.reward)
     && (!filter.shortest || line.length >= Number(filter.shortest))
     && (!filter.longest || line.length <= Number(filter.longest))
     && (!words || textOf.get(line).toLowerCase().includes(words) || line.prompt.toLowerCase().includes(words)
@@ -96,9 +96,13 @@ function list() {
 
 function colour(line, i) {
   const by = filters.elements.colour.value;
-  if (by === "logprob") return `rgba(var(--hot), ${Math.min(0.75, -line.logprobs[i] / 4)})`;
+  // A number that is not finite is a text, such as "-inf", and stands out.
+  if (by === "logprob") {
+    const logprob = line.logprobs[i];
+    return `rgba(var(--hot), ${typeof logprob === "string" ? 1 : Math.min(0.75, -logprob / 4)})`;
+  }
   if (by === "advantage" && line.advantage !== null) {
-    const strength = Math.min(0.6, Math.abs(line.advantage) / 2);
+    const strength = typeof line.advantage === "string" ? 1 : Math.min(0.6, Math.abs(line.advantage) / 2);
     return `rgba(var(${line.advantage > 0 ? "--cold" : "--hot"}), ${strength})`;
   }
   return "";
@@ -145,7 +149,7 @@ function show(opened) {
 if (filters) {  // absent for a run without responses (of `pekoe sft`)
   fill("step", distinct("step").sort((a, b) => a - b));
   fill("label", distinct("label").sort());
-  fill("reward", distinct("reward").sort((a, b) => a - b));
+  fill("reward", distinct("reward").sort((a, b) => a - b || 0));
   filters.addEventListener("input", () => { list(); show(); });
   filters.addEventListener("submit", (event) => event.preventDefault());
   list();
