@@ -244,6 +244,11 @@ def _largest(step: StepMemory, room: int, parts: dict[str, int]) -> int:
 def _step(config: RLConfig | SFTConfig, spec: ModelSpec, processes: int, device: str, budget: int) -> StepMemory:
     parallel = _parallel(config)
     tp, replicas = (parallel.tp, parallel.replicas) if parallel else (1, 1)
+    if processes < tp * replicas:
+        raise UserError(
+            f"doctor: expected at least parallel.tp x parallel.replicas processes, {tp * replicas}, got {processes}; "
+            f"nearest: --processes {tp * replicas}"
+        )
     longest = min(budget, _longest(config, spec))
     dtype, again = getattr(torch, config.model.dtype), config.train.activation_checkpointing
     return predict(spec, budget, longest, dtype, again, device, tp, processes // (tp * replicas))

@@ -194,3 +194,9 @@ def test_a_memory_that_cannot_be_meant(memory: str):
     status, message = command(["doctor", "--memory-gib", memory])
     assert status == 2
     assert "--memory-gib" in message
+
+
+def test_fewer_processes_than_replicas(tree: dict[str, Any]):
+    sft = {key: tree[key] for key in ("run", "model", "train")} | {"data": {"train": "demos.jsonl"}}
+    with pytest.raises(UserError, match=r"expected at least .*, 2, got 1; nearest: --processes 2"):
+        forecast(load_config(sft, ["parallel.replicas=2"], SFTConfig), memory_bytes=GIB)
