@@ -21,6 +21,7 @@ from pathlib import Path
 import pytest
 
 from pekoe.config.recipes import load_config
+from pekoe.plan.recipe import OwnDevice
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
