@@ -105,7 +105,7 @@ def read_toml(path: Path) -> dict[str, Any]:
         if str(path) not in shipped:
             siblings = [p.name for p in path.parent.glob("*.toml")] if path.parent.is_dir() else []
             hint = f" Did you mean {path.stem!r}, which comes with Pekoe?" if path.stem in shipped else ""
-            hint = hint or nearest(path.name, siblings or shipped)
+            hint = hint or nearest(path.name, [*siblings, *shipped])
             raise UserError(f"{path}: expected a recipe (a TOML file, or a name of `pekoe recipe`), found none.{hint}")
         path = shipped[str(path)]
     try:
