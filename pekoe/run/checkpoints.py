@@ -69,7 +69,8 @@ def write_beside(folder: Path, saved: Saved, in_flight: Sequence[JudgedGroup]) -
     text = json.dumps({**asdict(saved), "checksums": True}, indent=1)
     (folder / STATE).write_text(text, encoding="utf-8")
     write_groups(folder / IN_FLIGHT, in_flight)
-    files = [*(path for path in folder.iterdir() if path.is_file()), folder / TRAINER / SUMS]
+    files = [path for path in folder.iterdir() if path.is_file()]
+    files += [sums for sums in [folder / TRAINER / SUMS] if sums.exists()]  # another trainer may have none
     write_sums(folder, {str(path.relative_to(folder)): sha256(path) for path in files})
     return _to_disk(folder)
 
