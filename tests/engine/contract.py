@@ -439,7 +439,8 @@ class Contract:
                 _wait_for_version(futures, first + 1)
                 harness.update(engine, harness.model, first + 2)
                 sampled = harness.drain(engine, requests, futures) | harness.drain(engine, during, more)
-                harness.assert_true(sampled, {first: harness.model, first + 1: harness.other, first + 2: harness.model})
+                models = {first: harness.model, first + 1: harness.other, first + 2: harness.model}
+                harness.assert_true(sampled, models, noise=2)  # an old key or value would put it off by more than 0.1
                 seen = {version for _, completion in sampled.values() for version, _ in completion.versions}
                 crossed += sum(len(completion.versions) > 1 for _, completion in sampled.values())
                 if crossed >= 2 and len(seen) == 3:

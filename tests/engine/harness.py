@@ -141,11 +141,14 @@ class Harness:
         assert all(start < size for start in starts)
         assert_ended_rightly(completion, request.params)
 
-    def assert_true(self, sampled: Sampled, models: dict[int, Decoder] | None = None):
-        """Each token's log-prob is that of its own version's weights, over all that truly came before it."""
+    def assert_true(self, sampled: Sampled, models: dict[int, Decoder] | None = None, noise: float = 1.0):
+        """Each token's log-prob is that of its own version's weights, over all that truly came before it.
+
+        `noise`: times the tolerance, where what is sampled differs from run to run: rounding then reaches 1.2e-4.
+        """
         models = models or {0: self.model}
         assert {v for _, completion in sampled.values() for v, _ in completion.versions} <= set(models)
-        assert worst_difference(models, sampled.values()) <= self.tolerance
+        assert worst_difference(models, sampled.values()) <= noise * self.tolerance
 
 
 def wait_for_one(futures: Futures) -> Completion:

@@ -159,7 +159,7 @@ def test_an_engine_in_an_actor_is_an_engine(cluster: MakeConfig):
     with ExitStack() as stack:
         built = build_cluster(config, Messages(), Stop(), stack)
         engine = built.pool.members[0].engine
-        params = SamplingParams(n=3, max_new_tokens=5)
+        params = SamplingParams(n=3, max_new_tokens=5, stop_token_ids=())
         first = engine.submit(requests_of("a", 0, [1, 2, 3], params))
         second = engine.submit(requests_of("a", 0, [1, 2, 3], params))
         tokens = [[future.result(60).tokens.tolist() for future in some] for some in (first, second)]
