@@ -52,7 +52,7 @@ class Embedded:
         for uid, (tokens, own) in enumerate(zip(prompts, lengths, strict=True)):
             array = np.array(tokens, np.int64)
             for sample, length in enumerate(own):
-                params = SamplingParams(max_new_tokens=length, seed=seed)
+                params = SamplingParams(max_new_tokens=length, seed=seed, stop_token_ids=())
                 requests.append(Request(str(uid), 0, sample, array, params))
         start = time.perf_counter()
         completions = [future.result() for future in self.engine.submit(requests)]

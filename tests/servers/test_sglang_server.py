@@ -65,9 +65,9 @@ def wait_running(engine: SGLangEngine) -> None:
     "params",
     [
         SamplingParams(n=4, max_new_tokens=24, stop_token_ids=(7, 9)),
-        SamplingParams(n=2, max_new_tokens=24, temperature=0.7, top_p=0.8),
-        SamplingParams(n=2, max_new_tokens=24, temperature=0.7, top_k=9),
-        SamplingParams(max_new_tokens=24, temperature=0),
+        SamplingParams(n=2, max_new_tokens=24, temperature=0.7, top_p=0.8, stop_token_ids=()),
+        SamplingParams(n=2, max_new_tokens=24, temperature=0.7, top_k=9, stop_token_ids=()),
+        SamplingParams(max_new_tokens=24, temperature=0, stop_token_ids=()),
     ],
 )
 def test_i1_log_probs_are_the_models(engine: SGLangEngine, models: list[Decoder], ask: Ask, params: SamplingParams):
