@@ -143,4 +143,4 @@ def fuzz(seconds: float, seed: int) -> Cases:
 
 
 if __name__ == "__main__":
-    sys.exit(main(__doc__ or "", fuzz))
+    sys.exit(main(__doc__, lambda seconds, seed, _: fuzz(seconds, seed).end()))

@@ -198,4 +198,4 @@ def _doctor(arguments: list[str]) -> None:
 if __name__ == "__main__":
     whole = "--run" in sys.argv
     sys.argv = [word for word in sys.argv if word != "--run"]
-    sys.exit(main(__doc__ or "", lambda seconds, seed: fuzz(seconds, seed, whole)))
+    sys.exit(main(__doc__, lambda seconds, seed, _: fuzz(seconds, seed, whole).end()))

@@ -1,4 +1,4 @@
-"""What the fuzzers of settings and of model directories share: odd values, and what a case may end with."""
+"""What fuzzers share: their command line, odd values, and what a case may end with."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ import argparse
 import math
 import random
 import sys
+import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from pekoe.core.errors import UserError
@@ -49,6 +51,11 @@ class Cases:
             self.problems.append(f"{what}: {problem}")
         return outcome == "done"
 
+    def end(self) -> list[str]:
+        """Print how many cases ended how; returns the problems."""
+        print(f"{sum(self.outcomes.values())} cases: {dict(self.outcomes)}", file=sys.stderr)
+        return self.problems
+
 
 def fault_of(message: str) -> str:
     """What is wrong with a message, if anything is."""
@@ -73,13 +80,13 @@ def changed(value: Any, random: random.Random) -> Any:
     return random.choice(ODD) if random.random() < 0.9 else [value]
 
 
-def main(doc: str, fuzz: Callable[[float, int], Cases]) -> int:
-    """The command line of a fuzzer."""
-    parser = argparse.ArgumentParser(description=doc.splitlines()[0])
+def main(doc: str | None, fuzz: Callable[[float, int, Path], Sequence[str]]) -> int:
+    """The command line of a fuzzer: `fuzz(seconds, seed, an empty folder)` gives what broke its promise."""
+    parser = argparse.ArgumentParser(description=(doc or "").splitlines()[0])
     parser.add_argument("--seconds", type=float, default=60)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    cases = fuzz(options.seconds, options.seed)
-    print(f"{sum(cases.outcomes.values())} cases: {dict(cases.outcomes)}", file=sys.stderr)
-    print("\n".join(cases.problems) or "every case ended well, or with one clear message")
-    return bool(cases.problems)
+    with tempfile.TemporaryDirectory() as folder:
+        problems = fuzz(options.seconds, options.seed, Path(folder))
+    print("\n".join(problems) or "nothing broke the promise")
+    return bool(problems)

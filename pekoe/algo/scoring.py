@@ -21,30 +21,33 @@ class Scored:
     no_signal: str = ""  # why the step is skipped though there are samples
 
 
-def reward_of(verdict: Verdict, algo: AlgoSection, num_tokens: int = 0, max_new_tokens: int = 0) -> float:
-    """The reward of a verdict by `algo.reward_formula`, less the soft length penalty (DAPO, arXiv:2503.14476, eq. 13).
+def verdict_reward(verdict: Verdict, algo: AlgoSection) -> float:
+    """The reward of a verdict alone, by `algo.reward_formula`. A FAULT has no reward (I9)."""
+    assert verdict.label != "fault", "a FAULT has no reward"
+    wrong = -algo.reward if algo.reward_wrong is None else algo.reward_wrong
+    if verdict.score is None or algo.reward_formula == "label":
+        return algo.reward if verdict.label == "correct" else wrong
+    return algo.reward * verdict.score + wrong * (1 - verdict.score)  # exact at both ends
 
-    A FAULT has no reward (I9).
+
+def reward_of(verdict: Verdict, algo: AlgoSection, num_tokens: int, max_new_tokens: int) -> float:
+    """`verdict_reward`, less the soft penalty of a long response (DAPO, arXiv:2503.14476, eq. 13).
 
     Args:
         num_tokens: of the response; `max_new_tokens` is where responses are cut.
     """
-    assert verdict.label != "fault", "a FAULT has no reward"
-    wrong = -algo.reward if algo.reward_wrong is None else algo.reward_wrong
-    if verdict.score is None or algo.reward_formula == "label":
-        reward = algo.reward if verdict.label == "correct" else wrong
-    else:
-        reward = wrong + verdict.score * (algo.reward - wrong)
+    reward = verdict_reward(verdict, algo)
     if not algo.overlong_tokens:
         return reward
+    assert max_new_tokens, "a penalty of length needs to know where responses are cut"
     over = (num_tokens - max_new_tokens) / algo.overlong_tokens + 1
-    return reward - max(0.0, over) * (algo.overlong_penalty or algo.reward)
+    return reward - min(1.0, max(0.0, over)) * (algo.overlong_penalty or algo.reward)
 
 
 def uninformative(verdicts: Sequence[Verdict], algo: AlgoSection) -> str | None:
     """Why dynamic sampling (DAPO) drops a group, or None: its rewards are equal, lengths and FAULTs left out."""
     judged = [verdict for verdict in verdicts if verdict.label != "fault"]
-    if len({reward_of(verdict, algo) for verdict in judged}) != 1:
+    if len({verdict_reward(verdict, algo) for verdict in judged}) != 1:
         return None
     right = {verdict.label == "correct" for verdict in judged}
     what = "all scores equal" if len(right) > 1 else "all right" if True in right else "none right"

@@ -46,23 +46,28 @@ def difference_interval(
     return second - first - down, second - first + up
 
 
-def paired(before: Sequence[float], after: Sequence[float]) -> dict[str, Any]:
+def paired(
+    before: Sequence[float], after: Sequence[float], num_samples: tuple[float, float] = (inf, inf)
+) -> dict[str, Any]:
     """The mean difference of pass rates on the same problems, its 95 % interval (over problems), and how likely chance
     alone makes one as large: a two-sided sign-flip permutation test with 10,000 seeded flips.
 
-    The interval is `difference_interval`'s.
+    The interval is `difference_interval`'s; `num_samples`: responses of each, see `interval`.
     """
     first, second = np.asarray(before, np.float64), np.asarray(after, np.float64)
     differences, number = second - first, len(first)
     mean, varies = float(differences.mean()), bool(first.std() > 1e-9 and second.std() > 1e-9)
     correlation = float(np.corrcoef(first, second)[0, 1]) if varies else 0.0
     means = float(first.mean()), float(second.mean())
+    intervals = interval(before, num_samples[0]), interval(after, num_samples[1])
     rng = np.random.default_rng(0)
     flipped = (abs(float(np.mean(differences * rng.choice((-1.0, 1.0), number)))) for _ in range(PERMUTATIONS))
     as_large = sum(one >= abs(mean) - 1e-12 for one in flipped)
     return {
         "difference": mean,
-        "ci95": difference_interval(means, (interval(before), interval(after)), correlation),
+        "ci95": difference_interval(
+            means, (interval(before, num_samples[0]), interval(after, num_samples[1])), correlation
+        ),
         "p_value": (as_large + 1) / (PERMUTATIONS + 1),
         "num_problems": number,
         "num_better": int((differences > 0).sum()),

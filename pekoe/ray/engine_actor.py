@@ -128,7 +128,7 @@ class RayEngine(Sampler):
         self.info, self._actor, self._update_limit_s, self._passed = info, actor, update_limit_s, passed
         self.max_sequence_tokens, self.max_requests = info.max_sequence_tokens, info.max_requests
         self.version, self.num_workers = 0, info.num_workers
-        self._closed, self._stats = False, EngineStats()
+        self._stats = EngineStats()
         self._follower = StreamFollower(
             "engine proxy", passed, _lost, "the engine was closed while requests were unfinished"
         )
@@ -139,7 +139,7 @@ class RayEngine(Sampler):
     def submit(self, requests: Sequence[Request]) -> list[Future[Completion]]:
         """See `Engine.submit`. Every failure in the actor is EngineLost: another process may do better."""
         validate(requests, self.info.vocab_size, self.info.max_sequence_tokens, "the engine's room")
-        if self._closed:
+        if self._follower.closing:
             raise RunError("the engine is closed")
         futures: list[Future[Completion]] = [Future() for _ in requests]
         if requests:
@@ -186,7 +186,7 @@ class RayEngine(Sampler):
             raise EngineLost(str(error)) from None
 
     def close(self) -> None:
-        closed, self._closed = self._closed, True
+        closed, self._follower.closing = self._follower.closing, True
         if not closed:
             ray.wait([self._actor.call.remote("close")], timeout=_CLOSE_LIMIT_S)
             ray.kill(self._actor)

@@ -45,11 +45,13 @@ class StreamFollower:
     Args:
         failure: the error of a future, from the exception that was its outcome, or that broke the stream off.
         closed: the message of RunError where it is closed first.
+
+    `closing` may be set before `close`: what breaks off from then on was closed.
     """
 
     def __init__(self, name: str, passed: ByteCount, failure: Callable[[Exception], Exception], closed: str) -> None:
         self._passed, self._failure, self._closed = passed, failure, closed
-        self._is_closed = False
+        self.closing = self._is_closed = False
         self._following: set[asyncio.Task[None]] = set()
         self._thread = AsyncThread(name)
 
@@ -77,12 +79,12 @@ class StreamFollower:
         except Exception as broken:
             error = broken
         finally:
-            error = RunError(self._closed) if self._is_closed else self._failure(error)
+            error = RunError(self._closed) if self.closing else self._failure(error)
             for future in futures:
                 if not future.done():
                     future.set_exception(error)
 
     def close(self) -> None:
-        closed, self._is_closed = self._is_closed, True
+        closed, self.closing, self._is_closed = self._is_closed, True, True
         if not closed:
             self._thread.stop()

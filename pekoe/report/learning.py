@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import inf
 from statistics import mean, median
 
 from pekoe.core.journal import Event
@@ -62,7 +63,8 @@ def _change(before: Event, after: Event) -> tuple[float, tuple[float, float], bo
     rates = before.get("rates", ()), after.get("rates", ())
     pairs = [(a, b) for a, b in zip(*rates, strict=False) if a is not None and b is not None]
     if pairs and len(rates[0]) == len(rates[1]):
-        result = paired(*zip(*pairs, strict=True))
+        samples = before.get("samples_per_problem", inf) * len(pairs)
+        result = paired(*zip(*pairs, strict=True), (samples, samples))
         p = result["p_value"]
         test = f"paired over problems, p {'< 0.001' if p < 0.001 else f'= {p:.2g}'}"
         return result["difference"], result["ci95"], p < _LEVEL, test

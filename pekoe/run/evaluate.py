@@ -257,7 +257,7 @@ def compare(before: Path, after: Path) -> dict[str, Any]:
     return {
         "before": float(np.mean(first)),
         "after": float(np.mean(second)),
-        **paired(first, second),
+        **paired(first, second, tuple(sum(rows[uid]["num_judged"] for uid in judged) for rows in results)),
         "num_all_fault": len(results[0]) - len(judged),
         "moved_most": sorted(moves, key=lambda one: -abs(one["after"] - one["before"]))[:10],
     }

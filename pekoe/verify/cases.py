@@ -63,8 +63,8 @@ def _case(case: Case, number: int) -> Case:
     label = case.get("label")
     if label not in (None, True, False, *_LABELS):
         raise ValueError(f"label: expected true, false, null or a verdict's ({', '.join(_LABELS)}), got {label!r}")
-    if isinstance(label, str):
-        found["label"] = _LABELS[label]
+    if label is not None:
+        found["label"] = _LABELS[label] if isinstance(label, str) else bool(label)
     kind = case.get("kind")
     if kind is None:  # null is absent
         case = {key: value for key, value in case.items() if key != "kind"}

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pekoe.algo.scoring import reward_of, score, uninformative
+from pekoe.algo.scoring import reward_of, score, uninformative, verdict_reward
 from pekoe.config.recipes import AlgoSection
 from pekoe.core import UserError
 from pekoe.core.types import FinishReason, JudgedGroup, Label, Problem, Record, Trajectory, Verdict
@@ -79,12 +79,12 @@ def test_an_advantage_that_cannot_be_used(own: None, name: str, message: str):
 
 @pytest.mark.parametrize(("label", "expected"), [("correct", 5.0), ("wrong", -5.0), ("unparsed", -5.0)])
 def test_rewards(label: Label, expected: float):
-    assert reward_of(Verdict(label), AlgoSection()) == expected
+    assert verdict_reward(Verdict(label), AlgoSection()) == expected
 
 
 def test_a_fault_has_no_reward():
     with pytest.raises(AssertionError, match="no reward"):
-        reward_of(Verdict("fault"), AlgoSection())
+        verdict_reward(Verdict("fault"), AlgoSection())
 
 
 @pytest.mark.parametrize(
@@ -100,7 +100,7 @@ def test_a_fault_has_no_reward():
     ],
 )
 def test_a_score_is_a_reward_by_the_recipes_formula(changes: Any, label: Label, score: float | None, expected: float):
-    assert reward_of(Verdict(label, None, "", score), AlgoSection(**changes)) == expected
+    assert verdict_reward(Verdict(label, None, "", score), AlgoSection(**changes)) == expected
 
 
 @pytest.mark.parametrize("score", [-0.1, 1.5, float("nan")])
@@ -208,3 +208,17 @@ def test_groups_that_dynamic_sampling_drops():
     graded = [Verdict("wrong", None, "", 0.2), Verdict("wrong", None, "", 0.7)]
     assert uninformative(graded, algo) is None
     assert uninformative(graded, AlgoSection(reward_formula="label")) == "dynamic sampling: none right"
+
+
+def test_a_full_score_earns_the_reward_to_the_last_bit():
+    algo = AlgoSection(reward=0.1, reward_wrong=-1.0)
+    verdicts = [Verdict("correct"), Verdict("correct", None, "", 1.0)]
+    assert {verdict_reward(verdict, algo) for verdict in verdicts} == {0.1}
+    assert uninformative(verdicts, algo) == "dynamic sampling: all right"
+
+
+def test_a_penalty_of_length_has_an_end_and_needs_the_limit():
+    algo = AlgoSection(overlong_tokens=100)
+    assert reward_of(Verdict("correct"), algo, 1000, 200) == 0.0
+    with pytest.raises(AssertionError, match="where responses are cut"):
+        reward_of(Verdict("correct"), algo, 1000, 0)

@@ -1,6 +1,6 @@
 """Hostile data: rows of every layout, damaged, in files of every kind, damaged too. Only a UserError may come of them.
 
-    python tests/data/fuzz_rows.py [--seconds 60] [--seed 0]
+    python -m tests.data.fuzz_rows [--seconds 60] [--seed 0]
 
 A trial depends on the seed and its number alone. The program ends at the first traceback with that number (exit status
 1), or says how many trials held. A row takes part in what a command does with it before a response is sampled: it is
@@ -9,7 +9,6 @@ read as a problem and as a demonstration, its kind is looked up, its reference i
 
 from __future__ import annotations
 
-import argparse
 import bz2
 import contextlib
 import csv
@@ -19,7 +18,6 @@ import json
 import lzma
 import random
 import sys
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -38,6 +36,7 @@ from pekoe.data import Tokenizer, gather_problems, read_demonstrations
 from pekoe.demo.char_tokenizer import make_char_tokenizer
 from pekoe.run.judging import check_kinds
 from pekoe.verify.references import read_references
+from tests.fuzzing import main
 
 USER, ASSISTANT = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
 ROWS: list[Any] = [
@@ -195,23 +194,25 @@ def trial(seed: int, number: int, folder: Path) -> str:
     return outcome
 
 
-def main(seconds: float, seed: int) -> Counter[str]:
+def fuzz(seconds: float, seed: int, folder: Path) -> Counter[str]:
     """Trials for so long. Raises what a trial raises, with its number in a note."""
     outcomes: Counter[str] = Counter()
     end = time.monotonic() + seconds
-    with tempfile.TemporaryDirectory() as folder:
-        while time.monotonic() < end:
-            try:
-                outcomes[trial(seed, outcomes.total(), Path(folder))] += 1
-            except BaseException as error:
-                error.add_note(f"trial {outcomes.total()} of seed {seed}")
-                raise
+    while time.monotonic() < end:
+        try:
+            outcomes[trial(seed, outcomes.total(), folder)] += 1
+        except BaseException as error:
+            error.add_note(f"trial {outcomes.total()} of seed {seed}")
+            raise
+    print(dict(outcomes), file=sys.stderr)
     return outcomes
 
 
+def problems(seconds: float, seed: int, folder: Path) -> list[str]:
+    """None: the first problem is raised."""
+    fuzz(seconds, seed, folder)
+    return []
+
+
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=60.0)
-    parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args()
-    print(dict(main(arguments.seconds, arguments.seed)), file=sys.stdout)
+    sys.exit(main(__doc__, problems))

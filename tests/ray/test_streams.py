@@ -77,3 +77,10 @@ def test_what_a_stream_leaves_out_and_what_is_closed_ends_too(follower: StreamFo
     follower.follow(endless(), [open_])
     follower.close()
     assert str(open_.exception(10)) == "closed"
+
+
+def test_what_breaks_off_while_it_is_being_closed_was_closed(follower: StreamFollower):
+    left: Future[object] = Future()
+    follower.closing = True
+    follower.follow(stream(error=OSError("killed")), [left])
+    assert str(left.exception(10)) == "closed"

@@ -9,12 +9,10 @@ What breaks the promise is printed with its seed, and the status is 1.
 
 from __future__ import annotations
 
-import argparse
 import random
 import re
 import shutil
 import sys
-import tempfile
 import time
 import traceback
 from collections import Counter
@@ -41,6 +39,7 @@ from pekoe.run.build import build_rl
 from pekoe.run.interrupt import Stop
 from pekoe.run.rl import run_rl
 from pekoe.run.run_dir import exported_model
+from tests.fuzzing import main
 
 Damage = Callable[[random.Random, Path], object]
 FOREIGN = (
@@ -212,16 +211,5 @@ def fuzz(seconds: float, seed: int, folder: Path, at_least: int = 1) -> list[str
     return part.problems
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--seconds", type=float, default=60)
-    parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        problems = fuzz(options.seconds, options.seed, Path(folder))
-    print("\n".join(problems) or "every directory went on to the same bits, or was refused with one message")
-    return bool(problems)
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(__doc__, fuzz))

@@ -309,9 +309,9 @@ class ServerEngine(Engine):
                 if failures > self._config.retries or (self.process is not None and self.process.exit_code is not None):
                     raise self._lost(f"{error} ({num_sent} attempts)") from None
             except BusyError as error:
-                pause = (
-                    min(_BUSY_S * 2 ** min(num_sent - 1, 9), _MOST_BUSY_S) if error.pause_s is None else error.pause_s
-                )
+                pause = min(_BUSY_S * 2 ** min(num_sent - 1, 9), _MOST_BUSY_S)
+                if error.pause_s is not None:
+                    pause = max(_BUSY_S, error.pause_s)  # "0" is no leave to flood it
                 failures += error.status != 429
                 if failures > self._config.retries or time.monotonic() + pause > end:
                     raise RunError(f"{error} ({num_sent} attempts)") from None
@@ -321,6 +321,8 @@ class ServerEngine(Engine):
                     raise
                 raise self._lost(f"{error}, and its health check fails") from None
             flight.rid = ""  # not at the server: an abort ends it here
+            if flight.aborted:
+                return ABORTED
             self._stats = self._stats.plus(num_retries=1)
             await asyncio.sleep(pause)
 

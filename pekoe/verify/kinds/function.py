@@ -136,7 +136,9 @@ def verdict_of(result: Any, extracted: str | None, options: Options, name: str) 
     if isinstance(result, Verdict):
         if result.label not in get_args(Label):
             raise ValueError(f"{name}: expected a label of {get_args(Label)}, got {result.label!r}")
-        return result if result.extracted is not None else replace(result, extracted=extracted)
+        found = extracted if result.extracted is None else str(result.extracted)
+        score = None if result.score is None else float(result.score)  # numpy's and torch's, too
+        return replace(result, extracted=found, why=str(result.why), score=score)
     right, number = None, result
     if isinstance(result, dict) and "score" in result:  # verl
         right, found = result.get("acc"), result.get("pred")

@@ -7,7 +7,6 @@ socket to an engine. What breaks the promise is printed with its seed, and the s
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import copy
 import gzip
@@ -17,7 +16,6 @@ import random
 import resource
 import socket
 import sys
-import tempfile
 import threading
 import time
 from collections import Counter
@@ -33,6 +31,7 @@ from pekoe.core.errors import RunError, UserError
 from pekoe.core.spec import ModelSpec
 from pekoe.core.types import Request, SamplingParams
 from pekoe.engine.servers import ServerEngine, SGLangEngine, VLLMEngine
+from tests.fuzzing import main
 
 HERE = Path(__file__).parent
 SPEC = ModelSpec("qwen2", 512, 128, 4, 4, 2, 32, 384, 4096)  # of the recordings
@@ -357,16 +356,5 @@ def fuzz(seconds: float, seed: int, folder: Path) -> list[str]:
     return problems if grown < MOST_BYTES else [*problems, f"it took {grown / 2**20:.0f} MiB of memory"]
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--seconds", type=float, default=60)
-    parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        problems = fuzz(options.seconds, options.seed, Path(folder))
-    print("\n".join(problems) or "every answer ended with what it said, or with one clear error")
-    return bool(problems)
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(__doc__, fuzz))
