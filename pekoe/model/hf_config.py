@@ -34,7 +34,7 @@ class _Fields:
         return self._checked(key, default, "a positive integer below 2^31", _is_size)
 
     def number(self, key: str, default: float | None = None) -> float:
-        return float(self._checked(key, default, "a positive number", _is_positive_number))
+        return float(self._checked(key, default, "a positive number below 1e30", _is_positive_number))
 
     def optional_number(self, key: str) -> float | None:
         return None if self.values.get(key) is None else self.number(key)
