@@ -21,6 +21,7 @@ import markupsafe
 
 from pekoe.core.errors import UserError
 from pekoe.data import template_process
+from pekoe.data.rows import MAX_CHARS
 
 MAX_SOURCE_CHARS = 1_000_000
 CPU_LIMIT_S = 5.0  # of a conversation
@@ -64,31 +65,37 @@ class ChatTemplate:
         ) from None
 
     def _ask(self, line: str) -> dict[str, str]:
-        if self._process is None:
-            self._process = _start()
-            self._end = weakref.finalize(self, _end, self._process)
-            line = self._start_line + line
-        stdin, stdout = cast(IO[str], self._process.stdin), cast(IO[str], self._process.stdout)
-        with contextlib.suppress(BrokenPipeError):  # it died; its status says of what
-            stdin.write(line)
-            stdin.flush()
-        answer = stdout.readline()
+        answer, status = "", None
+        try:
+            if self._process is None:
+                self._process = _start()
+                self._end = weakref.finalize(self, _end, self._process)
+                line = self._start_line + line
+            stdin, stdout = cast(IO[str], self._process.stdin), cast(IO[str], self._process.stdout)
+            with contextlib.suppress(BrokenPipeError):  # it died; its status says of what
+                stdin.write(line)
+                stdin.flush()
+            answer = stdout.readline()
+        finally:
+            if not answer.endswith("\n"):  # it died, or Ctrl-C: what it may still answer is not the next one's
+                self._process = None
+                status = self._end and self._end()
         if answer.endswith("\n"):
             return json.loads(answer)
-        self._process, status = None, self._end and self._end()
         limit = f"it takes more than {CPU_LIMIT_S:g} s"
         return {"error": limit if status == -signal.SIGPROF else f"its process ended with status {status}"}
 
 
 def _start() -> subprocess.Popen[str]:
     libraries = dict.fromkeys(str(Path(module.__file__ or "").parents[1]) for module in (jinja2, markupsafe))
+    linker = {name: path for name, path in os.environ.items() if name == "LD_LIBRARY_PATH"}  # an interpreter's own
     return subprocess.Popen(
-        [sys.executable, "-P", "-s", "-S", template_process.__file__, str(CPU_LIMIT_S)],
+        [sys.executable, "-P", "-s", "-S", template_process.__file__, str(CPU_LIMIT_S), str(MAX_CHARS)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         encoding="ascii",
-        env={"PYTHONPATH": os.pathsep.join(libraries), "PYTHONHASHSEED": "0"},
+        env={**linker, "PYTHONPATH": os.pathsep.join(libraries), "PYTHONHASHSEED": "0"},
         start_new_session=True,  # the terminal's Ctrl-C does not reach it
     )
 

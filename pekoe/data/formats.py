@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 from pekoe.core.errors import nearest
 from pekoe.core.types import Problem
 from pekoe.data import rows
-from pekoe.data.rows import MAX_PROMPT_CHARS, Malformed, Messages, Row, cut, text_of
+from pekoe.data.rows import MAX_CHARS, Malformed, Messages, Row, cut, text_of
 
 # What a column means, by its name in lower case; of several the first counts.
 PROMPTS = ("prompt", "question", "problem", "query", "instruction", "input", "messages")
@@ -65,6 +65,7 @@ class Layout(NamedTuple):
     name: str
     columns: set[str]  # that tell it
     read: Callable[[Row], Problem]
+    claims: Callable[[Row], bool] = lambda _: True  # of a row that has these columns
 
 
 def parse_problem(
@@ -79,7 +80,7 @@ def parse_problem(
             raise Malformed(f"expected two turns (human, assistant), got {len(value)}")
         value = {"0": value[0], "1": value[1]}
     row = Row(rows.expect(value, dict, "row"))
-    layout = next((layout for layout in _LAYOUTS if layout.columns <= row.keys()), None)
+    layout = next((layout for layout in _LAYOUTS if layout.columns <= row.keys() and layout.claims(row)), None)
     if columns or layout is None or "kind" in row:
         row.take(columns or {})
         name, problem = _two_columns(row)
@@ -95,21 +96,21 @@ def pair_of(row: Row, prompts: Sequence[str], answers: Sequence[str]) -> tuple[s
 
     Raises Malformed where there is none, and for two that are the same by their names.
     """
-    names = {key.lower(): key for key in reversed(row)}
+    names = {key.lower() for key in row}
     for first, second in (("prompt", "messages"), ("answer", "answers")):
-        if first in names and second in names and first in (*prompts[:1], *answers[:1]):
+        if {first, second} <= names and first in (*prompts[:1], *answers[:1]):
             raise Malformed(f"expected one of {first!r} and {second!r}, got both; columns = {{...}} names one")
-    pair = [next((names[name] for name in wanted if name in names), None) for wanted in (prompts, answers)]
-    if pair[0] is None or pair[1] is None:
-        expected = [f"a prompt ({', '.join(prompts)})"] * (pair[0] is None)
-        expected += [f"an answer ({', '.join(answers)})"] * (pair[1] is None)
+    prompt, answer = row.find(prompts), row.find(answers)
+    if prompt is None or answer is None:
+        expected = [f"a prompt ({', '.join(prompts)})"] * (prompt is None)
+        expected += [f"an answer ({', '.join(answers)})"] * (answer is None)
         unknown = [key for key in row if len(key) < 50 and key.lower() not in _KNOWN][:20]
         hints = [f" For {key!r}:{hint}" for key in unknown if "Did" in (hint := nearest(key, {*prompts, *answers}))]
         raise Malformed(
             f"expected {' and '.join(expected)}, got the columns {row.shown}.{''.join(hints)} `columns` in the recipe "
             "says which columns have other names"
         )
-    return pair[0], pair[1]
+    return prompt, answer
 
 
 def prompt_text(row: Row, column: str) -> Messages:
@@ -117,8 +118,9 @@ def prompt_text(row: Row, column: str) -> Messages:
     if isinstance(row[column], list) or column.lower() in ("prompt", "messages"):
         return rows.prompt_of(row[column])
     text = text_of(row, column)
-    if column.lower() == "instruction" and str(row.get("input") or "").strip():
-        text = f"{text}\n\n{row['input']}"
+    context = row.find(["input"]) if column.lower() == "instruction" else None
+    if context is not None and str(row[context] or "").strip():
+        text = f"{text}\n\n{row[context]}"
     return rows.question(text)
 
 
@@ -130,7 +132,7 @@ def _two_columns(row: Row) -> tuple[str, Problem]:
     prompt, answer = pair_of(row, PROMPTS, ANSWERS)
     messages, value = prompt_text(row, prompt), row[answer]
     kind = text_of(row, "kind") if "kind" in row else "math"
-    if answer == "answers":
+    if answer.lower() == "answers":
         gold = _golds(value)
     elif kind != "math":
         gold = value
@@ -157,7 +159,7 @@ def _worked(text: str, column: str) -> str:
         return gold.replace(",", "") if _THOUSANDS.fullmatch(gold) else gold
     if (boxed := reference_box(text)) is not None:
         return boxed
-    if len(text) > MAX_PLAIN_CHARS or "\n" in text or (column != "answer" and _SENTENCE.search(text)):
+    if len(text) > MAX_PLAIN_CHARS or "\n" in text or (column.lower() != "answer" and _SENTENCE.search(text)):
         raise Malformed(
             f"{column!r}: expected a short answer, or a worked one with '#### x' at its end or a \\boxed{{}} answer, "
             f"got neither: {text[:40]!r}"
@@ -245,17 +247,24 @@ def _zebra_grid(row: Row) -> Problem:
 
 
 def _listed_choices(row: Row) -> Problem:
-    """`question`, `choices`, `answer`: a choice, its letter, or its number from 0 (MMLU). ZebraLogic adds `puzzle`."""
-    question, options, answer = text_of(row, "question").strip(), row["choices"], row["answer"]
-    if isinstance(options, dict):  # ARC: {"text": [...], "label": [...]}
-        options = options.get("text")
+    """`question`, `choices`, `answer`: a choice, its letter, or its number from 0 (MMLU). ZebraLogic adds `puzzle`.
+
+    ARC: `choices` is {"text": [...], "label": [...]}, and `answerKey` is a label, such as "A" or "1".
+    """
+    question, options, labels = text_of(row, "question").strip(), row["choices"], None
+    answer = row["answerKey" if "answerKey" in row else "answer"]
+    if isinstance(options, dict):
+        options, labels = options.get("text"), options.get("label")
     options = rows.expect(options, list, "'choices'")
-    if answer not in options:
+    if isinstance(labels, list) and answer in labels[: len(options)]:
+        answer = options[labels.index(answer)]
+    elif answer not in options:
         letter = ascii_uppercase.find(answer) if isinstance(answer, str) and len(answer) == 1 else -1
         number = answer if type(answer) is int else letter
         answer = options[number] if 0 <= number < len(options) else answer
     text = f"{text_of(row, 'puzzle').strip()}\n\n{question}" if "puzzle" in row else question
-    return _choice(text, options, answer, row.get("id") if "puzzle" in row else row.get("uid"))
+    uid = row.get("uid", row.get("id") if {"puzzle", "answerKey"} & row.keys() else None)
+    return _choice(text, options, answer, uid)
 
 
 def _gpqa(row: Row) -> Problem:
@@ -268,10 +277,11 @@ def _gpqa(row: Row) -> Problem:
 
 def _big_bench_hard(row: Row) -> Problem:
     """BIG-Bench-Hard's tasks with options: `input`, which lists them, and `target`, such as `(A)`."""
-    target = re.fullmatch(r"\(([A-Z])\)", text_of(row, "target").strip())
-    if not target:
-        raise Malformed(f"'target': expected an option such as '(A)', got {row['target']!r}")
-    return _problem(text_of(row, "input"), target[1], kind="choice")
+    return _problem(text_of(row, "input"), text_of(row, "target").strip()[1], kind="choice")
+
+
+def _is_option(row: Row) -> bool:
+    return bool(re.fullmatch(r"\([A-Z]\)", str(row.all["target"]).strip()))
 
 
 def _choice(text: str, options: list[str], right: Any, uid: Any) -> Problem:
@@ -297,9 +307,10 @@ def _countdown(row: Row) -> Problem:
 _LAYOUTS = (
     Layout("knights and knaves (Logic-RL)", {"quiz", "names", "solution"}, _knights_knaves),
     Layout("choices (MMLU, ZebraLogic)", {"question", "choices", "answer"}, _listed_choices),
+    Layout("choices (ARC)", {"question", "choices", "answerKey"}, _listed_choices),
     Layout("grids (ZebraLogic)", {"puzzle", "solution"}, _zebra_grid),
     Layout("GPQA", {"Question", "Correct Answer"}, _gpqa),
-    Layout("BIG-Bench-Hard", {"input", "target"}, _big_bench_hard),
+    Layout("BIG-Bench-Hard", {"input", "target"}, _big_bench_hard, _is_option),
     Layout("Countdown", {"nums", "target"}, _countdown),
     Layout("Light-R1", {"conversations"}, _light_r1),
     Layout("Open-Reasoner-Zero", {"0", "1"}, _open_reasoner_zero),
@@ -318,8 +329,8 @@ def _problem(prompt: Messages | str, gold: Any, uid: Any = None, kind: str = "ma
         raise Malformed("messages: expected the last turn to be the user's, got the assistant's")
     if not any(message["content"].strip() for message in messages):
         raise Malformed("messages: expected text, got nothing but empty strings")
-    if (size := sum(len(message["content"]) for message in messages)) > MAX_PROMPT_CHARS:
-        raise Malformed(f"prompt: expected at most {MAX_PROMPT_CHARS:,} characters, got {size:,}")
+    if (size := sum(len(message["content"]) for message in messages)) > MAX_CHARS:
+        raise Malformed(f"prompt: expected at most {MAX_CHARS:,} characters, got {size:,}")
     if uid is None:  # a name that depends on the content alone
         content = json.dumps([messages, gold, kind], sort_keys=True, ensure_ascii=False)
         uid = hashlib.sha256(content.encode()).hexdigest()[:16]

@@ -23,7 +23,7 @@ from pekoe.core.types import Problem
 from pekoe.data.formats import Seen, parse_problem
 from pekoe.data.overlap import Contamination, gold_key, near_duplicates, prompt_key
 from pekoe.data.problems import Unique
-from pekoe.data.rows import MAX_NAMED, cut, named, parse_rows, write_rows
+from pekoe.data.rows import MAX_NAMED, Malformed, cut, named, parse_rows, write_rows
 from pekoe.data.sources import Place
 from pekoe.data.tokenizer import Tokenizer
 
@@ -166,7 +166,8 @@ def _read(source: SourceSection, data: ProblemSection, report: DataReport, keep_
             report.dropped.append(Dropped(source.name, row, problem.uid, DUPLICATE, f"row {first}"))
             return None
         uid = f"{source.name}/{problem.uid}" if data.sources else problem.uid
-        problem = replace(problem, uid=uid, row=value if keep_rows else None)
+        kept = {k: v for k, v in value.items() if not isinstance(v, Malformed)} if isinstance(value, dict) else value
+        problem = replace(problem, uid=uid, row=kept if keep_rows else None)
         return _Item(problem, source.name, row, str(place), key)
 
     parsed, skipped = parse_rows(source.path, parse, data.skip_malformed)

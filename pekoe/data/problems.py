@@ -11,7 +11,7 @@ from typing import Any
 from pekoe.core.types import Problem
 from pekoe.data import rows
 from pekoe.data.formats import PROMPTS, Seen, pair_of, parse_problem, prompt_text
-from pekoe.data.rows import MAX_PROMPT_CHARS, PLAIN, Malformed, Messages, Row, Skipped, text_of
+from pekoe.data.rows import MAX_CHARS, PLAIN, Malformed, Messages, Row, Skipped, text_of
 from pekoe.data.sources import Place
 
 RESPONSES = ("response", "completion", "output", "solution", "answer")
@@ -104,8 +104,8 @@ def read_demonstrations(
         row = Row(rows.expect(value, dict, "row"))
         row.take(columns or {})
         layout, demonstration = _parse_demonstration(row)
-        if (size := sum(len(m["content"]) for m in demonstration.messages)) > MAX_PROMPT_CHARS:
-            raise Malformed(f"prompt: expected at most {MAX_PROMPT_CHARS:,} characters, got {size:,}")
+        if (size := sum(len(m["content"]) for m in demonstration.messages)) > MAX_CHARS:
+            raise Malformed(f"prompt: expected at most {MAX_CHARS:,} characters, got {size:,}")
         seen.add(layout, row, place.unit)
         return demonstration, place
 

@@ -24,7 +24,7 @@ PLAIN = "prompt"  # a question as bare text: a user turn where the model has a c
 RAW = "raw"  # text that already carries a chat's markers: used as it is with every model
 CHAT_ROLES = ("system", "user", "assistant", "tool")
 MAX_DEPTH = 100  # of a row's values
-MAX_PROMPT_CHARS = 8_000_000  # of a prompt: more than any model's context, and some seconds of a tokenizer
+MAX_CHARS = 4_000_000  # of a prompt, and of what becomes tokens: a million of them
 MAX_NAMED = 10  # rows in one message
 MAX_REASON_CHARS = 1000
 
@@ -38,7 +38,10 @@ class Malformed(ValueError):
 
 
 class Row(dict[str, Any]):
-    """A row without its columns that are null. It knows which of its columns were read."""
+    """A row without its columns that are null. It knows which of its columns were read.
+
+    Raises Malformed where a column is read that JSON has no form for (`_columns`).
+    """
 
     def __init__(self, values: Mapping[str, Any]) -> None:
         super().__init__((key, value) for key, value in values.items() if value is not None)
@@ -47,11 +50,16 @@ class Row(dict[str, Any]):
 
     def __getitem__(self, key: str) -> Any:
         self.used.add(key)
-        return super().__getitem__(key)
+        return _readable(key, super().__getitem__(key))
 
     def get(self, key: str, default: Any = None) -> Any:
         self.used.add(key)
-        return super().get(key, default)
+        return _readable(key, super().get(key, default))
+
+    def find(self, names: Iterable[str]) -> str | None:
+        """The column that has the first of these names (in lower case), as the row spells it."""
+        spelt = {key.lower(): key for key in reversed(self)}
+        return next((spelt[name] for name in names if name in spelt), None)
 
     @property
     def shown(self) -> str:
@@ -74,10 +82,11 @@ class Row(dict[str, Any]):
                 if not isinstance(value, Mapping) or key not in value:
                     hint = nearest(column, self.all)
                     raise Malformed(f"expected the column {column!r} (columns.{meaning}), got {self.shown}.{hint}")
-                value = value[key]
+                value = _readable(key, value[key])
             self.used.add(path[0])
-            for name in (meaning, *_SAME.get(meaning, ())):
-                self.pop(name, None)
+            names = (meaning, *_SAME.get(meaning, ()))
+            for name in [key for key in self if key.lower() in names]:  # as `find` would find them
+                self.pop(name)
             if value is not None:
                 self[meaning] = value
 
@@ -96,7 +105,7 @@ def parse_rows(
     for number, value in source.rows:
         place = Place(str(path), source.unit, number)
         try:
-            value = plain(loads(value) if source.is_json else value)
+            value = _columns(loads(value) if source.is_json else value)
             parsed.append(parse(value, place))
         except Malformed as error:
             reason = str(error)
@@ -153,13 +162,37 @@ def loads(text: str, what: str = "") -> Any:
     raise Malformed(f"{what}expected JSON, got {got}")
 
 
+def is_half(character: str) -> bool:
+    """Whether it is half of a surrogate pair, which no encoding has."""
+    return "\ud800" <= character <= "\udfff"
+
+
+def _columns(value: Any) -> Any:
+    """A row as JSON has it. In place of a column that JSON has no form for stands the error, for whoever reads it."""
+    if not isinstance(value, dict) or None in value:
+        return plain(value)
+    row: dict[str, Any] = {}
+    for key, item in value.items():
+        try:
+            row[plain(key)] = plain(item, 1)
+        except Malformed as error:
+            row[key] = error
+    return row
+
+
+def _readable(key: str, value: Any) -> Any:
+    if isinstance(value, Malformed):
+        raise Malformed(f"{key!r}: {value}")
+    return value
+
+
 def plain(value: Any, depth: int = 0) -> Any:
     """A value as JSON has it: dates as ISO text, decimals as written, bytes as the UTF-8 text that they are.
 
     Raises Malformed for what JSON has not, and beyond MAX_DEPTH.
     """
     if isinstance(value, str):
-        if not value.isascii() and any("\ud800" <= character <= "\udfff" for character in value):
+        if not value.isascii() and any(map(is_half, value)):
             raise Malformed("expected Unicode text, got half of a surrogate pair (\\ud800 to \\udfff)")
         return value
     if value is None or isinstance(value, int | float):

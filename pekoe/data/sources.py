@@ -160,7 +160,8 @@ def _json_source(path: Path, text: str, is_one: bool) -> Source:
         value, end = None, len(text)
     many_lines, rest = "\n" in text[start:end], text[end:].strip()
     if not rest and isinstance(value, dict) and (many_lines or is_one):
-        value = next((value[key] for key in WRAPPERS if isinstance(value.get(key), list)), [value])
+        lists = [value[key] for key in WRAPPERS if isinstance(value.get(key), list)]
+        value = max(lists, key=bool, default=[value])  # the first with something in it
         return Source(", item ", enumerate(value, 1))
     if not rest and isinstance(value, list) and not (value and all(map(_is_turn, value))):
         return Source(", item ", enumerate(value, 1))

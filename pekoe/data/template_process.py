@@ -1,9 +1,9 @@
 """The process in which a chat template runs: a Jinja program that came with a model, and may loop or multiply for ever.
 
-Started by `pekoe.data.chat`, and ended by the end of its input. A conversation has so many seconds of the processor as
-its argument says, the process MEMORY_LIMIT_BYTES, a text MAX_CHARS. The first line of its input is {"source",
-"special_tokens"}, each other one {"messages", "add_generation_prompt", "today"}; its answers are lines {"text"} or
-{"error"}. It imports nothing of Pekoe, so that it starts in a tenth of a second.
+Started by `pekoe.data.chat`, and ended by the end of its input. Its arguments are the seconds of the processor that a
+conversation may take, and the characters of its text; the process may take MEMORY_LIMIT_BYTES. The first line of its
+input is {"source", "special_tokens"}, each other one {"messages", "add_generation_prompt", "today"}; its answers are
+lines {"text"} or {"error"}. It imports nothing of Pekoe, so that it starts in a tenth of a second.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 MEMORY_LIMIT_BYTES = 1 << 30
-MAX_CHARS = 4_000_000  # of a text: a million tokens
 
 
 class _GenerationTag(Extension):
@@ -61,7 +60,7 @@ def environment() -> ImmutableSandboxedEnvironment:
     return environment
 
 
-def _render(template: jinja2.Template, special_tokens: dict[str, str], request: dict[str, Any]) -> str:
+def _render(template: jinja2.Template, special_tokens: dict[str, str], request: dict[str, Any], most: int) -> str:
     text = template.render(
         messages=request["messages"],
         add_generation_prompt=request["add_generation_prompt"],
@@ -70,14 +69,14 @@ def _render(template: jinja2.Template, special_tokens: dict[str, str], request: 
         strftime_now=date.fromisoformat(request["today"]).strftime,
         **special_tokens,
     )
-    if len(text) > MAX_CHARS:
-        raise ValueError(f"it made {len(text):,} characters, more than {MAX_CHARS:,}")
+    if len(text) > most:
+        raise ValueError(f"it made {len(text):,} characters, more than {most:,}")
     return text
 
 
 def main() -> None:
     """Render until stdin ends. A signal ends what takes longer than its time."""
-    limit_s = float(sys.argv[1])
+    limit_s, most = float(sys.argv[1]), int(sys.argv[2])
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT_BYTES, MEMORY_LIMIT_BYTES))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     first = json.loads(sys.stdin.readline())
@@ -86,7 +85,7 @@ def main() -> None:
         signal.setitimer(signal.ITIMER_PROF, limit_s)
         try:
             template = template or environment().from_string(first["source"])
-            answer = {"text": _render(template, first["special_tokens"], json.loads(line))}
+            answer = {"text": _render(template, first["special_tokens"], json.loads(line), most)}
             data = json.dumps(answer)
         except MemoryError:
             data = json.dumps({"error": f"it takes more memory than {MEMORY_LIMIT_BYTES >> 20} MiB"})

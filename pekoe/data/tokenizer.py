@@ -19,10 +19,9 @@ from pekoe.core.errors import UserError
 from pekoe.core.io import TOKENIZER_FILES
 from pekoe.core.types import IntArray
 from pekoe.data.chat import FAMILIES, OPENING, ChatTemplate
-from pekoe.data.rows import PLAIN, RAW, Malformed, loads, plain
+from pekoe.data.rows import MAX_CHARS, PLAIN, RAW, Malformed, is_half, loads, plain
 from pekoe.data.sources import missing
 
-MAX_CHARS = 4_000_000  # of a text: a million tokens
 MAX_GROWTH = 1_000  # characters that a tokenizer may make of one
 _JSON_FILES = ("special_tokens_map.json", "tokenizer_config.json", "generation_config.json", "config.json")
 
@@ -148,7 +147,7 @@ class Tokenizer:
         except LibraryFailed as error:  # a word-level model without an unknown token; half of a surrogate pair
             added = (re.escape(token.content) for token in self._tokenizer.get_added_tokens_decoder().values())
             rest = re.sub("|".join(added), "", text)
-            unknown = sorted({char for char in rest if _is_half(char) or self._tokenizer.token_to_id(char) is None})
+            unknown = sorted({char for char in rest if is_half(char) or self._tokenizer.token_to_id(char) is None})
             if not unknown:
                 raise UserError(f"{self._origin}: the tokenizer failed on {text[:80]!r}: {error}") from None
             raise UserError(
@@ -224,11 +223,6 @@ class Tokenizer:
                 f"{self._origin}: chat_template: expected a text, or a list of name and template, got {got}"
             ) from None
         return None if source is None else ChatTemplate(source, self._special, self._origin)
-
-
-def _is_half(character: str) -> bool:
-    """Whether it is half of a surrogate pair, which no encoding has."""
-    return "\ud800" <= character <= "\udfff"
 
 
 def _growth(part: Any) -> float:

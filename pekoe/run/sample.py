@@ -107,9 +107,8 @@ def read_prompts(path: str) -> list[Problem]:
             return parse_problem(value)
         except rows.Malformed:
             row = rows.Row(value if isinstance(value, dict) else {})
-            names = {key.lower(): key for key in row}
-            column = next((names[name] for name in PROMPTS if name in names), None)
-            if column is None or not names.keys().isdisjoint(ANSWERS):
+            column = row.find(PROMPTS)
+            if column is None or row.find(ANSWERS) is not None:
                 raise  # it has an answer, or no prompt
             return Problem(str(row.get("uid", place.number)), prompt_text(row, column), None, NO_ANSWER)
 

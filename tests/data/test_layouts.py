@@ -7,7 +7,7 @@ import gzip
 import json
 import lzma
 from collections.abc import Callable
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,9 @@ import numpy as np
 import pytest
 import zstandard
 
+from pekoe.config.data import ProblemSection
 from pekoe.core.errors import UserError
-from pekoe.data import Tokenizer, read_demonstrations, read_problems
+from pekoe.data import Tokenizer, gather_problems, read_demonstrations, read_problems
 from pekoe.data.formats import Seen, parse_problem
 
 N = range(3)
@@ -55,6 +56,8 @@ LAYOUTS: dict[str, list[Any]] = {
     "input, label": rows(input=question, label=lambda n: 2 * n),
     "Alpaca": rows(instruction=question, input=lambda n: "", output=answer),
     "Problem, Answer": rows(ID=str, Problem=question, Answer=lambda n: 2.0 * n),
+    "Question, Answer worked out": rows(Question=question, Answer=lambda n: f"Add them.\n#### {ANSWERS[n]}"),
+    "input, target": rows(input=question, target=answer),
     "verl": rows(
         data_source=lambda n: "own",
         prompt=chat,
@@ -91,6 +94,7 @@ DEMONSTRATIONS: dict[str, list[Any]] = {
     "problem, solution": rows(problem=question, solution=answer, answer=lambda n: "0"),
     "Alpaca": rows(instruction=question, input=lambda n: "", output=answer),
     "Alpaca with an input": rows(instruction=lambda n: "Add.", input=lambda n: f"{n} and {n}", output=answer),
+    "Alpaca with an Input": rows(Instruction=lambda n: "Add.", Input=lambda n: f"{n} and {n}", Output=answer),
     "ShareGPT": rows(
         conversations=lambda n: [{"from": name, "value": text} for name, text in TURNS[n]],
         id=str,
@@ -104,7 +108,7 @@ def test_layouts_of_demonstrations(tmp_path: Path, layout: str):
     path.write_text(json.dumps(DEMONSTRATIONS[layout]))
     read = read_demonstrations(path).demonstrations
     assert [each.response for each in read] == ANSWERS
-    texts = [f"Add.\n\n{n} and {n}" for n in N] if layout == "Alpaca with an input" else QUESTIONS
+    texts = [f"Add.\n\n{n} and {n}" for n in N] if layout.startswith("Alpaca with an") else QUESTIONS
     assert [each.messages[-1]["content"] for each in read] == texts
     assert len(read[0].messages) == (3 if layout == "ShareGPT" else 1)
 
@@ -119,6 +123,7 @@ FILES: dict[str, bytes] = {
     "indented.jsonl": json.dumps(PLAIN, indent=1).encode(),
     "lines.json": LINES,
     "wrapped.json": json.dumps({"version": 1, "data": PLAIN}).encode(),
+    "empty.json": json.dumps({"data": [], "train": PLAIN}).encode(),
     "data.csv": CSV,
     "semicolons.csv": CSV.replace(b'?",', b'?";').replace(b",", b";"),
     "data.tsv": CSV.replace(b'?",', b'?"\t').replace(b",", b"\t"),
@@ -177,8 +182,29 @@ def test_values_that_json_has_not(tmp_path: Path):
     parquet.write_table(arrow.table({"prompt": ["q"], "reward_model": nested}), tmp_path / "b.parquet")
     assert read_problems(tmp_path / "b.parquet").problems[0].gold == "0.1"
     parquet.write_table(arrow.table({"prompt": ["q"], "answer": [b"\xff"]}), tmp_path / "c.parquet")
-    with pytest.raises(UserError, match=r"c\.parquet, row 1: expected text, got 1 bytes that are not UTF-8"):
+    with pytest.raises(UserError, match=r"c\.parquet, row 1: 'answer': expected text, got 1 bytes that are not UTF-8"):
         read_problems(tmp_path / "c.parquet")
+
+
+def test_a_column_that_json_has_not_is_an_error_only_where_it_is_read(tmp_path: Path):
+    arrow = pytest.importorskip("pyarrow", reason="pip install 'pekoe[data]'")
+    import pyarrow.parquet as parquet
+
+    columns = {
+        "prompt": ["1+1="],
+        "answer": ["2"],
+        "image": [{"bytes": b"\x89PNG", "path": "a.png"}],
+        "took": arrow.array([timedelta(seconds=1)]),
+    }
+    path = tmp_path / "a.parquet"
+    parquet.write_table(arrow.table(columns), path)
+    assert read_problems(path).problems[0].gold == "2"
+    for column, reason in (("image", "expected text, got 4 bytes"), ("took", "expected text, .*got a timedelta")):
+        with pytest.raises(UserError, match=rf"a\.parquet, row 1: '{column}': {reason}"):
+            read_problems(path, columns={"answer": column})
+    problems, report = gather_problems(ProblemSection(train=str(path)), 0, None, keep_rows=True)
+    assert problems[0].row == {"prompt": "1+1=", "answer": "2"}
+    assert report.seen[str(path)].unread == {}
 
 
 def test_columns_by_name(tmp_path: Path):
@@ -207,6 +233,33 @@ def test_columns_decide_between_two_that_would_do():
     assert (first.messages[0]["content"], first.gold) == ("p", "1")
     second = parse_problem(row, {"prompt": "messages", "answer": "answers"})
     assert (second.messages[0]["content"], second.gold) == ("m", "2")
+
+
+def test_columns_take_the_place_of_names_in_any_case():
+    row = {"prompt": "p", "Answer": "why", "gold": "2"}
+    assert parse_problem(row, {"answer": "gold"}).gold == "2"
+    row = {"Messages": [{"role": "user", "content": "m"}], "q": "p", "answer": "2"}
+    assert parse_problem(row, {"prompt": "q"}).messages[0]["content"] == "p"
+    assert parse_problem({"Prompt": "p", "ANSWER": "2"}, {"prompt": "Prompt", "answer": "ANSWER"}).gold == "2"
+
+
+def test_a_sentence_is_an_answer_where_its_column_may_be_one():
+    """`answer` in any case; a column of solutions has to mark its answer."""
+    assert parse_problem({"Question": "q", "Answer": "Mr. Smith"}).gold == "Mr. Smith"
+    assert parse_problem({"Prompt": "q", "Answers": ["1", "2"]}).gold == ["1", "2"]
+    with pytest.raises(ValueError, match="expected a short answer"):
+        parse_problem({"Question": "q", "Solution": "Mr. Smith"})
+
+
+def test_the_choices_of_arc():
+    row = {"id": "Mercury_1", "question": "q", "choices": {"text": ["w", "x"], "label": ["A", "B"]}, "answerKey": "B"}
+    problem = parse_problem(row)
+    assert (problem.uid, problem.gold, problem.kind) == ("Mercury_1", "B", "choice")
+    assert problem.messages[0]["content"] == "q\nOptions:\n(A) w\n(B) x"
+    numbers = row | {"choices": {"text": ["2", "1"], "label": ["1", "2"]}, "answerKey": "1"}
+    assert parse_problem(numbers).gold == "A"  # the label, not the text
+    with pytest.raises(ValueError, match=r"expected one of 2 to 26 choices \['w', 'x'\], got 'E'"):
+        parse_problem(row | {"answerKey": "E"})
 
 
 def test_a_kind_is_never_ignored():
@@ -269,7 +322,7 @@ MISTAKES: dict[str, tuple[str, bytes | str, str]] = {
         r":1: 'kind': expected a string, .*\(uid 'x'\)",
     ),
     "digits": ("a.jsonl", f'{{"prompt": "p", "answer": 1{"0" * 5000}}}', r"a\.jsonl:1: expected JSON, got Exceeds"),
-    "a prompt": ("a.jsonl", json.dumps({"prompt": "p" * 8_000_001, "answer": "1"}), "at most 8,000,000 characters"),
+    "a prompt": ("a.jsonl", json.dumps({"prompt": "p" * 4_000_001, "answer": "1"}), "at most 4,000,000 characters"),
     "the same twice": (
         "a.jsonl",
         '{"prompt": "p", "answer": "1"}\n' * 2,

@@ -290,7 +290,6 @@ MALFORMED = {
         {"puzzle": "p", "question": "q", "choices": ["x", "y"], "answer": "z"},
         "answer: expected one of 2 to 26 choices ['x', 'y'], got 'z'",
     ),
-    "target without options": ({"input": "p", "target": "True"}, "expected an option such as '(A)', got 'True'"),
     "countdown of text": ({"target": "98", "nums": [1, 2]}, "expected whole numbers, got [1, 2], '98'"),
     "same uid": (NATIVE, "uid 'a': expected a name of its own, got that of row 1"),
 }

@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import io
 import json
+from datetime import date
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -384,3 +387,34 @@ def test_a_tokenizer_that_multiplies_is_refused(byte_files: dict[str, bytes]):
 def test_a_text_is_bounded(byte_files: dict[str, bytes]):
     with pytest.raises(UserError, match="expected a text of at most 4,000,000 characters, got 4,000,001"):
         Tokenizer(byte_files).encode("a" * 4_000_001)
+
+
+def test_ctrl_c_leaves_no_answer_for_the_next_conversation(
+    byte_files: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+):
+    class Interrupted(io.StringIO):
+        def readline(self, *_: Any) -> str:
+            raise KeyboardInterrupt
+
+    template = chat.ChatTemplate("{{ messages[0].content }}", {}, "t")
+    render = partial(template.render, add_generation_prompt=True, today=date(2026, 1, 1))
+    for text in "ab":
+        assert render([{"role": "user", "content": text}]) == text
+    process = template._process
+    stdout = process.stdout
+    with monkeypatch.context() as patch:
+        patch.setattr(process, "stdout", Interrupted())
+        with pytest.raises(KeyboardInterrupt):
+            render([{"role": "user", "content": "never read"}])
+    assert render([{"role": "user", "content": "c"}]) == "c"
+    assert process.poll() is not None
+    stdout.close()
+
+
+def test_the_templates_process_finds_an_interpreters_own_libraries(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("LD_LIBRARY_PATH", "/nowhere")
+    monkeypatch.setenv("SECRET", "x")
+    process = chat._start()
+    names = {entry.partition("=")[0] for entry in Path(f"/proc/{process.pid}/environ").read_text().split("\0") if entry}
+    chat._end(process)
+    assert names == {"LD_LIBRARY_PATH", "PYTHONPATH", "PYTHONHASHSEED"}
