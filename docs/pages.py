@@ -15,7 +15,7 @@ import pekoe
 from pekoe.config.base import ConfigSection
 from pekoe.config.keys import Key, keys_of
 from pekoe.config.names import NAMES
-from pekoe.config.recipes import CurateConfig, EvalConfig, RLConfig, SFTConfig
+from pekoe.config.recipes import COMMANDS
 
 FOLDER = Path(__file__).parent
 
@@ -56,7 +56,7 @@ module that it stands under. [As a library](how-to/library.md) has a whole loop.
 def recipe_page() -> str:
     shown: dict[str, tuple[str, list[Key]]] = {}  # by section: where, and what
     parts = [RECIPE]
-    for command, kind in {"rl": RLConfig, "sft": SFTConfig, "eval": EvalConfig, "curate": CurateConfig}.items():
+    for command, kind in COMMANDS.items():
         parts.append(f"## `pekoe {command}`\n")
         if command == "sft":
             parts.append("Sections that are not here are as above.\n")

@@ -16,20 +16,19 @@ import os
 import re
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from types import ModuleType
 from typing import Annotated, Any, TypeVar
 
 import typer
 from rich.console import Console
-from rich.table import Column, Table
 from typer.core import TyperCommand
 
 from pekoe import __version__
-from pekoe.config.base import read_toml, shipped_recipes
+from pekoe.config.base import copy_recipe, heads_of_recipes, read_toml, refuse_recipe
 from pekoe.config.keys import describe, keys_of, show_config
 from pekoe.config.recipes import (
+    COMMANDS,
     Config,
     CurateConfig,
     EvalConfig,
@@ -38,9 +37,8 @@ from pekoe.config.recipes import (
     TrainingConfig,
     load_config,
 )
-from pekoe.core.errors import Interrupted, RunError, UserError, nearest
+from pekoe.core.errors import Interrupted, RunError, UserError
 from pekoe.core.progress import NoProgress, ProgressReporter
-from pekoe.core.types import Verdict
 from pekoe.core.words import counted
 from pekoe.report import LiveProgress, PlainProgress, make_progress
 from pekoe.report.trackers import tracking
@@ -55,7 +53,6 @@ app = typer.Typer(
 )
 C = TypeVar("C", bound=Config)
 _OVERRIDE = re.compile(r"[a-z_]+(\.[a-z_]+)+=")  # section.key=value
-KINDS: dict[str, type[Config]] = {"rl": RLConfig, "sft": SFTConfig, "eval": EvalConfig, "curate": CurateConfig}
 
 # How OpenMP's threads wait at barriers, set before torch is loaded: they spin a little and then sleep (decision 0002).
 # Spinning alone makes a step several times slower as soon as a judge wants a core; sleeping alone slows small models.
@@ -67,7 +64,7 @@ class RecipeCommand(TyperCommand):
 
     def format_epilog(self, ctx: Any, formatter: Any) -> None:
         with formatter.section("Keys (what each means: pekoe keys [SECTION])"):
-            formatter.write_dl([(key.name, key.form) for key in keys_of(KINDS[str(self.name)])])
+            formatter.write_dl([(key.name, key.form) for key in keys_of(COMMANDS[str(self.name)])])
 
 
 _RECIPE = typer.Argument(
@@ -278,9 +275,10 @@ def keys(
 ) -> None:
     """What a recipe may say: each key with its type, default and meaning. Without a section: all keys of `pekoe rl`.
 
+    Keys that are others for another command stand under a line that names it.
     Of a key that TRL or verl have by another name it says ours.
     """
-    typer.echo(describe(KINDS.values(), section))
+    typer.echo(describe(COMMANDS, section))
 
 
 @app.command()
@@ -289,20 +287,11 @@ def recipe(
     out: Annotated[str | None, typer.Option(help="the file to write; by default NAME.toml")] = None,
 ) -> None:
     """Write a recipe that comes with Pekoe to a file of yours. A name will do, too: pekoe rl laptop optim.lr=1e-3."""
-    shipped = shipped_recipes()
     if name is None:
-        for known, path in shipped.items():
-            head = path.read_text(encoding="utf-8").removeprefix("# ").partition("\n#\n")[0].replace("\n# ", " ")
+        for known, head in heads_of_recipes().items():
             typer.echo(f"{known:<16} {textwrap.shorten(head, 100, placeholder=' …')}")
         return
-    if name not in shipped:
-        raise UserError(f"recipe: unknown name {name!r}.{nearest(name, shipped)}")
-    file = Path(out or f"{name}.toml")
-    try:
-        with file.open("x", encoding="utf-8") as stream:
-            stream.write(shipped[name].read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"recipe: expected a new file that can be written, got {file}: {error.strerror}") from None
+    file = copy_recipe(name, out)
     typer.echo(f"{file}: change it, and start it with: pekoe COMMAND {file}")
 
 
@@ -321,6 +310,7 @@ def data(
     from pekoe.config.recipes import DataConfig, DemonstrationsConfig
     from pekoe.run.look import look_at_demonstrations, look_at_problems
 
+    refuse_recipe(file)
     tree = {"data": {"train": file}} | ({"model": {"path": model}} if model else {})
     with viewing(results=True) as view:
         if sft:
@@ -456,48 +446,24 @@ def verify(
     With --references, of files of problems: which references cannot be read, or are not accepted as answers (exit
     status 1 where there are any).
     """
-    if references:
-        if summary:
-            raise UserError("--references: expected without --summary, which judges responses, got both")
-        from pekoe.run.references import list_refused
+    if references and summary:
+        raise UserError("--references: expected without --summary, which judges responses, got both")
+    from pekoe.run.verify import check_references, judge_files, read_files
 
-        with viewing(results=True) as view:
-            checked = [list_refused(file, function or (), view) for file in files]
-        for refused, _ in checked:
-            typer.echo("".join(f"{line}\n" for line in refused), nl=False)
-        number = sum(len(refused) for refused, _ in checked)
-        typer.echo(f"references refused: {number:,} of {sum(of for _, of in checked):,}", err=True)
-        if number:
-            raise typer.Exit(1)
-        return
-    from pekoe.verify import JudgePool
-    from pekoe.verify.cases import COLUMNS, check_case_kinds, error_cells, item_of, read_cases
-
-    by_file = [(file, read_cases(Path(file))) for file in files]
-    columns = (Column(name, justify="right", no_wrap=True) for name in COLUMNS)
-    table = Table(Column("cases", overflow="fold"), *columns, box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    judged: list[list[Verdict]] = []
     functions = function or []
-    for file, cases in by_file:
-        check_case_kinds(Path(file), cases, kind, functions)
-    with JudgePool(os.cpu_count() or 1, functions=functions) as pool, viewing(results=True) as view:
-        for _, cases in by_file:
-            judged.append(pool.judge_many([item_of(case, kind) for case in cases], view))
-    for (file, cases), verdicts in zip(by_file, judged, strict=True):
-        if summary:
-            table.add_row(Path(file).stem, *error_cells(cases, verdicts))
-            continue
-        for case, verdict in zip(cases, verdicts, strict=True):
-            shown = {"id": case["id"], **asdict(verdict)}
-            typer.echo(json.dumps({k: v for k, v in shown.items() if k != "score" or v is not None}))
-    if summary:
-        Console().print(table)
-        faults = [verdict.why for verdicts in judged for verdict in verdicts if verdict.label == "fault"]
-        if faults:
-            typer.echo(
-                f"{counted(len(faults), 'response')} could not be judged (FAULT); the first: {faults[0]}", err=True
-            )
-            raise typer.Exit(1)
+    by_file = [] if references else read_files(files, kind, functions)
+    with viewing(results=True) as view:
+        if references:
+            shown = check_references(files, functions, view)
+        else:
+            shown = judge_files(by_file, kind, functions, summary, view)
+    if shown.table is not None:
+        Console().print(shown.table)
+    typer.echo("".join(f"{line}\n" for line in shown.lines), nl=False)
+    if shown.note:
+        typer.echo(shown.note, err=True)
+    if shown.failed:
+        raise typer.Exit(1)
 
 
 @app.command()

@@ -120,7 +120,7 @@ def fuzz(seconds: float, seed: int) -> Cases:
     with tempfile.TemporaryDirectory() as place, mock.patch.object(chat, "CPU_LIMIT_S", 0.3):
         good, folder = Path(place) / "good", Path(place) / "changed"
         make_directory(good)
-        cases.run("a directory in order", lambda: (_use(good), load_model(good)))
+        cases.in_order("a directory in order", lambda: (_use(good), load_model(good)))
         end = time.monotonic() + seconds
         while time.monotonic() < end:
             seed += 1

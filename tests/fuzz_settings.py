@@ -24,20 +24,20 @@ from unittest import mock
 
 from pekoe import cli
 from pekoe.config.keys import keys_of
-from pekoe.config.recipes import Config, CurateConfig, EvalConfig, RLConfig, SFTConfig, dump_config, load_config
+from pekoe.config.recipes import COMMANDS, dump_config, load_config
 from pekoe.core.errors import UserError
 
 from .fuzz_models import make_directory
 from .fuzzing import ODD, Cases, fault_of, main
 
 RUN_LIMIT_S, RUN_MEMORY_BYTES = 20, 6 << 30
-COMMANDS: dict[str, type[Config]] = {"rl": RLConfig, "sft": SFTConfig, "eval": EvalConfig, "curate": CurateConfig}
 # Values as the command line has them, which TOML has no other way to say.
 TEXTS = [
     "nan",
     "-inf",
     "[" * 5_000,
     "{a=" * 500,
+    "{" + "a." * 3_000 + "a=1}",
     "1" * 5_000,
     "0x" + "f" * 50,
     "1979-05-27",
@@ -164,8 +164,10 @@ def fuzz(seconds: float, seed: int, whole: bool = False) -> Cases:
         files = {name: folder / f"{name}.toml" for name in trees}
         for name, file in files.items():
             file.write_text(dump_config(load_config(trees[name], (), COMMANDS[name])))
-            cases.run(f"{name} in order", lambda name=name, file=file: check([name, str(file), "--dry-run"]))
+            cases.in_order(f"{name} in order", lambda name=name, file=file: check([name, str(file), "--dry-run"]))
         keys = {name: [key.name.replace("[]", "") for key in keys_of(kind)] for name, kind in COMMANDS.items()}
+        for names in keys.values():
+            names += ["xyz", "algo.xyz"]
         end = time.monotonic() + seconds
         while time.monotonic() < end:
             seed += 1

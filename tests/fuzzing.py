@@ -51,6 +51,17 @@ class Cases:
             self.problems.append(f"{what}: {problem}")
         return outcome == "done"
 
+    def in_order(self, what: str, call: Callable[[], object]) -> None:
+        """As `run`, of a case that must end well."""
+
+        def must() -> None:
+            try:
+                call()
+            except UserError as error:
+                raise AssertionError(f"refused: {error}") from None
+
+        self.run(what, must)
+
     def end(self) -> list[str]:
         """Print how many cases ended how; returns the problems."""
         print(f"{sum(self.outcomes.values())} cases: {dict(self.outcomes)}", file=sys.stderr)

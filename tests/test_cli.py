@@ -17,9 +17,10 @@ from unittest.mock import patch
 
 import pytest
 
-from pekoe.cli import KINDS, main
+from pekoe.cli import main
 from pekoe.config import load_config
 from pekoe.config.keys import keys_of
+from pekoe.config.recipes import COMMANDS
 from pekoe.core.types import Problem
 from pekoe.data.problems import write_problems
 from pekoe.data.tokenizer import Tokenizer
@@ -109,7 +110,7 @@ def test_dry_run_prints_the_resolved_recipe(folder: Path):
 def test_help_and_docs_hold_every_key(command: str, repository: Path):
     text = " ".join(pekoe(command, "--help").stdout.split())
     page = (repository / "docs/recipe.md").read_text()
-    for key in keys_of(KINDS[command]):
+    for key in keys_of(COMMANDS[command]):
         assert f" {key.name} {key.type}" in text
         assert f"| `{key.name.rpartition('.')[2]}` |" in page
 

@@ -14,7 +14,7 @@ from pekoe.core.errors import UserError, nearest
 from pekoe.core.functions import FUNCTION
 
 MAX_COUNT = 2**31 - 1  # of whole numbers without a bound of their own: more tokens, steps or bytes no key can mean
-MAX_DEPTH = 16  # of sections in sections
+MAX_DEPTH = 16  # of sections in sections, and of tables and arrays in a value
 MAX_SHOWN_CHARS = 200  # of a value in a message
 
 
@@ -76,6 +76,21 @@ def _is_plain(text: str) -> bool:
     return "\0" not in text and not any("\ud800" <= character <= "\udfff" for character in text)
 
 
+def parse_toml(text: str) -> dict[str, Any]:
+    """The tables of TOML. Raises ValueError, and RecursionError for brackets in brackets.
+
+    A dotted key of a line may make thousands of tables in tables: what walks the tree later need not expect them.
+    """
+    tree = tomllib.loads(text)
+    level: list[Any] = [tree]
+    for _ in range(MAX_DEPTH):
+        inner = [item.values() if isinstance(item, dict) else item for item in level]
+        level = [item for items in inner for item in items if isinstance(item, dict | list)]
+    if level:
+        raise ValueError(f"tables and arrays nested more than {MAX_DEPTH} deep")
+    return tree
+
+
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested sections as one mapping: `{"run": {"seed": 0}}` becomes `{"run.seed": 0}`."""
     flat: dict[str, Any] = {}
@@ -98,6 +113,40 @@ def shipped_recipes() -> dict[str, Path]:
     return {path.stem: path for path in sorted(next(folders, package).glob("*.toml"))}
 
 
+def heads_of_recipes() -> dict[str, str]:
+    """What each recipe that comes with Pekoe is: the first paragraph of its head."""
+    texts = {name: path.read_text(encoding="utf-8") for name, path in shipped_recipes().items()}
+    return {name: text.removeprefix("# ").partition("\n#\n")[0].replace("\n# ", " ") for name, text in texts.items()}
+
+
+def copy_recipe(name: str, out: str | None) -> Path:
+    """Write a recipe that comes with Pekoe to a new file, by default NAME.toml here."""
+    shipped = shipped_recipes()
+    if name not in shipped:
+        raise UserError(f"recipe: unknown name {name!r}.{nearest(name, shipped)}")
+    file = Path(out or f"{name}.toml")
+    try:
+        with file.open("x", encoding="utf-8") as stream:
+            stream.write(shipped[name].read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"recipe: expected a new file that can be written, got {file}: {error.strerror}") from None
+    return file
+
+
+def refuse_recipe(file: str) -> None:
+    """UserError where a file of rows is expected and this is a recipe; names the files that the recipe reads."""
+    if not file.endswith(".toml") and (file not in shipped_recipes() or Path(file).exists()):
+        return
+    flat = flatten(read_toml(Path(file)))
+    sources = flat.get("data.sources")
+    of_sources = (
+        [source.get("path") for source in sources if isinstance(source, dict)] if isinstance(sources, list) else []
+    )
+    paths = [path for path in (flat.get("data.train"), flat.get("eval.data"), *of_sources) if isinstance(path, str)]
+    hint = f"; nearest: pekoe data {paths[0]}" if paths else ""
+    raise UserError(f"data: expected a file of rows, a directory or hf:OWNER/NAME, got the recipe {file}{hint}")
+
+
 def read_toml(path: Path) -> dict[str, Any]:
     """The content of a recipe, not yet validated: of a file, or of one that comes with Pekoe, by its name."""
     if not path.is_file():
@@ -109,7 +158,7 @@ def read_toml(path: Path) -> dict[str, Any]:
             raise UserError(f"{path}: expected a recipe (a TOML file, or a name of `pekoe recipe`), found none.{hint}")
         path = shipped[str(path)]
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return parse_toml(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: expected TOML, got something else: {error}") from None
 
@@ -142,10 +191,10 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
         if not isinstance(node, dict):
             raise UserError(f"override {cut(override)}: {cut(section)} is a value, not a section")
     try:
-        node[last] = tomllib.loads(f"value = {text}")["value"]
+        node[last] = parse_toml(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         node[last] = text
-    except (ValueError, RecursionError) as error:  # such as a number of 5,000 digits, or as many brackets
+    except (ValueError, RecursionError) as error:  # such as a number of 5,000 digits, or as many tables
         raise UserError(f"override {cut(override)}: expected a value that TOML can have: {error}") from None
 
 

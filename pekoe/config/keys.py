@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 import textwrap
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args, get_origin
 
@@ -54,22 +54,26 @@ def keys_of(section: type[ConfigSection], prefix: str = "", defaults: Any = None
             yield from keys_of(inner, below, value if isinstance(value, ConfigSection) else None)
 
 
-def describe(kinds: Iterable[type[ConfigSection]], section: str = "") -> str:
-    """The keys of a section, or one key, as text: of the first of these recipes that has it. UserError for none."""
-    kinds = list(kinds)
-    for kind in kinds:
+def describe(commands: Mapping[str, type[ConfigSection]], section: str = "") -> str:
+    """The keys of a section, or one key, as text: of the first command that has it, and those of other commands that
+    differ, under a line `of pekoe COMMAND:`. Without a section, all keys of the first. UserError for none."""
+    section = section.replace("[]", "")
+    shown: list[Key] = []
+    lines: list[str] = []
+    for command, kind in commands.items():
         keys = [
-            key
-            for key in keys_of(kind)
-            if f"{key.name}.".replace("[]", "").startswith(f"{section}." if section else "")
+            key for key in keys_of(kind) if not section or f"{key.name}.".replace("[]", "").startswith(f"{section}.")
         ]
-        if keys:
-            return "\n".join(
-                f"{key.name}: {key.form}\n{textwrap.indent(textwrap.fill(key.meaning, 96), '    ')}" for key in keys
-            )
-    raise UserError(
-        "\n".join(f"keys: unknown key {name!r}.{hint}" for name, hint in unknown(kinds[0], section.split(".")))
-    )
+        new = [key for key in keys if key not in shown]
+        lines += [f"of pekoe {command}:"] * bool(shown and new)
+        lines += [f"{key.name}: {key.form}\n{textwrap.indent(textwrap.fill(key.meaning, 96), '    ')}" for key in new]
+        shown += new
+        if not section:
+            break
+    if not lines:
+        kind, path = next(iter(commands.values())), section.split(".")
+        raise UserError("\n".join(f"keys: unknown key {name!r}.{hint}" for name, hint in unknown(kind, path)))
+    return "\n".join(lines)
 
 
 def section_of(annotation: Any) -> type[ConfigSection] | None:
@@ -168,11 +172,12 @@ def unknown(kind: type[ConfigSection], path: list[str], got: Any = None) -> Iter
 
 def _elsewhere(kind: type[ConfigSection], name: str) -> list[str]:
     """Our key, of this kind of recipe, for what TRL or verl call `name`, or those of this name in other sections."""
-    section, _, last = name.replace("-", "_").lower().rpartition(".")
+    name = name.replace("-", "_").lower()
+    section, _, last = name.rpartition(".")
     valid = [key.name for key in keys_of(kind)]
-    rows = [row for row in NAMES if row.ours in valid and last in row.others]
+    rows = [row for row in NAMES if row.ours in valid and row.shares(name)]
     if rows:
-        row = next((row for row in rows if row.ours.rpartition(".")[0] == section), rows[0])
+        row = max(rows, key=lambda row: (row.shares(name), row.ours.rpartition(".")[0] == section))
         return [repr(row.ours) + (f" ({row.note})" if row.note else "")]
     return [repr(key) for key in valid if key.rpartition(".")[2] == last and "[]" not in key][:3]
 

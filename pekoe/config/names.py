@@ -15,11 +15,16 @@ class Names(NamedTuple):
     trl: str = ""
     verl: str = ""
     note: str = ""
+    also: str = ""  # what else it is called
 
-    @property
-    def others(self) -> set[str]:
-        """The last parts of the others' names: {"num_generations", "n"}."""
-        return {name.rpartition(".")[2] for name in f"{self.trl}, {self.verl}".split(", ")} - {""}
+    def shares(self, name: str) -> int:
+        """How many parts from its end on `name` shares with one of the others' names: x.n shares 1 with rollout.n."""
+        others = ", ".join(filter(None, (self.trl, self.verl, self.also))).split(", ")
+        return max(_same_end(name.split("."), other.split(".")) for other in others)
+
+
+def _same_end(a: list[str], b: list[str]) -> int:
+    return next((n for n, (x, y) in enumerate(zip(a[::-1], b[::-1], strict=False)) if x != y), min(len(a), len(b)))
 
 
 NAMES = (
@@ -64,7 +69,7 @@ NAMES = (
     Names("optim.weight_decay", "weight_decay", "actor.optim.weight_decay"),
     Names("optim.beta1", "adam_beta1", "actor.optim.betas"),
     Names("optim.beta2", "adam_beta2", "actor.optim.betas"),
-    Names("optim.eps", "adam_epsilon, epsilon"),
+    Names("optim.eps", "adam_epsilon", also="epsilon"),
     Names("optim.grad_clip", "max_grad_norm", "actor.grad_clip, clip_grad"),
     Names("train.token_budget", "", "actor.ppo_max_token_len_per_gpu, ppo_micro_batch_size_per_gpu",
           "tokens, not sequences"),
@@ -72,11 +77,14 @@ NAMES = (
     Names("train.compile", "torch_compile", "actor.use_torch_compile"),
     Names("train.save_every", "save_steps", "trainer.save_freq"),
     Names("train.keep_checkpoints", "save_total_limit", "trainer.max_actor_ckpt_to_keep"),
-    Names("verify.reward", "reward_funcs", "custom_reward_function.path, custom_reward_function", "MODULE:NAME"),
+    Names("verify.reward", "reward_funcs",
+          "custom_reward_function.path, custom_reward_function.name, custom_reward_function", "MODULE:NAME"),
     Names("verify.arguments", "", "custom_reward_function.reward_kwargs"),
     Names("eval.data", "eval_dataset", "data.val_files"),
     Names("eval.every", "eval_steps", "trainer.test_freq"),
     Names("eval.samples", "num_generations_eval, num_generations", "rollout.val_kwargs.n"),
+    Names("eval.temperature", "", "rollout.val_kwargs.temperature"),
+    Names("eval.top_p", "", "rollout.val_kwargs.top_p"),
     Names("curate.samples", "num_generations", "rollout.n"),
     Names("cluster.training.cp", "", "actor.ulysses_sequence_parallel_size"),
     Names("cluster.training.ranks", "", "trainer.n_gpus_per_node, nnodes"),

@@ -500,6 +500,9 @@ class CurateConfig(Config):
         return self
 
 
+COMMANDS: dict[str, type[Config]] = {"rl": RLConfig, "sft": SFTConfig, "eval": EvalConfig, "curate": CurateConfig}
+
+
 class DataConfig(ConfigSection):
     """What `pekoe data` looks at."""
 

@@ -59,7 +59,6 @@ def paired(
     mean, varies = float(differences.mean()), bool(first.std() > 1e-9 and second.std() > 1e-9)
     correlation = float(np.corrcoef(first, second)[0, 1]) if varies else 0.0
     means = float(first.mean()), float(second.mean())
-    intervals = interval(before, num_samples[0]), interval(after, num_samples[1])
     rng = np.random.default_rng(0)
     flipped = (abs(float(np.mean(differences * rng.choice((-1.0, 1.0), number)))) for _ in range(PERMUTATIONS))
     as_large = sum(one >= abs(mean) - 1e-12 for one in flipped)

@@ -151,7 +151,7 @@ def test_infinity_is_refused_only_where_it_means_nothing(key: str):
         load_config(RECIPE, [f"{key}=nan"])
 
 
-@pytest.mark.parametrize("text", ["run = " + "[" * 5000, "num_steps = " + "9" * 5000, "a\0 = 1"])
+@pytest.mark.parametrize("text", ["run = " + "[" * 5000, "num_steps = " + "9" * 5000, "a\0 = 1", "a." * 2999 + "a = 1"])
 def test_a_recipe_that_toml_cannot_hold(tmp_path: Path, text: str):
     (tmp_path / "r.toml").write_text(text)
     with pytest.raises(UserError, match=r"r\.toml: expected TOML, got something else"):

@@ -7,16 +7,15 @@ from typing import Any
 
 import pytest
 
-from pekoe.config import CurateConfig, EvalConfig, RLConfig, SFTConfig, load_config
+from pekoe.config import EvalConfig, RLConfig, SFTConfig, load_config
 from pekoe.config.base import flatten
 from pekoe.config.keys import describe, keys_of, show_config
 from pekoe.config.names import NAMES
-from pekoe.config.recipes import Config
+from pekoe.config.recipes import COMMANDS, Config
 from pekoe.core import UserError
 
 RECIPE: dict[str, Any] = {"run": {"dir": "x"}, "model": {"path": "m"}, "data": {"train": "t"}}
 RL = RECIPE | {"num_steps": 3}
-KINDS = [RLConfig, SFTConfig, EvalConfig, CurateConfig]
 
 
 def test_a_key_has_its_type_default_and_meaning():
@@ -33,7 +32,7 @@ def test_a_key_has_its_type_default_and_meaning():
     assert "warm-up" in keys["optim.lr"].meaning
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", COMMANDS.values())
 def test_no_key_is_without_a_meaning(kind: type[Config]):
     assert [key.name for key in keys_of(kind) if not key.meaning or "\n" in key.form] == []
 
@@ -50,15 +49,35 @@ def test_every_key_of_a_resolved_recipe_is_listed():
 
 
 def test_a_section_a_key_and_another_commands_section():
-    text = describe(KINDS, "optim")
+    text = describe(COMMANDS, "optim")
     assert text.startswith("optim.lr: number, above 0; default 2e-05\n    Learning rate")
-    assert "optimizer" not in describe(KINDS, "optim.beta1")
-    assert describe(KINDS, "data.sources").count("data.sources[].") == 6
-    assert describe(KINDS, "sft.epochs").startswith("sft.epochs: whole number")
+    assert "optimizer" not in describe(COMMANDS, "optim.beta1")
+    assert describe(COMMANDS, "data.sources").count("data.sources[].") == 6
+    assert describe(COMMANDS, "sft.epochs").startswith("sft.epochs: whole number")
     with pytest.raises(
         UserError, match=r"keys: unknown key 'num_generations'. Did you mean 'rollout.samples_per_prompt'"
     ):
-        describe(KINDS, "num_generations")
+        describe(COMMANDS, "num_generations")
+
+
+def test_a_name_that_was_printed_is_one():
+    for key in keys_of(RLConfig):
+        assert describe(COMMANDS, key.name).startswith(f"{key.name}: "), key
+
+
+def test_what_differs_between_commands_is_shown():
+    lr = "    " + "Learning rate at the end of warm-up; `schedule` says how it goes on."
+    assert describe(COMMANDS, "optim.lr").splitlines() == [
+        *("optim.lr: number, above 0; default 2e-05", lr),
+        *("of pekoe sft:", "optim.lr: number, above 0; default 1e-05", lr),
+    ]
+    lines = describe(COMMANDS, "optim").splitlines()
+    sft = lines[lines.index("of pekoe sft:") :]
+    assert [line.partition(":")[0] for line in sft if line.startswith("optim.")] == [
+        *("optim.lr", "optim.warmup_fraction", "optim.weight_decay"),
+    ]
+    assert "of pekoe" not in describe(COMMANDS, "run.seed")
+    assert "of pekoe" not in describe(COMMANDS)
 
 
 def test_a_dry_run_shows_what_is_absent_and_reads_back():
@@ -88,7 +107,14 @@ def test_a_dry_run_shows_what_is_absent_and_reads_back():
         ("temperature=0.5", "unknown key 'temperature'. Did you mean 'rollout.temperature'?"),
         ("algo.lr=1", "unknown key 'algo.lr'. Did you mean 'optim.lr'?"),
         ("optim.lrr=1", "unknown key 'optim.lrr'. Did you mean 'lr'?"),
+        ("custom_reward_function.path=a.py", "Did you mean 'verify.reward' (MODULE:NAME)?"),
+        ("custom_reward_function.name=score", "Did you mean 'verify.reward' (MODULE:NAME)?"),
+        ("actor_rollout_ref.model.path=m", "Did you mean 'model.path' (a directory, not a name)?"),
+        ("actor_rollout_ref.rollout.val_kwargs.n=4", "Did you mean 'eval.samples'?"),
+        ("actor_rollout_ref.rollout.val_kwargs.temperature=1", "Did you mean 'eval.temperature'?"),
+        ("actor_rollout_ref.rollout.temperature=1", "Did you mean 'rollout.temperature'?"),
         ("xyz.q=1", "unknown key 'xyz.q'. Valid: "),
+        ("xyz={" + "a." * 3000 + "a=1}", "expected a value that TOML can have: tables and arrays nested more than 16"),
     ],
 )
 def test_what_an_unknown_key_may_mean(override: str, message: str):
@@ -104,6 +130,6 @@ def test_another_command_has_another_key_for_it():
 
 
 def test_the_table_of_names_names_keys():
-    keys = {key.name for kind in KINDS for key in keys_of(kind)}
+    keys = {key.name for kind in COMMANDS.values() for key in keys_of(kind)}
     assert {row.ours for row in NAMES} <= keys
     assert all(row.trl or row.verl for row in NAMES)

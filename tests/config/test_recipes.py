@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from pekoe.config import CurateConfig, EvalConfig, RLConfig, SFTConfig, dump_config, load_config
+from pekoe.config import EvalConfig, RLConfig, SFTConfig, dump_config, load_config
 from pekoe.config.base import flatten, read_toml, shipped_recipes
+from pekoe.config.recipes import COMMANDS
 from pekoe.core import UserError
 from pekoe.engine.servers.vllm import check_args
 
-KINDS = {"rl": RLConfig, "sft": SFTConfig, "eval": EvalConfig, "curate": CurateConfig}
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 
 
@@ -23,7 +23,7 @@ def test_a_recipe_loads_as_the_command_that_its_head_says(name: str, tmp_path: P
         tuple(line.split()) for line in re.findall(rf"^# .*pekoe(?:\.cli)? ((?:rl|sft|eval|curate) .*?\b{name})(?=$| )",
         (RECIPES / f"{name}.toml").read_text(), re.MULTILINE)
     }  # fmt: skip
-    kind, (recipe, *more) = KINDS[words[0]], words[1:]
+    kind, (recipe, *more) = COMMANDS[words[0]], words[1:]
     config = load_config(recipe, more, kind)
     again = tmp_path / "again.toml"
     again.write_text(dump_config(config))

@@ -50,6 +50,18 @@ def test_problems_as_they_are_read():
     assert "got that of row 1 again" in bad
 
 
+def test_a_recipe_is_no_file_of_rows():
+    recipe = """[[data.sources]]\nname = "a"\npath = "hf:a/b"\n"""
+    Path("mine.toml").write_text(recipe)
+    for words, got in (
+        ("mine.toml", "mine.toml; nearest: pekoe data hf:a/b"),
+        ("laptop", "laptop; nearest: pekoe data "),
+    ):
+        with pytest.raises(UserError, match=rf"expected a file of rows, .*, got the recipe {got}"):
+            shown(words)
+    assert shown(save("laptop", {"question": "1+1=", "answer": 2}))[0] == 0  # a file of one's own
+
+
 def test_with_a_model_prompts_are_as_it_sees_them(tiny_dir: Path):
     file = save("own.jsonl", {"q": "1+1=", "a": 2})
     columns = ["data.columns.prompt=q", "data.columns.answer=a"]
