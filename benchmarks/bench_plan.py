@@ -5,8 +5,8 @@
 Every row of the file (fields: source, model, params, gpu, num_gpus, layout, prompt_len, response_len, batch, metric,
 value, unit, note) is asked as `plan_rows.question` reads it. An error is |predicted / published - 1|.
 A group is a source.
-`--fit` fits the constants to the file and writes `pekoe/plan/fitted.json`; `--leave-out` fits them again without each
-group in turn, and scores that group with what the others gave.
+`--fit` fits the constants to the file and writes `pekoe/plan/fitted.json`, `--errors` only the errors in it;
+`--leave-out` fits them again without each group in turn, and scores that group with what the others gave.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ import math
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -27,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import plan_loops
 from plan_rows import Question, fits, question
 
+from pekoe.plan.calibrate import descend
 from pekoe.plan.costs import Constants, fitted
 
 Row = dict[str, Any]
@@ -86,24 +88,10 @@ def loss(items: Sequence[Item], constants: Constants) -> float:
     return sum(min(abs(log_error(item, constants)), 1.0) / sizes[item[0]["source"]] ** 0.5 for item in items)
 
 
-def fit_family(items: Sequence[Item], start: Constants, names: Sequence[str], rounds: int) -> Constants:
-    """Coordinate descent on the logarithms of constants."""
-    best, constants, steps = loss(items, start), start, dict.fromkeys(names, 0.3)
-    for _ in range(rounds if items else 0):
-        for name in names:
-            for sign in (1, -1):
-                tried = replace(constants, **{name: getattr(constants, name) * math.exp(sign * steps[name])})
-                if (found := loss(items, tried)) < best:
-                    best, constants, steps[name] = found, tried, steps[name] * 1.3
-                    break
-            else:
-                steps[name] /= 2
-    return constants
-
-
 def fit(items: Sequence[Item], start: Constants, rounds: int = 14) -> Constants:
     for families, names in FAMILIES:
-        start = fit_family([item for item in items if item[1].family in families], start, names, rounds)
+        own = [item for item in items if item[1].family in families]
+        start = descend(partial(loss, own), start, names, rounds if own else 0, 0.3)
     return start
 
 
@@ -170,11 +158,10 @@ def release(rows: Sequence[Row], constants: Constants) -> list[dict[str, Any]]:
 
 def simulated(items: Sequence[Item], constants: Constants) -> dict[str, float]:
     """Errors of the steps of RL loops, simulated as `pekoe plan` does."""
-    plan_loops.SIMULATED = True
-    loops = [item for item in items if item[1].family == "rl"]
+    asked = [(row, question(row, plan_loops.simulated)) for row, one in items if one.family == "rl"]
+    loops = [(row, one) for row, one in asked if isinstance(one, Question)]
     errors = [abs(math.expm1(log_error(item, constants))) for item in loops]
     steps = [e for e, (row, _) in zip(errors, loops, strict=True) if row["metric"] == "step_time"]
-    plan_loops.SIMULATED = False
     return {
         name: round(value, 4)
         for name, values in (("all", errors), ("step_time", steps))
@@ -204,6 +191,7 @@ def main() -> None:
     parser.add_argument("--figures", required=True, help="a file of published figures")
     parser.add_argument("--json", help="where to write the scores")
     parser.add_argument("--fit", action="store_true", help="fit the constants, and keep them")
+    parser.add_argument("--errors", action="store_true", help="keep the errors of the constants that there are")
     parser.add_argument("--leave-out", action="store_true", help="score each group with constants of the others")
     parser.add_argument("--simulate", action="store_true", help="score steps of RL loops by simulation, too")
     parser.add_argument("--worst", type=int, default=3, help="worst rows to name, of each family")
@@ -232,7 +220,7 @@ def main() -> None:
         "constants": asdict(constants),
         "not_expressed": dict(Counter(q for q in asked if isinstance(q, str)).most_common()),
     }
-    if args.simulate:
+    if args.simulate or args.fit or args.errors:
         result["simulated"] = simulated(items, constants)
         print("steps of RL loops, simulated:", result["simulated"])
     print("of what ran, and so fitted, what fits by our formulas:", result["fits"])
@@ -257,7 +245,7 @@ def main() -> None:
     print("\nnot expressed")
     for why, count in result["not_expressed"].items():
         print(f"  {count:>4}  {why}")
-    if args.fit:
+    if args.fit or args.errors:
         # What a plan's intervals are made of: the share of rows that half and nine tenths of the errors stay below.
         spread = {
             name: {
@@ -265,10 +253,12 @@ def main() -> None:
                 "p90": round(quantile((errors[i] for i in family if family[i] == name), 0.9), 3),
                 "rows": sum(value == name for value in family.values()),
             }
-            for name in sorted(set(family.values()))
+            for name in sorted(set(family.values()) - {"memory"})  # a plan's is of Pekoe's own trainer, of no row
         }
-        loops = simulated(items, constants)  # a plan simulates
-        spread["rl"] |= {"median": round(loops["all_median"], 3), "p90": round(loops["all_p90"], 3)}
+        loops = result["simulated"]  # as a plan does
+        for name, kind in (("rl", "all"), ("step", "step_time")):
+            spread[name] = {part: round(loops[f"{kind}_{part}"], 3) for part in ("median", "p90")}
+            spread[name]["rows"] = loops["rows" if name == "rl" else "step_time_rows"]
         FITTED.write_text(json.dumps({"constants": asdict(constants), "errors": spread}, indent=1) + "\n")
     if args.json:
         Path(args.json).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

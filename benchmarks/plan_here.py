@@ -28,7 +28,7 @@ def measured(run_dir: Path) -> dict[str, float]:
     steps = [step for step in steps if "train" in step["seconds"]][1:-1]
     if not steps:
         raise SystemExit(f"{run_dir}: expected a run of four steps or more")
-    totals = [sum(step["seconds"].values()) for step in steps]
+    totals = [step["step_s"] for step in steps]
     result = {"step_s": median(totals)}
     for phase in ("rollout", "train", "recompute", "sync", "verify"):
         result[phase] = median(step["seconds"].get(phase, 0.0) for step in steps)

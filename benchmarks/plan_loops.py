@@ -81,11 +81,7 @@ class Loop:
         )  # fmt: skip
 
 
-SIMULATED = False  # whether steps are simulated event by event, as `pekoe plan` does, else by formula (quick)
-
-
-def timed(loop: Loop, k: Constants) -> StepTime:
-    return simulated(loop, k) if SIMULATED else by_formula(loop, k)
+Run = tuple[Loop, float | None]  # and the number of its steps, where it is known
 
 
 @cache
@@ -105,8 +101,8 @@ def sampled(loop: Loop, k: Constants) -> tuple[float, float]:
     return sampling_of(loop.setup(k))
 
 
-def loop_question(row: Row) -> Question | str:
-    """The question that a row about a loop asks, or why there is none."""
+def loop_question(row: Row, timed: Callable[[Loop, Constants], StepTime]) -> Question | str:
+    """The question that a row about a loop asks, or why there is none. `timed`: `by_formula`, quick, or `simulated`."""
     source = row["source"]
     for start, read in (
         ("NeMo-RL perf", nemo),
@@ -119,12 +115,13 @@ def loop_question(row: Row) -> Question | str:
             found = place(row)
             if isinstance(found, str) and "H800 elsewhere" not in str(row["gpu"]):
                 return found
-            return read(row)
+            run = read(row)
+            return run if isinstance(run, str) else answer(*run, row, timed)
     return "lengths or batch not stated"
 
 
-def answer(loop: Loop, row: Row, steps: float | None = None) -> Question | str:
-    """The metric of a row, of the loop that it describes."""
+def answer(loop: Loop, steps: float | None, row: Row, timed: Callable[[Loop, Constants], StepTime]) -> Question | str:
+    """The metric of a row, of the loop that it describes. `steps`: of the whole run."""
     metric, tokens = row["metric"], None
     read: dict[str, Callable[[StepTime], float]] = {
         "step_time": lambda s: s.step_s,
@@ -146,7 +143,7 @@ def answer(loop: Loop, row: Row, steps: float | None = None) -> Question | str:
     return "not a time of a step, or the number of steps is not stated"
 
 
-def nemo(row: Row) -> Question | str:
+def nemo(row: Row) -> Run | str:
     found = place(row)
     assert not isinstance(found, str)
     layout = str(row["layout"])
@@ -171,10 +168,10 @@ def nemo(row: Row) -> Question | str:
         max(1, round(rollouts / (batch[1] or rollouts))), int(maximum), 2, half, half, 1 if off else 0,
         1 if "Generation FP8" in row["note"] else 2, sharded=False,
     )  # fmt: skip
-    return answer(loop, row)
+    return loop, None
 
 
-def verl(row: Row) -> Question | str:
+def verl(row: Row) -> Run | str:
     found = place(row)
     assert not isinstance(found, str)
     layout, gpus = str(row["layout"]), int(row["num_gpus"] or 0)
@@ -200,10 +197,10 @@ def verl(row: Row) -> Question | str:
         *found, gpus, 1, mean=VERL_MEAN, maximum=maximum, updates=16, forwards=passes, sampling_gpus=sampling,
         training_gpus=training, lag=lag,
     )  # fmt: skip
-    return answer(loop, row)
+    return loop, None
 
 
-def verl_v1(row: Row) -> Question | str:
+def verl_v1(row: Row) -> Run | str:
     found = place(row)
     assert not isinstance(found, str)
     mean = number(re.sub(r".*mean", "", str(row["response_len"]))) or 12_000
@@ -212,10 +209,10 @@ def verl_v1(row: Row) -> Question | str:
     loop = Loop(
         *found, 32, 4, 2, 2, 2, 4, 64, 8, 512.0, mean, 32768, 4, 32768, 1, half, half, 2 if "async" in str(row["layout"]) else 0, sharded=False,  # noqa: E501
     )  # fmt: skip
-    return answer(loop, row, 150)
+    return loop, 150
 
 
-def areal(row: Row) -> Question | str:
+def areal(row: Row) -> Run | str:
     found = place(row)
     if isinstance(found, str):
         found = place({**row, "gpu": "H800"})
@@ -250,10 +247,10 @@ def areal(row: Row) -> Question | str:
         *found, gpus, engine_tp, tp, 1, pp, mean=mean, maximum=maximum, forwards=0, sampling_gpus=sampling,
         training_gpus=training, lag=lag,
     )  # fmt: skip
-    return answer(loop, row, steps)
+    return loop, steps
 
 
-def skyrl(row: Row) -> Question | str:
+def skyrl(row: Row) -> Run | str:
     found = place(row)
     assert not isinstance(found, str)
     if "MTP" in row["layout"]:
@@ -263,4 +260,4 @@ def skyrl(row: Row) -> Question | str:
         *found, int(row["num_gpus"]), 1, 4, 1, 1, 1, 32, 8, PROMPT, OTHER_SHARE * maximum, maximum, 1, 32768, 1,
         sharded=False,
     )  # fmt: skip
-    return answer(loop, row)
+    return loop, None

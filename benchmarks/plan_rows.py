@@ -11,11 +11,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from pekoe.core.hardware import DEVICES, Device, recognise
+from pekoe.core.hardware import DEVICES, USABLE, Device, recognise
 from pekoe.plan.costs import Constants, Engine, Training, Transport, memory_of_training, publish
 from pekoe.plan.shapes import Shape, recognise_model
 
 Row = dict[str, Any]
+Timed = Callable[..., Any]  # a loop and constants; returns a `StepTime`
 SHAREGPT = (225.0, 200.0)  # mean prompt and response of ShareGPT as `vllm bench` filters it
 SERVER_SEQUENCES, OFFLINE_SEQUENCES = 256, 2048  # a server's default at most, and TensorRT-LLM's benchmark
 
@@ -63,8 +64,8 @@ def precision(row: Row, device: Device) -> tuple[float, float]:
     return 1, 1 if "tensorrt" in text or "trtllm" in text else 2
 
 
-def question(row: Row) -> Question | str:
-    """The question that a row asks, or why there is none."""
+def question(row: Row, timed: Timed | None = None) -> Question | str:
+    """The question that a row asks, or why there is none. `timed`: of a row about a loop, what times it."""
     metric = row["metric"]
     if metric in {"speedup"}:
         return "a ratio, no time"
@@ -77,9 +78,9 @@ def question(row: Row) -> Question | str:
     ):  # fmt: skip
         if metric in metrics:
             return read(row)
-    from plan_loops import loop_question
+    from plan_loops import by_formula, loop_question
 
-    return loop_question(row)
+    return loop_question(row, timed or by_formula)
 
 
 def place(row: Row) -> tuple[Shape, Device] | str:
@@ -271,7 +272,7 @@ def fits(row: Row, k: Constants) -> tuple[str, bool] | None:
         asked = memory_question(row)
         return None if isinstance(asked, str) else ("training", asked.answer(k) * 2**30 <= found[1].memory_bytes)
     if row["metric"] in ENGINE_METRICS and prompt and response:
-        return "engines", engine_of(row, *found)(k).kv_tokens(0.94) >= prompt + response
+        return "engines", engine_of(row, *found)(k).kv_tokens(USABLE) >= prompt + response
     return None
 
 

@@ -13,6 +13,9 @@ from typing import Literal
 from pekoe.core.spec import ModelSpec
 
 _GB, _TERA = 1e9, 1e12
+USABLE = 0.9  # of a memory: the rest for allocators' gaps, an engine's workspace, and what comes and goes
+PROCESS = int(0.6 * 2**30)  # bytes of Python, torch and compiled kernels; on a GPU of its context
+SAMPLES = 8  # responses of a group that `pekoe doctor --measure` times
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,28 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
 
 import tomli_w
 
-from pekoe.core.hardware import Device, Timing
+from pekoe.core.hardware import SAMPLES, Device, Timing
 from pekoe.core.spec import ModelSpec
-from pekoe.plan.costs import Constants, Engine, Training, fitted
+from pekoe.plan.costs import LOCAL, Constants, Engine, Training, fitted
 from pekoe.plan.shapes import Shape
 
-SAMPLES = 8  # of a group, whose prompt is computed once
 FITTED = {
     "sample": ("layer_s", "step_s", "sequence_s", "weight_share", "decode_flops", "kv_share", "prefill_flops"),
     "train": ("train_flops", "train_passes", "train_layer_s", "batch_s"),
 }
-# Of one machine: nothing is sent, no controller stands between, and eager products are what was measured.
-LOCAL = {"rollout_share": 1.0, "train_eager": 1.0, "train_foreign": 1.0, "step_overhead": 0.0, "reload_s": 0.0,
-         "sync_s": 0.01, "prefill_s": 0.0}  # fmt: skip
 _START = {"weight_share": 0.5, "decode_flops": 0.3, "kv_share": 0.3, "prefill_flops": 0.3, "train_flops": 0.3,
-          "train_attention": 0.1, "layer_s": 1e-4, "step_s": 1e-3, "sequence_s": 1e-5, "batch_s": 1e-2}  # fmt: skip
+          "layer_s": 1e-4, "step_s": 1e-3, "sequence_s": 1e-5, "batch_s": 1e-2}  # fmt: skip
 
 
 def shape_of(spec: ModelSpec) -> Shape:
@@ -44,35 +40,43 @@ def predicted(timing: Timing, device: Device, constants: Constants, size: float)
     return timing.response * decode + timing.sequences / SAMPLES * engine.prefill(timing.prompt)
 
 
-def calibrate(device: Device, timings: Sequence[Timing], size: float = 4.0) -> tuple[Constants, float]:
-    """Constants fitted to `timings` by coordinate descent on their logarithms, and the median error that is left."""
+def descend(
+    loss: Callable[[Constants], float], constants: Constants, names: Sequence[str], rounds: int, step: float
+) -> Constants:
+    """Coordinate descent on the logarithms of the constants that are named."""
+    best, steps = loss(constants), dict.fromkeys(names, step)
+    for _ in range(rounds):
+        for name in names:
+            for sign in (1, -1):
+                tried = replace(constants, **{name: getattr(constants, name) * math.exp(sign * steps[name])})
+                if (found := loss(tried)) < best:
+                    best, constants, steps[name] = found, tried, steps[name] * 1.3
+                    break
+            else:
+                steps[name] /= 2
+    return constants
+
+
+def calibrate(device: Device, timings: Sequence[Timing], size: float) -> tuple[Constants, float]:
+    """Constants fitted to `timings`, and the median error that is left. `size`: see `predicted`."""
     constants = replace(fitted(), **(LOCAL | _START))
-
-    def loss(tried: Constants, kind: str) -> float:
-        chosen = [timing for timing in timings if timing.kind == kind]
-        return sum(abs(math.log(predicted(timing, device, tried, size) / timing.seconds)) for timing in chosen)
-
     for kind, names in FITTED.items():
-        best, steps = loss(constants, kind), dict.fromkeys(names, 0.5)
-        for _ in range(40):
-            for name in names:
-                for sign in (1, -1):
-                    value = getattr(constants, name) * math.exp(sign * steps[name])
-                    if value > 1 and name.endswith(("_share", "_flops")):
-                        continue  # nothing is faster than the hardware
-                    if (found := loss(tried := replace(constants, **{name: value}), kind)) < best:
-                        best, constants, steps[name] = found, tried, steps[name] * 1.3
-                        break
-                else:
-                    steps[name] /= 2
+        chosen = [timing for timing in timings if timing.kind == kind]
+
+        def loss(tried: Constants, chosen: Sequence[Timing] = chosen, names: Sequence[str] = names) -> float:
+            if any(getattr(tried, name) > 1 for name in names if name.endswith(("_share", "_flops"))):
+                return math.inf  # nothing is faster than the hardware
+            return sum(abs(math.log(predicted(timing, device, tried, size) / timing.seconds)) for timing in chosen)
+
+        constants = descend(loss, constants, names, 40, 0.5)
     errors = [abs(predicted(timing, device, constants, size) / timing.seconds - 1) for timing in timings]
     return constants, median(errors)
 
 
-def write_profile(path: Path, device: Device, timings: Sequence[Timing]) -> str:
-    """Write what `pekoe plan --hardware` reads; returns a sentence on it."""
-    constants, error = calibrate(device, timings)
-    names = [*FITTED["sample"], *FITTED["train"], *LOCAL, "train_attention"]
+def write_profile(path: Path, device: Device, timings: Sequence[Timing], size: float) -> str:
+    """Write what `pekoe plan --hardware` reads; returns a sentence on it. `size`: see `predicted`."""
+    constants, error = calibrate(device, timings, size)
+    names = [*FITTED["sample"], *FITTED["train"], *LOCAL]
     own = {
         "name": device.name,
         "measured": True,
@@ -84,8 +88,9 @@ def write_profile(path: Path, device: Device, timings: Sequence[Timing]) -> str:
         "per_node": device.per_node,
         "constants": {name: float(f"{getattr(constants, name):.4g}") for name in dict.fromkeys(names)},
     }
-    path.write_text(tomli_w.dumps(own), encoding="utf-8")
+    path.write_text(f"# {device.source}\n{tomli_w.dumps(own)}", encoding="utf-8")
     return (
         f"{path}: {device.flop_s / 1e12:.3g} TFLOP/s, memory {device.byte_s / 1e9:.3g} GB/s; {len(timings)} "
-        f"measurements, which the constants meet within {error:.0%} (median). Next: pekoe plan RECIPE --hardware {path}"
+        f"measurements, which the constants meet within {error:.0%} (median); {device.source}. Next: pekoe plan RECIPE "
+        f"--hardware {path}"
     )

@@ -30,6 +30,7 @@ def run_plan(
 
     Args:
         what_if: changes to compare, each one or several keys with values, separated by spaces.
+        as_json: with formulas and constants, `explained` or not.
         page: an HTML file to write, too.
     """
     found = forecast(asked)
@@ -41,15 +42,15 @@ def run_plan(
         result["what_if"] = {change: other.as_dict() for change, other in others.items()}
         if best:
             result |= {"layouts": [asdict(one) for one in layouts], "front": [one.gpus for one in front(layouts)]}
-        console.file.write(json.dumps(result, indent=2) + "\n")
-    else:
-        parts: list[RenderableType] = [*show(found), *show_changes(changes), *compared(found, others)]
-        parts += show_front(layouts, front(layouts)) if best else []
+        console.file.write(json.dumps(result, indent=2, allow_nan=False) + "\n")
+    parts: list[RenderableType] = [*show(found), *show_changes(changes), *compared(found, others)]
+    parts += show_front(layouts, front(layouts)) if best else []
+    if not as_json:
         _print(console, [*parts, *(explain(found) if explained else ())])
-        if page is not None:
-            with console.capture() as printed:
-                _print(console, parts)
-            _write(Path(page), render(found, layouts, front(layouts), printed.get()))
+    if page is not None:
+        with console.capture() as printed:
+            _print(console, parts)
+        _write(Path(page), render(found, layouts, front(layouts), printed.get()))
     if not found.fits and not best:
         raise UserError(misfit(found))
 
@@ -69,5 +70,5 @@ def _write(path: Path, text: str) -> None:
 def misfit(found: Forecast) -> str:
     """What does not fit, and what would."""
     what, memory = ("a training rank", found.trainer) if not found.trainer.fits else ("an engine", found.engine)
-    nearest = f"; nearest: {' '.join(found.changes)}" if found.changes else "; no change was found that would do"
+    nearest = f"; nearest: {found.nearest}" if found.changes else "; no change was found that would do"
     return f"memory of {what}: expected {memory.total / GB:.1f} GB or more, got {memory.room / GB:.1f} GB{nearest}"

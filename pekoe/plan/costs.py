@@ -9,6 +9,7 @@ all-reduce of b bytes over t devices moves 2 b (t - 1) / t through each link, a 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from functools import cache
 from importlib.resources import files
@@ -70,6 +71,23 @@ def fitted() -> Constants:
 
 
 NAMES = tuple(field.name for field in fields(Constants))
+# Where one process samples and trains no controller stands between, and no weights are moved in and out.
+ONE_PROCESS = {"step_overhead": 0.0, "reload_s": 0.0, "rollout_share": 1.0}
+# Of one machine that was measured: nothing is sent, and eager products are what was measured.
+LOCAL = ONE_PROCESS | {"train_eager": 1.0, "train_foreign": 1.0, "sync_s": 0.01, "prefill_s": 0.0}
+_TIMES = ("step_overhead", "mixed", "train_passes", "train_adapter", "overlap")  # and whatever ends in _s
+
+
+def check_constants(values: Mapping[str, float]) -> str | None:
+    """What is wrong with constants of a user's own, if anything is: a time may be 0, a share or a rate divides."""
+    for name, value in values.items():
+        time = name in _TIMES or (name.endswith("_s") and name != "disk_byte_s")
+        least = 0.0 if time else 1e-6
+        if not least <= value <= 1e12:  # nor nan
+            return f"constants.{name}: expected from {least:g} to 1e+12, got {value:g}"
+    return None
+
+
 AMPERE_KERNELS = 620e12  # operations a second: the most that instructions of that generation give on later devices
 ACTIVATION_BYTES = 2  # bfloat16, of what is sent between devices
 

@@ -7,15 +7,17 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from importlib.resources import files
+from itertools import product
 from typing import Any
 
 from pekoe.core.errors import UserError
 from pekoe.plan.memory import Memory, engine_memory, trainer_memory
-from pekoe.plan.recipe import JUDGE_TOKEN_S, Asked, Plan, least_gpus, read_plan
+from pekoe.plan.recipe import JUDGE_TOKEN_S, Asked, Layout, Plan, layout_keys, least_gpus, read_plan
 from pekoe.plan.schedule import Simulated, simulate
 from pekoe.plan.step import Setup
 
 GB = 1e9
+POWERS = (1, 2, 4, 8)
 MAX_RANKS = 4096  # that are tried where a plan does not fit
 
 
@@ -29,7 +31,7 @@ class Errors:
 
 
 def errors() -> dict[str, Errors]:
-    """By family, as `make bench-plan ARGS="--figures FILE.json --fit"` left them in fitted.json."""
+    """By family, as `make bench-plan ARGS="--figures FILE.json --errors"` left them in fitted.json."""
     found = json.loads(files("pekoe.plan").joinpath("fitted.json").read_text())["errors"]
     return {name: Errors(**values) for name, values in found.items()}
 
@@ -75,11 +77,8 @@ FIGURES: Mapping[str, Figure] = {
         "data, rewards and what else a loop does: one value for all published loops; where devices are shared, weights "
         "are moved in and out", ("step_overhead", "reload_s"), "rl",
     ),
-    "step": Figure("the stages in the schedule of run/rl.py, event by event (pekoe.plan.schedule)", (), "rl"),
-    "memory": Figure(
-        "as pekoe doctor counts, by formula (pekoe.plan.memory); the errors are of another formula, on other systems",
-        (), "memory",
-    ),
+    "step": Figure("the stages in the schedule of run/rl.py, event by event (pekoe.plan.schedule)", (), "step"),
+    "memory": Figure("as pekoe doctor counts, by formula (pekoe.plan.memory)", (), ""),
 }  # fmt: skip
 
 
@@ -119,7 +118,7 @@ class Schedule:
             for name, seconds in self.stages.items()
             if FIGURES[name].family
         }
-        low, high = interval(1.0, known["rl"].median)
+        low, high = interval(1.0, known["step"].median)
         for name in ("step_s", "hours", "gpu_hours", "price"):
             if (value := getattr(self, name)) is not None:
                 found[name] = low * value, high * value
@@ -147,13 +146,16 @@ class Forecast:
     plan: Plan
     engine: Memory
     trainer: Memory
+    fits: bool
     changes: list[str]  # of the recipe, with which it would fit; empty where it does, or where nothing was found
     schedules: list[Schedule]  # the recipe's own first; empty where it does not fit
     bounds: dict[str, str]
 
     @property
-    def fits(self) -> bool:
-        return self.trainer.fits and (self.plan.layout.one_process or self.engine.fits)
+    def nearest(self) -> str:
+        """`changes` as a user may type them: keys of a cluster are the whole layout, which --gpus would change."""
+        moved = self.asked.gpus is not None and any(change.startswith("cluster.") for change in self.changes)
+        return " ".join(self.changes) + " without --gpus" * moved
 
     @property
     def marks(self) -> dict[str, str]:
@@ -198,10 +200,10 @@ WAYS: Mapping[tuple[int, bool], tuple[str, ...]] = {
 def forecast(asked: Asked, alone: bool = False) -> Forecast:
     """Args: alone: the recipe's own schedule, no others."""
     plan = read_plan(asked)
-    engine, trainer = engine_memory(plan.setup.engine, plan.longest), rank_memory(plan)
-    found = Forecast(asked, plan, engine, trainer, [], [], {})
-    if not found.fits:
-        return replace(found, changes=what_fits(plan, engine, trainer))
+    engine, trainer, fits = fitting(plan)
+    found = Forecast(asked, plan, engine, trainer, fits, [], [], {})
+    if not fits:
+        return replace(found, changes=what_fits(asked, plan))
     simulated = simulate(plan.setup)
     schedules = [schedule_of(asked, plan, simulated)]
     own = plan.setup.lag, plan.setup.goes_on
@@ -248,16 +250,16 @@ def lost_to_failures(plan: Plan, simulated: Simulated, failures: float) -> float
 def bounds(setup: Setup, simulated: Simulated) -> dict[str, str]:
     """What most of each stage's time goes to."""
     training, tokens, context = setup.training, setup.tokens, setup.context
-    decoding = setup.engine.decode_parts(max(1.0, simulated.running), setup.prompt + setup.context / 2)
+    decoding = setup.engine.decode_parts(max(1.0, simulated.running), setup.prompt + setup.grown)
     trained = training.step_parts(tokens, context, setup.micro_batches, setup.updates)
-    moving = simulated.time.publish_s - setup.constants.sync_s
+    fixed = 0.0 if setup.route == "device" else setup.constants.sync_s
     tail = simulated.last_tenth_s / simulated.time.sampling_s
     found = {
         "sampling": f"{_largest(decoding)}; its last tenth of responses takes {tail:.0%} of it",
         "judging": "the last group's, or judges (verify.workers)",
         "training": _largest(trained),
-        "publishing": "moving bytes" if moving > setup.constants.sync_s else "fixed costs",
-        "overhead": "what published loops take beside",
+        "publishing": "moving bytes" if simulated.time.publish_s > 2 * fixed else "fixed costs",
+        "overhead": "what published loops take beside" if setup.constants.step_overhead else "moving weights",
     }
     if setup.forwards:
         found["log-probs"] = _largest(trained | {"the optimizer": 0.0})
@@ -270,68 +272,82 @@ def _largest(parts: Mapping[str, float]) -> str:
 
 
 def rank_memory(
-    plan: Plan, ranks: int = 1, tp: int = 1, checkpointing: bool | None = None, budget: int | None = None
+    plan: Plan, layout: Layout | None = None, checkpointing: bool | None = None, budget: int | None = None
 ) -> Memory:
-    """Memory of a training rank; with `ranks` times as many, `tp` times the tensor parallelism, with or without
-    activation checkpointing, another token budget."""
-    config, layout, setup = plan.config, plan.layout, plan.setup
-    half, engine = config.model.dtype == "bfloat16", setup.engine
-    beside = 0.0
+    """Memory of a training rank; in another layout, with or without activation checkpointing, another token budget."""
+    config, setup, layout = plan.config, plan.setup, layout or plan.layout
+    half, engine, beside = config.model.dtype == "bfloat16", setup.engine, dict[str, float]()
     if layout.one_process:  # as `pekoe doctor` counts
-        beside = engine.weights + engine.kv_tokens() * engine.shape.kv_per_token * engine.kv_bytes
-        beside += 8 * engine.shape.num_parameters * (config.rollout.max_lag > 0)
-    training = replace(setup.training, tp=layout.tp * tp)
+        kv = engine.kv_tokens() * engine.shape.kv_per_token * engine.kv_bytes
+        beside["the engine beside it"] = engine.weights + kv
+    if not layout.cluster and config.rollout.max_lag:  # float32: what is sent, and with what an embedded engine samples
+        beside["copies of the weights"] = 4.0 * engine.shape.num_parameters * (2 if layout.one_process else 1)
+    training = replace(setup.training, tp=layout.tp)
     if checkpointing is not None:
         training = replace(training, recompute=float(checkpointing))
-    shards = max(1, layout.shards * ranks // tp)
+    shards = max(1, layout.shards)
     return trainer_memory(training, budget or config.train.token_budget, shards, half, config.algo.kl > 0, beside)
 
 
-def what_fits(plan: Plan, engine: Memory, trainer: Memory) -> list[str]:
-    """The least that makes a plan fit, as keys of the recipe; empty where nothing was found."""
-    changes = list[str]()
-    if not engine.fits and not plan.layout.one_process:
-        least = least_gpus(plan.setup.engine, plan.longest)
-        if least > plan.setup.engine.tp:
-            changes.append(f"cluster.generation.gpus_per_engine={least}")
-    if not trainer.fits:
-        changes += next(_trainer_changes(plan), [])
-    return changes
+def fitting(plan: Plan) -> tuple[Memory, Memory, bool]:
+    """Memory of an engine's device and of a training rank, and whether both are enough."""
+    engine, trainer = engine_memory(plan.setup.engine, plan.longest), rank_memory(plan)
+    return engine, trainer, trainer.fits and (plan.layout.one_process or engine.fits)
 
 
-def _trainer_changes(plan: Plan) -> Iterator[list[str]]:
-    """What makes the trainer fit: first a smaller budget or checkpointing, then more ranks, then sequences or layers
-    that are split."""
-    train, layout, heads = plan.config.train, plan.layout, plan.setup.training.shape.num_kv_heads
-    for ranks, cp, tp in _splits(layout.ranks, heads // layout.tp):
-        smallest = -(-plan.longest // (layout.cp * cp))
-        sizes = (("ranks", layout.ranks, ranks), ("cp", layout.cp, cp), ("tp", layout.tp, tp))
-        split = [f"cluster.training.{name}={now * times}" for name, now, times in sizes if times > 1]
-        for again in [False] if train.activation_checkpointing else [False, True]:
-            keys = split + ["train.activation_checkpointing=true"] * again
+def what_fits(asked: Asked, plan: Plan) -> list[str]:
+    """The least that makes a plan fit, as keys of the recipe that `read_plan` takes; empty where nothing was found.
 
-            def fits(budget: int, ranks: int = ranks, tp: int = tp, again: bool = again) -> bool:
-                return rank_memory(plan, ranks, tp, again or None, budget).fits
-
-            low, high = smallest, train.token_budget
-            if not fits(low):
+    With keys of a section cluster these are the whole layout, in place of `asked.gpus`. First a smaller budget or
+    checkpointing, then layers or sequences that are split over the same ranks, then more ranks.
+    """
+    own = plan.config.train.activation_checkpointing
+    for layout in _near_layouts(plan):
+        moved = layout != plan.layout
+        bare, keys = (replace(asked, gpus=None), layout_keys(plan.config, layout)) if moved else (asked, list[str]())
+        for again in dict.fromkeys((own, True)):
+            budget = _largest_budget(plan, layout, again)
+            if budget is None:
                 continue
-            if fits(high):
-                yield keys
+            changes = keys + ["train.activation_checkpointing=true"] * (again != own)
+            if budget < plan.config.train.token_budget:
+                changes.append(f"train.token_budget={budget}")
+            try:
+                if fitting(read_plan(bare.changed(changes)))[2]:
+                    return changes
+            except UserError:  # a layout that no recipe may have
                 continue
-            while high - low > 64:
-                middle = (low + high) // 2
-                low, high = (middle, high) if fits(middle) else (low, middle)
-            yield [*keys, f"train.token_budget={low}"]
+    return []
 
 
-def _splits(ranks: int, most_tp: int) -> Iterator[tuple[int, int, int]]:
-    """(times as many ranks, cp, tp), by how much they change; what is split must divide the ranks."""
-    powers = [2**i for i in range(13)]
-    for more in powers:
-        if ranks * more > MAX_RANKS:
+def _largest_budget(plan: Plan, layout: Layout, again: bool) -> int | None:
+    """The recipe's token budget, or one that nearly is the largest below it with which a rank fits; None: none does."""
+    low, high = -(-plan.longest // layout.cp), plan.config.train.token_budget
+    if rank_memory(plan, layout, again, high).fits:
+        return high
+    if not rank_memory(plan, layout, again, low).fits:
+        return None
+    while high - low > 64:
+        middle = (low + high) // 2
+        low, high = (middle, high) if rank_memory(plan, layout, again, middle).fits else (low, middle)
+    return low
+
+
+def _near_layouts(plan: Plan) -> Iterator[Layout]:
+    """The plan's own layout and others whose engines hold the model, by how much they change it."""
+    own, engine, heads = plan.layout, plan.setup.engine, plan.setup.training.shape.num_kv_heads
+    if plan.config.engine.backend != "embedded":  # which has one device
+        each = least_gpus(replace(engine, kv_limit=None), plan.longest)
+        own = replace(own, engine_gpus=max(own.engine_gpus, each))
+    if not own.cluster:
+        yield own
+        own = replace(own, cluster=True, shares=False, one_process=False)
+    for more in (2**i for i in range(13)):
+        ranks = own.ranks * more
+        engines = max(1, ranks // own.engine_gpus) if own.shares else own.engines
+        if ranks > MAX_RANKS:
             return
-        for cp in (1, 2, 4, 8):
-            for tp in (1, 2, 4, 8):
-                if ranks * more % (cp * tp) == 0 and tp <= most_tp and cp * tp <= 8:
-                    yield more, cp, tp
+        for replicas, cp, tp in product(dict.fromkeys((own.replicas, 1)), POWERS, POWERS):
+            split = own.tp * tp, own.cp * cp
+            if cp * tp <= 8 and heads % split[0] == 0 and ranks % (split[0] * split[1] * replicas) == 0:
+                yield replace(own, ranks=ranks, engines=engines, tp=split[0], cp=split[1], replicas=replicas)

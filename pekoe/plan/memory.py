@@ -7,12 +7,12 @@ them to it. What a GPU then really takes was measured on none.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
+from pekoe.core.hardware import PROCESS, USABLE
 from pekoe.plan.costs import Engine, Training
 
-USABLE = 0.9  # of a device, as `pekoe doctor` counts: the rest for allocators' gaps, and an engine's workspace
-PROCESS = 0.6 * 2**30  # torch, the device's context, as `pekoe doctor` counts
 LOGIT_VALUES = 1 << 24  # logits that the trainer holds at once (`pekoe.algo.loss`), 16 bytes each with their gradients
 
 
@@ -46,7 +46,12 @@ def engine_memory(engine: Engine, longest: int) -> Memory:
 
 
 def trainer_memory(
-    training: Training, budget: int, shards: int, half: bool, reference: bool = False, beside: float = 0.0
+    training: Training,
+    budget: int,
+    shards: int,
+    half: bool,
+    reference: bool = False,
+    beside: Mapping[str, float] | None = None,
 ) -> Memory:
     """Of a training rank.
 
@@ -55,7 +60,7 @@ def trainer_memory(
         shards: ranks over which FSDP shards the weights.
         half: whether products are in bfloat16 (autocast); weights and optimizer state are float32 always.
         reference: whether a model that is not trained is held too.
-        beside: bytes that other things hold on this device.
+        beside: bytes that other things hold on this device, by name.
     """
     shape, tp, layers = training.shape, training.tp, training.shape.num_layers
     width, head, inner = shape.hidden, shape.vocab * shape.hidden, shape.dense_width / tp
@@ -83,6 +88,6 @@ def trainer_memory(
         "logits and the head's gradients": logits,
         "the reference model": reference * (2 if half else 4) * own / shards,
         "torch": PROCESS,
-        "the engine beside it": beside,
+        **(beside or {}),
     }
     return Memory({name: size for name, size in parts.items() if size}, USABLE * training.device.memory_bytes)

@@ -8,55 +8,66 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import Field, ValidationError
 
 from pekoe.config.base import ConfigSection
+from pekoe.config.cluster import ParallelSection
 from pekoe.config.keys import explain
 from pekoe.config.recipes import RLConfig, load_config
 from pekoe.core.errors import UserError, nearest
 from pekoe.core.hardware import DEVICES, Device
-from pekoe.core.records import read_records
-from pekoe.plan.costs import NAMES, Constants, Engine, Training, Transport, fitted
+from pekoe.core.records import read_records, record_files
+from pekoe.core.words import counted
+from pekoe.plan.costs import NAMES, ONE_PROCESS, Constants, Engine, Training, Transport, check_constants, fitted
 from pekoe.plan.rollout import SIGMA, Lengths
 from pekoe.plan.shapes import Shape, recognise_model
 from pekoe.plan.step import Setup, steady_seconds
 
 PROMPT = 128  # tokens of a problem with its template, where nothing is said
 MEAN_SHARE = 0.3  # of rollout.max_new_tokens: the mean response, where nothing is said (the release: 8,000 of 27,648)
+EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")  # Qwen's, Mixtral's and DeepSeek's key
 SEEN_STEPS = 20  # of a run's last ones, whose lengths are taken
 # Of a judge process for a token: make bench-verify (8,192 responses of 32,768 characters each, 39 s on 2 cores), at 4
 # characters a token.
 JUDGE_TOKEN_S = 2 * 39.04 / 8192 / (32768 / 4)
 
 
+Rate = Annotated[float, Field(ge=1e-6, le=1e9)]
+
+
 class OwnDevice(ConfigSection):
     """A device of a user's own file. Rates are a second, dense; links count one direction."""
 
     name: str = "own"
-    memory_gb: float = Field(gt=0)
-    memory_gb_s: float = Field(gt=0)
-    tflop_s: float = Field(gt=0)
+    memory_gb: Rate
+    memory_gb_s: Rate
+    tflop_s: Rate
     """Of the dtype that the recipe trains in."""
-    fp8_tflop_s: float = Field(default=0, ge=0)
-    link_gb_s: float = Field(gt=0)
+    fp8_tflop_s: float = Field(default=0, ge=0, le=1e9)
+    link_gb_s: Rate
     """To the others of its node."""
-    network_gb_s: float = Field(gt=0)
+    network_gb_s: Rate
     """To other nodes, this device's share."""
     per_node: int = Field(default=8, ge=1)
     measured: bool = False
-    """Whether these are measurements, as `pekoe doctor --measure` makes them."""
+    """Whether rates and constants are measurements, as `pekoe doctor --measure` makes them; links are not."""
     constants: dict[str, float] = Field(default_factory=dict[str, float])
     """Measured in place of fitted ones: `pekoe.plan.costs.Constants`."""
 
 
 @cache
-def read_device(name: str) -> tuple[Device, Constants, bool]:
-    """A device by its name, or from a TOML file, and whether it was measured. UserError where neither is known."""
+def read_device(name: str, one_process: bool = False) -> tuple[Device, Constants, bool]:
+    """A device by its name, or from a TOML file, and whether it was measured. UserError where neither is known.
+
+    Args:
+        one_process: constants of a run in one process, but for those that the file has.
+    """
+    constants = replace(fitted(), **ONE_PROCESS) if one_process else fitted()
     plain = name.lower().removesuffix("-sxm").removesuffix("-80")
     if plain in DEVICES:
-        return DEVICES[plain], fitted(), False
+        return DEVICES[plain], constants, False
     path = Path(name)
     if path.suffix != ".toml":
         raise UserError(f"--hardware: expected a device or a TOML file, got {name!r}.{nearest(plain, DEVICES)}")
@@ -68,10 +79,12 @@ def read_device(name: str) -> tuple[Device, Constants, bool]:
         raise UserError(f"--hardware: expected a TOML file of a device, got {name}: {error}") from None
     if unknown := sorted(own.constants.keys() - set(NAMES)):
         raise UserError(f"{name}: unknown constant {unknown[0]!r}.{nearest(unknown[0], NAMES)}")
+    if wrong := check_constants(own.constants):
+        raise UserError(f"{name}: {wrong}")
     rates = own.memory_gb_s * 1e9, own.tflop_s * 1e12, own.fp8_tflop_s * 1e12, 0.0
     links = own.link_gb_s * 1e9, own.network_gb_s * 1e9
     device = Device(own.name, own.memory_gb * 1e9, *rates, *links, own.per_node, name)
-    return device, replace(fitted(), **own.constants), own.measured
+    return device, replace(constants, **own.constants), own.measured
 
 
 def read_shape(folder: str) -> tuple[Shape, str]:
@@ -99,7 +112,7 @@ def _shape_of(file: Path, name: str) -> Shape:
         head_dim = values.get("head_dim") or (128 if values.get("model_type") == "qwen3" else hidden // heads)
         kv_heads = int(values.get("num_key_value_heads") or heads)
         sizes = int(values["num_hidden_layers"]), hidden, heads, kv_heads, int(head_dim)
-        tied, experts = bool(values.get("tie_word_embeddings")), int(values.get("num_experts") or 0)
+        tied, experts = bool(values.get("tie_word_embeddings")), max(int(values.get(key) or 0) for key in EXPERTS)
         return Shape(name, *sizes, int(values["intermediate_size"]), int(values["vocab_size"]), tied, experts)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{file}: expected the config.json of a model, got {type(error).__name__}: {error}") from None
@@ -117,6 +130,7 @@ class Layout:
     replicas: int = 1
     shares: bool = False
     one_process: bool = False  # with `shares`: engine and trainer hold their memory at the same time
+    cluster: bool = True  # by a section cluster; else one process trains
     route: Transport = "buckets"
 
     @property
@@ -129,11 +143,10 @@ class Layout:
         return self.ranks // (self.tp * self.replicas)
 
     def __str__(self) -> str:
-        each = f" of {self.engine_gpus} GPUs" if self.engine_gpus > 1 else ""
+        each = f" of {counted(self.engine_gpus, 'GPU')}" if self.engine_gpus > 1 else ""
         split = "".join(f", {name} {n}" for name, n in (("tp", self.tp), ("cp", self.cp)) if n > 1)
         together = ", on the same devices in turns" if self.shares else ""
-        engines, ranks = (f"{n} {name}{'s' * (n > 1)}" for n, name in ((self.engines, "engine"), (self.ranks, "rank")))
-        return f"{engines}{each}, {ranks.replace('rank', 'training rank')}{split}{together}"
+        return f"{counted(self.engines, 'engine')}{each}, {counted(self.ranks, 'training rank')}{split}{together}"
 
 
 def layout_of(config: RLConfig, gpus: int | None, engine_gpus: int) -> tuple[Layout, list[str]]:
@@ -167,12 +180,20 @@ def layout_of(config: RLConfig, gpus: int | None, engine_gpus: int) -> tuple[Lay
             )
         engines = min(fits, key=lambda n: (abs(n * each - wanted), n))
         scaled = replace(own, engines=engines, ranks=gpus - engines * each, replicas=1)
-    keys = {"generation.engines": scaled.engines, "generation.gpus_per_engine": scaled.engine_gpus}
-    keys |= {"training.ranks": scaled.ranks, "training.gpus_per_rank": 1}
+    return scaled, layout_keys(config, scaled)
+
+
+def layout_keys(config: RLConfig, layout: Layout) -> list[str]:
+    """The keys that give a recipe this layout, of a cluster."""
+    keys = {"generation.engines": layout.engines, "generation.gpus_per_engine": layout.engine_gpus}
+    keys |= {"training.ranks": layout.ranks, "training.gpus_per_rank": 1}
+    own = config.cluster.training if config.cluster else ParallelSection()
+    splits = {"tp": layout.tp, "cp": layout.cp, "replicas": layout.replicas}
+    keys |= {f"training.{name}": value for name, value in splits.items() if value != getattr(own, name)}
     changes = [f"cluster.{key}={value}" for key, value in keys.items()]
     if config.engine.server.count > 1 or config.engine.server.gpus:  # which a section cluster has no use for
         changes += ["engine.server.count=1", "engine.server.gpus=[]"]
-    return scaled, changes
+    return changes
 
 
 def _own_layout(config: RLConfig) -> Layout:
@@ -183,9 +204,10 @@ def _own_layout(config: RLConfig) -> Layout:
         route: Transport = "disk" if cluster.sync == "disk" else "buckets"
         return Layout(*sizes, training.tp, training.cp, training.replicas, cluster.colocate, route=route)
     if config.engine.backend == "embedded":
-        return Layout(1, 1, 1, shares=True, one_process=True, route="device")
+        return Layout(1, 1, 1, shares=True, one_process=True, cluster=False, route="device")
     each = len(server.gpus[0].split(",")) if server.gpus else 1
-    return Layout(len(server.urls) or server.count, each, 1, route="buckets" if server.sync == "broadcast" else "disk")
+    route = "buckets" if server.sync == "broadcast" else "disk"
+    return Layout(len(server.urls) or server.count, each, 1, cluster=False, route=route)
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,7 +254,7 @@ class Plan:
     @property
     def published(self) -> bool:
         """Whether the device's rates are its maker's."""
-        return self.setup.engine.device.name in DEVICES
+        return self.setup.engine.device in DEVICES.values()
 
     @property
     def longest(self) -> int:
@@ -251,6 +273,10 @@ def read_plan(asked: Asked) -> Plan:
     layout, changes = layout_of(config, asked.gpus, least)
     lengths, prompt, drawn = _lengths_of(asked, config)
     assumed = [f"model: {source}", *drawn]
+    if layout.one_process and not measured:
+        _, k, _ = read_device(asked.hardware, one_process=True)
+        given = ", ".join(f"{name} = {getattr(k, name):g}" for name in ONE_PROCESS)
+        assumed.append(f"one process: no controller stands between sampling and training, {given}")
     if not half and not measured:
         assumed.append("model.dtype = float32: timed at the device's stated rate, which is bfloat16's in the table")
     if rollout.dynamic_rounds:
@@ -285,6 +311,8 @@ def _lengths_of(asked: Asked, config: RLConfig) -> tuple[Lengths, float, list[st
     """Lengths of responses, the mean prompt, and what they are from."""
     most, longest = config.rollout.max_new_tokens, config.data.max_prompt_tokens
     if asked.lengths is not None:
+        if asked.mean_response is not None:
+            raise UserError("--mean-response: expected no mean beside --lengths, whose responses have their own")
         prompts, responses = _seen(Path(asked.lengths))
         mean = asked.mean_prompt or sum(prompts) / len(prompts)
         seen = Lengths(1.0, most, seen=responses)
@@ -305,8 +333,8 @@ def _lengths_of(asked: Asked, config: RLConfig) -> tuple[Lengths, float, list[st
 
 def _seen(run_dir: Path) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Lengths of prompts and responses in the last steps of a run. UserError where it has none."""
-    names = {int(file.name[5:11]) for file in (run_dir / "rollouts").glob("step-*.jsonl.zst")}
-    lines = [line for step in sorted(names)[-SEEN_STEPS:] for line in read_records(run_dir, step)]
+    steps = sorted({step for _, step in record_files(run_dir)})[-SEEN_STEPS:]
+    lines = [line for step in steps for line in read_records(run_dir, step)]
     if not lines:
         raise UserError(f"--lengths: expected a run directory with rollouts, got {run_dir}")
     return tuple(len(line["prompt_tokens"]) for line in lines), tuple(max(1, len(line["tokens"])) for line in lines)

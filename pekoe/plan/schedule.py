@@ -124,6 +124,8 @@ def simulate(setup: Setup, num_steps: int | None = None, most_engines: int | Non
         num_steps: steps that count; as many as lag + 2 come before them, none without lag. By default 1 without lag,
             where each step is like the first, else 4.
     """
+    if setup.colocated:  # who takes turns is never ahead, whatever the recipe's lag
+        setup = replace(setup, lag=0, goes_on=False)
     passes, trained, published, overhead = times_beside(setup)
     if most_engines and setup.num_engines > most_engines:
         prompts = max(1, round(setup.prompts * most_engines / setup.num_engines))

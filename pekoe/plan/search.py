@@ -1,7 +1,8 @@
 """Other layouts and settings of a recipe: which one change gives most, and the front of time against price.
 
-Layouts are compared by simulations of a few of their engines (`schedule.simulate(most_engines=...)`). Each is a list of
-the recipe's keys, so that what is found can be run as it is.
+Layouts are compared by simulations of a few of their engines (`schedule.simulate(most_engines=...)`); the best one of
+each number of devices is then simulated with all. Each is a list of the recipe's keys, so that what is found can be run
+as it is.
 """
 
 from __future__ import annotations
@@ -12,24 +13,23 @@ from itertools import product
 from math import inf
 
 from pekoe.core.errors import UserError
-from pekoe.plan.forecast import WAYS, Forecast, Schedule, engine_memory, rank_memory, schedule_of
+from pekoe.plan.forecast import POWERS, WAYS, Forecast, Schedule, engine_memory, fitting, rank_memory, schedule_of
 from pekoe.plan.recipe import Asked, Plan, read_plan
 from pekoe.plan.schedule import simulate
 
 FEW, STEPS = 4, 4  # engines that stand for all, and steps with lag
 GPUS = (0.25, 0.5, 1.0, 2.0, 4.0)  # times as many as asked for, on the front
 SHARES = (0.25, 0.375, 0.5, 0.625, 0.75, 0.875)  # of the devices, those that sample
-POWERS = (1, 2, 4, 8)
 
 
 @dataclass(frozen=True, slots=True)
 class Option:
-    """A layout or a setting, and what comes of it. `gain`: times as fast as without it."""
+    """A layout or a setting, and what comes of it. `gain`: times as fast as without it; None: that does not fit."""
 
     changes: tuple[str, ...]
     gpus: int
     schedule: Schedule
-    gain: float = 1.0
+    gain: float | None
 
 
 def quick(asked: Asked, changes: Sequence[str]) -> tuple[Plan, Schedule] | None:
@@ -38,9 +38,7 @@ def quick(asked: Asked, changes: Sequence[str]) -> tuple[Plan, Schedule] | None:
         plan = read_plan(asked.changed(changes))
     except UserError:
         return None
-    if not (
-        rank_memory(plan).fits and (plan.layout.one_process or engine_memory(plan.setup.engine, plan.longest).fits)
-    ):
+    if not fitting(plan)[2]:
         return None
     return plan, schedule_of(asked, plan, simulate(plan.setup, STEPS if plan.setup.lag else 1, FEW), tuple(changes))
 
@@ -55,8 +53,9 @@ def one_change(found: Forecast) -> list[Option]:
     for changes in _single_changes(plan):
         if (other := quick(asked, changes)) is not None and other[0].layout.gpus <= plan.layout.gpus:
             gain = known[1].step_s / other[1].step_s
-            options.append(Option(tuple(changes), other[0].layout.gpus, other[1], gain))
-    return sorted((option for option in options if option.gain > 1.02), key=lambda option: -option.gain)
+            if gain > 1.02:
+                options.append(Option(tuple(changes), other[0].layout.gpus, other[1], gain))
+    return sorted(options, key=lambda option: option.schedule.step_s)
 
 
 def _single_changes(plan: Plan) -> Iterator[Sequence[str]]:
@@ -93,23 +92,21 @@ def _layout_keys(engines: int, engine_gpus: int, ranks: int, shares: bool = Fals
 
 
 def best_layouts(found: Forecast, times: Sequence[float] = GPUS) -> list[Option]:
-    """The quickest layout of each number of devices, by how long a run takes; `gain` is over the recipe's own.
+    """The quickest layout of each number of devices, by how long a step takes; `gain` is over the recipe's own.
 
     UserError where the recipe runs in one process, which has no layout.
     """
     if found.plan.layout.one_process:
         raise UserError("--best: expected a recipe with a section cluster, or --gpus, got one of a single process")
     asked, most = found.asked, found.plan.layout.gpus
-    own, options = quick(asked, ()), list[Option]()
+    own, options = found.schedules[0].step_s if found.fits else None, list[Option]()
     for gpus in sorted({max(2, round(factor * most)) for factor in times}):
-        best: Option | None = None
-        for changes in _layouts(found.plan, gpus):
-            other = quick(replace(asked, gpus=None), changes)
-            if other is not None and (best is None or other[1].step_s < best.schedule.step_s):
-                gain = own[1].step_s / other[1].step_s if own else inf
-                best = Option(tuple(changes), gpus, other[1], gain)
+        tried = (quick(replace(asked, gpus=None), changes) for changes in _layouts(found.plan, gpus))
+        best = min((one for one in tried if one is not None), key=lambda one: one[1].step_s, default=None)
         if best is not None:
-            options.append(best)
+            plan, changes = best[0], best[1].changes
+            full = schedule_of(asked, plan, simulate(plan.setup), changes)
+            options.append(Option(changes, gpus, full, own and own / full.step_s))
     return options
 
 

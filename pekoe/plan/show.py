@@ -78,6 +78,10 @@ def short(value: float) -> str:
     return f"{value:,.4g}" if abs(value) < 9999.5 else f"{value:,.0f}"
 
 
+def _times(gain: float | None) -> str:
+    return "" if gain is None else f"{gain:.2f}x"
+
+
 def _percent(value: float) -> str:
     return f"{value:.0%}"
 
@@ -86,14 +90,18 @@ def _sentences(found: Forecast) -> Iterator[str]:
     known, own, marks = errors(), found.schedules[0], found.marks
     low, high = own.intervals()["step_s"]
     yield (
-        f"half of such predictions of published steps were within {known['rl'].median:.0%}, nine in ten within "
-        f"{known['rl'].p90:.0%}: the step of {short(own.step_s)} s stands for {short(low)} to {short(high)} s "
-        f"(the benchmark bench_plan.py, {known['rl'].rows} rows, to which constants were fitted)"
+        f"half of such predictions of published steps were within {known['step'].median:.0%}, nine in ten within "
+        f"{known['step'].p90:.0%}: the step of {short(own.step_s)} s stands for {short(low)} to {short(high)} s "
+        f"(the benchmark bench_plan.py, {known['step'].rows} rows, to which constants were fitted)"
     )
-    parts = [f"{name} {error.median:.0%} and {error.p90:.0%}" for name, error in known.items() if name != "rl"]
-    yield f"of the parts: {', '.join(parts)}. --explain says what each figure is computed from"
+    parts = [f"{name} {error.median:.0%} and {error.p90:.0%}" for name, error in known.items() if name != "step"]
+    yield (
+        f"of other figures (rl: steps with their parts): {', '.join(parts)}; of memory no published figure is Pekoe's. "
+        "--explain says what each figure is computed from"
+    )
     for stage, bound in found.bounds.items():
-        yield f"{stage} ({short(own.stages[stage])} s): bound by {bound}"
+        if own.stages[stage]:
+            yield f"{stage} ({short(own.stages[stage])} s): bound by {bound}"
     if own.lost:
         rate = f"{found.asked.failures:g} of a GPU in 1,000 hours (given)"
         yield f"failures: {rate}, {RECOVERY_S:g} s to recover (assumed): {own.lost:.2%} of the time is lost"
@@ -105,7 +113,7 @@ def show_changes(options: Sequence[Option]) -> Iterator[str]:
     """Which one change gives most, and the next ones."""
     if not options:
         return
-    first, *others = (f"{' '.join(option.changes)} ({option.gain:.2f}x)" for option in options[:3])
+    first, *others = (f"{' '.join(option.changes)} ({_times(option.gain)})" for option in options[:3])
     yield f"the one change that gives most steps a second: {first}" + (f"; then {', '.join(others)}" if others else "")
 
 
@@ -118,11 +126,11 @@ def compared(found: Forecast, others: Mapping[str, Forecast]) -> Iterator[Render
     base = found.schedules[0].step_s if found.schedules else None
     for name, other in {"as it is": found, **others}.items():
         if not other.schedules:
-            table.add_row(name, "does not fit" + (f": {' '.join(other.changes)}" if other.changes else ""))
+            table.add_row(name, "does not fit" + (f": {other.nearest}" if other.changes else ""))
             continue
         one = other.schedules[0]
         price = "" if one.price is None else f"{one.price:,.2f}"
-        gain = f"{base / one.step_s:.2f}x" if base else ""
+        gain = _times(base and base / one.step_s)
         table.add_row(name, short(one.step_s), short(one.hours), short(one.gpu_hours), price, gain)
     yield table
 
@@ -135,11 +143,10 @@ def show_front(options: Sequence[Option], front: Sequence[Option]) -> Iterator[R
         one = option.schedule
         price = "" if one.price is None else f"{one.price:,.2f}"
         figures = short(one.step_s), short(one.hours), short(one.gpu_hours), price, f"{one.tokens_s_gpu:,.0f}"
-        table.add_row("*" * (option in front), str(option.gpus), *figures, f"{option.gain:.2f}x")
+        table.add_row("*" * (option in front), str(option.gpus), *figures, _times(option.gain))
     yield table
     for option in options:
         yield f"{option.gpus} GPUs: {' '.join(option.changes)}"
-    yield "layouts are compared by simulations of a few of their engines: plan one again with its keys"
 
 
 def explain(found: Forecast) -> Iterator[RenderableType]:

@@ -66,6 +66,11 @@ class Setup:
         lengths = self.drawn + self.prompt
         return float(np.mean(lengths**2) / np.mean(lengths))
 
+    @property
+    def grown(self) -> float:
+        """The mean length so far of a response in flight."""
+        return float(np.mean(self.drawn.astype(float) ** 2) / np.mean(self.drawn)) / 2
+
     @cached_property
     def drawn(self) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
         return self.lengths.draw(self.responses, np.random.default_rng(self.seed))
@@ -106,11 +111,9 @@ def sampling_of(setup: Setup) -> tuple[float, float]:
 def steady_seconds(setup: Setup) -> float:
     """Seconds a batch where engines never run dry: as many sequences in flight as the lag lets begin."""
     waiting = (setup.lag + 1) * setup.responses / setup.num_engines
-    lengths = setup.drawn
-    grown = float(np.mean(lengths.astype(float) ** 2) / np.mean(lengths)) / 2  # the mean length so far of one in flight
     batch = min(float(setup.most), waiting, setup.engine.kv_tokens() / (setup.prompt + setup.lengths.mean))
     prefill = setup.engine.prefill(setup.prompt) / setup.samples
-    decode = setup.engine.decode(max(1.0, batch), setup.prompt + grown) * setup.lengths.mean / max(1.0, batch)
+    decode = setup.engine.decode(max(1.0, batch), setup.prompt + setup.grown) * setup.lengths.mean / max(1.0, batch)
     return setup.responses / setup.num_engines * (decode + prefill)
 
 

@@ -19,6 +19,7 @@ from pekoe.config.base import MAX_COUNT, read_toml
 from pekoe.config.cluster import ClusterSection, ParallelSection
 from pekoe.config.recipes import RLConfig, SFTConfig, load_config
 from pekoe.core.errors import UserError
+from pekoe.core.hardware import PROCESS, USABLE
 from pekoe.core.journal import read_lines
 from pekoe.core.progress import NoProgress, ProgressReporter
 from pekoe.core.roofline import sampling_flops, training_flops
@@ -30,8 +31,6 @@ from pekoe.run.hardware import measure_ceilings
 from pekoe.train.memory_estimate import StepMemory, predict
 
 GIB = 2**30
-USABLE = 0.9  # of what is available: the rest for allocators' gaps, and what comes and goes
-PROCESS = int(0.6 * GIB)  # Python, torch, compiled kernels; on a GPU its context
 JUDGE = int(0.15 * GIB)  # a judge process
 GAPS = 0.5  # on a CPU, of forward and backward: the most seen; activation checkpointing calls `limit_malloc_cache`
 

@@ -17,7 +17,7 @@ import torch
 
 from pekoe.algo.loss import cross_entropy
 from pekoe.config.recipes import OptimSection
-from pekoe.core.hardware import Device, Timing
+from pekoe.core.hardware import SAMPLES, Device, Timing, recognise
 from pekoe.core.spec import ModelSpec
 from pekoe.core.types import Sample, SamplingParams
 from pekoe.engine.embedded import EmbeddedEngine
@@ -25,7 +25,7 @@ from pekoe.model import Decoder
 from pekoe.run.hardware import measure_ceilings
 from pekoe.train import Trainer
 
-PROMPT, RESPONSE, SAMPLES, TIMES = 32, 32, 8, 3
+PROMPT, RESPONSE, TIMES = 32, 32, 3
 SHAPES = ((2, 128), (6, 128), (4, 256))  # layers and hidden size, on a CPU; on a GPU eight times as wide
 SEQUENCES = (8, 64, 256)
 TOKENS = (1024, 4096)  # trained on in one micro-batch
@@ -33,15 +33,16 @@ TOKENS = (1024, 4096)  # trained on in one micro-batch
 
 def measure_machine(
     shapes: Sequence[tuple[int, int]] = SHAPES, sequences: Sequence[int] = SEQUENCES, tokens: Sequence[int] = TOKENS
-) -> tuple[Device, list[Timing]]:
-    """This machine as one device, and what was timed on it."""
+) -> tuple[Device, list[Timing], float]:
+    """This machine as one device, what was timed on it, and bytes of a number of the weights that were sampled from."""
     cuda = torch.cuda.is_available()
     device, dtype = torch.device("cuda" if cuda else "cpu"), torch.bfloat16 if cuda else torch.float32
     ceilings = measure_ceilings(device, dtype)
     memory = torch.cuda.get_device_properties(0).total_memory if cuda else psutil.virtual_memory().total
-    link = ceilings.byte_s / 4  # assumed: processes of one machine exchange through its memory
-    rates = ceilings.byte_s, ceilings.flop_s, 0.0, 0.0, link, link
-    machine = Device("here", float(memory), *rates, max(1, torch.cuda.device_count()), "measured by pekoe doctor")
+    link, network, of_links = _links(torch.cuda.get_device_name(0) if cuda else None, ceilings.byte_s)
+    rates = ceilings.byte_s, ceilings.flop_s, 0.0, 0.0
+    source = f"measured by pekoe doctor, but for links ({of_links})"
+    machine = Device("here", float(memory), *rates, link, network, max(1, torch.cuda.device_count()), source)
     timings = list[Timing]()
     for layers, width in shapes:
         width *= 8 if cuda else 1
@@ -53,7 +54,17 @@ def measure_machine(
         model = model.to(device)
         timings += _sampled(model, spec, sequences, dtype)
         timings += _trained(model, spec, tokens, dtype)
-    return machine, timings
+    return machine, timings, dtype.itemsize
+
+
+def _links(name: str | None, byte_s: float) -> tuple[float, float, str]:
+    """Bytes a second to others of its node and to other nodes, of a GPU (None: of processes of one machine), and where
+    they are from: they are not measured."""
+    if name is None:
+        return byte_s / 4, byte_s / 4, "assumed: processes exchange through the memory, at a quarter of its rate"
+    if (known := recognise(name)) is not None:
+        return known.link_byte_s, known.network_byte_s, f"published: those of {known.name}"
+    return 32e9, 12.5e9, "assumed: PCIe gen 4, 100 Gb/s"
 
 
 def _sampled(model: Decoder, spec: ModelSpec, sequences: Sequence[int], dtype: torch.dtype) -> Iterator[Timing]:

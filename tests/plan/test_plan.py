@@ -53,7 +53,8 @@ def test_a_recipe_on_its_own_gpus(capsys: pytest.CaptureFixture[str]):
     for word in ("KV cache", "Adam's moments", "sampling", "publishing", "GPU-hours", "price", "lag 0", "lag 1"):
         assert word in out
     assert "the shape is qwen2.5-7b's, by its name" in out
-    assert f"within {errors()['rl'].median:.0%}" in out
+    assert f"within {errors()['step'].median:.0%}" in out
+    assert "memory 1" not in out  # whose errors are of another formula
     assert "train_flops" in out
 
 
@@ -90,6 +91,51 @@ def test_what_does_not_fit_says_what_would(capsys: pytest.CaptureFixture[str]):
     assert rank_memory(changed).fits
 
 
+@pytest.mark.parametrize(
+    ("recipe", "overrides", "options"),
+    [
+        ("boba-7b.toml", (), {}),
+        ("boba-7b-cluster.toml", (), {"gpus": 2}),
+        ("boba-7b-cluster.toml", ("cluster.training.ranks=8", "cluster.training.replicas=8"), {}),
+        ("boba-7b-cluster.toml", ("cluster.colocate=true",), {"hardware": "l40s"}),
+        ("boba-7b-cluster.toml", ("model.path=Qwen2.5-32B",), {}),
+        ("boba-32b.toml", (), {}),
+        ("boba-32b.toml", (), {"gpus": 64}),
+        ("laptop.toml", ("model.path=Qwen2.5-7B",), {"hardware": "a6000"}),
+    ],
+)
+def test_the_nearest_change_is_a_recipe_that_fits(recipe: str, overrides: tuple[str, ...], options: dict[str, Any]):
+    question = asked(recipe, *overrides, **({"hardware": "h100"} | options))
+    with pytest.raises(UserError, match="nearest: ") as mistake:
+        run_plan(Console(width=200), question)
+    changes, without, _ = str(mistake.value).partition("nearest: ")[2].partition(" without --gpus")
+    if without:
+        question = replace(question, gpus=None)
+    assert forecast(question.changed(changes.split()), alone=True).fits
+
+
+def test_copies_of_the_weights_are_counted_as_doctor_counts_them():
+    lagging = "rollout.max_lag=1", "engine.server.during_update=keep"
+    plans = (plan_of("boba-7b.toml", *lagging), plan_of("laptop.toml", "model.path=Qwen2.5-0.5B", lagging[0]))
+    for plan, copies in zip(plans, (1, 2), strict=True):
+        held = copies * 4 * plan.setup.engine.shape.num_parameters
+        assert rank_memory(plan).parts["copies of the weights"] == held
+    assert "copies of the weights" not in rank_memory(plan_of("boba-7b.toml")).parts
+    assert "copies of the weights" not in rank_memory(plan_of("boba-7b-cluster.toml", *lagging)).parts
+
+
+def test_one_process_has_no_controllers_overhead(tmp_path: Path):
+    overrides = "model.path=Qwen2.5-0.5B", "rollout.max_lag=1"
+    found = forecast(asked("laptop.toml", *overrides, hardware="h100"), alone=True)
+    assert found.schedules[0].stages["overhead"] == 0
+    assert found.schedules[0].engines_idle + found.schedules[0].trainer_idle >= 1
+    assert "one process: no controller" in " ".join(found.plan.assumed)
+    (tmp_path / "own.toml").write_text(OWN)
+    constants = plan_of("laptop.toml", *overrides, hardware=str(tmp_path / "own.toml")).setup.constants
+    assert (constants.step_overhead, constants.rollout_share) == (0.1, 1.0)
+    assert plan_of("boba-7b-cluster.toml").setup.constants == fitted()
+
+
 def test_one_process_holds_engine_and_trainer(tmp_path: Path):
     (tmp_path / "own.toml").write_text(OWN)
     plan = plan_of("laptop.toml", "model.path=Qwen2.5-0.5B", hardware=str(tmp_path / "own.toml"))
@@ -109,6 +155,10 @@ def test_a_config_json_is_read(tmp_path: Path):
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(UserError, match="hidden_size"):
         plan_of("laptop.toml", f"model.path={tmp_path}")
+    for key in ("num_experts", "num_local_experts", "n_routed_experts"):
+        (tmp_path / "config.json").write_text(json.dumps(sizes | {key: 8}))
+        with pytest.raises(UserError, match="expected a dense model"):
+            plan_of("laptop.toml", f"model.path={tmp_path}")
 
 
 @pytest.mark.parametrize(
@@ -119,6 +169,7 @@ def test_a_config_json_is_read(tmp_path: Path):
         ({"gpus": 1}, "nearest: 2"),
         ({"mean_response": 1e6}, "below rollout.max_new_tokens"),
         ({"mean_prompt": 1e6}, "at most data.max_prompt_tokens"),
+        ({"lengths": "runs/one", "mean_response": 100.0}, "--mean-response: expected no mean beside --lengths"),
     ],
 )
 def test_mistakes(options: dict[str, Any], message: str):
@@ -132,12 +183,22 @@ def test_mistakes(options: dict[str, Any], message: str):
         (("memory_gb_s", "memory_gbs"), "Did you mean 'memory_gb_s'"),
         (("step_overhead", "step_overhaed"), "Did you mean 'step_overhead'"),
         (("= 8", "= ["), "expected a TOML file"),
+        (("step_overhead = 0.1", "weight_share = 0"), "constants.weight_share: expected from 1e-06"),
+        (("step_overhead = 0.1", "weight_share = -1"), "constants.weight_share: expected from 1e-06"),
+        (("step_overhead = 0.1", "disk_byte_s = 0"), "constants.disk_byte_s: expected from 1e-06"),
+        (("step_overhead = 0.1", "step_overhead = -1"), "constants.step_overhead: expected from 0"),
     ],
 )
 def test_mistakes_in_an_own_device(tmp_path: Path, change: tuple[str, str], message: str):
     (tmp_path / "own.toml").write_text(OWN.replace(*change))
     with pytest.raises(UserError, match=message):
         read_device(str(tmp_path / "own.toml"))
+
+
+def test_an_own_device_is_not_its_namesake(tmp_path: Path):
+    (tmp_path / "own.toml").write_text(OWN.replace("mine", "h100"))
+    assert not plan_of("boba-7b-cluster.toml", hardware=str(tmp_path / "own.toml")).published
+    assert plan_of("boba-7b-cluster.toml", hardware="h100").published
 
 
 def test_mixtures_are_refused():
@@ -157,14 +218,14 @@ def test_what_if_and_the_one_change(capsys: pytest.CaptureFixture[str]):
 
 
 def test_the_best_layouts_are_recipes_and_a_front():
-    small = asked("boba-7b-cluster.toml", "rollout.prompts_per_step=16", gpus=8, price=2.0)
+    small = asked("boba-7b-cluster.toml", "rollout.prompts_per_step=16", gpus=16, price=2.0)
     options = best_layouts(forecast(small, alone=True))
-    assert [option.gpus for option in options] == [4, 8, 16, 32]  # nothing fits on 2
-    assert max(option.gain for option in options) > 1.5
+    assert [option.gpus for option in options] == [4, 8, 16, 32, 64]
+    assert max(option.gain or 0 for option in options) > 1.5
     for option in options:
-        plan = read_plan(replace(small, gpus=None).changed(option.changes))
-        assert plan.layout.gpus == option.gpus
-        assert rank_memory(plan).fits
+        again = forecast(replace(small, gpus=None).changed(option.changes), alone=True)
+        assert again.plan.layout.gpus == option.gpus
+        assert again.schedules[0].step_s == option.schedule.step_s  # all engines are simulated, not a few
     kept = front(options)
     assert kept
     for one in options:
@@ -183,8 +244,18 @@ def test_a_page_has_the_timeline_and_the_front(tmp_path: Path, capsys: pytest.Ca
     assert text.count("<rect") == 3 * 4  # four steps of three stages
     assert text.count("<circle") == out.count(" GPUs: ")
     assert "bound by" in text
+    found = json.loads(printed(capsys, small, as_json=True, page=str(tmp_path / "beside.html")))
+    assert found["fits"]
+    assert "Timeline" in (tmp_path / "beside.html").read_text()
     with pytest.raises(UserError, match="--page: expected a file that can be written"):
         printed(capsys, small, page=str(tmp_path / "none" / "plan.html"))
+
+
+def test_json_has_no_infinity(capsys: pytest.CaptureFixture[str]):
+    small = asked("boba-7b-cluster.toml", "rollout.prompts_per_step=16", gpus=2)  # which does not fit
+    found = json.loads(printed(capsys, small, best=True, as_json=True))
+    assert found["layouts"]
+    assert {one["gain"] for one in found["layouts"]} == {None}
 
 
 def test_lengths_are_those_of_a_run(tmp_path: Path):

@@ -34,6 +34,14 @@ def test_without_lag_it_is_the_formula(engines: int):
     assert simulated.engines_busy == pytest.approx(formula.engines_busy)
 
 
+@pytest.mark.parametrize("goes_on", [False, True])
+def test_who_takes_turns_is_never_ahead(goes_on: bool):
+    setup = replace(SETUP, colocated=True)
+    simulated = simulate(replace(setup, lag=2, goes_on=goes_on)).time
+    assert simulated == simulate(setup).time
+    assert simulated.engines_busy + simulated.trainer_busy <= 1  # of one device
+
+
 def test_lag_hides_sampling_behind_training():
     beside = sum(times_beside(LONG_TRAINING)) + LONG_TRAINING.judge_s
     for goes_on in (False, True):
