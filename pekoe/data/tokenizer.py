@@ -77,6 +77,7 @@ class Tokenizer:
         self._template = self._load_template()
         self._directive = self._opening = ""
         self._today = date.today()
+        self._variables: Mapping[str, Any] = {}
         stops: set[int | None] = {self._tokenizer.token_to_id(self._special.get("eos_token", ""))}
         stops |= _stop_ids(generation, f"{origin}/generation_config.json") | _stop_ids(model, f"{origin}/config.json")
         self.stop_token_ids = tuple(sorted(token for token in stops if token is not None))
@@ -101,6 +102,7 @@ class Tokenizer:
         """This tokenizer, with prompts as `section` says. Raises UserError where it lacks the template's tokens."""
         other = copy.copy(self)
         other._directive, other._opening = section.directive, OPENING if section.think else ""
+        other._variables = section.variables
         if section.date is not None:
             other._today = date.fromisoformat(section.date)
         if section.name != "model":
@@ -162,15 +164,38 @@ class Tokenizer:
         except LibraryFailed as error:
             raise UserError(f"{self._origin}: the tokenizer failed on tokens {list(ids[:8])}...: {error}") from None
 
-    def apply_chat_template(self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool = True) -> str:
-        """Render a conversation. Raises UserError when the model has no chat template, or it refuses."""
+    def apply_chat_template(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool = True,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        variables: Mapping[str, Any] | None = None,
+    ) -> str:
+        """Render a conversation, with the schemas of `tools` and with template variables beside those of the recipe.
+
+        Raises UserError when the model has no chat template, or it refuses.
+        """
         if self._template is None:
             raise UserError(
                 f"{self._origin}: expected a chat template (chat_template.jinja), got none. Add one to the model "
                 "directory, or give each problem a plain 'prompt' string, which is used as it is."
             )
         turns = [{**message, "role": "user"} if message["role"] == PLAIN else message for message in messages]
-        return self._template.render(turns, add_generation_prompt, self._today)
+        return self._template.render(
+            turns, add_generation_prompt, self._today, tools, {**self._variables, **(variables or {})}
+        )
+
+    def encode_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        variables: Mapping[str, Any] | None = None,
+    ) -> IntArray:
+        """The tokens [P] of a conversation of many turns, up to where the assistant's next one begins.
+
+        The opening of `with_template` ends them; there is no directive, since turns are those of a program.
+        """
+        return self._encode_rendered(self.apply_chat_template(messages, True, tools, variables))
 
     def encode_prompt(self, messages: Sequence[Mapping[str, str]]) -> IntArray:
         """The tokens [P] to sample a response from, for `Problem.messages`.
@@ -187,7 +212,9 @@ class Tokenizer:
         turns = [*before, {**last, "content": last["content"] + self._directive}]
         if role == PLAIN and not self.has_chat_template:
             return np.array(self._encode_plain(turns[0]["content"] + self._opening), dtype=np.int64)
-        text = self.apply_chat_template(turns)
+        return self._encode_rendered(self.apply_chat_template(turns))
+
+    def _encode_rendered(self, text: str) -> IntArray:
         opening = "" if text.endswith(self._opening) else self._opening  # some models' own templates end with it
         return np.array(self.encode(text + opening), dtype=np.int64)
 

@@ -13,6 +13,7 @@ import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pekoe.config.data import TemplateSection
 from pekoe.core.errors import UserError
 from pekoe.data import Tokenizer, chat
 from pekoe.demo.char_tokenizer import make_char_tokenizer
@@ -163,6 +164,25 @@ class TestChatTemplate:
         assert ours.apply_chat_template(messages, add_generation_prompt) == text
         assert ours.encode(text) == theirs(text, add_special_tokens=False)["input_ids"]
         assert ours.decode(ours.encode(text)) == text
+
+    def test_tools_and_variables_reach_the_template(self, byte_files):
+        source = "{{ bos_token }}{{ tools | tojson }}{% if thinking is defined %}{{ thinking }}{% endif %}{{ n }}"
+        files = {**byte_files, "chat_template.jinja": source.encode()}
+        tools = [{"type": "function", "function": {"name": "add"}}]
+        ours = Tokenizer(files).with_template(TemplateSection(variables={"thinking": False, "n": 1}))
+        bos = Tokenizer(files).apply_chat_template(DIALOGUE).removesuffix("null")
+        assert ours.apply_chat_template(DIALOGUE) == f"{bos}nullFalse1"
+        expected = f"{bos}{json.dumps(tools)}False2"  # a call's own variables win
+        assert ours.apply_chat_template(DIALOGUE, tools=tools, variables={"n": 2}) == expected
+        assert ours.decode(ours.encode_chat(DIALOGUE, tools, {"n": 2})) == expected
+
+    def test_variables_are_not_what_pekoe_sets(self):
+        with pytest.raises(
+            ValueError, match=r"variables: expected names that Pekoe does not set itself, got \['tools'\]"
+        ):
+            TemplateSection(variables={"tools": [], "n": 1})
+        with pytest.raises(ValueError, match="variables: expected what JSON can write, got a date"):
+            TemplateSection(variables={"day": date(2026, 1, 1)})
 
     def test_a_refusal_is_the_users_to_mend(self, byte_files):
         with pytest.raises(UserError, match="turns have to alternate"):
