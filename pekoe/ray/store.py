@@ -11,7 +11,8 @@ import asyncio
 import os
 import pickle
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, InvalidStateError
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain
@@ -35,6 +36,7 @@ from pekoe.run.records import RecordLine, write_lines
 _FETCH_LIMIT_S = 600.0
 _WRITE_LIMIT_S = 3600.0
 _CLOSE_LIMIT_S = 10.0
+_CLOSED = "the judges are closed"
 _NAME = "store-{}"  # by which Ray finds a store within the run's job
 _KEPT_STEPS = 2  # writes after which a record is of no use: an evaluation's, or one that a lost engine sampled
 
@@ -162,7 +164,7 @@ class RayJudge:
         self._stores, self._time_limit_s = stores, time_limit_s
         self._pending: set[Future[Verdict]] = set()
         self._unsent: dict[int, list[tuple[Problem, Trajectory, Future[Verdict]]]] = {}  # by node
-        self._follower = StreamFollower("judges", stores.passed, _no_verdict, "the judges are closed")
+        self._follower = StreamFollower("judges", stores.passed, _no_verdict, _CLOSED)
 
     @property
     def limit_s(self) -> float:
@@ -182,7 +184,8 @@ class RayJudge:
         node = ref_of(trajectory).node
         if node not in self._unsent:
             self._unsent[node] = []
-            self._follower.soon(self._send, node)  # after what is submitted already
+            with suppress(RunError):  # closed: `close` ends the verdict
+                self._follower.soon(self._send, node)  # after what is submitted already
         self._unsent[node].append((problem, trajectory, verdict))
 
     def _send(self, node: int) -> None:
@@ -192,17 +195,23 @@ class RayJudge:
         call = self._stores.actors[node].judge.options(num_returns="streaming", max_task_retries=0)
         try:
             stream = call.remote(self._stores.passed.pack([(problem, trajectory) for problem, trajectory, _ in unsent]))
-        except Exception as error:  # Ray is shut down
-            for verdict in verdicts:
-                verdict.set_exception(_no_verdict(error))
-        else:
             self._follower.follow(stream, verdicts)
+        except Exception as error:  # Ray is shut down, or this is closed
+            _end(verdicts, RunError(_CLOSED) if self._follower.closing else _no_verdict(error))
 
     def close(self) -> None:
+        """What has no verdict yet ends with RunError."""
         self._follower.close()
+        _end(list(self._pending), RunError(_CLOSED))
         closing = [actor.close.remote() for actor in self._stores.actors.values()]
         if closing:
             ray.wait(closing, num_returns=len(closing), timeout=_CLOSE_LIMIT_S)
+
+
+def _end(verdicts: Sequence[Future[Verdict]], error: Exception) -> None:
+    for verdict in verdicts:
+        with suppress(InvalidStateError):  # it has ended
+            verdict.set_exception(error)
 
 
 def _no_verdict(error: Exception) -> Exception:

@@ -9,7 +9,7 @@ from concurrent.futures import Future
 from functools import partial
 from typing import Any, TypeVar
 
-from pekoe.core.errors import RunError
+from pekoe.core.errors import RunError, UserError
 from pekoe.engine.async_thread import AsyncThread
 from pekoe.ray.placement import ByteCount
 
@@ -60,6 +60,9 @@ class StreamFollower:
         self._thread.soon(call, *arguments)
 
     def follow(self, stream: Any, futures: Sequence[Future[Any]]) -> None:
+        """A future that was cancelled before is left alone; from now on, `cancel` of one does nothing."""
+        for future in futures:
+            future.set_running_or_notify_cancel()
         self._thread.soon(partial(self._start, stream, futures))
 
     def _start(self, stream: Any, futures: Sequence[Future[Any]]) -> None:
@@ -72,12 +75,16 @@ class StreamFollower:
         try:
             async for ref in stream:
                 for index, outcome in self._passed.unpack(await ref):
+                    if futures[index].done():
+                        continue
                     if isinstance(outcome, Exception):
                         futures[index].set_exception(self._failure(outcome))
                     else:
                         futures[index].set_result(outcome)
         except Exception as broken:
-            error = broken
+            # Ray raises what is an instance of the actor's error, too, with the actor's traceback for a message.
+            cause = getattr(broken, "cause", None)
+            error = cause if isinstance(cause, (UserError, RunError)) else broken
         finally:
             error = RunError(self._closed) if self.closing else self._failure(error)
             for future in futures:

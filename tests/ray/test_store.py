@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import pickle
+import threading
+import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,8 +17,8 @@ from pekoe.config import load_config
 from pekoe.core.errors import RunError, UserError
 from pekoe.core.records import read_records
 from pekoe.core.types import Problem, Record, Trajectory, Verdict
-from pekoe.ray.placement import WorkerLost, translated
-from pekoe.ray.store import StoreActor, StoreRef
+from pekoe.ray.placement import ByteCount, WorkerLost, translated
+from pekoe.ray.store import RayJudge, StoreActor, StoreRef
 
 
 @pytest.fixture
@@ -89,3 +92,33 @@ def test_other_errors_are_a_worker_that_is_lost():
     lost = translated(remote, "a step")
     assert isinstance(lost, WorkerLost)
     assert str(lost) == "a step: KeyError: ('a', 0)"
+
+
+@pytest.mark.parametrize("moment", ["before it is sent", "while it is sent"])
+def test_every_verdict_ends_when_the_judges_are_closed(monkeypatch: pytest.MonkeyPatch, moment: str):
+    reached, released = threading.Event(), threading.Event()
+
+    def hold(*_: object) -> None:
+        """In the judges' thread."""
+        reached.set()
+        released.wait(10)
+
+    monkeypatch.setattr("ray.wait", lambda *_, **more: None)
+    judging = SimpleNamespace(options=lambda **_: SimpleNamespace(remote=hold))
+    actor = SimpleNamespace(judge=judging, close=SimpleNamespace(remote=lambda: None))
+    stores: Any = SimpleNamespace(passed=ByteCount(), actors={0: actor})
+    judge = RayJudge(stores, 1.0)
+    loop, errors = judge._follower._thread.loop, list[Any]()
+    loop.set_exception_handler(lambda _, context: errors.append(context))
+    if moment == "before it is sent":
+        judge._follower.soon(hold)
+    verdict = judge.submit(Problem("a", (), "1"), Trajectory("a", 0, 0, 2, 3, "stop", ((0, 0),), StoreRef(0, key("a"))))
+    assert reached.wait(10)
+    closing = threading.Thread(target=judge.close)
+    closing.start()
+    while not judge._follower._thread._stopping:
+        time.sleep(0.001)
+    released.set()
+    closing.join(10)
+    assert str(verdict.exception(10)) == "the judges are closed"
+    assert not errors

@@ -64,6 +64,25 @@ def test_futures_end_by_what_the_stream_yields(follower: StreamFollower):
     assert str(futures[2].exception(10)) == "lost: broken off"
 
 
+def test_the_actors_own_error_is_the_message_not_its_traceback(follower: StreamFollower):
+    class Remote(RunError):
+        """As Ray's RayTaskError(RunError)."""
+
+        cause = RunError("the judges are gone")
+
+    left: Future[object] = Future()
+    follower.follow(stream(error=Remote("Traceback ...")), [left])
+    assert str(left.exception(10)) == "lost: the judges are gone"
+
+
+def test_a_future_that_was_cancelled_breaks_off_no_other(follower: StreamFollower):
+    early, late, other = futures = [Future[object]() for _ in range(3)]
+    early.cancel()
+    follower.follow(stream([(0, "a"), (1, "b")], [(2, "c")]), futures)
+    late.cancel()  # it is being sampled
+    assert (late.result(10), other.result(10), early.cancelled()) == ("b", "c", True)
+
+
 def test_what_a_stream_leaves_out_and_what_is_closed_ends_too(follower: StreamFollower):
     left: Future[object] = Future()
     follower.follow(stream(), [left])
