@@ -545,7 +545,7 @@ def main() -> None:
         _fail(str(error), 2 if isinstance(error, UserError) else 1 if isinstance(error, RunError) else error.status)
     except SystemExit as stopped:
         if stopped.code == 130:  # typer's status after Ctrl-C: before a loop listens, or a second one
-            _fail("interrupted; the last checkpoint, if any, is kept. Run the same command again to go on", 130)
+            _fail("interrupted; what was saved is kept. Run the same command again (without --from) to go on", 130)
         raise
     except (OSError, MemoryError) as error:  # such as a full disk, or a file that cannot be read
         _fail(f"{type(error).__name__}: {error}; what was saved before is kept", 1)

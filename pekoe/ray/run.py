@@ -102,7 +102,7 @@ def build_cluster(
     task = open_task(config, spec, tokenizer, view)
     one_judge = config.verify.model_copy(update={"workers": 1})  # do they start at all? Before anything else does
     make_judge(one_judge, tokenizer, config.run.seed, kinds_of(task.problems, task.held_out)).close()
-    run = stack.enter_context(open_run(config, tokenizer, task, view, from_step))
+    run = open_run(config, tokenizer, task, view, stack, from_step)
     connect(section, view, stack)
     stores, timer = StoreRegistry(config), StepTimer(view)
     trainer, pool = _start(config, spec, task.longest, stores, view, stop, stack)

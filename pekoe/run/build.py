@@ -380,7 +380,7 @@ def build_rl(
     model, tokenizer, dtype = open_model(config.model)
     machine = describe(next(model.parameters()).device, dtype)  # before an engine takes what memory there is
     task = open_task(config, model.spec, tokenizer, view)
-    run = stack.enter_context(open_run(config, tokenizer, task, view, from_step))
+    run = open_run(config, tokenizer, task, view, stack, from_step)
     kinds, logs = kinds_of(task.problems, task.held_out), run.path / "logs"
     judge = make_judge(config.verify, tokenizer, config.run.seed, kinds, logs)
     stack.callback(judge.close)
@@ -418,14 +418,23 @@ def build_rl(
 
 
 def open_run(
-    config: RLConfig, tokenizer: Tokenizer, task: Task, view: ProgressReporter, from_step: int | None = None
+    config: RLConfig,
+    tokenizer: Tokenizer,
+    task: Task,
+    view: ProgressReporter,
+    stack: ExitStack,
+    from_step: int | None = None,
 ) -> RunDir:
-    """The run directory of a task. UserError where it holds another run."""
-    run = RunDir(config, (view.event,), inputs=inputs_of(config, tokenizer, task.problems), from_step=from_step)
+    """The run directory of a task, open until `stack` closes. UserError where it holds another run."""
+    inputs = inputs_of(config, tokenizer, task.problems)
+    run = stack.enter_context(RunDir(config, (view.event,), inputs=inputs, from_step=from_step))
     before = run.before.num_steps if isinstance(run.before, RLConfig) else config.num_steps
     say_changes(run, config.optim, view, config.algo.minibatches, before, config.num_steps)
+    dropped = run.path / "data.jsonl"
     if task.report.dropped:
-        task.report.write(run.path / "data.jsonl")
+        task.report.write(dropped)
+    else:
+        dropped.unlink(missing_ok=True)  # of a run that was there before
     return run
 
 

@@ -92,6 +92,13 @@ def read_beside(checkpoint: Path) -> Saved:
     return saved
 
 
+def check_trainer(checkpoint: Path) -> None:
+    """UserError, with the file's name, where a file of the trainer's state is missing or not as it was written."""
+    folder = checkpoint / TRAINER
+    if (folder / SUMS).exists():
+        check_sums(folder, sums := read_sums(folder), sums)
+
+
 def sizes_of_rollouts(run_dir: Path, step: int) -> dict[str, int]:
     """The bytes of each file of rollouts up to a step."""
     return {file.name: file.stat().st_size for file, number in record_files(run_dir) if number <= step}

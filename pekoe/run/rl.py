@@ -80,14 +80,14 @@ def run_rl(parts: RLParts) -> None:
         kept = f"step {run.saved} is saved" if run.saved else "nothing is saved yet"
         raise Interrupted(
             f"stopped in step {progress.step + 1} of {config.num_steps}, before all that the version before it samples "
-            f"was complete (rollout.during_update = 'wait'); {kept}; run the same command again to go on from there"
+            f"was complete (rollout.during_update = 'wait'); {kept}; run {run.same_command} again to go on from there"
         ) from None
     except StopRequested:
         save(parts, progress)
         run.settle()
         raise Interrupted(
             f"stopped after step {progress.step} of {config.num_steps}, which is saved; "
-            f"run the same command again to go on from there"
+            f"run {run.same_command} again to go on from there"
         ) from None
     except Exception as error:
         if whole and not (isinstance(error, RunError) and error.retried):
@@ -107,7 +107,7 @@ def save_at_error(parts: RLParts, progress: Progress) -> None:
     with contextlib.suppress(Exception):
         save(parts, progress)
         parts.run.settle()
-        parts.view.say(f"step {progress.step} is saved; the same command goes on from there")
+        parts.view.say(f"step {progress.step} is saved; {parts.run.same_command} goes on from there")
 
 
 def publish_first(parts: RLParts, version: int) -> None:
@@ -255,8 +255,8 @@ def check_finite(parts: RLParts, progress: Progress) -> None:
     parts.run.settle()
     raise RunError(
         f"step {progress.step}: the loss or the gradient of the last {count} optimizer steps was not finite "
-        f"(train.max_not_finite = {most}); nothing was learned from them. The step is saved: the same command goes on "
-        f"from it, for instance with a lower optim.lr or optim.grad_clip. To see the step again: "
+        f"(train.max_not_finite = {most}); nothing was learned from them. The step is saved: {parts.run.same_command} "
+        f"goes on from it, for instance with a lower optim.lr or optim.grad_clip. To see the step again: "
         f"pekoe rl --replay {parts.config.run.dir} {progress.step}"
     )
 

@@ -44,6 +44,7 @@ from pekoe.run.checkpoints import (
     TRAINER,
     Progress,
     Saved,
+    check_trainer,
     checkpoints,
     name_of,
     read_beside,
@@ -106,7 +107,9 @@ class RunDir:
         from_step: int | None = None,
     ) -> None:
         self.path = Path(config.run.dir)
-        self._config, self._leader, self._from = config, leader, from_step
+        self._config, self._leader = config, leader
+        self._from = -1 if from_step == 0 else from_step  # a stop in the first step leaves a checkpoint of step 0
+        self.same_command = "the same command" + (" (without --from)" if from_step is not None else "")  # goes on
         self.notices: list[str] = []  # what a user should know of the run that is there
         self.before: TrainingConfig | None = None  # the recipe of the run that is there
         self.changed: dict[str, list[Any]] = {}  # its keys that have other values now: those before, and these
@@ -173,15 +176,16 @@ class RunDir:
                 ) from None
             if differs:
                 raise UserError(cannot_go_on(self.path, differs))
-        elif inputs is not None:
-            write_whole(known, json.dumps(inputs, indent=0) + "\n")
+            inputs = None  # they are written down
         tree = self._config.model_dump(mode="json")
         check_num_steps(self.path, getattr(self._config, "num_steps", None), self._from)
-        self._newest()
+        self._newest(whole=self._from is not None)
         if self._from is not None:
             for path in checkpoints(self.path):
                 if step_of(path) > self._from:
                     _set_aside(path, self.path / "discarded")
+        if inputs is not None:  # no checkpoint of other inputs is left
+            write_whole(known, json.dumps(inputs, indent=0) + "\n")
         write_whole(file, dump_config(self._config), private=without_secrets(tree) != tree)
 
     def _compare(self, before: TrainingConfig, free: str) -> dict[str, list[Any]]:
@@ -196,16 +200,19 @@ class RunDir:
         below = (*MAY_CHANGE_BELOW, free)
         return {key: pair for key, pair in pairs.items() if key not in MAY_CHANGE and not key.startswith(below)}
 
-    def _newest(self) -> Saved | None:
+    def _newest(self, whole: bool = False) -> Saved | None:
         """What the checkpoint to go on from holds beside the trainer's state, None where there is none.
 
-        UserError where it, or what was there when it was begun, is damaged.
+        UserError where it, or what was there when it was begun, is damaged. `whole`: the trainer's state is checked,
+        too, which else `Trainer.load` does.
         """
         found = checkpoints(self.path, self._from)
         if not found:
             return None
         with _way_back(found):
             saved = read_beside(found[-1])
+            if whole:
+                check_trainer(found[-1])
             for name in ("journal", "ledger"):
                 file, offset = self.path / f"{name}.jsonl", saved.offsets[name]
                 if not ends_at(file, offset):
@@ -299,7 +306,7 @@ class RunDir:
             raise RunError(
                 f"checkpoint of step {fields['step']}: {f'not written within {WRITE_LIMIT_S} s' if late else error}; "
                 f"{f'that of step {int(kept[-1].name[5:])} stands' if kept else 'there is none before it'}. "
-                f"With the cause removed, the same command goes on from there"
+                f"With the cause removed, {self.same_command} goes on from there"
             ) from None
         self.saved = fields["step"]
         self.journal.write("checkpoint", **fields, seconds=round(time.perf_counter() - start, 4), bytes=size)
@@ -392,7 +399,7 @@ def _way_back(found: Sequence[Path]) -> Generator[None]:
         yield
     except UserError as error:
         step, older = step_of(found[-1]), [step_of(path) for path in found[:-1]]
-        way = f"--from {older[-1]} goes back to the one before it" if older else "--from 0 begins anew"
+        way = f"--from {older[-1]} goes back to the one before it" if any(older) else "--from 0 begins anew"
         raise UserError(
             f"{error}. The run cannot go on from its checkpoint of step {step}; the same command with {way}"
         ) from None
@@ -400,7 +407,7 @@ def _way_back(found: Sequence[Path]) -> Generator[None]:
 
 def _check_from(run_dir: Path, from_step: int | None) -> None:
     """UserError where there is no checkpoint of this step."""
-    known = [0, *map(step_of, checkpoints(run_dir))]
+    known = sorted({0, *map(step_of, checkpoints(run_dir))})
     if from_step is not None and from_step not in known:
         nearest = min(known, key=lambda step: abs(step - from_step))
         raise UserError(

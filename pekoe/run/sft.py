@@ -97,7 +97,7 @@ def _run(config: SFTConfig, view: ProgressReporter, leader: bool, from_step: int
     if progress.step < total:
         raise Interrupted(
             f"stopped after step {progress.step} of {total}, which is saved; "
-            "run the same command again to go on from there"
+            f"run {run.same_command} again to go on from there"
         )
 
 

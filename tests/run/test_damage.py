@@ -21,19 +21,22 @@ from typer.testing import CliRunner
 
 from pekoe.cli import app
 from pekoe.config import RLConfig
-from pekoe.core import RunError, UserError
+from pekoe.core import Interrupted, RunError, UserError
 from pekoe.core.io import SUMS
 from pekoe.core.journal import read_lines
 from pekoe.core.progress import NoProgress
 from pekoe.core.records import write_records
+from pekoe.core.types import Problem
+from pekoe.data import Tokenizer
 from pekoe.run.build import build_rl
 from pekoe.run.checkpoints import checkpoints
+from pekoe.run.inputs import inputs_of
 from pekoe.run.interrupt import Stop
 from pekoe.run.replay import replay_run
 from pekoe.run.rl import run_rl
-from pekoe.run.run_dir import exported_model
+from pekoe.run.run_dir import RunDir, exported_model
 from pekoe.train import checkpoint
-from tests.run.conftest import Messages
+from tests.run.conftest import Messages, checkpoint_in_name, stop_after_responses
 
 Build = Callable[..., RLConfig]
 Train = Callable[..., None]
@@ -165,6 +168,76 @@ def test_from_0_begins_anew_and_an_unknown_step_is_named(trained: Trained, whole
     go_back(config, 0)
     assert weights(Path(config.run.dir)) == weights(whole)
     assert lines(Path(config.run.dir)) == lines(whole)
+
+
+def test_a_stop_in_the_first_step_leaves_a_checkpoint_that_from_0_sets_aside(build: Build, train: Train, whole: Path):
+    other = build(*MORE, "num_steps=4", "rollout.temperature=0.9")
+    with pytest.raises(Interrupted, match="stopped after step 0"):
+        train(other, stop_after_responses(0))
+    config = build(*MORE, "num_steps=4")
+    run = Path(config.run.dir)
+    with pytest.raises(UserError, match=r"\(0; 0 begins anew\), got 5"):
+        go_back(config, 5)
+    first = run / "checkpoints" / "step-000000"
+    flip(first / "trainer" / "__0_0.distcp")
+    with pytest.raises(UserError, match=r"checkpoint of step 0; .*--from 0 begins anew"):
+        train(other)
+    shutil.copytree(first, run / "checkpoints" / "step-000004")
+    with pytest.raises(UserError, match=r"checkpoint of step 4; .*--from 0 begins anew"):
+        train(other)
+    go_back(config, 0)
+    assert weights(run) == weights(whole)
+    assert lines(run) == lines(whole)
+
+
+def test_nothing_is_set_aside_before_the_checkpoint_gone_back_to_is_found_whole(trained: Trained, train: Train):
+    config = trained()
+    run = Path(config.run.dir)
+    flip(run / "checkpoints" / "step-000002" / "trainer" / "__0_0.distcp")
+    with pytest.raises(UserError, match=r"__0_0.distcp: .*checkpoint of step 2; .*--from 1 goes back"):
+        go_back(config, 2)
+    assert [path.name[-1] for path in checkpoints(run)] == ["1", "2", "3"]
+    assert not (run / "discarded").exists()
+    train(config)
+    assert [e["step"] for e in lines(run, "journal") if e["event"] == "step"] == [1, 2, 3, 4]
+
+
+def test_a_kill_while_old_checkpoints_are_set_aside_leaves_their_inputs(
+    build: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Else the next command would go on from them with the new data."""
+    config = build()
+    old, new = (inputs_of(config, Tokenizer.load(Path(config.model.path)), problems(gold)) for gold in "12")
+    with RunDir(config, inputs=old) as run:
+        checkpoint_in_name(run.path, 1)
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("pekoe.run.run_dir._set_aside", killed)
+        with pytest.raises(KeyboardInterrupt):
+            RunDir(config, inputs=new, from_step=0)
+    with pytest.raises(UserError, match="cannot go on as it began"):
+        RunDir(config, inputs=new)
+    with RunDir(config, inputs=new, from_step=0) as run:
+        assert not checkpoints(run.path)
+    with RunDir(config, inputs=new):
+        pass
+
+
+def problems(gold: str) -> list[Problem]:
+    return [Problem("1+1", ({"role": "user", "content": "1+1="},), gold)]
+
+
+def test_who_went_back_goes_on_without_it(trained: Trained, train: Train):
+    config, stop = trained(), Stop()
+    with ExitStack() as stack:
+        parts = build_rl(config, NoProgress(), stop, stack, 2)
+        stop.requested = True
+        with pytest.raises(Interrupted, match=r"run the same command \(without --from\) again to go on"):
+            run_rl(parts)
+    assert [path.name[-1] for path in checkpoints(Path(config.run.dir))] == ["1", "2"]
 
 
 def test_the_only_checkpoint_is_damaged(trained: Trained, train: Train):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -38,8 +39,8 @@ def begin(recipe: dict[str, Any], tiny_dir: Path) -> Begin:
         config, view = load_config(recipe, overrides), Messages()
         more = {"chat_template.jinja": template.encode()} if template else {}
         task = Task(list(problems), [], DataReport(), 20, [])
-        with open_run(config, Tokenizer(files | more), task, view) as run:
-            checkpoint_in_name(run.path, 2)
+        with ExitStack() as stack:
+            checkpoint_in_name(open_run(config, Tokenizer(files | more), task, view, stack).path, 2)
         return view.said
 
     return run
@@ -171,3 +172,28 @@ def test_the_journal_says_what_changed_and_keeps_secrets(build: Build, train: Tr
     train(build("num_steps=2", 'engine.server.env={HF_TOKEN="0ther"}', "eval.samples=3"))
     (resumed,) = (e for e in read_lines(Path(config.run.dir) / "journal.jsonl") if e["event"] == "resumed")
     assert resumed["changed"] == {"num_steps": [1, 2], "eval.samples": [32, 3]}
+
+
+def test_what_was_dropped_is_of_the_data_at_hand(begin: Begin, problems: list[Problem], tmp_path: Path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "data.jsonl").write_text("of other data")
+    begin(problems)
+    assert not (tmp_path / "run" / "data.jsonl").exists()
+
+
+def test_a_run_that_cannot_be_opened_after_all_frees_its_directory(
+    begin: Begin, problems: list[Problem], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    with monkeypatch.context() as patch:
+        patch.setattr("pekoe.run.build.say_changes", raising(OSError("disk")))
+        with pytest.raises(OSError, match="disk") as caught:
+            begin(problems)
+    begin(problems)  # while `caught` keeps what was open
+    assert caught.value is not None
+
+
+def raising(error: Exception) -> Callable[..., None]:
+    def work(*_: object) -> None:
+        raise error
+
+    return work
