@@ -5,7 +5,6 @@ Only the objects in `parts` differ between a laptop, a GPU and a cluster; their 
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -92,6 +91,9 @@ def run_rl(parts: RLParts) -> None:
     except Exception as error:
         if whole and not (isinstance(error, RunError) and error.retried):
             save_at_error(parts, progress)
+        if isinstance(error, TooManyFaults):
+            parts.records.write(error.step, list(record_lines(error.batch, Scored((), {}), config)))
+            parts.records.settle()
         raise
     last = parts.weights.settle()
     if last is not None and config.rollout.max_lag:  # the journal's last step may have the report before
@@ -104,10 +106,12 @@ def save_at_error(parts: RLParts, progress: Progress) -> None:
     """Save the last complete step, as at Ctrl-C, if that works: the error that ends the run is what is raised."""
     if progress.step == (parts.run.saved or 0):
         return
-    with contextlib.suppress(Exception):
+    try:
         save(parts, progress)
         parts.run.settle()
         parts.view.say(f"step {progress.step} is saved; {parts.run.same_command} goes on from there")
+    except Exception as error:
+        parts.view.say(f"step {progress.step} could not be saved: {error}")
 
 
 def publish_first(parts: RLParts, version: int) -> None:
@@ -159,14 +163,22 @@ def collect(parts: RLParts, step: int) -> Batch:
     return batch
 
 
+class TooManyFaults(RunError):
+    """Too many verdicts of a batch are FAULT. Its responses are written as those of `step`, once the step before is
+    saved: stores drop what they write, and it was in flight then."""
+
+    def __init__(self, message: str, step: int, batch: Batch) -> None:
+        super().__init__(message)
+        self.step, self.batch = step, batch
+
+
 def check_verdicts(parts: RLParts, step: int, batch: Batch) -> None:
-    """RunError where too many verdicts are FAULT (I9); the responses are written first, as those of `step`."""
+    """TooManyFaults where there are more than `verify.max_fault_rate` (I9)."""
     try:
         check_faults(batch.verdicts(), parts.config.verify.max_fault_rate)
     except RunError as error:
-        parts.records.write(step, list(record_lines(batch, Scored((), {}), parts.config)))
-        parts.records.settle()
-        raise RunError(f"{str(error).rstrip('.')}. The responses: pekoe report {parts.config.run.dir}") from None
+        message = f"{str(error).rstrip('.')}. The responses: pekoe report {parts.config.run.dir}"
+        raise TooManyFaults(message, step, batch) from None
 
 
 def train(parts: RLParts, scored: Scored, step: int) -> tuple[list[StepStats], dict[int, str]]:

@@ -196,6 +196,44 @@ def test_a_run_that_ends_by_an_error_keeps_the_last_step(build: Build, train: Tr
     assert [step["step"] for step in steps_of(broken)] == [1, 2, 3, 4]
 
 
+@pytest.mark.parametrize("saves", [True, False])
+def test_the_last_step_is_saved_before_the_responses_of_faults_are_written(
+    build: Build, train: Train, monkeypatch: pytest.MonkeyPatch, saves: bool
+):
+    """A cluster's stores drop what they write, and with a lag the step in hand was in flight at the last."""
+    config, checked, written = build("num_steps=4", "rollout.max_lag=1", "train.save_every=9"), count(1), set[int]()
+
+    def faulty(*_: object) -> float:
+        if next(checked) == 4:
+            raise RunError("verifier: all are FAULT")
+        return 0.0
+
+    def drop(parts: RLParts) -> None:
+        records: Any = parts.records
+        write, fetch = records.write, records.fetch
+
+        def drops(step: int, lines: Any) -> None:
+            written.add(step)
+            write(step, lines)
+
+        def fetches(groups: Any) -> Any:
+            if not saves or 4 in written:
+                raise RunError("tokens from their store: KeyError")
+            return fetch(groups)
+
+        records.write, records.fetch = drops, fetches
+
+    monkeypatch.setattr("pekoe.run.rl.check_faults", faulty)
+    view, run = Messages(), Path(config.run.dir)
+    with pytest.raises(RunError, match="all are FAULT"):
+        train(config, drop, view)
+    assert len(read_records(run, 4)) == 16
+    if saves:
+        assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-000003"]
+    else:
+        assert "step 3 could not be saved: tokens from their store: KeyError" in view.said
+
+
 def test_another_recipe_in_the_same_directory_is_refused(build: Build, train: Train):
     train(build("num_steps=1"))
     with pytest.raises(UserError, match=r"holds a run with algo.clip_high = 0.2, got 0.5"):
