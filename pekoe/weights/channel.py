@@ -101,7 +101,8 @@ class WeightChannel:
         folder: for weights that go over the disk.
         bucket_bytes: weights are gathered, sent and loaded in pieces of this size.
         backend: of broadcast groups.
-        stopping: whether the user asked to stop. Engines that do not answer then are not waited for; a publish is not
+        stopping: whether the user asked to stop. Engines that do not answer then are not waited for, but for a
+            broadcast that has begun, which has limits of its own (60 s to open, then `limit_s`); a publish is not
             proven, and the next run begins with one.
     """
 
