@@ -6,10 +6,9 @@ itself. If that passes, the response was at fault: UNPARSED, with `why` beginnin
 A worker killed by a signal from outside hit no limit: its task is tried again, MAX_KILLS times, and then FAULT.
 
 Heavy answers have a budget, so that a thousand of them do not hold up the rest. The first LIMITS_A_BATCH limits that a
-batch (what is submitted until no task waits) hits cost the whole time each. After these an answer has SHORT of it, and
-no second try where that is too little (limits other than time are tried again as ever); every JUDGED_A_LIMIT answers
-judged make room for a limit more. Functions of the user's, and kinds with limits of their own (code), always have the
-whole time.
+batch (what is submitted until no task waits) hits cost the whole time each. After these a try has SHORT of it; every
+JUDGED_A_LIMIT answers judged make room for a limit more. Functions of the user's, and kinds with limits of their own
+(code), always have the whole time.
 """
 
 from __future__ import annotations
@@ -463,7 +462,7 @@ class JudgePool:
         elif task.check != "reference":
             verdict = Verdict(label, shown, why)
         elif label == "correct":
-            why = f"limit: {task.limits_hit[-1]}" + ("" if task.limits_hit[0] == "" else ", twice")
+            why = f"limit: {task.limits_hit[-1]}, twice"
             why += "" if task.is_users else "; the reference can be judged against itself"
             verdict = Verdict("unparsed", shown, why)
         else:
@@ -488,8 +487,7 @@ class JudgePool:
             self._num_limits += 1
             if not worker.is_short:  # a short one is what the budget has bought
                 group.limits_left = max(0.0, group.limits_left - 1)
-            once = worker.is_short and why.startswith("time") and not task.limits_hit  # and other limits twice (I9)
-            task.limits_hit += ["", why] if once else [why]
+            task.limits_hit.append(why)
             if len(task.limits_hit) < (2 if task.itself else 3):
                 group.retries.append(task)
             else:

@@ -31,11 +31,15 @@ def test_what_pekoe_writes_is_read_again(tmp_path: Path):
         {"id": "x", "text": "b", "answer": 2, "label": "correct"},  # of rollouts, of problems
         {"uid": "p", "sample": 3, "response": 7, "answers": ["1", 2], "label": "unparsed"},  # of `pekoe eval`
         {"response": "", "gold": "1", "label": "fault"},
+        {"response": "", "gold": "1", "label": 1},
+        {"response": "", "gold": "1", "label": 0},
     )
-    assert [case["id"] for case in cases] == [1, "x", "p/3", 4]
-    assert [case["response"] for case in cases] == ["a", "b", "7", ""]
-    assert [case["gold"] for case in cases] == ["1", 2, ["1", 2], "1"]
-    assert [case.get("label") for case in cases] == [None, True, False, None]
+    assert [case["id"] for case in cases] == [1, "x", "p/3", 4, 5, 6]
+    assert [case["response"] for case in cases] == ["a", "b", "7", "", "", ""]
+    assert [case["gold"] for case in cases] == ["1", 2, ["1", 2], "1", "1", "1"]
+    labels = [case.get("label") for case in cases]
+    assert labels == [None, True, False, None, True, False]
+    assert all(label is None or type(label) is bool for label in labels)
 
 
 @pytest.mark.parametrize(

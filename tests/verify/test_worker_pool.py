@@ -280,7 +280,8 @@ def test_no_python_to_start():
 
 
 def test_heavy_answers_have_a_budget_a_batch(bad_worker: BadWorker, monkeypatch: pytest.MonkeyPatch):
-    """Two heavy answers cost the whole time twice each; the others a fifth of it, once. The next batch begins anew."""
+    """Two heavy answers cost the whole time twice each; the others a fifth of it, twice (I9). The next batch begins
+    anew, and short limits leave the budget as it is."""
     monkeypatch.setattr(pool_module, "LIMITS_A_BATCH", 4)
     source = READY + (
         "for line in sys.stdin:\n"
@@ -294,9 +295,12 @@ def test_heavy_answers_have_a_budget_a_batch(bad_worker: BadWorker, monkeypatch:
             answers = [*(f"h{number}" for number in range(6)), "light"]
             whys = [verdict.why for verdict in pool.judge_many((boxed(answer), "7", "math") for answer in answers)]
             twice = "limit: time (0.5 s), twice; the reference can be judged against itself"
-            once = "limit: time (0.1 s, after 4 limits of this batch); the reference can be judged against itself"
-            assert sorted(whys) == ["", *[once] * 4, *[twice] * 2]
-            assert pool.stats().num_limits - start == 8
+            short = (
+                "limit: time (0.1 s, after 4 limits of this batch), twice; the reference can be judged against itself"
+            )
+            assert sorted(whys) == ["", *[short] * 4, *[twice] * 2]
+            assert pool.stats().num_limits - start == 12
+            assert pool._groups["math"].limits_left >= 0
 
 
 def test_a_function_of_the_user_s_always_has_the_whole_time(bad_worker: BadWorker, monkeypatch: pytest.MonkeyPatch):

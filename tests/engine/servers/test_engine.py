@@ -239,9 +239,13 @@ def test_a_server_that_is_busy_is_asked_again_after_a_pause(
     start = time.monotonic()
     check(requests, engine.submit(requests))
     assert 1 < time.monotonic() - start < 5
-    server.faults["/generate"] = [
-        (429, None, {"retry-after": "100000"})
-    ]  # a minute at most, and no longer than the limit
+    server.requests.clear()
+    server.faults["/generate"] = [(429, None, {"retry-after": "0"})] * 2  # no leave to send it again at once
+    start = time.monotonic()
+    check(requests, engine.submit(requests))
+    assert time.monotonic() - start > 2 * 0.05
+    # A minute at most, and no longer than the limit.
+    server.faults["/generate"] = [(429, None, {"retry-after": "100000"})]
     with pytest.raises(RunError, match="got 429"):
         engine.submit(requests)[0].result(5)
 

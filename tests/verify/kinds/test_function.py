@@ -28,6 +28,10 @@ def share(response, gold):
 def verdict(response, gold):
     return Verdict("unparsed", None, "never mind")
 
+def loose(response, gold):
+    import numpy
+    return Verdict("correct", 42, "", numpy.float32(0.5))
+
 def broken(response, gold):
     return response.undefined
 
@@ -44,7 +48,7 @@ def bomb(response, gold):
 def test_what_it_returns_is_the_verdict(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     (tmp_path / "my_rewards.py").write_text(SOURCE)
     monkeypatch.syspath_prepend(str(tmp_path))
-    names = ["length", "share", "verdict", "broken", "odd", "bomb"]
+    names = ["length", "share", "verdict", "broken", "odd", "bomb", "loose"]
     functions = [f"my_rewards:{name}" for name in names]
     with JudgePool(num_workers=1, time_limit_s=1, functions=functions) as pool:
         cases = [
@@ -57,12 +61,14 @@ def test_what_it_returns_is_the_verdict(tmp_path: Path, monkeypatch: pytest.Monk
             ("x", 1, "odd", "fault"),
             ("bomb", 1, "bomb", "unparsed"),
             ("fine", 1, "bomb", "correct"),
+            ("x", 1, "loose", "correct"),  # its types are not JSON's
         ]
         futures = [pool.submit(response, gold, f"function:my_rewards:{name}") for response, gold, name, _ in cases]
         assert [future.result().label for future in futures] == [label for *_, label in cases]
         assert futures[3].result() == Verdict("wrong", None, "score 0.5", 0.5)
-        assert f"{tmp_path / 'my_rewards.py'}:14: AttributeError" in futures[5].result().why
+        assert f"{tmp_path / 'my_rewards.py'}:18: AttributeError" in futures[5].result().why
         assert "expected bool, float or Verdict, got str" in futures[6].result().why
+        assert futures[9].result() == Verdict("correct", "42", "", 0.5)
     missing = JudgePool(num_workers=1, functions=["no_such_module:f"])
     with missing as pool, pytest.raises(RunError, match=r"cannot start: .*no_such_module"):
         pool.submit("x", 1, "function:no_such_module:f").result()
