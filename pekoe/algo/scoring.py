@@ -84,16 +84,17 @@ def score(
     advantages = advantages_of(algo.advantage, rewards, lengths, positions)
     samples = tuple(
         SampleRef(
-            num_tokens=trajectory.num_prompt_tokens + trajectory.num_tokens,
-            num_targets=trajectory.num_tokens,
-            handle=trajectory.handle,
+            num_tokens=branch.num_prompt_tokens + branch.num_tokens,
+            num_targets=branch.num_tokens,
+            handle=branch.handle,
             advantage=float(np.float32(advantage)),
             group=position,
             index=trajectory.sample,
-            lags=() if version is None else tuple((version - older, start) for older, start in trajectory.versions),
+            lags=() if version is None else tuple((version - older, start) for older, start in branch.versions),
         )
         for (position, trajectory, _), advantage in zip(kept, advantages, strict=True)
         if not (algo.mask_truncated and trajectory.finish == "length")
+        for branch in trajectory.branches
     )
     for position in set(positions.tolist()) - {sample.group for sample in samples}:
         dropped[position] = "all responses truncated, and algo.mask_truncated is on"

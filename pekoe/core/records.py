@@ -1,7 +1,10 @@
-"""Records of rollouts on disk: a line a trajectory, and beside it the arrays, float32 exact.
+"""Records of rollouts on disk: a line a branch of a trajectory, and beside it the arrays, float32 exact.
 
     rollouts/step-000042.jsonl.zst   JSON lines: uid, verdict, reward, texts ...
     rollouts/step-000042.npz.zst     prompt_tokens, tokens, logprobs, end to end in the order of the lines, and offsets
+
+A single answer is its prompt and its response. Where several turns are one sequence, `spans` in the line says how the
+two interleave: [[tokens of a context, tokens sampled after it], ...].
 
 On a cluster each node writes its own pair, step-000042.NODE.*.
 """
@@ -14,7 +17,7 @@ import os
 import re
 import zipfile
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +25,7 @@ import numpy as np
 import zstandard
 
 from pekoe.core.errors import UserError
-from pekoe.core.types import JudgedGroup, Problem, Record, Trajectory, Verdict
+from pekoe.core.types import Branch, EpisodeStats, JudgedGroup, Problem, Record, Trajectory, Verdict
 
 LINES, ARRAYS = ".jsonl.zst", ".npz.zst"
 _NAME = re.compile(r"step-(\d{6,})(?:\.\d+)?(?:\.jsonl|\.npz)\.zst")
@@ -52,8 +55,20 @@ def write_records(stem: Path, lines: Sequence[Mapping[str, Any]], records: Seque
         offsets=np.cumsum([0, *map(len, columns["tokens"])], dtype=np.int64),
     )
     _write(stem.with_name(stem.name + ARRAYS), buffer.getbuffer())
-    text = "".join(json.dumps(line, separators=(",", ":")) + "\n" for line in lines)
+    spans = [spans_of(record) for record in records]
+    more = [{"spans": several} if len(several) > 1 else {} for several in spans]  # one is the prompt and the response
+    both = zip(lines, more, strict=True)
+    text = "".join(json.dumps({**line, **extra}, separators=(",", ":")) + "\n" for line, extra in both)
     _write(stem.with_name(stem.name + LINES), text.encode())
+
+
+def spans_of(record: Record) -> list[tuple[int, int]]:
+    """(tokens of a context, tokens sampled after it), turn by turn; no more than one for a single answer."""
+    edges = np.flatnonzero(np.diff(record.loss_mask.astype(np.int8), prepend=0, append=0))
+    starts, ends = edges[::2].tolist(), edges[1::2].tolist()
+    spans = [(start - before, end - start) for before, start, end in zip([0, *ends], starts, ends, strict=False)]
+    last = ends[-1] if ends else 0
+    return [*spans, (len(record.tokens) - last, 0)] if last < len(record.tokens) else spans
 
 
 def read_records(run_dir: Path, step: int) -> list[dict[str, Any]]:
@@ -64,7 +79,7 @@ def read_records(run_dir: Path, step: int) -> list[dict[str, Any]]:
     files = [file for file, number in record_files(run_dir) if number == step and file.name.endswith(LINES)]
     lines = [line for file in files for line in _read(file.with_name(file.name.removesuffix(LINES)))]
     try:
-        return sorted(lines, key=lambda line: (line["group"], line["sample"]))
+        return sorted(lines, key=lambda line: (line["group"], line["sample"], line.get("branch", 0)))
     except (KeyError, TypeError):
         raise UserError(f"{files[0]}: cannot be read: expected group and sample in each line") from None
 
@@ -96,24 +111,28 @@ def _read(stem: Path) -> list[dict[str, Any]]:
 
 def record_of(line: Mapping[str, Any]) -> Record:
     """The tokens of a line that was read."""
-    return Record.of(line["prompt_tokens"].astype(np.int64), line["tokens"].astype(np.int64), line["logprobs"])
+    contexts, sampled = line["prompt_tokens"].astype(np.int64), line["tokens"].astype(np.int64)
+    if "spans" not in line:
+        return Record.of(contexts, sampled, line["logprobs"])
+    mask = np.concatenate([np.arange(context + own) >= context for context, own in line["spans"]])
+    tokens, logprobs = np.empty(len(mask), np.int64), np.zeros(len(mask), np.float32)
+    tokens[~mask], tokens[mask], logprobs[mask] = contexts, sampled, line["logprobs"]
+    return Record(tokens, mask, logprobs)
 
 
 def write_groups(stem: Path, groups: Sequence[JudgedGroup]) -> None:
     """Write groups that nothing was trained on yet, with their verdicts; no file where there are none."""
-    pairs = [pair for group in groups for pair in zip(group.trajectories, group.verdicts, strict=True)]
-    if pairs:
-        lines = [
-            {
-                "uid": t.uid,
-                "draw": t.draw,
-                "finish_reason": t.finish,
-                "versions": t.versions,
-                "verdict": asdict(verdict),
-            }
-            for t, verdict in pairs
-        ]
-        write_records(stem, lines, [trajectory.handle.resolve() for trajectory, _ in pairs])
+    lines: list[dict[str, Any]] = []
+    records: list[Record] = []
+    for group in groups:
+        for t, verdict in zip(group.trajectories, group.verdicts, strict=True):
+            for number, branch in enumerate(t.branches):
+                about = {"uid": t.uid, "draw": t.draw, "finish_reason": t.finish, "versions": branch.versions}
+                own = {"verdict": asdict(verdict)} | ({} if t.episode is None else {"episode": asdict(t.episode)})
+                lines.append(about | ({"branch": number} if number else own))
+                records.append(branch.handle.resolve())
+    if lines:
+        write_records(stem, lines, records)
 
 
 def read_groups(stem: Path, problems: Mapping[str, Problem]) -> list[JudgedGroup]:
@@ -122,11 +141,16 @@ def read_groups(stem: Path, problems: Mapping[str, Problem]) -> list[JudgedGroup
         return []
     groups: dict[tuple[str, int], list[tuple[Trajectory, Verdict]]] = {}
     for line in _read(stem):
-        record, members = record_of(line), groups.setdefault((line["uid"], line["draw"]), [])
+        members = groups.setdefault((line["uid"], line["draw"]), [])
         versions = tuple((version, start) for version, start in line["versions"])
-        place = line["uid"], line["draw"], len(members), len(line["prompt_tokens"]), len(line["tokens"])
-        trajectory = Trajectory(*place, line["finish_reason"], versions, record)
-        members.append((trajectory, Verdict(**line["verdict"])))
+        branch = Branch(len(line["prompt_tokens"]), len(line["tokens"]), versions, record_of(line))
+        if line.get("branch"):
+            trajectory, verdict = members.pop()
+            members.append((replace(trajectory, branches=(*trajectory.branches, branch)), verdict))
+            continue
+        episode = EpisodeStats(**line["episode"]) if "episode" in line else None
+        place = line["uid"], line["draw"], len(members), line["finish_reason"]
+        members.append((Trajectory(*place, (branch,), episode), Verdict(**line["verdict"])))
     return [
         JudgedGroup(problems[uid], draw, tuple(t for t, _ in members), tuple(verdict for _, verdict in members))
         for (uid, draw), members in groups.items()

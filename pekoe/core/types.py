@@ -1,6 +1,7 @@
 """The types of Pekoe, in the order in which they are made. Each arrow of the flow makes a new value.
 
-Draw -> Request -> Completion -> Trajectory -> Verdict -> reward -> advantage -> Sample -> `algo.packing.MicroBatch`
+Draw -> Request -> Completion -> Turn -> Trajectory -> Verdict -> reward -> advantage -> Sample ->
+`algo.packing.MicroBatch`
 
 Shapes: [P] prompt tokens, [R] response tokens, [L] = [P + R] one whole sequence. Arrays are numpy, in host memory.
 """
@@ -96,14 +97,15 @@ class Request:
     tokens: IntArray  # [P] the context that the response continues
     params: SamplingParams  # `params.n` has no meaning here
     priority: int = 0  # among requests that wait, higher ones are sampled first
+    turn: int = 0  # keys the random numbers of an agent's later requests; 0: those of a single answer
 
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """The tokens of a trajectory, laid out once, where they were sampled. Shapes [L].
+    """The tokens of a sequence, laid out once, where they were sampled. Shapes [L].
 
     Example: a prompt of 3 tokens and a response of 2: tokens [5, 6, 7, 8, 2], loss_mask [F, F, F, T, T],
-    logprobs [0, 0, 0, -0.7, -0.1]. The stop token, where there is one, is the last.
+    logprobs [0, 0, 0, -0.7, -0.1]. The stop token, where there is one, is the last of its response.
     """
 
     tokens: IntArray
@@ -155,25 +157,66 @@ class Completion:
 
 
 @dataclass(frozen=True, slots=True)
-class Trajectory:
-    """One attempt at a problem: lengths, and a handle of the tokens.
+class Turn:
+    """The context [P] that an engine was given, and the completion that it gave."""
 
-    Example: Trajectory("gsm8k/17", 0, 3, num_prompt_tokens=12, num_tokens=40, "stop", ((7, 0),), record).
+    context: IntArray
+    completion: Completion
+
+
+@dataclass(frozen=True, slots=True)
+class Branch:
+    """One sequence of a trajectory: turns of which each continues the one before, token for token.
+
+    Example: Branch(num_prompt_tokens=12, num_tokens=40, ((7, 0),), record).
+    """
+
+    num_prompt_tokens: int  # that no engine sampled: the prompt, and what stands between turns
+    num_tokens: int  # that were sampled
+    versions: tuple[tuple[int, int], ...]  # (policy version, index of the first sampled token that it sampled)
+    handle: Handle[Record]
+
+
+@dataclass(frozen=True, slots=True)
+class EpisodeStats:
+    """What an episode did, and where its time went."""
+
+    num_turns: int
+    num_tool_calls: int = 0  # results of tools that the model was shown
+    num_malformed: int = 0  # calls that the model did not write as its family does
+    engine_s: float = 0.0  # in which at least one of its requests was with the engines
+    tool_s: float = 0.0  # the rest
+
+
+@dataclass(frozen=True, slots=True)
+class Trajectory:
+    """One attempt at a problem: lengths, and handles of the tokens. A single answer is one branch of one turn.
+
+    Example: Trajectory("gsm8k/17", 0, 3, "stop", (Branch(12, 40, ((7, 0),), record),)).
     """
 
     uid: str
     draw: int
     sample: int  # index in the group
-    num_prompt_tokens: int
-    num_tokens: int  # of the response
-    finish: FinishReason
-    versions: tuple[tuple[int, int], ...]
-    handle: Handle[Record]
+    finish: FinishReason  # of its last turn
+    branches: tuple[Branch, ...]  # each a sequence to train on
+    episode: EpisodeStats | None = None  # None: a single answer
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Tokens of all branches that no engine sampled for them."""
+        return sum(branch.num_prompt_tokens for branch in self.branches)
+
+    @property
+    def num_tokens(self) -> int:
+        """Sampled tokens of all branches."""
+        return sum(branch.num_tokens for branch in self.branches)
 
     @classmethod
     def of(cls, request: Request, completion: Completion) -> Trajectory:
-        place = request.uid, request.draw, request.sample, len(request.tokens)
-        return cls(*place, completion.num_tokens, completion.finish, completion.versions, completion.handle)
+        """A single answer."""
+        branch = Branch(len(request.tokens), completion.num_tokens, completion.versions, completion.handle)
+        return cls(request.uid, request.draw, request.sample, completion.finish, (branch,))
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,11 +255,8 @@ class JudgedGroup:
                 problem.uid,
                 draw,
                 i,
-                len(c.handle.resolve().tokens) - c.num_tokens,
-                c.num_tokens,
                 c.finish,
-                c.versions,
-                c.handle,
+                (Branch(len(c.handle.resolve().tokens) - c.num_tokens, c.num_tokens, c.versions, c.handle),),
             )
             for i, c in enumerate(completions)
         )
@@ -263,7 +303,7 @@ class SampleRef:
     index: int  # of the trajectory in its group
     proximal_logprobs: FloatArray | Handle[FloatArray] | None = None
     reference_logprobs: FloatArray | Handle[FloatArray] | None = None
-    lags: tuple[tuple[int, int], ...] = ()  # (lag, index of the first response token that has it); empty: not wanted
+    lags: tuple[tuple[int, int], ...] = ()  # (lag, index of the first sampled token that has it); empty: not wanted
 
     def __len__(self) -> int:
         return self.num_tokens

@@ -195,7 +195,33 @@ class Tokenizer:
 
         The opening of `with_template` ends them; there is no directive, since turns are those of a program.
         """
-        return self._encode_rendered(self.apply_chat_template(messages, True, tools, variables))
+        return np.array(self.encode("".join(self.conversation(messages, tools, variables))), dtype=np.int64)
+
+    def conversation(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        variables: Mapping[str, Any] | None = None,
+    ) -> tuple[str, str]:
+        """The text that the next answer follows, and the opening of `with_template` that follows the text.
+
+        Contents of a raw conversation, and of a plain one on a model without a template, stand one after another.
+        """
+        if self._is_plain(messages):
+            opening = "" if messages[0]["role"] == RAW else self._opening
+            return "".join(message["content"] for message in messages), opening
+        text = self.apply_chat_template(messages, True, tools, variables)
+        return text, "" if text.endswith(self._opening) else self._opening  # some models' own templates end with it
+
+    def _is_plain(self, messages: Sequence[Mapping[str, Any]]) -> bool:
+        """Whether no template writes them."""
+        role = messages[0]["role"]
+        return role == RAW or (role == PLAIN and not self.has_chat_template)
+
+    def with_directive(self, messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+        """A problem's messages with the directive of `with_template` after the last question; a raw prompt has none."""
+        *before, last = messages
+        return [*before, last if last["role"] == RAW else {**last, "content": last["content"] + self._directive}]
 
     def encode_prompt(self, messages: Sequence[Mapping[str, str]]) -> IntArray:
         """The tokens [P] to sample a response from, for `Problem.messages`.
@@ -205,18 +231,11 @@ class Tokenizer:
         The directive of `with_template` follows the last question, and its opening ends the prompt; a raw prompt has
         neither.
         """
-        role = messages[0]["role"]
-        if role == RAW:
-            return np.array(self._encode_plain(messages[0]["content"]), dtype=np.int64)
-        *before, last = messages
-        turns = [*before, {**last, "content": last["content"] + self._directive}]
-        if role == PLAIN and not self.has_chat_template:
-            return np.array(self._encode_plain(turns[0]["content"] + self._opening), dtype=np.int64)
-        return self._encode_rendered(self.apply_chat_template(turns))
+        return self.encode_conversation("".join(self.conversation(self.with_directive(messages))), messages)
 
-    def _encode_rendered(self, text: str) -> IntArray:
-        opening = "" if text.endswith(self._opening) else self._opening  # some models' own templates end with it
-        return np.array(self.encode(text + opening), dtype=np.int64)
+    def encode_conversation(self, text: str, messages: Sequence[Mapping[str, Any]]) -> IntArray:
+        """The tokens [P] of the text of a whole conversation."""
+        return np.array(self._encode_plain(text) if self._is_plain(messages) else self.encode(text), dtype=np.int64)
 
     def encode_response(self, response: str) -> IntArray:
         """The tokens [R] of a demonstrated response, its stop token last, without an opening that the prompt has."""

@@ -13,17 +13,22 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pekoe.core.types import BoolArray, FloatArray, IntArray, SamplingParams
+from pekoe.core.types import BoolArray, FloatArray, IntArray, Request, SamplingParams
 from pekoe.kernels.jit import even, run
 from pekoe.kernels.sampling import draw
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
-def sequence_key(params: SamplingParams, uid: str, draw: int, sample_index: int) -> int:
-    """The 64-bit key of one sequence: a hash of (seed, stream, problem uid, draw, sample index)."""
-    text = f"{params.seed}\0{params.stream}\0{draw}\0{sample_index}\0{uid}"
+def sequence_key(params: SamplingParams, uid: str, draw: int, sample_index: int, turn: int = 0) -> int:
+    """The 64-bit key of one sequence: a hash of (seed, stream, problem uid, draw, sample index, turn)."""
+    text = f"{params.seed}\0{params.stream}\0{draw}\0{sample_index}\0{uid}" + (f"\0{turn}" if turn else "")
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
+
+
+def key_of(request: Request) -> int:
+    """The key of the sequence that answers a request."""
+    return sequence_key(request.params, request.uid, request.draw, request.sample, request.turn)
 
 
 def uniforms(keys: NDArray[np.uint64], positions: NDArray[np.int64]) -> NDArray[np.float64]:

@@ -38,10 +38,10 @@ class LogprobPrefetcher:
     def add(self, trajectories: Sequence[Trajectory]) -> None:
         """All trajectories of a group."""
         for t in trajectories:
-            if t.num_tokens:  # log-probs do not depend on the advantage, nor on the group's place
-                self._chunk.append(
-                    SampleRef(t.num_prompt_tokens + t.num_tokens, t.num_tokens, t.handle, 0, 0, t.sample)
-                )
+            for b in t.branches:
+                if b.num_tokens:  # log-probs do not depend on the advantage, nor on the group's place
+                    size = b.num_prompt_tokens + b.num_tokens
+                    self._chunk.append(SampleRef(size, b.num_tokens, b.handle, 0, 0, t.sample))
         if sum(map(len, self._chunk)) >= self._chunk_tokens:
             self._pending.append(self._begin(self._chunk))
             self._chunk = []

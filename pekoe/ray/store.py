@@ -15,7 +15,7 @@ from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import chain
+from itertools import chain, count
 from pathlib import Path
 from threading import Lock
 from typing import Any, Generic, TypeVar
@@ -92,7 +92,7 @@ class StoreActor:
     async def judge(self, packed: bytes) -> AsyncIterator[bytes]:
         """The verdicts of [(problem, trajectory), ...], whose records are here, as `streams.StreamFollower` has it."""
         futures = [
-            self._judge.submit(problem, replace(trajectory, handle=self._values[trajectory.handle.key][1]))
+            self._judge.submit(problem, with_handles(trajectory, [self._values[ref_of(trajectory).key][1]]))
             for problem, trajectory in pickle.loads(packed)
         ]
         async for ended in as_they_end(futures):
@@ -224,6 +224,7 @@ class RayRecords:
     def __init__(self, run_dir: Path, stores: StoreRegistry) -> None:
         self._folder, self._stores = (run_dir / "rollouts").resolve(), stores
         self._writing: list[Any] = []
+        self._numbers = count()  # of what was adopted
 
     def write(self, step: int, lines: Sequence[RecordLine]) -> None:
         """See `RecordWriter`. A store takes the records out at once, so that the next step's may arrive."""
@@ -247,22 +248,32 @@ class RayRecords:
 
     def fetch(self, groups: Sequence[JudgedGroup]) -> list[JudgedGroup]:
         """See `RecordWriter.fetch`."""
-        records = fetch(ref_of(trajectory) for group in groups for trajectory in group.trajectories)
-        return [_with_handles(group, [records[ref_of(t)] for t in group.trajectories]) for group in groups]
+        records = fetch(ref_of(branch) for group in groups for t in group.trajectories for branch in t.branches)
+        return [
+            replace(
+                group,
+                trajectories=tuple(
+                    with_handles(t, [records[ref_of(b)] for b in t.branches]) for t in group.trajectories
+                ),
+            )
+            for group in groups
+        ]
 
     def adopt(self, groups: Sequence[JudgedGroup]) -> list[JudgedGroup]:
         """See `RecordWriter.adopt`: in the store of this process's node."""
         if not groups:
             return []
         node, actor = self._stores.on(ray.get_runtime_context().get_node_id())
-        keys: list[list[Key]] = [[(t.uid, t.draw, t.sample, -1, 0) for t in group.trajectories] for group in groups]
-        handles = [trajectory.handle for group in groups for trajectory in group.trajectories]
-        records = dict(zip(chain(*keys), [handle.resolve() for handle in handles], strict=True))
-        ray_get([actor.put.remote(records)], _FETCH_LIMIT_S, "tokens of a checkpoint to be stored")
-        return [
-            _with_handles(group, [_ref(node, key) for key in of_group])
-            for group, of_group in zip(groups, keys, strict=True)
-        ]
+        records: dict[Key, Record] = {}
+
+        def adopted(t: Trajectory) -> Trajectory:
+            keys: list[Key] = [(t.uid, t.draw, t.sample, -1, next(self._numbers)) for _ in t.branches]
+            records.update(zip(keys, [branch.handle.resolve() for branch in t.branches], strict=True))
+            return with_handles(t, [_ref(node, key) for key in keys])
+
+        moved = [replace(group, trajectories=tuple(map(adopted, group.trajectories))) for group in groups]
+        ray_get([actor.put.remote(records)], _FETCH_LIMIT_S, "tokens to be stored")
+        return moved
 
     def forget(self) -> None:
         """Wait for what is being written, and ignore the outcome: the steps are made again."""
@@ -275,14 +286,15 @@ def _ref(node: int, key: Key) -> StoreRef[Record]:
     return StoreRef(node, key)  # `StoreRef[Record](...)` would set an attribute, and it has no room for one
 
 
-def _with_handles(group: JudgedGroup, handles: Sequence[Handle[Record]]) -> JudgedGroup:
-    trajectories = [replace(t, handle=handle) for t, handle in zip(group.trajectories, handles, strict=True)]
-    return replace(group, trajectories=tuple(trajectories))
+def with_handles(trajectory: Trajectory, handles: Sequence[Handle[Record]]) -> Trajectory:
+    """A trajectory whose branches have these handles."""
+    branches = [replace(branch, handle=h) for branch, h in zip(trajectory.branches, handles, strict=True)]
+    return replace(trajectory, branches=tuple(branches))
 
 
 def ref_of(value: object) -> StoreRef[Record]:
-    """The handle of a trajectory, a record line or a sample."""
-    handle = getattr(value, "handle", None)
+    """The handle of a single answer, a branch, a record line or a sample."""
+    handle = getattr(value.branches[0] if isinstance(value, Trajectory) else value, "handle", None)
     assert isinstance(handle, StoreRef), "every record of a cluster is in a store"
     return handle
 

@@ -83,8 +83,8 @@ class RandomJudge:
 
 
 def response_text(trajectory: Trajectory, tokenizer: Tokenizer) -> str:
-    """What a judge reads: the sampled tokens without special ones."""
-    record = trajectory.handle.resolve()
+    """What a judge reads: the sampled tokens of the last branch without special ones."""
+    record = trajectory.branches[-1].handle.resolve()
     return tokenizer.decode(record.tokens[record.loss_mask], skip_special_tokens=True)
 
 

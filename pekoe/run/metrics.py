@@ -93,9 +93,9 @@ def lag_metrics(step: int, trajectories: Sequence[Trajectory]) -> dict[str, Any]
     """How many versions the weights behind each token were older than those of a synchronous run: mean, maximum and
     tokens by lag."""
     tokens: Counter[int] = Counter()
-    for t in trajectories:
-        ends = [start for _, start in t.versions[1:]] + [t.num_tokens]
-        for (version, start), end in zip(t.versions, ends, strict=True):
+    for branch in (branch for t in trajectories for branch in t.branches):
+        ends = [start for _, start in branch.versions[1:]] + [branch.num_tokens]
+        for (version, start), end in zip(branch.versions, ends, strict=True):
             tokens[step - 1 - version] += end - start
     total = max(1, tokens.total())
     return {

@@ -10,12 +10,12 @@ import pytest
 from pekoe.algo.scoring import reward_of, score, uninformative, verdict_reward
 from pekoe.config.recipes import AlgoSection
 from pekoe.core import UserError
-from pekoe.core.types import FinishReason, JudgedGroup, Label, Problem, Record, Trajectory, Verdict
+from pekoe.core.types import Branch, FinishReason, JudgedGroup, Label, Problem, Record, Trajectory, Verdict
 
 
 def trajectory(index: int, length: int, finish: FinishReason = "stop") -> Trajectory:
     record = Record.of(np.arange(3), np.arange(length), np.full(length, -0.5, np.float32))
-    return Trajectory("p", 0, index, 3, length, finish, ((0, 0),), record)
+    return Trajectory("p", 0, index, finish, (Branch(3, length, ((0, 0),), record),))
 
 
 def group(*parts: tuple[int, Label] | tuple[int, Label, FinishReason]) -> JudgedGroup:
@@ -173,7 +173,8 @@ def test_a_sample_trains_on_the_response_alone():
 def test_a_sample_knows_the_lag_of_each_token_where_the_trainers_version_is_given():
     groups = [group((2, "correct"), (4, "wrong"))]
     assert all(ref.lags == () and ref.resolve().lags is None for ref in score(groups, AlgoSection()).samples)
-    crossed = replace(groups[0].trajectories[1], versions=((5, 0), (6, 1), (7, 3)))
+    branch = groups[0].trajectories[1].branches[0]
+    crossed = replace(groups[0].trajectories[1], branches=(replace(branch, versions=((5, 0), (6, 1), (7, 3))),))
     groups = [replace(groups[0], trajectories=(groups[0].trajectories[0], crossed))]
     first, second = score(groups, AlgoSection(), version=7).samples
     assert (first.lags, second.lags) == (((7, 0),), ((2, 0), (1, 1), (0, 3)))

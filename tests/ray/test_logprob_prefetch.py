@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from pekoe.core.types import SampleRef, Trajectory
+from pekoe.core.types import Branch, SampleRef, Trajectory
 from pekoe.ray.logprob_prefetch import LogprobPrefetcher, LogprobRefs, PendingLogprobs
 from pekoe.ray.store import StoreRef
 
@@ -31,7 +31,8 @@ class Ranks:
 
 def group(uid: str, num_tokens: int = 5) -> list[Trajectory]:
     """Two of 3 tokens of prompt and 5 of response each."""
-    return [Trajectory(uid, 0, i, 3, num_tokens, "stop", ((0, 0),), StoreRef(0, (uid, 0, i, 0))) for i in range(2)]
+    branches = [Branch(3, num_tokens, ((0, 0),), StoreRef(0, (uid, 0, i, 0))) for i in range(2)]
+    return [Trajectory(uid, 0, i, "stop", (branch,)) for i, branch in enumerate(branches)]
 
 
 def test_groups_are_computed_in_chunks():

@@ -16,7 +16,7 @@ import pytest
 from pekoe.config import load_config
 from pekoe.core.errors import RunError, UserError
 from pekoe.core.records import read_records
-from pekoe.core.types import Problem, Record, Trajectory, Verdict
+from pekoe.core.types import Branch, Problem, Record, Trajectory, Verdict
 from pekoe.ray.placement import ByteCount, WorkerLost, translated
 from pekoe.ray.store import RayJudge, StoreActor, StoreRef
 
@@ -47,7 +47,7 @@ def test_a_record_that_is_missing_is_an_error(store: StoreActor):
 
 def test_a_response_is_judged_where_it_is(store: StoreActor):
     run(store.put({key("a"): record()}))
-    trajectory = Trajectory("a", 0, 0, 2, 3, "stop", ((0, 0),), StoreRef(0, key("a")))
+    trajectory = Trajectory("a", 0, 0, "stop", (Branch(2, 3, ((0, 0),), StoreRef(0, key("a"))),))
     packed = pickle.dumps([(Problem("a", (), "1"), trajectory)] * 2)
 
     async def outcomes() -> list[tuple[int, Verdict]]:

@@ -19,7 +19,7 @@ from pekoe.config import EvalConfig, load_config
 from pekoe.core import UserError
 from pekoe.core.progress import NoProgress
 from pekoe.core.statistics import interval, paired
-from pekoe.core.types import Completion, Label, Record, Request, Trajectory
+from pekoe.core.types import Branch, Completion, Label, Record, Request, Trajectory
 from pekoe.run.eval_metrics import majority_at_k, pass_at_1, pass_at_k, powers_up_to
 from pekoe.run.evaluate import EvalResult, compare, comparison_tables, run_eval, table_of
 from pekoe.run.sample_store import ProblemResult
@@ -249,9 +249,8 @@ def test_a_judged_evaluation_sees_right_answers(
         value = int(a) + int(b) + request.sample % 2
         tokens = tokenizer.encode_response(f"\\boxed{{{value}}}" if boxes else f"={value}")
         record = Record.of(request.tokens, tokens, np.zeros(len(tokens), np.float32))
-        return Trajectory(
-            request.uid, request.draw, request.sample, len(request.tokens), len(tokens), "stop", (), record
-        )
+        branch = Branch(len(request.tokens), len(tokens), (), record)
+        return Trajectory(request.uid, request.draw, request.sample, "stop", (branch,))
 
     monkeypatch.setattr(Trajectory, "of", right_every_second_time)
     tree = tree_of(tiny_dir, samples=4)

@@ -40,7 +40,7 @@ from pekoe.engine.base import (
 from pekoe.engine.checksum import checksum
 from pekoe.engine.embedded.model_runner import ModelRunner
 from pekoe.engine.embedded.scheduler import Scheduler, Sequence, Work
-from pekoe.engine.sampling import sample, sequence_key, uniforms
+from pekoe.engine.sampling import key_of, sample, uniforms
 from pekoe.kernels.jit import adopt_num_threads
 from pekoe.kernels.packed_linear import intact
 from pekoe.model import Decoder, load_model
@@ -175,7 +175,7 @@ class EmbeddedEngine(Engine):
         works: list[Work] = []
         for _, group in groupby(requests, lambda r: (r.uid, r.draw, r.priority, r.tokens.tobytes())):
             number = next(self._group_numbers)
-            sequences = [Sequence(r, sequence_key(r.params, r.uid, r.draw, r.sample), number) for r in group]
+            sequences = [Sequence(r, key_of(r), number) for r in group]
             works.append(Work(sequences[0].request.tokens, sequences))
         futures = [sequence.future for work in works for sequence in work.sequences]
         if not futures:

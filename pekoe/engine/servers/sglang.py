@@ -25,7 +25,7 @@ from pekoe.core.errors import RunError, UserError
 from pekoe.core.types import FinishReason, Request, SamplingParams
 from pekoe.engine.base import BroadcastGroup, Checksums, EngineKind
 from pekoe.engine.buckets import Tensors
-from pekoe.engine.sampling import sequence_key
+from pekoe.engine.sampling import key_of
 from pekoe.engine.servers.client import (
     ABORTED,
     KEY_VARIABLE,
@@ -106,7 +106,7 @@ class SGLangClient(ServerClient):
             "top_k": params.top_k or -1,
             "max_new_tokens": params.max_new_tokens,
             "ignore_eos": not params.stops,
-            "sampling_seed": sequence_key(params, request.uid, request.draw, request.sample) & 0x7FFFFFFF,
+            "sampling_seed": key_of(request) & 0x7FFFFFFF,
             # A model's generation_config.json may set these; log-probs would not be the policy's.
             "min_p": 0.0,
             "repetition_penalty": 1.0,

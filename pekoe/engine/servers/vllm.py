@@ -25,7 +25,7 @@ from pekoe.core.errors import RunError, UserError
 from pekoe.core.types import Request, SamplingParams
 from pekoe.engine.base import BroadcastGroup, Checksums, EngineKind
 from pekoe.engine.buckets import Tensors
-from pekoe.engine.sampling import sequence_key
+from pekoe.engine.sampling import key_of
 from pekoe.engine.servers.client import (
     KEY_VARIABLE,
     MISREAD,
@@ -176,7 +176,7 @@ class VLLMClient(ServerClient):
             "max_tokens": params.max_new_tokens,
             "stop_token_ids": list(params.stops),
             "ignore_eos": True,  # the checkpoint's end tokens; `stop_token_ids` hold all the same
-            "seed": sequence_key(params, request.uid, request.draw, request.sample) >> 1,  # 63 bits
+            "seed": key_of(request) >> 1,  # 63 bits
             "logprobs": 0,  # the sampled token's alone
             "detokenize": False,
         }

@@ -1,0 +1,1 @@
+"""Agents: sessions that record every turn as it is sampled, and the episodes that use them."""
