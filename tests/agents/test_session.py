@@ -152,7 +152,7 @@ def test_an_answer_ends_before_a_stop_text_and_the_rest_is_no_part_of_it(sampler
         reply = await fresh.complete([QUESTION], stop=[whole.text[4]])
         assert reply.text == whole.text[: whole.text.index(whole.text[4])]
         assert reply.tokens.tolist() == whole.tokens[: len(reply.tokens)].tolist()
-        assert tokenizers["append"].decode(reply.tokens) == reply.text + whole.text[4]
+        assert tokenizers["append"].decode(reply.tokens).startswith(reply.text + whole.text[4])
         await fresh.complete([QUESTION, reply.message, QUESTION])
         check(fresh, sampler, logprobs_of)
 

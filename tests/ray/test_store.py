@@ -112,7 +112,8 @@ def test_every_verdict_ends_when_the_judges_are_closed(monkeypatch: pytest.Monke
     loop.set_exception_handler(lambda _, context: errors.append(context))
     if moment == "before it is sent":
         judge._follower.soon(hold)
-    verdict = judge.submit(Problem("a", (), "1"), Trajectory("a", 0, 0, 2, 3, "stop", ((0, 0),), StoreRef(0, key("a"))))
+    trajectory = Trajectory("a", 0, 0, "stop", (Branch(2, 3, ((0, 0),), StoreRef(0, key("a"))),))
+    verdict = judge.submit(Problem("a", (), "1"), trajectory)
     assert reached.wait(10)
     closing = threading.Thread(target=judge.close)
     closing.start()
