@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import tomllib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any
@@ -20,10 +20,20 @@ from pekoe.core.errors import UserError, nearest
 from pekoe.core.hardware import DEVICES, Device
 from pekoe.core.records import read_records, record_files
 from pekoe.core.words import counted
-from pekoe.plan.costs import NAMES, ONE_PROCESS, Constants, Engine, Training, Transport, check_constants, fitted
+from pekoe.plan.costs import (
+    LOCAL,
+    NAMES,
+    ONE_PROCESS,
+    Constants,
+    Engine,
+    Training,
+    Transport,
+    check_constants,
+    fitted,
+)
 from pekoe.plan.rollout import SIGMA, Lengths
 from pekoe.plan.shapes import Shape, recognise_model
-from pekoe.plan.step import Setup, steady_seconds
+from pekoe.plan.step import Pace, Setup, steady_seconds
 
 PROMPT = 128  # tokens of a problem with its template, where nothing is said
 MEAN_SHARE = 0.3  # of rollout.max_new_tokens: the mean response, where nothing is said (the release: 8,000 of 27,648)
@@ -211,6 +221,17 @@ def _own_layout(config: RLConfig) -> Layout:
 
 
 @dataclass(frozen=True, slots=True)
+class Own:
+    """What a run measured of itself (`pekoe.plan.own`): factors are its seconds over those of the formulas."""
+
+    device: Device
+    sigma: float  # of its lengths' log-normal
+    sampling: float = 1.0
+    judging: float = 1.0
+    pace: Pace = field(default_factory=Pace)
+
+
+@dataclass(frozen=True, slots=True)
 class Asked:
     """What a user asks about: a recipe on devices, and what no recipe says."""
 
@@ -223,6 +244,7 @@ class Asked:
     lengths: str | None = None  # a run directory, whose responses' lengths are drawn
     price: float | None = None  # of a device and hour
     failures: float = 0.0  # of a device in 1,000 hours
+    own: Own | None = None  # in place of `hardware`
 
     def changed(self, changes: Iterable[str]) -> Asked:
         """The same with keys of the recipe changed, or `gpus=N`, `hardware=NAME`. UserError for a wrong number."""
@@ -264,7 +286,8 @@ class Plan:
 def read_plan(asked: Asked) -> Plan:
     """Raises UserError for an unknown device or model, or a layout or lengths that are not possible."""
     config = load_config(asked.recipe, asked.overrides, RLConfig)
-    device, k, measured = read_device(asked.hardware)
+    own = asked.own
+    device, k, measured = read_device(asked.hardware) if own is None else _calibrated(own)
     shape, source = read_shape(config.model.path)
     rollout, half = config.rollout, config.model.dtype == "bfloat16"
     longest = config.data.max_prompt_tokens + rollout.max_new_tokens
@@ -304,7 +327,15 @@ def read_plan(asked: Asked) -> Plan:
     )  # fmt: skip
     judging = judging_s(config, setup)  # judges work while others are sampled: what is left is the last group's
     setup = replace(setup, judge_s=max(judging / setup.prompts, judging - steady_seconds(replace(setup, lag=0))))
+    if own is not None:
+        setup = replace(setup, pace=own.pace, judge_s=own.judging * setup.judge_s)
     return Plan(config, setup, layout, changes, assumed, measured)
+
+
+def _calibrated(own: Own) -> tuple[Device, Constants, bool]:
+    """As `read_device`. What a loop takes beside its stages is in those that were measured."""
+    given = ONE_PROCESS if own.device.name in DEVICES else LOCAL
+    return own.device, replace(fitted(), **given | {"rollout_share": 1 / own.sampling}), True
 
 
 def _lengths_of(asked: Asked, config: RLConfig) -> tuple[Lengths, float, list[str]]:
@@ -325,8 +356,9 @@ def _lengths_of(asked: Asked, config: RLConfig) -> tuple[Lengths, float, list[st
     if not 0 < mean < most:
         raise UserError(f"--mean-response: expected below rollout.max_new_tokens = {most}, got {mean:g}")
     given = "--mean-response" if asked.mean_response else "assumed; give --mean-response or --lengths RUN_DIR"
-    return Lengths.of_mean(mean, most), prompt, [
-        f"responses: {mean:,.0f} tokens on average ({given}), log-normal with sigma {SIGMA} (assumed)",
+    sigma = asked.own.sigma if asked.own else SIGMA
+    return Lengths.of_mean(mean, most, sigma), prompt, [
+        f"responses: {mean:,.0f} tokens on average ({given}), log-normal with sigma {sigma:g} (assumed)",
         f"prompts: {prompt:,.0f} tokens ({'--mean-prompt' if asked.mean_prompt else 'assumed; give --mean-prompt'})",
     ]  # fmt: skip
 

@@ -70,13 +70,15 @@ def _single_changes(plan: Plan) -> Iterator[Sequence[str]]:
     if config.cluster is None or layout.shares:
         return
     unit, each = layout.tp * layout.cp, layout.engine_gpus
+    on_cpus = plan.measured and not config.cluster.generation.gpus_per_engine
     for moved in {unit * max(1, round(share * layout.gpus / unit)) for share in (0.0625, 0.125, 0.25)}:
         for sign in (1, -1):
             ranks = layout.ranks - sign * moved
             engines = (layout.gpus - ranks) // each
             if ranks > 0 and engines > 0:
-                yield _layout_keys(engines, each, ranks)
-    for times in (2, 4):
+                keys = _layout_keys(engines, each, ranks)
+                yield [key for key in keys if "gpus" not in key] if on_cpus else keys
+    for times in () if on_cpus else (2, 4):
         if layout.engines % times == 0:
             yield _layout_keys(layout.engines // times, each * times, layout.ranks)
 

@@ -111,10 +111,13 @@ def _sentences(found: Forecast) -> Iterator[str]:
 
 def show_changes(options: Sequence[Option]) -> Iterator[str]:
     """Which one change gives most, and the next ones."""
-    if not options:
-        return
+    if options:
+        yield changes_of(options)
+
+
+def changes_of(options: Sequence[Option]) -> str:
     first, *others = (f"{' '.join(option.changes)} ({_times(option.gain)})" for option in options[:3])
-    yield f"the one change that gives most steps a second: {first}" + (f"; then {', '.join(others)}" if others else "")
+    return f"the one change that gives most steps a second: {first}" + (f"; then {', '.join(others)}" if others else "")
 
 
 def compared(found: Forecast, others: Mapping[str, Forecast]) -> Iterator[RenderableType]:

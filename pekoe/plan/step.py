@@ -13,6 +13,14 @@ from pekoe.plan.rollout import Lengths, sampling_seconds
 MOST = 256  # sequences that an engine runs together at most, where nothing else is said
 
 
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """Seconds that a run measured, over those of the formulas."""
+
+    training: float = 1.0  # log-probs, too
+    publishing: float = 1.0
+
+
 @dataclass(frozen=True)
 class Setup:
     """A run as the planner sees it."""
@@ -35,6 +43,7 @@ class Setup:
     seed: int = 0
     goes_on: bool = False  # with lag: whether responses in flight go on under new weights
     window: int = 1  # groups within which one that is sampled may overtake others (`plan.schedule` alone)
+    pace: Pace = Pace()
 
     @property
     def constants(self) -> Constants:
@@ -119,7 +128,7 @@ def steady_seconds(setup: Setup) -> float:
 
 def times_beside(setup: Setup) -> tuple[float, float, float, float]:
     """Seconds of what is not sampling: log-prob passes, training, publishing, and the loop's own work."""
-    training, k = setup.training, setup.constants
+    training, k, pace = setup.training, setup.constants, setup.pace
     passes = setup.forwards * training.logprobs(setup.tokens, setup.context, setup.micro_batches)
     trained = training.step(setup.tokens, setup.context, setup.micro_batches, setup.updates)
     shape = training.shape
@@ -127,7 +136,7 @@ def times_beside(setup: Setup) -> tuple[float, float, float, float]:
     num_bytes = shape.num_parameters * setup.engine.weight_bytes
     published = publish(num_bytes, tensors, setup.route, training.devices, training.device, k)
     overhead = k.step_overhead + (2 * k.reload_s * num_bytes / training.devices / 1e9 if setup.colocated else 0.0)
-    return passes, trained, published, overhead
+    return passes * pace.training, trained * pace.training, published * pace.publishing, overhead
 
 
 def step_time(setup: Setup, sampling: tuple[float, float] | None = None) -> StepTime:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from math import ceil
 from pathlib import Path
 from statistics import median
 
@@ -12,13 +11,12 @@ from pekoe.core.errors import UserError
 from pekoe.core.journal import Event
 from pekoe.core.roofline import Ceilings
 from pekoe.core.words import counted
+from pekoe.plan import own
 from pekoe.report.history import History, drawn, read_history
-from pekoe.report.lag import overlap
 from pekoe.report.learning import learning
 
 _WORK = {"rollout": "Sampling", "train": "Training"}  # the phases whose operations are counted
 _PREFILL = ("prefill", "cached", "shared")  # the tokens of context that were computed, and those that were not
-_FEW = 0.25  # share of a step's responses: the tail begins when no more than these are unfinished
 
 
 def findings(history: History) -> list[str]:
@@ -33,11 +31,10 @@ def speed(history: History) -> list[str]:
         return []
     sentences = [
         _phases(steps),
-        overlap(history),
+        *own.sentences(history.config, history.events, history.path),
+        *map(own.told, history.of("forecast")),
         *_bounds(history),
         _prefill(steps),
-        _tail(history),
-        _micro_batches(history),
         _cluster(steps),
         _numerics(steps),
     ]
@@ -71,8 +68,7 @@ def _phases(steps: Sequence[Event]) -> str:
     speeds = [step[rate] for step in steps if rate in step]
     speed = f", at {median(speeds):,.0f} tokens a second" if speeds else ""
     most = f"A step takes {seconds:.3g} s (median of {len(steps)}): {listed}. Most of it is {first}{speed}"
-    gain = 1 / (1 - shares[first] / 2)
-    return most + (f"; were that twice as fast, a step would be {gain:.2f} times as fast." if len(shares) > 1 else ".")
+    return f"{most}."
 
 
 def utilisation(history: History, phase: str) -> list[tuple[Event, Ceilings, float, str]]:
@@ -138,43 +134,6 @@ def _prefill(steps: Sequence[Event]) -> str:
     return (
         f"Prefix sharing saved {(cached + shared) / whole:.0%} of prefill: {cached + shared:,} of {whole:,} tokens of "
         f"context, {shared:,} by a group's one prefill and {cached:,} found in the cache."
-    )
-
-
-def _tail(history: History) -> str:
-    """Estimated from lengths: as if the responses of a step began together, and each got one token at a time."""
-    shares: list[float] = []
-    for step in {line["step"] for line in history.responses}:
-        lengths = sorted(line["length"] for line in history.responses if line["step"] == step)
-        if len(lengths) >= 8 and lengths[-1]:
-            shares.append(1 - lengths[ceil((1 - _FEW) * len(lengths)) - 1] / lengths[-1])
-    if not shares:
-        return ""
-    share = median(shares)
-    remedy = ". A lower rollout.max_new_tokens, or engines that sample more prompts at once, would cut it."
-    return (
-        f"The long tail: for {share:.0%} of the longest response, only the last quarter of a step's are being sampled"
-        f"{remedy if share > 0.4 else ', which is little.'}"
-    )
-
-
-def _micro_batches(history: History) -> str:
-    budget = history.config.get("train", {}).get("token_budget")
-    steps = [step for step in history.steps if step.get("num_microbatches") and "num_prompt_tokens" in step]
-    if not budget or not steps:
-        return ""
-    tokens = [step["num_prompt_tokens"] + step["response_tokens"] * step["num_rollouts"] for step in steps]
-    number = median(step["num_microbatches"] for step in steps)
-    training = history.config.get("cluster", {}).get("training", {})
-    ranks = training.get("ranks", 1) // (training.get("tp", 1) * training.get("cp", 1))
-    least = history.config.get("algo", {}).get("minibatches", 1) * ranks  # one each
-    doubled = max(least, ceil(median(tokens) / (2 * budget)))
-    if doubled >= number:
-        rest = "" if number == 1 else "; a larger token budget would not make them fewer"
-        return f"A step trains on {counted(number, 'micro-batch')}{rest}."
-    return (
-        f"A step trains on {counted(number, 'micro-batch')} of at most {budget:,} tokens; a token budget of "
-        f"{2 * budget:,} would make that about {doubled}, if it fits in memory (pekoe doctor RECIPE.toml)."
     )
 
 

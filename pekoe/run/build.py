@@ -48,6 +48,7 @@ from pekoe.run.inputs import inputs_of
 from pekoe.run.interrupt import StepTimer, Stop
 from pekoe.run.judging import kinds_of, make_judge
 from pekoe.run.metrics import StepCounters
+from pekoe.run.outlook import Outlook
 from pekoe.run.records import LocalRecords, RecordWriter
 from pekoe.run.references import reference_check
 from pekoe.run.rollouts import Rollouts
@@ -82,6 +83,7 @@ class RLParts:
     """The journal's event on the machine, written when the run begins."""
     collapsed: bool = False
     """Whether a collapse was reported."""
+    outlook: Outlook = field(default_factory=Outlook)
     num_admitted: int = 0
     """Steps whose groups have been put, since the run began."""
     in_flight: core.InFlight | None = None

@@ -19,6 +19,7 @@ from pekoe.core.errors import Interrupted, RunError
 from pekoe.core.loop import StepStats, SyncReport, Trainer
 from pekoe.core.progress import ProgressReporter, phase
 from pekoe.core.types import AnySample, Draw, JudgedGroup
+from pekoe.plan.own import told
 from pekoe.run.build import RLParts, eval_sampling
 from pekoe.run.checkpoints import Progress
 from pekoe.run.evaluate import evaluate, warn_truncation
@@ -246,6 +247,9 @@ def commit(
     metrics |= step_work(parts.spec, config, batch, scored, stats, counted.get("num_forwards"))
     metrics |= own_metrics(config.track.metrics, list(batch.everything()), metrics, parts.view)
     parts.run.journal.write("step", **metrics, **synced.as_dict(), **counted)
+    if outlook := parts.outlook.after_step(config, parts.run.path, counted.get("num_engines")):
+        parts.run.journal.write("forecast", step=step, **outlook)
+        parts.view.say(told(outlook))
     collapse = collapse_of(metrics, config)
     if collapse and not parts.collapsed:
         parts.run.journal.write("collapse", step=step, why=collapse)
