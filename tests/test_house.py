@@ -48,7 +48,7 @@ BUDGETS = {
     # own metrics, 25
     # sample.py, 175; tables of eval, 50; responses.jsonl, 45; profile.py, 95; run directories that are
     # damaged, --from, a model beside its place, 240; verify.py, 73 (of cli.py)
-    "run": 4535,
+    "run": 4575,
     # lag.py: who waits for whom, what a lag gave, 150; learning.py, 115; the time left, 20; page.js; what is damaged or
     # not finite, 50
     "report": 1595,
@@ -58,8 +58,9 @@ BUDGETS = {
     # keys, recipe, keys in --help, 52; plan, 45; data, 26; verify --references, 20; sample, 35; sys.path of -m, 4
     "cli.py": 570,
     # formulas 840; memory, the simulated schedule, reading a recipe, tables, 1,180; other layouts and what-if, 230;
-    # calibrate.py: constants of this machine, 115; page.py, 80
-    "plan": 2470,
+    # calibrate.py: constants of this machine, 115; page.py, 80;
+    # own.py: a run's own model, 270
+    "plan": 2765,
 }
 ROOMS = sorted(room for room in BUDGETS if not room.endswith(".py"))
 MAX_FILE_LINES, MAX_FUNCTION_LINES = 600, 80
