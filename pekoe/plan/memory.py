@@ -2,7 +2,8 @@
 
 The trainer's parts are those that `pekoe.train.memory_estimate` gets from the trainer's own code on tensors without
 numbers; the coefficients below were read off it (bytes a token, of dense models), and tests/plan/test_memory.py holds
-them to it. What a GPU then really takes was measured on none.
+them to it. What a GPU then really takes was measured on none. Of a mixture all experts' weights are held, and a token's
+activations are those of the experts that it uses.
 """
 
 from __future__ import annotations
@@ -63,9 +64,10 @@ def trainer_memory(
         beside: bytes that other things hold on this device, by name.
     """
     shape, tp, layers = training.shape, training.tp, training.shape.num_layers
-    width, head, inner = shape.hidden, shape.vocab * shape.hidden, shape.dense_width / tp
+    width, head = shape.hidden, shape.vocab * shape.hidden
+    inner = (shape.top_k * shape.expert_width + shape.shared_width if shape.num_experts else shape.dense_width) / tp
     queries, keys = (n * shape.head_dim / tp for n in (shape.num_heads, shape.num_kv_heads))
-    one_layer = shape.common_parameters / layers / tp
+    one_layer = (shape.num_parameters - head * (1 if shape.tied else 2)) / layers / tp
     own = layers * one_layer + head * (1 if shape.tied else 2)  # tensor parallelism leaves embeddings whole
     if half:
         layer, again = 26 * width + 8 * inner + 4 * (queries + keys + shape.num_heads / tp), 4 * inner

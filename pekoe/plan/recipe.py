@@ -110,8 +110,6 @@ def read_shape(folder: str) -> tuple[Shape, str]:
         source = f"{folder} is not here: the shape is {shape.name}'s, by its name"
     else:
         shape, source = _shape_of(file, name), str(file)
-    if shape.num_experts:
-        raise UserError(f"model.path: expected a dense model, as Pekoe trains no mixtures of experts, got {shape.name}")
     return shape, source
 
 
@@ -123,9 +121,20 @@ def _shape_of(file: Path, name: str) -> Shape:
         kv_heads = int(values.get("num_key_value_heads") or heads)
         sizes = int(values["num_hidden_layers"]), hidden, heads, kv_heads, int(head_dim)
         tied, experts = bool(values.get("tie_word_embeddings")), max(int(values.get(key) or 0) for key in EXPERTS)
-        return Shape(name, *sizes, int(values["intermediate_size"]), int(values["vocab_size"]), tied, experts)
+        width = int(values["intermediate_size"])
+        shape = Shape(name, *sizes, width, int(values["vocab_size"]), tied)
+        return replace(shape, num_experts=experts, **_experts(values, width)) if experts else shape
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{file}: expected the config.json of a model, got {type(error).__name__}: {error}") from None
+
+
+def _experts(values: Mapping[str, Any], width: int) -> dict[str, int]:
+    """What a config.json says of its experts. KeyError where it does not say how many a token uses."""
+    each = int(values.get("moe_intermediate_size") or width)  # Mixtral's experts have the model's own width
+    shared = int(values.get("shared_expert_intermediate_size") or each * int(values.get("n_shared_experts") or 0))
+    dense = int(values.get("first_k_dense_replace") or len(values.get("mlp_only_layers") or ()))
+    found = {"top_k": int(values["num_experts_per_tok"]), "expert_width": each, "shared_width": shared}
+    return found | {"dense_layers": dense, "dense_width": width if dense else 0}
 
 
 @dataclass(frozen=True, slots=True)
@@ -300,6 +309,12 @@ def read_plan(asked: Asked) -> Plan:
         _, k, _ = read_device(asked.hardware, one_process=True)
         given = ", ".join(f"{name} = {getattr(k, name):g}" for name in ONE_PROCESS)
         assumed.append(f"one process: no controller stands between sampling and training, {given}")
+    if shape.num_experts:
+        active = (shape.layer_active + shape.head_parameters) / 1e9
+        assumed.append(
+            f"a mixture of experts, {active:.2f}B parameters of which a token uses: planned, though Pekoe trains dense "
+            "models alone; the memory of a training rank is by formulas of dense ones"
+        )
     if not half and not measured:
         assumed.append("model.dtype = float32: timed at the device's stated rate, which is bfloat16's in the table")
     if rollout.dynamic_rounds:

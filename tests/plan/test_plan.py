@@ -20,6 +20,7 @@ from pekoe.plan.costs import NAMES, Engine, Training, fitted
 from pekoe.plan.forecast import FIGURES, errors, forecast, interval, rank_memory
 from pekoe.plan.recipe import Asked, Plan, read_device, read_plan
 from pekoe.plan.search import best_layouts, front
+from pekoe.plan.step import times_beside
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 OWN = """
@@ -155,10 +156,33 @@ def test_a_config_json_is_read(tmp_path: Path):
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(UserError, match="hidden_size"):
         plan_of("laptop.toml", f"model.path={tmp_path}")
-    for key in ("num_experts", "num_local_experts", "n_routed_experts"):
-        (tmp_path / "config.json").write_text(json.dumps(sizes | {key: 8}))
-        with pytest.raises(UserError, match="expected a dense model"):
-            plan_of("laptop.toml", f"model.path={tmp_path}")
+
+
+@pytest.mark.parametrize(
+    ("experts", "active", "all_of"),
+    [
+        ({"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 64}, 2 * 64, 8 * 64),
+        ({"num_local_experts": 8, "num_experts_per_tok": 2}, 2 * 384, 8 * 384),
+        (
+            {"n_routed_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "n_shared_experts": 1},
+            3 * 64,
+            9 * 64,
+        ),
+    ],
+)
+def test_experts_of_a_config_json(tmp_path: Path, experts: dict[str, int], active: int, all_of: int):
+    sizes = {"hidden_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 4}
+    sizes |= {"intermediate_size": 384, "vocab_size": 64, "tie_word_embeddings": True}
+    (tmp_path / "config.json").write_text(json.dumps(sizes | experts))
+    plan = plan_of("laptop.toml", f"model.path={tmp_path}")
+    shape = plan.setup.engine.shape
+    assert shape.layer_active == 4 * (128 * 32 * 12 + 3 * 128 * active)
+    assert shape.num_parameters == 4 * (128 * 32 * 12 + 3 * 128 * all_of) + 64 * 128
+    assert rank_memory(plan).parts["parameters"] == 4 * shape.num_parameters
+    assert "a mixture of experts" in " ".join(plan.assumed)
+    (tmp_path / "config.json").write_text(json.dumps(sizes | experts | {"num_experts_per_tok": None}))
+    with pytest.raises(UserError, match="expected the config"):
+        plan_of("laptop.toml", f"model.path={tmp_path}")
 
 
 @pytest.mark.parametrize(
@@ -201,9 +225,14 @@ def test_an_own_device_is_not_its_namesake(tmp_path: Path):
     assert plan_of("boba-7b-cluster.toml", hardware="h100").published
 
 
-def test_mixtures_are_refused():
-    with pytest.raises(UserError, match="dense model"):
-        plan_of("boba-7b-cluster.toml", "model.path=Qwen3-30B-A3B")
+def test_a_mixture_is_planned_by_its_active_parameters(capsys: pytest.CaptureFixture[str]):
+    changes = "model.path=Qwen3-30B-A3B", "cluster.training.tp=2"
+    out = printed(capsys, asked("boba-7b-cluster.toml", *changes, gpus=64))
+    assert "30.5" in out.partition("B parameters")[0]
+    assert "a mixture of experts, 3.0" in out
+    plans = (plan_of("boba-7b-cluster.toml", f"model.path={name}") for name in ("Qwen3-30B-A3B", "Qwen2.5-32B"))
+    mixture, dense = (times_beside(plan.setup)[1] for plan in plans)
+    assert mixture < dense / 2  # seconds of training
 
 
 def test_what_if_and_the_one_change(capsys: pytest.CaptureFixture[str]):
