@@ -70,7 +70,7 @@ bench-async: $(VENV)/.stamp-test ## Measure training while sampling, by schedule
 learn-async: $(VENV)/.stamp-test ## Whether RL learns with lag: the demo's RL stage at lags 0, 1, 2, 4 (an hour; needs a finished demo)
 	$(PY) benchmarks/learn_async.py $(ARGS)
 
-# The planner against published figures, which a file of yours has: --fit fits its constants, --leave-out scores each
-# group with the constants of the others.
+# The planner against published figures, which a file of yours has: --fit fits its constants; beside each error stands that
+# with the constants of the other groups alone.
 bench-plan: $(VENV)/.stamp-test ## Score the planner: make bench-plan ARGS="--figures FILE.json --json OUT.json"
-	$(PY) benchmarks/bench_plan.py $(ARGS)
+	$(PY) benchmarks/bench_plan.py --leave-out $(ARGS)

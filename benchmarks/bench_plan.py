@@ -6,7 +6,8 @@ Every row of the file (fields: source, model, params, gpu, num_gpus, layout, pro
 value, unit, note) is asked as `plan_rows.question` reads it. An error is |predicted / published - 1|.
 A group is a source.
 `--fit` fits the constants to the file and writes `pekoe/plan/fitted.json`, `--errors` only the errors in it;
-`--leave-out` fits them again without each group in turn, and scores that group with what the others gave.
+`--leave-out` (`make bench-plan` has it) fits them again without each group in turn, and scores that group with what the
+others gave: these errors stand beside the fitted ones.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import json
 import math
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -125,16 +126,20 @@ def scores(rows: Sequence[Row], errors: dict[int, float], key: Callable[[int, Ro
     }
 
 
-def left_out(items: Sequence[Item]) -> dict[str, float]:
-    """The median error of each group with constants fitted to all others."""
-    found = dict[str, float]()
-    for source in sorted({row["source"] for row, _ in items}):
-        families = {asked.family for row, asked in items if row["source"] == source} - {"memory"}
-        own = [item for item in items if item[0]["source"] == source and item[1].family in families]
-        others = [item for item in items if item[0]["source"] != source and item[1].family in families]
-        if own and others:
-            refitted = fit(others, Constants(), 10)  # from the start: the group is not to be seen in any constant
-            found[source] = round(median(abs(math.expm1(log_error(item, refitted))) for item in own), 4)
+def left_out(items: Mapping[int, Item]) -> dict[int, float]:
+    """Errors of all rows, each with constants fitted to the other groups; of none whose family has no other group."""
+    found = dict[int, float]()
+    for source in sorted({row["source"] for row, _ in items.values()}):
+        families = {asked.family for row, asked in items.values() if row["source"] == source} - {"memory"}
+        known = [item for item in items.values() if item[0]["source"] != source and item[1].family in families]
+        if known:
+            refitted = fit(known, Constants(), 10)  # from the start: the group is not to be seen in any constant
+            others = {asked.family for _, asked in known}
+            found |= {
+                number: abs(math.expm1(log_error(item, refitted)))
+                for number, item in items.items()
+                if item[0]["source"] == source and item[1].family in others
+            }
     return found
 
 
@@ -178,12 +183,16 @@ def fitting(rows: Sequence[Row], constants: Constants) -> dict[str, dict[str, in
     }
 
 
-def table(title: str, result: dict[str, Any], extra: dict[str, float] | None = None) -> None:
-    print(f"\n{title:<48} {'rows':>5} {'expr.':>6} {'median':>7} {'p90':>7}" + (" left out" if extra else ""))
+def table(title: str, result: dict[str, Any], left_out: dict[str, Any] | None) -> None:
+    """A line a name; beside its errors those with constants of the other groups alone."""
+    beside = f"  {'left out':>8} {'p90':>7}" if left_out else ""
+    print(f"\n{title:<48} {'rows':>5} {'expr.':>6} {'median':>7} {'p90':>7}{beside}")
     for name, line in result.items():
-        shown = [f"{line[key]:.1%}" if line[key] is not None else "–" for key in ("median_abs_error", "p90")]
-        beside = f"{extra[name]:9.1%}" if extra and name in extra else ""
-        print(f"{name[:48]:<48} {line['rows']:>5} {line['expressed']:>6} {shown[0]:>7} {shown[1]:>7}{beside}")
+        lines = [line, left_out[name]] if left_out else [line]
+        shown = [
+            f"{one[key]:.1%}" if one[key] is not None else "–" for one in lines for key in ("median_abs_error", "p90")
+        ]
+        print(f"{name[:48]:<48} {line['rows']:>5} {line['expressed']:>6} {' '.join(f'{cell:>7}' for cell in shown)}")
 
 
 def main() -> None:
@@ -209,12 +218,12 @@ def main() -> None:
     }
     family = {number: q.family for number, q in enumerate(asked) if isinstance(q, Question)}
     kind = ("dense", "mixture")
-    result = {
-        "groups": scores(rows, errors, lambda _, row: row["source"]),
-        "by_metric": scores(rows, errors, lambda _, row: row["metric"]),
-        "by_family": scores(
-            rows, errors, lambda i, row: f"{family[i]}, {kind[is_mixture(row)]}" if i in family else "not expressed"
-        ),
+    keys: dict[str, Callable[[int, Row], str]] = {
+        "groups": lambda _, row: row["source"],
+        "by_metric": lambda _, row: row["metric"],
+        "by_family": lambda i, row: f"{family[i]}, {kind[is_mixture(row)]}" if i in family else "not expressed",
+    }
+    result: dict[str, Any] = {name: scores(rows, errors, key) for name, key in keys.items()} | {
         "release": release(rows, constants),
         "fits": fitting(rows, constants),
         "constants": asdict(constants),
@@ -225,10 +234,11 @@ def main() -> None:
         print("steps of RL loops, simulated:", result["simulated"])
     print("of what ran, and so fitted, what fits by our formulas:", result["fits"])
     if args.leave_out:
-        result["left_out"] = left_out(items)
-    table("group", result["groups"], result.get("left_out"))
-    table("metric", result["by_metric"])
-    table("family", result["by_family"])
+        numbered = {i: (rows[i], q) for i, q in enumerate(asked) if isinstance(q, Question)}
+        others = left_out(numbered)
+        result["left_out"] = {name: scores(rows, others, key) for name, key in keys.items()}
+    for name in keys:
+        table(name.removeprefix("by_"), result[name], result.get("left_out", {}).get(name))
     print("\nthe release (tokens/s on H800)")
     for line in result["release"]:
         print(f"  {line['model']:<26} {line['num_gpus']:>4}: v0.1 {line['v0.1']:>7,.0f}, "

@@ -1,10 +1,13 @@
 """What `pekoe plan` says of runs of this machine, beside what came out.
 
-    pekoe doctor --measure here.toml                       # before the runs, while nothing else works
-    OMP_NUM_THREADS=1 pekoe doctor --measure core.toml     # for runs whose processes have a core each
+    python benchmarks/plan_here.py --all DIR [--demo runs/demo] [--steps 12] [--json OUT.json]
     python benchmarks/plan_here.py --hardware here.toml [--lengths RUN_DIR] [--json OUT.json] RUN_DIR ...
 
-A run's own config.toml is planned on the profile. Lengths are those of `--lengths`, an earlier run; without
+`--all` needs a finished demo and a machine that does nothing else. It measures the profile of the machine and that of
+one core, then runs the recipe laptop as it is and with four settings changed, and on a cluster (2 engines, 2 ranks) at
+lag 0 and 1; the demo's own RL stage is compared, too. Lengths are those of the demo's RL stage.
+
+Otherwise a run's own config.toml is planned on the profile. Lengths are those of `--lengths`, an earlier run; without
 it those of each run itself: then lengths are not predicted. Measured: the median step, without the first and last.
 """
 
@@ -12,6 +15,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 from statistics import median
@@ -20,6 +26,17 @@ from typing import Any
 from pekoe.core.journal import read_lines
 from pekoe.plan.forecast import forecast
 from pekoe.plan.recipe import Asked
+
+CLUSTER = ("cluster.generation.engines=2", "cluster.training.ranks=2")
+RUNS = {
+    "as-it-is": (),
+    "64-prompts": ("rollout.prompts_per_step=64",),
+    "16-samples": ("rollout.samples_per_prompt=16",),
+    "small-budget": ("train.token_budget=2048",),
+    "checkpointing": ("train.activation_checkpointing=true",),
+    "cluster-lag-0": CLUSTER,
+    "cluster-lag-1": (*CLUSTER, "rollout.max_lag=1"),
+}
 
 
 def measured(run_dir: Path) -> dict[str, float]:
@@ -54,14 +71,48 @@ def compare(run_dir: Path, hardware: str, lengths: str | None) -> dict[str, Any]
     return {"run": str(run_dir), "planned": planned | {"stages": own.stages, "wait_s": own.wait_s}, "measured": seen}
 
 
+def run_all(folder: Path, demo: Path, steps: int) -> list[tuple[Path, str, str]]:
+    """Measure the machine, and run. Returns each run, the profile that it is planned on, and the run whose lengths it
+    is planned with."""
+    seen = demo / "rl"
+    if not (seen / "journal.jsonl").is_file():
+        raise SystemExit(f"--demo: expected a finished demo, got {demo}; next: pekoe demo --out {demo}")
+    folder.mkdir(parents=True, exist_ok=True)
+    here, core = str(folder / "here.toml"), str(folder / "core.toml")
+    if not Path(here).exists():
+        _pekoe("doctor", "--measure", here)
+        _pekoe("doctor", "--measure", core, OMP_NUM_THREADS="1")
+    found = [(seen, here, str(seen))]
+    for name, keys in RUNS.items():
+        place, profile = folder / name, core if any(key.startswith("cluster.") for key in keys) else here
+        data = f"data.train={demo}/data/train.jsonl", f"eval.data={demo}/data/held_out.jsonl"
+        own = f"run.dir={place}", f"num_steps={steps}", f"model.path={demo}/sft/model", f"eval.every={10 * steps}"
+        _pekoe("rl", "laptop", *data, *own, *keys)
+        found.append((place, profile, str(seen)))
+    return found
+
+
+def _pekoe(*arguments: str, **env: str) -> None:
+    print("pekoe", *arguments, file=sys.stderr)
+    subprocess.run([sys.executable, "-m", "pekoe.cli", *arguments], check=True, env=os.environ | env, stdout=sys.stderr)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", type=Path)
-    parser.add_argument("--hardware", required=True, help="a profile, by pekoe doctor --measure")
+    parser.add_argument("runs", nargs="*", type=Path)
+    parser.add_argument(
+        "--all", type=Path, metavar="DIR", help="measure this machine, and run what is compared, in DIR"
+    )
+    parser.add_argument("--demo", type=Path, default=Path("runs/demo"), help="with --all: a finished demo")
+    parser.add_argument("--steps", type=int, default=12, help="with --all: of each run; 4 at the least")
+    parser.add_argument("--hardware", help="a profile, by pekoe doctor --measure")
     parser.add_argument("--lengths", help="a run from whose responses lengths are drawn")
     parser.add_argument("--json", help="where to write the figures")
     args = parser.parse_args()
-    rows = [compare(run, args.hardware, args.lengths) for run in args.runs]
+    if bool(args.all) == bool(args.hardware and args.runs):
+        parser.error("expected --all DIR, or --hardware FILE.toml with run directories")
+    runs = [(run, args.hardware, args.lengths) for run in args.runs]
+    rows = [compare(*one) for one in (run_all(args.all, args.demo, args.steps) if args.all else runs)]
     print("| run | step planned (s) | measured (s) | error | engines idle: planned, measured | trainer idle |")
     print("|---|---|---|---|---|---|")
     for row in rows:

@@ -116,10 +116,14 @@ def _sigma(steps: Sequence[Event]) -> float:
 
 
 def _paced(asked: Asked, steps: Sequence[Event]) -> Asked:
-    """With the factors that give each stage the seconds that it took (medians)."""
+    """With the factors that give each stage the seconds that it took: medians, which together are the median step."""
+    step_s = median(step["step_s"] for step in steps)
+    names = {name for step in steps for name in step["seconds"]}
+    medians = {name: median(step["seconds"].get(name, 0.0) for step in steps) for name in names}
+    scale = step_s / sum(medians.values())
 
     def seconds(*names: str) -> float:
-        return sum(median(step["seconds"].get(name, 0.0) for step in steps) for name in names)
+        return scale * sum(medians.get(name, 0.0) for name in names)
 
     setup = read_plan(asked).setup
     passes, work, published, _ = times_beside(setup)
@@ -127,7 +131,6 @@ def _paced(asked: Asked, steps: Sequence[Event]) -> Asked:
     assert asked.own is not None
     own = replace(asked.own, pace=pace, judging=seconds("verify") / setup.judge_s)
     turns = setup.colocated or not setup.lag
-    step_s = median(step["step_s"] for step in steps)
     wanted = seconds("rollout") if turns else step_s  # with lag it is the trainer's wait
     busy = None
     if not turns and all("idle_engines" in step for step in steps):  # a publish alone stops engines that have work

@@ -305,8 +305,9 @@ def read_plan(asked: Asked) -> Plan:
     layout, changes = layout_of(config, asked.gpus, least)
     lengths, prompt, drawn = _lengths_of(asked, config)
     assumed = [f"model: {source}", *drawn]
-    if layout.one_process and not measured:
+    if layout.one_process and own is None:
         _, k, _ = read_device(asked.hardware, one_process=True)
+    if layout.one_process and not measured:
         given = ", ".join(f"{name} = {getattr(k, name):g}" for name in ONE_PROCESS)
         assumed.append(f"one process: no controller stands between sampling and training, {given}")
     if shape.num_experts:

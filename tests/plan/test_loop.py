@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import median
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,6 +18,7 @@ from pekoe.core.errors import UserError
 from pekoe.core.loop import StepStats
 from pekoe.core.progress import NoProgress
 from pekoe.core.types import Draw, JudgedGroup, Problem
+from pekoe.plan.own import calibrated
 from pekoe.plan.recipe import Asked, read_plan
 from pekoe.plan.schedule import _Engines, simulate
 from pekoe.plan.step import Setup, times_beside
@@ -84,9 +87,38 @@ class Costs:
     def settle(self) -> None: ...
 
 
-def run_with_costs(config: Any, setup: Setup, monkeypatch: pytest.MonkeyPatch) -> tuple[list[float], list[str]]:
+class Recorded(Costs):
+    """What a journal recorded of each step in turns, in place of costs."""
+
+    def __init__(self, setup: Setup, recorded: Sequence[Mapping[str, float]]) -> None:
+        super().__init__(setup)
+        self.recorded, self.version = recorded, 0
+
+    def put(self, draws: Sequence[Draw]) -> None: ...
+
+    def take(self, n: int) -> list[JudgedGroup]:
+        self._pass("rollout", "verify")
+        return [JudgedGroup(Problem("a", (), "1"), i, (), ()) for i in range(n)]
+
+    def drain(self) -> None: ...
+
+    def step(self, samples: Sequence[Stub], *_: Any) -> StepStats:
+        self._pass("train", parts=self.setup.updates)
+        return StepStats(0.0, 0.0, 0.0, 1, 1, 1, {})
+
+    def publish(self, version: int, wait: bool = True) -> Any:
+        if version:  # the first is of no step
+            self._pass("sync")
+        self.version = version
+        return SimpleNamespace(as_dict=dict)
+
+    def _pass(self, *phases: str, parts: int = 1) -> None:
+        self.now += sum(self.recorded[self.version].get(phase, 0.0) for phase in phases) / parts
+
+
+def run_with_costs(config: Any, costs: Costs, monkeypatch: pytest.MonkeyPatch) -> tuple[list[float], list[str]]:
     """When each step of `run_rl` ended, and the order of what it did."""
-    costs, ends = Costs(setup), list[float]()
+    ends = list[float]()
     nothing: Any = SimpleNamespace(
         has=lambda _: False, write=lambda *_, **__: None, settle=lambda *_, **__: None, fetch=list, adopt=list
     )
@@ -114,7 +146,7 @@ def test_the_loop_itself_takes_what_is_simulated(lag: int, goes_on: bool, window
     asked = Asked(RECIPE, keys, "h800")
     plan = read_plan(asked)
     setup = replace(plan.setup, window=plan.config.rollout.window)
-    ends, order = run_with_costs(load_config(RECIPE, keys), setup, monkeypatch)
+    ends, order = run_with_costs(load_config(RECIPE, keys), Costs(setup), monkeypatch)
     before, counted = (lag + 2, 4) if lag else (0, 4)
     published = times_beside(setup)[2]  # the first one, before all steps
     seconds = (ends[before + counted - 1] - (ends[before - 1] if before else published)) / counted
@@ -122,6 +154,29 @@ def test_the_loop_itself_takes_what_is_simulated(lag: int, goes_on: bool, window
     first = order.index("put 1")
     assert order[first : first + lag + 1] == [f"put {i + 1}" for i in range(lag + 1)]  # so many batches at first
     assert order.index(f"put {lag + 2}") == order.index("publish 1") + 1  # the next when a version is there
+
+
+@pytest.mark.parametrize("run", ["one process", "cluster"])
+def test_a_real_journals_phases_give_its_steps(run: str, monkeypatch: pytest.MonkeyPatch):
+    """recorded.jsonl: twelve steps of the demo's RL stage on two cores. `time` is the clock's, when a step was over."""
+    lines = [json.loads(line) for line in Path(__file__).with_name("recorded.jsonl").read_text().splitlines()]
+    events = [line for line in lines if line["run"] == run]
+    steps = events[1:]
+    keys = ("algo.proximal=engine", "algo.correction=off", f"num_steps={len(steps)}", "model.path=Qwen2.5-0.5B")
+    keys += ("cluster.generation.engines=2", "cluster.training.ranks=2") if run == "cluster" else ()
+    recipe = RECIPE.replace("boba-7b-cluster", "laptop")
+    config = load_config(recipe, keys)
+    costs = Recorded(read_plan(Asked(recipe, keys)).setup, [step["seconds"] for step in steps])
+    ends, _ = run_with_costs(config, costs, monkeypatch)
+    real = steps[-1]["time"] - steps[0]["time"]
+    assert ends[-1] - ends[0] == pytest.approx(real, rel=0.02)
+    times = [step["time"] for step in steps]
+    ratios = [(ends[i] - ends[i - 1]) / (times[i] - times[i - 1]) for i in range(1, len(steps))]
+    assert median(ratios) == pytest.approx(1, abs=0.02)
+    known = calibrated(config.model_dump(mode="json", exclude_none=True), events, Path("nowhere"))
+    assert simulate(read_plan(known).setup).time.step_s == pytest.approx(
+        median(step["step_s"] for step in steps[1:]), rel=0.02
+    )
 
 
 def test_lag_is_refused_where_devices_are_shared():
