@@ -403,6 +403,7 @@ def plan(
     mean_prompt: Annotated[float | None, typer.Option(min=1, help="tokens; by default 128")] = None,
     lengths: Annotated[str | None, typer.Option(metavar="RUN_DIR", help="draw lengths from a run's responses")] = None,
     failures: Annotated[float, typer.Option(min=0, help="of a GPU in 1,000 hours")] = 0.0,
+    kernels: Annotated[str | None, typer.Option(help="vllm or sglang: times of AIConfigurator; pekoe[plan]")] = None,
     what_if: Annotated[list[str] | None, typer.Option(metavar="KEY=VALUE", help="compare changes; repeatable")] = None,
     best: Annotated[bool, typer.Option("--best", help="search layouts: time against price")] = False,
     page: Annotated[str | None, typer.Option(metavar="FILE.html", help="write a page with plots, too")] = None,
@@ -416,7 +417,8 @@ def plan(
     from pekoe.plan.command import Asked, run_plan
 
     given = hardware, gpus, mean_response, mean_prompt, lengths, price, failures
-    run_plan(Console(), Asked(recipe, tuple(overrides or ()), *given), what_if or (), best, explain, as_json, page)
+    asked = Asked(recipe, tuple(overrides or ()), *given, kernels=kernels)
+    run_plan(Console(), asked, what_if or (), best, explain, as_json, page)
 
 
 @app.command()

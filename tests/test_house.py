@@ -60,7 +60,7 @@ BUDGETS = {
     # formulas 840; memory, the simulated schedule, reading a recipe, tables, 1,180; other layouts and what-if, 230;
     # calibrate.py: constants of this machine, 115; page.py, 80;
     # own.py: a run's own model, 270
-    "plan": 2780,
+    "plan": 2895,
 }
 ROOMS = sorted(room for room in BUDGETS if not room.endswith(".py"))
 MAX_FILE_LINES, MAX_FUNCTION_LINES = 600, 80

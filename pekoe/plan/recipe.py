@@ -31,6 +31,7 @@ from pekoe.plan.costs import (
     check_constants,
     fitted,
 )
+from pekoe.plan.kernels import kernel_constants
 from pekoe.plan.rollout import SIGMA, Lengths
 from pekoe.plan.shapes import Shape, recognise_model
 from pekoe.plan.step import Pace, Setup, steady_seconds
@@ -254,6 +255,7 @@ class Asked:
     price: float | None = None  # of a device and hour
     failures: float = 0.0  # of a device in 1,000 hours
     own: Own | None = None  # in place of `hardware`
+    kernels: str | None = None  # whose kernels' times engines take, of `plan.kernels`
 
     def changed(self, changes: Iterable[str]) -> Asked:
         """The same with keys of the recipe changed, or `gpus=N`, `hardware=NAME`. UserError for a wrong number."""
@@ -328,6 +330,10 @@ def read_plan(asked: Asked) -> Plan:
     elif config.engine.kv_tokens:
         limit = config.engine.kv_tokens
     engine = Engine(shape, device, layout.engine_gpus, size, size, k, limit)
+    if asked.kernels is not None:
+        own_k, said = kernel_constants(engine, asked.kernels)
+        engine = replace(engine, constants=own_k)
+        assumed.append(said)
     training = Training(
         shape, device, layout.ranks, layout.tp, layout.cp, recompute=float(config.train.activation_checkpointing),
         compiled=config.train.compile, native=False, sharded=layout.shards > 1, constants=k,

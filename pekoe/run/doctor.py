@@ -42,6 +42,7 @@ PARTS = (
     ("report", "plotly", "pip install 'pekoe[report]'"),
     ("data sets", "datasets", "pip install 'pekoe[data]'"),
     ("demo, gym", "reasoning-gym", "pip install 'pekoe[demo]'"),
+    ("kernel times", "aiconfigurator-core", "pip install 'pekoe[plan]'"),
     ("W&B", "wandb", "pip install 'pekoe[wandb]'"),
     ("Trackio", "trackio", "pip install 'pekoe[trackio]'"),
 )
