@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from pekoe.agents.turns import branches_of, cut
+from pekoe.agents.turns import NOTHING, branches_of, cut
 from pekoe.core.errors import RunError, UserError
 from pekoe.core.types import (
     Completion,
@@ -123,7 +123,8 @@ class _Recorded:
     """A turn, and the text by which a later conversation is known to continue it."""
 
     turn: Turn
-    before: tuple[str, ...]  # keys of the messages that it answers
+    messages: Sequence[Message]  # that it answers
+    before: tuple[str, ...]  # their keys
     raw: str  # what the template is given as the answer's content
     texts: tuple[str, ...]  # of context and answer: as sampled, and as templates trim it
 
@@ -133,23 +134,43 @@ class _Recorded:
 
 
 class Dispatcher:
-    """Hands requests that are made at one moment to the engines together, so that a group's prompt is computed once."""
+    """Hands requests that are made at one moment to the engines together, so that a group's prompt is computed once.
 
-    def __init__(self, sampler: Sampler) -> None:
-        self._sampler = sampler
+    With `lockstep` they wait until every episode that runs has asked: what is computed together, and so every bit,
+    does not depend on how long tools take.
+    """
+
+    def __init__(self, sampler: Sampler, lockstep: bool = False) -> None:
+        self.num_active = 0  # episodes that run
+        self._sampler, self._lockstep = sampler, lockstep
         self._waiting: list[tuple[Request, asyncio.Future[Completion]]] = []
 
     def submit(self, request: Request) -> asyncio.Future[Completion]:
         """In the running event loop. The future ends as `Sampler.submit` says."""
         loop = asyncio.get_running_loop()
         future: asyncio.Future[Completion] = loop.create_future()
-        if not self._waiting:
+        if not self._waiting and not self._lockstep:
             loop.call_soon(self._flush)
         self._waiting.append((request, future))
+        if self._lockstep:
+            self._flush_round()
         return future
+
+    def leave(self) -> None:
+        """An episode is over."""
+        self.num_active -= 1
+        if self._lockstep:
+            self._flush_round()
+
+    def _flush_round(self) -> None:
+        asked = {(request.uid, request.draw, request.sample) for request, _ in self._waiting}
+        if asked and len(asked) >= self.num_active:
+            self._flush()
 
     def _flush(self) -> None:
         waiting, self._waiting = self._waiting, []
+        if self._lockstep:
+            waiting.sort(key=lambda pair: (pair[0].draw, pair[0].uid, pair[0].sample, pair[0].turn))
         try:
             inner = self._sampler.submit([request for request, _ in waiting])
         except UserError:  # of one of them; nothing is sampled
@@ -419,7 +440,7 @@ class Session:
         end = sampled[len(written) :] if sampled.startswith(written) else ""
         texts = dict.fromkeys((context + sampled, context + written.strip() + end))
         before = tuple(_key(message) for message in messages)
-        recorded = _Recorded(turn, before, opening + written, tuple(texts))
+        recorded = _Recorded(turn, messages, before, opening + written, tuple(texts))
         self._recorded.append(recorded)
         self._answers.setdefault(_key(answer), []).append(recorded)
 
@@ -447,10 +468,25 @@ class Session:
         while self._pending:
             await asyncio.wait(self._pending)
 
+    @property
+    def last_messages(self) -> Sequence[Message]:
+        """The conversation that the last turn answers."""
+        return self._recorded[-1].messages if self._recorded else ()
+
+    def answer(self) -> Trajectory:
+        """The last turn alone."""
+        turns = self.turns[-1:]
+        finish: FinishReason = turns[0].completion.finish if turns else "stop"
+        return Trajectory(self.uid, self.draw, self.sample, finish, branches_of(turns) or (NOTHING,))
+
     def trajectory(self, finish: FinishReason | None = None) -> Trajectory:
         """What was recorded; `finish` is that of the last turn where it is None."""
-        ended: FinishReason = self._recorded[-1].turn.completion.finish if self._recorded else "stop"
-        return Trajectory(self.uid, self.draw, self.sample, finish or ended, branches_of(self.turns), self.stats)
+        return replace(
+            self.answer(),
+            branches=branches_of(self.turns) or (NOTHING,),
+            finish=finish or self.answer().finish,
+            episode=self.stats,
+        )
 
 
 def _key(message: Message) -> str:

@@ -8,7 +8,8 @@ import numpy as np
 
 from pekoe.core.types import BoolArray, Branch, Completion, FinishReason, FloatArray, IntArray, Record, Turn
 
-Versions = tuple[tuple[int, int], ...]
+NOTHING = Branch(0, 0, (), Record(np.empty(0, np.int64), np.empty(0, np.bool_), np.empty(0, np.float32)))
+"""Of an episode that asked for no answer."""
 
 
 def branches_of(turns: Iterable[Turn]) -> tuple[Branch, ...]:

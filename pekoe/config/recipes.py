@@ -78,6 +78,19 @@ class RolloutSection(ConfigSection):
     window: int = Field(default=1, ge=1)
     """With during_update = "go_on": a finished group may overtake unfinished ones, within so many groups from the
     oldest; the lag is at most max_lag + ceil((window - 1) / prompts_per_step) then. 1: in the order of their draws."""
+    episode: FunctionName | None = None
+    """A program of your own, "MODULE:NAME", that talks with the model over many turns, calls tools, and says what came
+    of it: async def episode(problem, client) -> Verdict | float | bool | None. Absent: a single answer. With it,
+    max_new_tokens is what a conversation may have beyond its prompt, tools' results among it."""
+    max_turns: int = Field(default=16, ge=1)
+    """Answers that an episode may ask for; one more ends it, UNPARSED where the program does not catch EpisodeLimit."""
+    turn_tokens: int | None = Field(default=None, ge=1)
+    """Tokens of one answer of an episode. Absent: what max_new_tokens leaves."""
+    episode_limit_s: Seconds = 600.0
+    """Seconds that an episode may take outside of engines (its tools' time); beyond, it is FAULT."""
+    lockstep: bool = False
+    """Answers are sampled in rounds, each when every episode has asked for one or ended: with during_update = "wait" a
+    run on a CPU repeats to the bit, however long tools take. Off: as they are asked for, which is faster."""
 
     @property
     def lag_bound(self) -> int:

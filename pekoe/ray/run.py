@@ -20,7 +20,7 @@ from pekoe.ray.engine_actor import RayStarter
 from pekoe.ray.placement import WorkerLost, bundles, connect, node_of, place
 from pekoe.ray.store import RayJudge, RayRecords, StoreRegistry
 from pekoe.ray.trainer import RaySender, RayTrainer
-from pekoe.run.build import RLParts, check_room, open_run, open_task, open_tokenizer
+from pekoe.run.build import RLParts, check_room, open_episodes, open_run, open_task, open_tokenizer
 from pekoe.run.interrupt import StepTimer, Stop
 from pekoe.run.judging import kinds_of, make_judge
 from pekoe.run.metrics import StepCounters
@@ -134,7 +134,11 @@ def build_cluster(
     add = trainer.prefetcher.add if prefetches else None
     common = pool, tokenizer, judge, task.planned[0], timer, view, stop, channel.catch_up
     at_once, window = config.engine.max_running * len(pool.members), config.rollout.window
-    rollouts = Rollouts(*common, partial(_require_engine, pool), add, section.colocate, window, at_once)
+    episodes, eval_episodes = (open_episodes(config, pool, tokenizer, stack) for _ in range(2))
+    adopt = records.adopt_one
+    rollouts = Rollouts(
+        *(*common, partial(_require_engine, pool), add, section.colocate, window, at_once, episodes, adopt)
+    )
     parts = RLParts(
         config=config,
         problems=task.problems,
@@ -143,7 +147,7 @@ def build_cluster(
         stop_token_ids=tokenizer.stop_token_ids,
         trainer=trainer,
         rollouts=rollouts,
-        eval_rollouts=Rollouts(*common, at_once=at_once),
+        eval_rollouts=Rollouts(*common, at_once=at_once, episodes=eval_episodes, adopt=adopt),
         weights=channel,
         records=records,
         run=run,

@@ -275,6 +275,12 @@ class RayRecords:
         ray_get([actor.put.remote(records)], _FETCH_LIMIT_S, "tokens to be stored")
         return moved
 
+    def adopt_one(self, trajectory: Trajectory) -> Trajectory:
+        """See `RecordWriter.adopt`; of an episode's trajectory."""
+        problem = Problem(trajectory.uid, (), None)
+        ((moved,),) = (g.trajectories for g in self.adopt([JudgedGroup(problem, trajectory.draw, (trajectory,), ())]))
+        return moved
+
     def forget(self) -> None:
         """Wait for what is being written, and ignore the outcome: the steps are made again."""
         if self._writing:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from pekoe.agents.episodes import Episodes, check_episode
 from pekoe.algo.advantage import find_advantage
 from pekoe.config.data import ProblemSection
 from pekoe.config.recipes import (
@@ -347,13 +348,15 @@ def open_task(config: RLConfig, spec: ModelSpec, tokenizer: Tokenizer, view: Pro
     """Read the data of a recipe. UserError for what does not fit the model, or is not enough."""
     data, rollout = config.data, config.rollout
     find_advantage(config.algo.advantage)  # a mistake in it is found now
+    if rollout.episode is not None:
+        check_episode(rollout.episode)
     for name in config.track.metrics:
         load_function(name, "track.metrics")
     new_tokens = max(rollout.max_new_tokens, config.eval.max_new_tokens or 0)
     check_context(spec, data.max_prompt_tokens, new_tokens)
     folder = config.run.dir
     refused = reference_check(config.verify, view, folder)
-    keep_rows = bool(config.verify.rewards)
+    keep_rows = bool(config.verify.rewards) or rollout.episode is not None
     problems, report = gather_problems(data, config.run.seed, tokenizer, view, refused, keep_rows)
     for line in report.summary():
         view.say(line)
@@ -398,7 +401,13 @@ def build_rl(
     weights = open_channel(config, pool, sender, canary, temperature, logs, stop)
     common, catch_up = (pool, tokenizer, judge, task.planned[0], timer, view, stop), weights.catch_up
     at_once, window = config.engine.max_running * len(pool.members), config.rollout.window
-    rollouts = Rollouts(*common, catch_up, catch_up if lag else lambda: None, window=window, at_once=at_once)
+    episodes, eval_episodes = (open_episodes(config, pool, tokenizer, stack) for _ in range(2))
+    rollouts = Rollouts(
+        *(*common, catch_up, catch_up if lag else lambda: None),
+        window=window,
+        at_once=at_once,
+        episodes=episodes,
+    )
     return RLParts(
         config=config,
         problems=task.problems,
@@ -407,7 +416,7 @@ def build_rl(
         stop_token_ids=tokenizer.stop_token_ids,
         trainer=trainer,
         rollouts=rollouts,
-        eval_rollouts=Rollouts(*common, catch_up, at_once=at_once),
+        eval_rollouts=Rollouts(*common, catch_up, at_once=at_once, episodes=eval_episodes),
         weights=weights,
         records=records,
         run=run,
@@ -417,6 +426,15 @@ def build_rl(
         spec=model.spec,
         machine=machine,
     )
+
+
+def open_episodes(config: RLConfig, pool: EnginePool, tokenizer: Tokenizer, stack: ExitStack) -> Episodes | None:
+    """What runs the recipe's episodes; None: single answers."""
+    if config.rollout.episode is None:
+        return None
+    episodes = Episodes(config.rollout, config.verify, pool, tokenizer)
+    stack.callback(episodes.close)
+    return episodes
 
 
 def open_run(

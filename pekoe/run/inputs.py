@@ -41,7 +41,7 @@ def inputs_of(config: RLConfig, tokenizer: Tokenizer, problems: Sequence[Problem
         "problems": {problem.uid: digest(problem)[:8] for problem in problems},
         "prompts": hashlib.sha256(json.dumps(tokens).encode()).hexdigest()[:16],
         "rewards": reward_sources(config.verify, [problem.kind for problem in problems])
-        | ({config.algo.advantage: source_digest(config.algo.advantage)} if ":" in config.algo.advantage else {}),
+        | {name: source_digest(name) for name in (config.algo.advantage, config.rollout.episode or "") if ":" in name},
     }
 
 

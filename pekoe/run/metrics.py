@@ -59,6 +59,15 @@ def step_metrics(
         metrics["score"] = _mean(scores)
         if config.algo.reward_formula == "label":
             metrics["score_rounded_rate"] = _mean([0 < one < 1 for one in scores])
+    if episodes := [r.episode for r, _ in pairs if r.episode is not None]:
+        metrics |= {
+            "turns": _mean([one.num_turns for one in episodes]),
+            "branches": _mean([len(r.branches) for r, _ in pairs]),
+            "tool_calls": _mean([one.num_tool_calls for one in episodes]),
+            "malformed_calls": _mean([one.num_malformed for one in episodes]),
+            "episode_tool_s": _mean([one.tool_s for one in episodes]),
+            "episode_engine_s": _mean([one.engine_s for one in episodes]),
+        }
     if lagged:
         metrics |= lag_metrics(step, [r for r, _ in pairs])
     if not stats:

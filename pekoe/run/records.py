@@ -122,5 +122,6 @@ def record_lines(batch: Batch, scored: Scored, config: RLConfig) -> Iterator[Rec
                     "advantage": advantages.get((position, trajectory.sample)),
                 }
                 if trajectory.episode is not None:
-                    fields |= {"branch": number, "episode": asdict(trajectory.episode)}
+                    counts = {name: n for name, n in asdict(trajectory.episode).items() if name.startswith("num_")}
+                    fields |= {"branch": number, "episode": counts}
                 yield RecordLine(fields, branch.handle)

@@ -11,6 +11,7 @@ from functools import partial
 from itertools import count, takewhile
 from queue import Empty, SimpleQueue
 
+from pekoe.agents.episodes import Attempt, Episodes
 from pekoe.core.errors import RunError
 from pekoe.core.loop import Counters
 from pekoe.core.progress import ProgressReporter
@@ -93,6 +94,8 @@ class Rollouts:
         offloads: whether engines and trainer take turns on the same devices.
         window: a group that is judged may overtake others, within so many from the oldest.
         at_once: responses that all engines together decode at a time, for the time left.
+        episodes: of many turns, in place of single answers.
+        adopt: brings the tokens of episodes, which are here, to where the trainer and the judges fetch them.
     """
 
     def __init__(
@@ -110,12 +113,14 @@ class Rollouts:
         offloads: bool = False,
         window: int = 1,
         at_once: int = 1,
+        episodes: Episodes | None = None,
+        adopt: Callable[[Trajectory], Trajectory] = lambda trajectory: trajectory,
     ) -> None:
         self._pool, self._tokenizer, self._judge, self._params = pool, tokenizer, judge, params
         self._timer, self._view, self._stop = timer, view, stop
         self._while_waiting, self._while_draining = while_waiting, while_draining
         self._on_group, self._offloads, self._window = on_group, offloads, window
-        self._at_once = at_once
+        self._at_once, self._episodes, self._adopt = at_once, episodes, adopt
         self._groups: deque[_Group] = deque()  # in the order in which they were put
         self._unreported: deque[_Group] = deque()  # those that `on_group` was not called with yet
         self._orders = count()
@@ -129,12 +134,20 @@ class Rollouts:
         self._begin([_Group(draw, params, next(self._orders)) for draw in draws], params)
 
     def _begin(self, groups: list[_Group], params: SamplingParams) -> None:
-        draws = [group.draw for group in groups]
-        requests = [self._requests(draw, params) for draw in draws]
-        futures = iter(self._pool.submit([request for group in requests for request in group]))
+        requests: list[list[Request]] = []
+        futures: Iterator[Future[Completion]] = iter(())
+        if self._episodes is None:
+            requests = [self._requests(group.draw, params) for group in groups]
+            futures = iter(self._pool.submit([request for group in requests for request in group]))
         self._groups += groups
         if self._on_group is not None and params.stream == "train":
             self._unreported += groups
+        if self._episodes is not None:
+            attempts = self._episodes.begin([group.draw for group in groups], params)
+            for group, its_attempts in zip(groups, attempts, strict=True):
+                for attempt in its_attempts:
+                    attempt.add_done_callback(partial(self._hand_over, self._finished, group, None))
+            return
         for group, its_requests in zip(groups, requests, strict=True):
             for request in its_requests:
                 next(futures).add_done_callback(partial(self._hand_over, self._finished, group, request))
@@ -143,19 +156,36 @@ class Rollouts:
         prompt = self._tokenizer.encode_prompt(draw.problem.messages)
         return requests_of(draw.problem.uid, draw.number, prompt, params)
 
-    def _hand_over(self, finished: _Finished, group: _Group, request: Request, future: Future[Completion]) -> None:
-        """Called in a thread of an engine's, which has other things to do."""
+    def _hand_over(
+        self, finished: _Finished, group: _Group, request: Request | None, future: Future[Completion] | Future[Attempt]
+    ) -> None:
+        """Called in a thread of an engine's, or of episodes, which has other things to do."""
         self._to_judge.submit(self._have_judged, finished, group, request, future)
 
-    def _have_judged(self, finished: _Finished, group: _Group, request: Request, future: Future[Completion]) -> None:
-        """Have a completion judged; errors are raised in `_receive`. What was cancelled is ignored."""
+    def _have_judged(
+        self, finished: _Finished, group: _Group, request: Request | None, future: Future[Completion] | Future[Attempt]
+    ) -> None:
+        """Have what was sampled judged; errors are raised in `_receive`. What was cancelled is ignored."""
         if finished is not self._finished:
             return
         try:
-            trajectory = Trajectory.of(request, future.result())
+            ended = future.result()
+            if isinstance(ended, Attempt):
+                finished.put((group, self._adopt(ended.trajectory), self._verdict(ended)))
+                return
+            assert request is not None
+            trajectory = Trajectory.of(request, ended)
             finished.put((group, trajectory, self._judge.submit(group.draw.problem, trajectory)))
         except BaseException as error:
             finished.put(error)
+
+    def _verdict(self, attempt: Attempt) -> Future[Verdict]:
+        """The episode's own, or the judge's on its last turn."""
+        if attempt.verdict is None:
+            return self._judge.submit(attempt.problem, self._adopt(attempt.answer))
+        verdict: Future[Verdict] = Future()
+        verdict.set_result(attempt.verdict)
+        return verdict
 
     def restore(self, draws: Sequence[Draw], places: Sequence[int], sampled: Sequence[JudgedGroup]) -> None:
         """See `core.loop.Rollouts`."""
@@ -229,6 +259,8 @@ class Rollouts:
 
     def _receive(self, while_waiting: Callable[[], None], last: int = -1) -> None:
         """Wait a moment for a completion. Progress is that of groups put up to `last`."""
+        if self._episodes is not None:
+            self._episodes.check()
         if time.monotonic() - self._waited > _WAITING_S:
             while_waiting()
             self._waited = time.monotonic()
@@ -261,6 +293,8 @@ class Rollouts:
         self._groups.clear()
         self._unreported.clear()
         self._finished = SimpleQueue()
+        if self._episodes is not None:
+            self._episodes.cancel()
         self._pool.abort()
 
     def flush_cache(self) -> None:
