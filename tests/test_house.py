@@ -51,7 +51,7 @@ BUDGETS = {
     "run": 4640,
     # lag.py: who waits for whom, what a lag gave, 150; learning.py, 115; the time left, 20; page.js; what is damaged or
     # not finite, 50
-    "report": 1595,
+    "report": 1480,
     "ray": 1495,  # streams.py: many answers by one call, 100; who may connect, 20
     "agents": 760,
     "demo": 480,
