@@ -2,6 +2,7 @@
 
     make kill-matrix ARGS="--kinds engine,judge --phases rollout"
 
+The kind "terminated" is asked to stop, by SIGTERM to the controller, and must end with status 143, its last step saved.
 Prints a table: how the run went on by itself, or stopped and was resumed by the same command; how far its losses are
 from those of the run that nobody killed; and whether its ledger is the same. Exit status 1 if any differs.
 """
@@ -11,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -20,8 +22,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-KINDS = ("controller", "engine", "first rank", "other rank", "judge", "store")
-PHASES = ("rollout", "verify", "train", "sync", "save")
+KINDS = ("controller", "engine", "first rank", "other rank", "judge", "store", "terminated")
+PHASES = ("rollout", "verify", "train", "sync", "save", "evaluate")
 STEPS, LIMIT_S, TOLERANCE = 4, 300, 1e-3
 
 
@@ -61,6 +63,7 @@ def make_inputs(folder: Path, reward: str = "kill_matrix:parity") -> dict[str, A
         "optim": {"lr": 1e-3},
         "algo": {"minibatches": 2},
         "train": {"token_budget": 512, "save_every": 1},
+        "eval": {"data": str(folder / "problems.jsonl"), "every": 2, "samples": 1, "max_new_tokens": 48},
         "verify": {"workers": 2, "functions": [reward]},
         "cluster": {"generation": {"engines": 2}, "training": {"ranks": 2}, "silence_limit_s": 30, "sync_limit_s": 60},
     }
@@ -74,10 +77,12 @@ def life(recipe: dict[str, Any], kind: str, phase: str) -> None:
     import ray
 
     from pekoe.config.recipes import load_config
+    from pekoe.core.errors import Interrupted
     from pekoe.core.progress import NoProgress
     from pekoe.ray.run import RayChannel, build_cluster, run_with_restarts
     from pekoe.ray.store import RayJudge
     from pekoe.ray.trainer import RaySnapshot, RayTrainer
+    from pekoe.run import rl
     from pekoe.run.interrupt import Stop
     from pekoe.run.rollouts import Rollouts
 
@@ -93,6 +98,7 @@ def life(recipe: dict[str, Any], kind: str, phase: str) -> None:
         ranks = cluster.trainer.pids
         return {
             "controller": os.getpid(),
+            "terminated": os.getpid(),
             "engine": cluster.pool.members[0].engine.info.pid,
             "first rank": ranks[0],
             "other rank": ranks[1],
@@ -104,12 +110,12 @@ def life(recipe: dict[str, Any], kind: str, phase: str) -> None:
 
         def work() -> None:
             time.sleep(after_s)
-            print(f"killed {kind} in {phase}", flush=True)
-            os.kill(target, signal.SIGKILL)
+            print(f"killed {kind} in {phase} at {time.monotonic()}", flush=True)
+            os.kill(target, signal.SIGTERM if kind == "terminated" else signal.SIGKILL)
 
         threading.Thread(target=work, daemon=True).start()
 
-    def at(owner: type, name: str, call: int, after_s: float, where: str, late: bool = False) -> None:
+    def at(owner: Any, name: str, call: int, after_s: float, where: str, late: bool = False) -> None:
         """Strike at (`late`: when it returns from) the `call`-th call of owner.name."""
         function, calls = getattr(owner, name), [0]
 
@@ -130,20 +136,27 @@ def life(recipe: dict[str, Any], kind: str, phase: str) -> None:
     at(RayTrainer, "step", 4, 0.02, "train")
     at(RayChannel, "publish", 3, 0.01, "sync")
     at(RaySnapshot, "write", 2, 0.01, "save")
-    with ExitStack() as stack:
-        cluster = build_cluster(load_config(recipe), Printed(), Stop(), stack)
-        run_with_restarts(cluster)
+    at(rl, "evaluate", 2, 0.01, "evaluate")
+    stop = Stop()
+    try:
+        with stop.listening(), ExitStack() as stack:
+            cluster = build_cluster(load_config(recipe), Printed(), stop, stack)
+            run_with_restarts(cluster)
+    except Interrupted as stopped:
+        sys.exit(stopped.status)
 
 
-def attempt(folder: Path, name: str, kind: str, phase: str) -> tuple[int, str]:
-    """A run in a process of its own; its exit status and what it said."""
+def attempt(folder: Path, name: str, kind: str, phase: str) -> tuple[int, str, float]:
+    """A run in a process of its own: its exit status, what it said, and how long it lived after the kill (s)."""
     command = [sys.executable, __file__, "--life", str(folder), name, kind, phase]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path[1:]])}
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S, env=environment)
     except subprocess.TimeoutExpired as error:
-        return 124, f"HANGS: {str(error.stdout)[-500:]}"
-    return done.returncode, done.stdout + done.stderr
+        return 124, f"HANGS: {str(error.stdout)[-500:]}", float("nan")
+    at = re.search(r"^killed .* at ([\d.]+)$", done.stdout, re.MULTILINE)
+    lived_s = time.monotonic() - float(at[1]) if at else float("nan")
+    return done.returncode, done.stdout + done.stderr, lived_s
 
 
 def outcome(run: Path) -> tuple[list[float], list[tuple[str, int, str]]]:
@@ -170,20 +183,21 @@ def main() -> None:
     folder: Path = options.folder.resolve()
     folder.mkdir(parents=True)
     (folder / "recipe.json").write_text(json.dumps(make_inputs(folder)))
-    status, said = attempt(folder, "unbroken", "nobody", "never")
+    status, said, _ = attempt(folder, "unbroken", "nobody", "never")
     if status:
         raise SystemExit(f"the run that nobody kills failed:\n{said}")
     losses, ledger = outcome(folder / "unbroken")
     rows: list[dict[str, Any]] = []
-    print(f"{'killed':<12} {'phase':<8} {'s':>4}  {'went on':<28} {'loss differs by':<16} ledger", flush=True)
+    print(f"{'killed':<12} {'phase':<8} {'s':>4}  {'went on':<36} {'loss differs by':<16} ledger", flush=True)
     for kind in options.kinds.split(","):
         for phase in options.phases.split(","):
             start, name = time.perf_counter(), f"{kind}-{phase}".replace(" ", "-")
-            status, said = attempt(folder, name, kind, phase)
+            status, said, lived_s = attempt(folder, name, kind, phase)
+            asked = kind != "terminated" or status == 128 + signal.SIGTERM
             killed, way = "killed" in said or status == -signal.SIGKILL, "by itself"
             if status and status != 124:
-                way = f"stopped ({status}), then resumed"
-                status, _ = attempt(folder, name, "nobody", "never")
+                way = f"stopped ({status}) in {lived_s:.1f} s, then resumed"
+                status, _, _ = attempt(folder, name, "nobody", "never")
             if status:
                 way = f"FAILED: {said.strip().splitlines()[-1][:120]}"
                 differs, same = float("nan"), False
@@ -191,13 +205,14 @@ def main() -> None:
                 found, kept = outcome(folder / name)
                 differs = max(abs(a - b) for a, b in zip(found, losses, strict=True))
                 same = sorted(kept) == sorted(ledger)
-            good = killed and same and differs <= TOLERANCE
+            good = killed and asked and same and differs <= TOLERANCE
             seconds = time.perf_counter() - start
             rows.append(
                 {
                     "killed": kind,
                     "phase": phase,
                     "went_on": way,
+                    "lived_s": round(lived_s, 1),
                     "loss_diff": differs,
                     "ledger_same": same,
                     "good": good,
@@ -205,7 +220,7 @@ def main() -> None:
             )
             ledger_said = "the same" if same else "DIFFERS"
             print(
-                f"{kind:<12} {phase:<8} {seconds:4.0f}  {way:<28} {differs:<16.1e} {ledger_said}"
+                f"{kind:<12} {phase:<8} {seconds:4.0f}  {way:<36} {differs:<16.1e} {ledger_said}"
                 f"{'' if killed else '  NOBODY WAS KILLED'}",
                 flush=True,
             )

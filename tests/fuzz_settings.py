@@ -117,6 +117,7 @@ def run_whole(arguments: list[str], folder: Path) -> None:
             os.dup2(descriptor, 1)
             os.dup2(descriptor, 2)
             os.setpgid(0, 0)
+            os.chdir(folder)  # names of files that are not absolute
             resource.setrlimit(resource.RLIMIT_AS, (RUN_MEMORY_BYTES, RUN_MEMORY_BYTES))
             resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 30, 1 << 30))
             sys.argv = ["pekoe", *arguments]

@@ -76,7 +76,7 @@ class Journal(JsonLines):
 
     def has(self, event: str) -> bool:
         """Whether such an event is in the file."""
-        return self.path is not None and any(one["event"] == event for one in read_lines(self.path))
+        return self.path is not None and any(one.get("event") == event for one in read_lines(self.path))
 
 
 def ends_at(path: Path, offset: int) -> bool:

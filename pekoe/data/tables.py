@@ -46,8 +46,8 @@ def read_parquet(path: Path) -> Iterator[dict[str, Any]]:
     try:
         with parquet.ParquetFile(path) as file:
             groups = map(file.metadata.row_group, range(file.metadata.num_row_groups))
-            sizes = [group.column(i).total_uncompressed_size for group in groups for i in range(group.num_columns)]
-            unpacked.add(sum(sizes))  # before anything is unpacked
+            # Before anything is unpacked. Not of each column: to ask for a damaged one's metadata ends the process.
+            unpacked.add(sum(group.total_byte_size for group in groups))
             unpacked = Unpacked(path)
             for batch in file.iter_batches(BATCH_ROWS):
                 unpacked.add(batch.nbytes)

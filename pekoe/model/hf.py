@@ -164,7 +164,7 @@ def _open(file: Path) -> Generator[Any]:
         with safe_open(file, framework="pt", device="cpu") as handle:
             yield handle
     except SafetensorError as error:
-        raise UserError(f"{file}: not a readable safetensors file: {error}") from None
+        raise UserError(f"{file}: not a readable safetensors file: {error!s:.300}") from None
 
 
 def _headers(files: list[Path]) -> dict[str, _Stored]:

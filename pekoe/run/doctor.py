@@ -155,7 +155,8 @@ def step_summary(config: RLConfig, spec: ModelSpec) -> list[str]:
         f"{together} or more responses a micro-batch",
     ]
     journal = Path(config.run.dir) / "journal.jsonl"
-    steps = [event for event in read_lines(journal) if event["event"] == "step"] if journal.is_file() else []
+    events = read_lines(journal) if journal.is_file() else []
+    steps = [event for event in events if event.get("event") == "step" and {"step", "step_s"} <= event.keys()]
     left = config.num_steps - (steps[-1]["step"] if steps else 0)
     if steps and left > 0:
         seconds = median(step["step_s"] for step in steps)

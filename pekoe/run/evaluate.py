@@ -268,13 +268,15 @@ def _rows_of(path: Path) -> dict[str, dict[str, Any]]:
     path = path / "results.json" if path.is_dir() else path
     try:
         problems = json.loads(path.read_text(encoding="utf-8"))["problems"]
-        return {
-            one["uid"]: {"num_correct": one["num_correct"], "num_judged": one["num_judged"]} | one for one in problems
-        }
+        for one in problems:
+            counts = one["num_correct"], one["num_judged"]
+            if type(one["uid"]) is not str or {*map(type, counts)} != {int} or not 0 <= counts[0] <= counts[1]:
+                raise ValueError(f"a problem with {counts}")
+        return {one["uid"]: one for one in problems}
     except FileNotFoundError:
         siblings = [p.name for p in path.parent.glob("*.json")] if path.parent.is_dir() else []
         raise UserError(f"{path}: expected results of pekoe eval, found none.{nearest(path.name, siblings)}") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{path}: expected results of pekoe eval, got something else: {error}") from None
 
 

@@ -105,7 +105,7 @@ class _Run:
         self.path = run_dir
         self.config = load_config(run_dir / "config.toml", kind=RLConfig)
         events = read_lines(run_dir / "journal.jsonl")
-        self.events = {event["step"]: event for event in events if event.get("event") == "step"}
+        self.events = {event["step"]: event for event in events if event.get("event") == "step" and "step" in event}
 
     def open(self) -> Trainer:
         prepare(self.config.run)

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from pekoe.config.recipes import CurateConfig, EvalConfig, VerifySection
 from pekoe.core.errors import Interrupted, UserError
@@ -60,6 +60,16 @@ class ProblemResult:
             content=digest(group.problem),
         )
 
+    def is_whole(self) -> bool:
+        """Whether it has the types that it should, which a line of a file need not have."""
+        lists: list[Any] = [self.labels, self.answers, self.tokens, self.reasons]
+        return (
+            isinstance(self.uid, str)
+            and all(isinstance(each, list) and len(each) == len(self.labels) for each in lists)
+            and all(label in get_args(Label) for label in self.labels)
+            and all(type(number) is int for number in self.tokens)
+        )
+
     @property
     def num_judged(self) -> int:
         return len(self.labels) - self.labels.count("fault")
@@ -72,6 +82,12 @@ class ProblemResult:
     def pass_rate(self) -> float | None:
         """The share of correct responses, FAULT left out; None where nothing else is left."""
         return self.num_correct / self.num_judged if self.num_judged else None
+
+
+def _damaged(path: Path) -> UserError:
+    return UserError(
+        f"{path}: expected the lines that this command writes, got others; name another directory, or remove this one"
+    )
 
 
 def decided_by(config: CurateConfig | EvalConfig, problems: Sequence[Problem]) -> dict[str, Any]:
@@ -154,14 +170,21 @@ class ResumableSamples:
         if not lines:
             self._lines.append({"about": about})
             return
-        before = lines[0].get("about", {})
+        before = lines[0].get("about")
+        if not isinstance(before, dict):
+            raise _damaged(path)
         for key in sorted((about.keys() | before.keys()) - _PLACES):
             if before.get(key) != about.get(key):
                 raise UserError(
                     f"{path}: expected responses sampled with {key} = {about.get(key)!r}, got "
                     f"{before.get(key)!r}; name another directory, or remove this one"
                 )
-        rows = [ProblemResult(**line) for line in lines[1:]]
+        try:
+            rows = [ProblemResult(**line) for line in lines[1:]]
+            if not all(row.is_whole() for row in rows):
+                raise TypeError
+        except TypeError:
+            raise _damaged(path) from None
         # A fault is ours: with its cause removed, the same responses are judged again.
         self.done = {row.uid: row for row in rows if "fault" not in row.labels}
 
@@ -203,7 +226,7 @@ class ResumableSamples:
         kept = path.with_name(f".{path.name}.partial")
         with kept.open("w", encoding="utf-8") as file:
             for line in read_lines(path):
-                if line["uid"] not in uids:
+                if line.get("uid") not in uids:
                     file.write(json.dumps(line, separators=(",", ":")) + "\n")
         self._responses.close()
         os.replace(kept, path)

@@ -85,7 +85,7 @@ def main() -> int:
         for other in (verifier, *VERIFIERS.values()):
             if other.worker_group == verifier.worker_group:
                 other.warm_up()
-    except Exception as error:
+    except BaseException as error:  # a script may exit where it is imported
         send({"failed": describe(error)})
         return 1
     if verifier.is_users:

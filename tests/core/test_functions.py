@@ -15,6 +15,7 @@ from pekoe.core.functions import load_function
 def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine_functions.py").write_text("def twice(x):\n    return 2 * x\n\nnumber = 1\n")
+    (tmp_path / "exits.py").write_text("raise SystemExit(0)\n")
     (tmp_path / "broken_functions.py").write_text("import no_such_module\n")
 
 
@@ -33,6 +34,7 @@ def test_a_function_of_the_current_directory():
         ),
         ("mine_functions:number", r"expected a function in .*, got 'number'"),
         ("no_functions:f", r"^a.key: expected a module that Python can import, got no_functions: ModuleNotFoundError"),
+        ("exits:f", r"^a.key: expected a module that Python can import, got exits: SystemExit\(0\)"),
         ("broken_functions:f", r"got broken_functions: ModuleNotFoundError\(\"No module named 'no_such_module'\"\)"),
     ],
 )

@@ -372,6 +372,28 @@ def test_parquet_that_unpacks_to_far_more(tmp_path: Path):
         read_problems(path)
 
 
+def test_a_line_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("pekoe.data.rows.MAX_ROW_CHARS", 100)
+    (tmp_path / "a.jsonl").write_text(json.dumps({"prompt": "p" * 99, "answer": "1"}))
+    with pytest.raises(UserError, match=r"a\.jsonl:1: expected at most 100 characters, got 125"):
+        read_problems(tmp_path / "a.jsonl")
+
+
+def test_parquet_whose_statistics_are_damaged(tmp_path: Path):
+    """Arrow ends the process where one asks it for such a column's metadata."""
+    arrow = pytest.importorskip("pyarrow", reason="pip install 'pekoe[data]'")
+    import pyarrow.parquet as parquet
+
+    path = tmp_path / "a.parquet"
+    parquet.write_table(arrow.table({"prompt": ["1+1="], "answer": ["2"]}), path)
+    data = path.read_bytes()
+    texts, numbers = b"\x15\x0c\x25", b"\x15\x0a\x25"  # the types of a column's values, in its metadata
+    assert data.count(texts) == 2
+    path.write_bytes(data.replace(texts, numbers))
+    with pytest.raises(UserError, match=r"a\.parquet: expected a Parquet file, got: .*does not support DOUBLE"):
+        read_problems(path)
+
+
 def test_names_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=r"openai/gsm8k: expected a file of problems.*'hf:openai/gsm8k' reads it"):

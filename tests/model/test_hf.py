@@ -279,6 +279,11 @@ def test_corrupt_weights(saved: Path) -> None:
         (saved / WEIGHTS).write_bytes(content)
         with pytest.raises(UserError, match="not a readable safetensors file"):
             load_model(saved)
+    header = json.dumps({"a": {"dtype": "x" * 5000, "shape": [1], "data_offsets": [0, 4]}}).encode()
+    (saved / WEIGHTS).write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
+    with pytest.raises(UserError, match="not a readable safetensors file") as caught:
+        load_model(saved)
+    assert len(str(caught.value)) < 1000
 
 
 def test_links_into_the_hub_cache_are_followed(saved: Path) -> None:

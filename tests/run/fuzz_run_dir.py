@@ -1,4 +1,5 @@
-"""Run directories damaged at random: each goes on to the same bits, or is refused with one message (exit status 2).
+"""Run directories damaged at random: each goes on to the same bits, or is refused with one message (exit status 2; 1
+where a write failed).
 
 A program: `python -m tests.run.fuzz_run_dir --seconds 300 --seed 1`; its short form is a test. A run of two steps with
 two checkpoints, one that samples ahead and one that does not, is copied, one of its files is damaged (bytes changed,
@@ -23,7 +24,7 @@ from typing import Any
 from unittest import mock
 
 from pekoe.config import RLConfig, load_config
-from pekoe.core import UserError
+from pekoe.core import RunError, UserError
 from pekoe.core.progress import NoProgress
 from pekoe.core.roofline import Ceilings
 from pekoe.core.spec import ModelSpec
@@ -39,7 +40,7 @@ from pekoe.run.build import build_rl
 from pekoe.run.interrupt import Stop
 from pekoe.run.rl import run_rl
 from pekoe.run.run_dir import exported_model
-from tests.fuzzing import main
+from tests.fuzzing import fault_of, main
 
 Damage = Callable[[random.Random, Path], object]
 FOREIGN = (
@@ -156,11 +157,16 @@ class Fuzz:
                 self.train(config, from_step)
             except UserError as error:
                 self.outcomes["refused"] += 1
-                if not str(error) or "\n" in str(error) or "Traceback" in str(error):
-                    self.problems.append(f"seed {seed} ({what}): not one message: {error}")
+                if fault := fault_of(str(error)):
+                    self.problems.append(f"seed {seed} ({what}): {fault}")
                 if (way := re.search(r"--from (\d+) ", str(error))) is None or from_step == int(way[1]):
                     break
                 from_step = int(way[1])
+            except RunError as error:  # a write that fails, such as where a directory is in the way
+                self.outcomes["failed"] += 1
+                if fault := fault_of(str(error)):
+                    self.problems.append(f"seed {seed} ({what}): {fault}")
+                break
             except BaseException:
                 self.problems.append(f"seed {seed} ({what}): {traceback.format_exc()}")
                 break

@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 import re
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -155,6 +156,12 @@ def test_several_sets_and_a_comparison(tiny_dir: Path, tmp_path: Path):
         compare(tmp_path / "a", tmp_path / "c.json")
     with pytest.raises(UserError, match=r"expected results of pekoe eval, got something else"):
         compare(tmp_path / "a", tmp_path / "a/samples.jsonl")
+    for change in ({"num_judged": "3"}, {"num_correct": 99}, {"uid": [1]}, {"num_correct": None}):
+        damaged = {"problems": [results["problems"][0] | change, *results["problems"][1:]]}
+        (tmp_path / "damaged.json").write_text(json.dumps(damaged))
+        with pytest.raises(UserError, match=r"damaged.json: expected results of pekoe eval, got something else"):
+            compare(tmp_path / "damaged.json", tmp_path / "c.json")
+    (tmp_path / "damaged.json").unlink()
     with pytest.raises(UserError, match=r"found none. Did you mean 'c.json'"):
         compare(tmp_path / "a", tmp_path / "d.json")
 
@@ -176,6 +183,37 @@ def test_killed_and_resumed_is_never_killed(tiny_dir: Path, tmp_path: Path, act:
     assert (tmp_path / "part/samples.jsonl").read_bytes() == before  # nothing sampled again
     with pytest.raises(UserError, match=r"expected responses sampled with eval.temperature = 0.5, got 1.0"):
         run_eval(load_config(tree, ["eval.temperature=0.5"], EvalConfig), NoProgress())
+
+
+@pytest.mark.parametrize(
+    ("number", "old", "new"),
+    [
+        (0, '"about":{', '"about":[],"x":{'),
+        (1, '"labels":', '"lables":'),
+        (1, '"labels":[', '"labels":["right",'),
+        (1, '"labels":[', '"labels":3,"x":['),
+        (1, '"labels":[', '"labels":[null,'),
+        (1, '"uid":', '"uid":5,"content2":'),
+    ],
+)
+def test_samples_that_are_damaged_are_one_message(
+    tiny_dir: Path, tmp_path: Path, kept: Path, number: int, old: str, new: str
+):
+    tree = tree_of(tiny_dir, tmp_path / "part")
+    shutil.copytree(kept, tmp_path / "part")
+    lines = (kept / "samples.jsonl").read_text().splitlines(keepends=True)
+    lines[number] = lines[number].replace(old, new, 1)
+    (tmp_path / "part/samples.jsonl").write_text("".join(lines))
+    with pytest.raises(UserError, match=r"samples.jsonl: expected the lines that this command writes, got others"):
+        run_eval(load_config(tree, kind=EvalConfig), NoProgress())
+
+
+@pytest.fixture(scope="module")
+def kept(tiny_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What an evaluation left."""
+    out = tmp_path_factory.mktemp("kept") / "out"
+    run_eval(load_config(tree_of(tiny_dir, out), kind=EvalConfig), NoProgress())
+    return out
 
 
 def test_run_eval(tiny_dir: Path):

@@ -69,6 +69,7 @@ def test_the_recipe_sets_the_judges_memory(tiny_dir: Path, build: Any, monkeypat
             r"kind function:broken:score cannot start: broken.py:1: ModuleNotFoundError: .*no_such_lib",
         ),
         ("def other(): ...", r"cannot start: AttributeError: expected a function of .*, got 'score'"),
+        ("raise SystemExit(0)", r"cannot start: broken.py:1: SystemExit: 0"),
         (None, r"cannot start: ModuleNotFoundError: No module named 'broken'"),
     ],
 )

@@ -18,7 +18,7 @@ def check_functions(functions: Collection[str]) -> None:
     """Raise UserError unless each of `functions` has the form "PACKAGE.MODULE:NAME"."""
     for path in functions:
         if not FUNCTION.fullmatch(path):
-            raise UserError(f"verify.functions: expected PACKAGE.MODULE:NAME, got {path!r}")
+            raise UserError(f"verify.functions: expected PACKAGE.MODULE:NAME, got {path!r:.200}")
 
 
 def find_verifier(kind: str, functions: Collection[str] | Mapping[str, function.Options] = ()) -> Verifier:
@@ -31,17 +31,17 @@ def find_verifier(kind: str, functions: Collection[str] | Mapping[str, function.
     family, _, rest = kind.partition(":")
     if family == "function":
         if not FUNCTION.fullmatch(rest):
-            raise UserError(f"judge: expected a kind function:PACKAGE.MODULE:NAME, got {kind!r}")
+            raise UserError(f"judge: expected a kind function:PACKAGE.MODULE:NAME, got {kind!r:.200}")
         if rest not in functions:
             allowed = ", ".join(sorted(functions)) or "none"
             listed = f"expected a function listed in verify.functions (or by --function) ({allowed})"
-            raise UserError(f"judge: {listed}, got {kind!r}.{nearest(rest, functions)}")
+            raise UserError(f"judge: {listed}, got {kind!r:.200}.{nearest(rest[:200], functions)}")
         return function.make_verifier(rest, functions[rest] if isinstance(functions, Mapping) else None)
     if family == "gym" and rest:
         if not re.fullmatch(r"\w+", rest):
-            raise UserError(f"judge: expected a kind gym:TASK, got {kind!r}")
+            raise UserError(f"judge: expected a kind gym:TASK, got {kind!r:.200}")
         return gym.make_verifier(rest)
     if kind not in VERIFIERS:
         valid = [*VERIFIERS, "gym:TASK", *(f"function:{path}" for path in functions)]
-        raise UserError(f"judge: unknown kind {kind!r}.{nearest(kind, valid)}")
+        raise UserError(f"judge: unknown kind {kind!r:.200}.{nearest(kind[:200], valid)}")
     return VERIFIERS[kind]

@@ -136,13 +136,13 @@ def verdict_of(result: Any, extracted: str | None, options: Options, name: str) 
     if isinstance(result, Verdict):
         if result.label not in get_args(Label):
             raise ValueError(f"{name}: expected a label of {get_args(Label)}, got {result.label!r}")
-        found = extracted if result.extracted is None else str(result.extracted)
+        found = extracted if result.extracted is None else _text(result.extracted)
         score = None if result.score is None else float(result.score)  # numpy's and torch's, too
-        return replace(result, extracted=found, why=str(result.why), score=score)
+        return replace(result, extracted=found, why=_text(result.why), score=score)
     right, number = None, result
     if isinstance(result, dict) and "score" in result:  # verl
         right, found = result.get("acc"), result.get("pred")
-        extracted, number = extracted if found is None else str(found), result["score"]
+        extracted, number = extracted if found is None else _text(found), result["score"]
     if hasattr(number, "item"):  # numpy's and torch's
         number = number.item()
     if isinstance(number, bool):
@@ -155,6 +155,11 @@ def verdict_of(result: Any, extracted: str | None, options: Options, name: str) 
     score = min(1.0, (number - low) / (high - low))
     right = score >= options.correct_from if right is None else bool(right)
     return Verdict("correct" if right else "wrong", extracted, f"score {number:g}", score)
+
+
+def _text(value: Any) -> str:
+    """As text that every file can hold: half of a surrogate pair becomes "?"."""
+    return str(value).encode(errors="replace").decode()
 
 
 def _answer(response: str) -> str | None:
@@ -171,7 +176,7 @@ def _decide(load: Callable[[], _Reward], response: str, gold: Any, context: Mapp
         return verdict_of(result, _answer(response), reward.options, f"function:{reward.path}")
     except (MemoryError, RecursionError):  # limits: the worker's to tell
         raise
-    except (Exception, SystemExit) as error:
+    except BaseException as error:  # asyncio's CancelledError is no Exception; Ctrl-C is the parent's to hear
         traceback.print_exc()
         return Verdict("fault", None, f"the reward failed: {describe(error)}")
 

@@ -682,6 +682,8 @@ def test_closing_ends_a_launched_server(house: House, python: str):
     process = engine.process
     assert process is not None
     assert process.exit_code is None
+    assert b"PYTHONSAFEPATH=1\0" in Path(f"/proc/{process.pid}/environ").read_bytes()  # `-m` imports nothing from here
+    assert engine.key.encode() not in Path(f"/proc/{process.pid}/cmdline").read_bytes()
     engine.close()
     with pytest.raises(ProcessLookupError):
         os.killpg(process.pid, 0)

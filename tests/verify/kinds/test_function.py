@@ -157,6 +157,13 @@ def helper(x):
 def divides(response, gold):
     return helper(0)
 
+def cancelled(response, gold):
+    import asyncio
+    raise asyncio.CancelledError
+
+def half(response, gold):
+    return {"score": 1.0, "pred": "\\ud800"}
+
 def odd_label(response, gold):
     from pekoe.core.types import Verdict
     return Verdict("right")
@@ -226,6 +233,7 @@ def test_a_number_is_a_score_by_the_range_that_the_recipe_says(
         ("needs", "r", r"argument in verify.arguments for its parameter 'level', got none. Valid|Did you mean"),
         ("divides", "r", r"^the reward failed: calls.py:\d+: ZeroDivisionError: division by zero"),
         ("quits", "r", r"^the reward failed: calls.py:\d+: SystemExit: enough"),
+        ("cancelled", "r", r"^the reward failed: calls.py:\d+: CancelledError: "),
         ("odd_label", "r", r"expected a label of .*, got 'right'"),
     ],
 )
@@ -252,6 +260,7 @@ def test_a_name_that_the_module_lacks_is_said_with_the_nearest(decide: Any):
 def test_what_was_read_reaches_the_verdict(decide: Callable[..., Verdict]):
     assert decide("own_names", r"so \boxed{12}").extracted == "12"
     assert decide("own_names", "no answer").extracted is None
+    assert decide("half").extracted == "?"  # what no file could hold
 
 
 PRINTS = """

@@ -133,5 +133,8 @@ def test_a_huge_box_is_not_parsed():
 
 
 def test_unknown_kind():
+    with pytest.raises(UserError, match=r"unknown kind 'xxx") as caught:
+        find_verifier("x" * 10_000)
+    assert len(str(caught.value)) < 1000
     with pytest.raises(UserError, match=r"unknown kind 'maths'\. Did you mean 'math'"):
         find_verifier("maths")
