@@ -28,8 +28,9 @@ def load_function(path: str, key: str) -> Callable[..., Any]:
     try:
         module = importlib.import_module(module_name)
     except (Exception, SystemExit) as error:
-        got = f"{module_name:.200}: {error!r:.500}"
-        raise UserError(f"{key}: expected a module that Python can import, got {got}") from error
+        raise UserError(
+            f"{key}: expected a module that Python can import, got {module_name:.200}: {error!r:.500}"
+        ) from error
     finally:
         if not known:
             sys.path.remove(folder)
