@@ -45,6 +45,10 @@ def run_curate(config: CurateConfig, view: ProgressReporter) -> Curated:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"out: expected a directory that can be written, got {out}: {error.strerror}") from None
+    kept = out / "problems.jsonl"
+    files = [config.data.train or "", *(source.path for source in config.data.sources)]
+    if kept.resolve() in map(Path.resolve, map(Path, files)):
+        raise UserError(f"out: expected another directory than that of the data, of which {kept} would be replaced")
     tokenizer = Tokenizer.load(Path(config.model.path)).with_template(config.model.template)
     refused = reference_check(config.verify, view, config.out)
     keep_rows = bool(config.verify.rewards)
@@ -62,7 +66,7 @@ def run_curate(config: CurateConfig, view: ProgressReporter) -> Curated:
             f"expected problems to keep, got none of {len(problems)}; the pass rates: {curated.histogram}; "
             f"{out / 'dropped.jsonl'} says of each why"
         )
-    write_problems(out / "problems.jsonl", curated.problems)
+    write_problems(kept, curated.problems)
     return curated
 
 

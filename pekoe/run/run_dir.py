@@ -152,6 +152,9 @@ class RunDir:
             raise UserError(
                 f"run.dir: expected a directory that can be written, got {self.path}: {error.strerror}"
             ) from None
+        model = Path(self._config.model.path).resolve()
+        if model in [(self.path / name).resolve() for name in (MODEL, MODEL_BESIDE)]:
+            raise UserError(f"run.dir: expected another directory than that of model.path ({model}), which is replaced")
         busy = f"{self.path}: another process is running here; wait for it, or choose another run.dir"
         stack.enter_context(lock(self.path / ".lock", busy))
         file, known = self.path / "config.toml", self.path / INPUTS

@@ -64,7 +64,7 @@ class ProblemResult:
         """Whether it has the types that it should, which a line of a file need not have."""
         lists: list[Any] = [self.labels, self.answers, self.tokens, self.reasons]
         return (
-            isinstance(self.uid, str)
+            type(self.uid) is str
             and all(isinstance(each, list) and len(each) == len(self.labels) for each in lists)
             and all(label in get_args(Label) for label in self.labels)
             and all(type(number) is int for number in self.tokens)

@@ -74,6 +74,16 @@ def test_nothing_is_sampled_where_none_is_asked_for(tree: dict[str, Any], tmp_pa
     assert not (tmp_path / "out/samples.jsonl").exists()
 
 
+def test_the_data_are_not_replaced(tree: dict[str, Any], tmp_path: Path):
+    (tmp_path / "out").mkdir()
+    rows = Path(tree["data"]["train"]).read_text()
+    (tmp_path / "out/problems.jsonl").write_text(rows)
+    tree["data"]["train"] = f"{tmp_path}/out/../out/problems.jsonl"
+    with pytest.raises(UserError, match=r"out: expected another directory than that of the data"):
+        run_curate(load_config(tree, ["curate.samples=0"], CurateConfig), NoProgress())
+    assert (tmp_path / "out/problems.jsonl").read_text() == rows
+
+
 @pytest.mark.parametrize(("kind", "nearest"), [("function:builtins:exec", ""), ("function:tests:shows", "tests:show")])
 def test_a_row_that_names_a_function_is_refused_before_anything_is_sampled(
     tree: dict[str, Any], tiny_dir: Path, tmp_path: Path, kind: str, nearest: str

@@ -89,6 +89,14 @@ def test_a_config_with_secrets_is_its_owners_alone(tmp_path: Path, env: dict[str
         os.umask(before)
 
 
+@pytest.mark.parametrize("name", ["model", "model-latest"])
+def test_a_run_does_not_replace_the_model_that_it_begins_with(tmp_path: Path, name: str):
+    recipe = {"run": {"dir": str(tmp_path)}, "model": {"path": f"{tmp_path}/../{tmp_path.name}/{name}"}}
+    with pytest.raises(UserError, match=r"run.dir: expected another directory than that of model.path"):
+        RunDir(load_config(recipe | {"data": {"train": "t"}, "num_steps": 1}))
+    assert not (tmp_path / "config.toml").exists()
+
+
 def test_fewer_steps_than_are_done_are_refused_before_anything_is_written(tmp_path: Path):
     recipe = {"run": {"dir": str(tmp_path)}, "model": {"path": "m"}, "data": {"train": "t"}, "num_steps": 6}
     with RunDir(load_config(recipe)) as run:
