@@ -336,13 +336,26 @@ def demo(
     cluster: Annotated[
         bool, typer.Option("--cluster", help="then RL again, on Ray: 2 engines and 2 training ranks")
     ] = False,
+    lora: Annotated[bool, typer.Option("--lora", help="then RL again, with an adapter of low rank")] = False,
 ) -> None:
     """SFT and RL of a small model on a laptop, from random weights, on verified answers."""
     from pekoe.demo.run import run_demo
 
     with viewing() as view:
-        text = run_demo(Path(out), seed, control, fresh, quick, view, cluster)
+        text = run_demo(Path(out), seed, control, fresh, quick, view, cluster, lora)
     Console().print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+@app.command()
+def merge(
+    adapter: Annotated[str, typer.Argument(metavar="ADAPTER", help="a run's model directory, or one of PEFT's")],
+    out: Annotated[str, typer.Argument(metavar="OUT", help="the model directory to write")],
+    float32: Annotated[bool, typer.Option("--float32", help="rounds nothing; by default the base's dtype")] = False,
+) -> None:
+    """Add an adapter (LoRA) to its base: a whole model directory, which loads without either."""
+    from pekoe.model.hf import merge_adapter
+
+    typer.echo(f"{out}: {merge_adapter(Path(adapter), Path(out), float32)}")
 
 
 def _ray_package() -> ModuleType:

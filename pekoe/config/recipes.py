@@ -27,7 +27,10 @@ from pekoe.config.cluster import ClusterSection, ParallelSection
 from pekoe.config.data import Columns, DataSection, ProblemSection, ReferenceCheck, TemplateSection
 from pekoe.config.engine import EngineSection
 from pekoe.config.keys import explain
+from pekoe.config.lora import LORA_RATE, LoRASection
 from pekoe.core.errors import UserError, nearest
+from pekoe.core.roofline import adapter_parameters
+from pekoe.core.spec import ModelSpec
 
 
 class Process(ConfigSection):
@@ -50,6 +53,21 @@ class ModelSection(ConfigSection):
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype of the matrix products. Weights and optimizer state are float32 always."""
     template: TemplateSection = TemplateSection()
+
+
+class TrainedModelSection(ModelSection):
+    """The model that a recipe trains."""
+
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Dtype of the matrix products. Trained weights and optimizer state are float32 always; with a section lora the
+    frozen base has this dtype."""
+    lora: LoRASection | None = None
+    """Absent: all weights are trained. With a section, even an empty one: factors of low rank beside frozen layers;
+    optim.lr is ten times its default then, unless the recipe names one."""
+
+    def adapter_parameters(self, spec: ModelSpec) -> int:
+        """Of the adapter that is trained; 0 without one."""
+        return adapter_parameters(spec, self.lora.rank, self.lora.targets or ()) if self.lora else 0
 
 
 class RolloutSection(ConfigSection):
@@ -292,8 +310,23 @@ class Logging(ConfigSection):
 class TrainingConfig(Config):
     """What every recipe that trains shares: a run directory."""
 
+    model: TrainedModelSection  # pyright: ignore[reportIncompatibleVariableOverride]  # frozen: never set
     run: RunSection
     track: Logging = Logging()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _rate_of_lora(cls, tree: Any) -> Any:
+        """With adapters the default of the learning rate is another one."""
+        if not isinstance(tree, dict):
+            return tree
+        tree = cast("dict[str, Any]", tree)
+        model, optim = tree.get("model"), tree.get("optim", {})
+        adapters = isinstance(model, dict) and cast("dict[str, Any]", model).get("lora") is not None
+        if not adapters or not isinstance(optim, dict) or "lr" in optim:
+            return tree
+        default: OptimSection = OptimSection() if "optim" in tree else cls.model_fields["optim"].default
+        return {**tree, "optim": {**default.model_dump(), **optim, "lr": LORA_RATE * default.lr}}
 
 
 class RLLogging(Logging):
@@ -425,6 +458,18 @@ class RLConfig(TrainingConfig):
                 "engine.server: expected no count and no gpus with a section cluster, which says how many engines "
                 "there are (cluster.generation) and whose GPUs Ray gives out; leave them out"
             )
+
+    @model_validator(mode="after")
+    def _adapters_reach_servers(self) -> RLConfig:
+        embedded = self.engine.backend == "embedded"
+        key, sync = "engine.server.sync", self.engine.server.sync
+        if self.cluster is not None:
+            key, sync = "cluster.sync", self.cluster.sync
+        if self.model.lora is not None and not embedded and sync == "broadcast":
+            raise ValueError(
+                f"{key}: expected 'disk' with model.lora, as servers load adapters from files, got {sync!r}"
+            )
+        return self
 
     def kind_of_engine(self, number: int) -> Literal["embedded", "sglang", "vllm"]:
         """The backend of one of a cluster's engines."""

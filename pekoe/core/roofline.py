@@ -46,15 +46,41 @@ class Ceilings:
         return max(arithmetic, memory) / seconds, "arithmetic" if arithmetic >= memory else "memory"
 
 
-def training_flops(spec: ModelSpec, lengths: Iterable[int], num_targets: int) -> Flops:
-    """FLOPs of a forward and backward over sequences of `lengths` tokens, of which `num_targets` are predicted."""
-    return _flops(spec, list(lengths), num_targets, 3)
+def training_flops(spec: ModelSpec, lengths: Iterable[int], num_targets: int, adapter: int = 0) -> Flops:
+    """FLOPs of a forward and backward over sequences of `lengths` tokens, of which `num_targets` are predicted.
+
+    With an adapter of so many parameters the base's weights have no gradient: a third of their work is left out.
+    """
+    lengths = list(lengths)
+    whole = _flops(spec, lengths, num_targets, 3)
+    if not adapter:
+        return whole
+    return Flops(whole.linear * 2 / 3 + 6.0 * adapter * sum(lengths), whole.head * 2 / 3, whole.attention)
 
 
-def training_bytes(spec: ModelSpec, num_microbatches: int, num_steps: int, dtype: str) -> float:
-    """Weights forward and backward and the gradient for each micro-batch, and AdamW in float32 for each step."""
-    per_parameter = 3 * ITEM_BYTES[dtype] * num_microbatches + _OPTIMIZER_BYTES * num_steps
-    return float(per_parameter * spec.num_parameters)
+def training_bytes(spec: ModelSpec, num_microbatches: int, num_steps: int, dtype: str, adapter: int = 0) -> float:
+    """Weights forward and backward and the gradient for each micro-batch, and AdamW in float32 for each step; of an
+    adapter's base, the weights alone."""
+    trained = adapter or spec.num_parameters
+    frozen = spec.num_parameters if adapter else 0
+    per_pass = ITEM_BYTES[dtype] * num_microbatches
+    return float((3 * trained + 2 * frozen) * per_pass + _OPTIMIZER_BYTES * num_steps * trained)
+
+
+def adapter_parameters(spec: ModelSpec, rank: int, targets: Sequence[str] = ()) -> int:
+    """Parameters of an adapter (LoRA) on layers whose names end so; none: on all linear layers but the head."""
+    c, m, q, kv = spec.hidden_size, spec.intermediate_size, spec.num_heads, spec.num_kv_heads
+    sizes = {
+        "self_attn.q_proj": c + q * spec.head_dim,
+        "self_attn.k_proj": c + kv * spec.head_dim,
+        "self_attn.v_proj": c + kv * spec.head_dim,
+        "self_attn.o_proj": q * spec.head_dim + c,
+        "mlp.gate_proj": c + m,
+        "mlp.up_proj": c + m,
+        "mlp.down_proj": m + c,
+    }
+    names = [(f".model.layers.{i}.{name}", size) for i in range(spec.num_layers) for name, size in sizes.items()]
+    return rank * sum(size for name, size in names if not targets or name.endswith(tuple(f".{t}" for t in targets)))
 
 
 def sampling_flops(spec: ModelSpec, groups: Sequence[tuple[int, Sequence[int]]]) -> Flops:

@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 
+from pekoe.config.lora import LORA_RATE
 from pekoe.config.recipes import EvalConfig, RLConfig, SFTConfig, load_config
 from pekoe.core.errors import UserError
 from pekoe.core.journal import read_lines
@@ -44,6 +45,7 @@ MAX_GUESS_ERROR = 5
 TASK: dict[str, Any] = {"num_terms": (4, 5), "num_digits": (1, 1), "negative_totals": False}
 CONTEXT = 128
 CLUSTER: dict[str, Any] = {"generation": {"engines": 2}, "training": {"ranks": 2}}
+LORA: dict[str, Any] = {"rank": 16, "alpha": 16.0}
 STAGES = "stages.json"
 
 
@@ -100,6 +102,8 @@ def eval_recipe(out: Path, stage: str, seed: int) -> dict[str, Any]:
     }
 
 
+_WEIGHTS = "adapter_model.safetensors", "model.safetensors"
+
 # A smoke test of every stage in under a minute; it learns nothing.
 QUICK_SFT = ("sft.epochs=1", "sft.batch_size=512")
 QUICK_RL = ("num_steps=2", "rollout.prompts_per_step=8", "rollout.max_new_tokens=48", "eval.every=2", "eval.samples=2")
@@ -107,11 +111,18 @@ QUICK_EVAL = ("eval.samples=2", "eval.max_new_tokens=48")
 
 
 def run_demo(
-    out: Path, seed: int, control: bool, fresh: bool, quick: bool, view: ProgressReporter, cluster: bool = False
+    out: Path,
+    seed: int,
+    control: bool,
+    fresh: bool,
+    quick: bool,
+    view: ProgressReporter,
+    cluster: bool = False,
+    lora: bool = False,
 ) -> str:
     """Run the stages that are not finished yet, write summary.json, and return the text to print.
 
-    With `cluster`, the RL stage runs a second time, on Ray.
+    With `cluster`, the RL stage runs a second time, on Ray; with `lora`, with an adapter in place of all weights.
     """
     if fresh and out.exists():
         if any(out.iterdir()) and not (out / STAGES).exists():
@@ -123,6 +134,9 @@ def run_demo(
     stages.run("measure_sft", lambda: _measure(out, "sft", seed, quick, view))
     stages.run("rl", lambda: _rl(out, seed, control, quick, view))
     stages.run("measure_rl", lambda: _measure(out, "rl", seed, quick, view))
+    if lora:
+        stages.run("rl_lora", lambda: _rl(out, seed, control, quick, view, lora=LORA))
+        stages.run("measure_rl_lora", lambda: _measure(out, "rl_lora", seed, quick, view))
     if cluster:
         stages.run("rl_cluster", lambda: _rl(out, seed, control, quick, view, CLUSTER))
         stages.run("measure_rl_cluster", lambda: _measure(out, "rl_cluster", seed, quick, view))
@@ -218,7 +232,13 @@ def _sft(out: Path, seed: int, quick: bool, view: ProgressReporter) -> dict[str,
 
 
 def _rl(
-    out: Path, seed: int, control: bool, quick: bool, view: ProgressReporter, cluster: dict[str, Any] | None = None
+    out: Path,
+    seed: int,
+    control: bool,
+    quick: bool,
+    view: ProgressReporter,
+    cluster: dict[str, Any] | None = None,
+    lora: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     overrides = [*(QUICK_RL if quick else ()), *(["verify.random=true"] if control else [])]
     recipe = rl_recipe(out, seed)
@@ -227,6 +247,9 @@ def _rl(
         overrides = [override for override in overrides if not override.startswith("eval.")]
     if cluster is not None:
         recipe |= {"cluster": cluster, "run": recipe["run"] | {"dir": str(out / "rl_cluster")}}
+    if lora is not None:
+        recipe |= {"model": recipe["model"] | {"lora": lora}, "run": recipe["run"] | {"dir": str(out / "rl_lora")}}
+        recipe["optim"] = recipe["optim"] | {"lr": LORA_RATE * recipe["optim"]["lr"]}
     config = load_config(recipe, overrides, RLConfig)
     stop = Stop()
     with stop.listening(), ExitStack() as stack:
@@ -245,6 +268,9 @@ def _rl(
         "logprob_diff_max": max(step.get("logprob_diff_max", 0.0) for step in steps),
         "seconds": {name: round(total, 2) for name, total in seconds.items()},
     }
+    if lora is not None:
+        files = Path(config.run.dir) / "model", Path(config.model.path)
+        result["publish_bytes"] = [(path / name).stat().st_size for path, name in zip(files, _WEIGHTS, strict=True)]
     if cluster is not None:
         result["controller_bytes"] = median(step["controller_bytes"] / step["num_rollouts"] for step in steps)
         result |= {name: median(step[name] for step in steps) for name in ("idle_engines", "idle_ranks")}
@@ -271,6 +297,7 @@ def describe(out: Path, summary: dict[str, Any], results: dict[str, Any], contro
         "(temperature 1.0), 95 % intervals over problems:",
         f"    after SFT  {_figure(summary['sft'])}   {lengths[0]:.0f} tokens a response",
         f"    after RL   {_figure(summary['rl'])}   {lengths[1]:.0f} tokens a response",
+        *_with_lora(results),
         *_on_cluster(results),
         "",
         f"  reward over the RL steps  {_sparkline(rl['reward'])}  {rl['reward'][0]:+.1f} -> {rl['reward'][-1]:+.1f}",
@@ -302,6 +329,19 @@ def describe(out: Path, summary: dict[str, Any], results: dict[str, Any], contro
         f"  use the model               AutoModelForCausalLM.from_pretrained('{out}/rl/model')",
     ]
     return "\n".join(lines)
+
+
+def _with_lora(results: dict[str, Any]) -> list[str]:
+    """The lines on RL with an adapter, if that stage ran."""
+    if "measure_rl_lora" not in results:
+        return []
+    after, rl = results["measure_rl_lora"], results["rl_lora"]
+    adapter, whole = rl["publish_bytes"]
+    return [
+        f"    after RL   {_figure(after)}   {after['response_tokens']:.0f} tokens a response, by LoRA of rank "
+        f"{LORA['rank']}: {adapter:,} bytes of weights in place of {whole:,}",
+        f"  reward, by LoRA           {_sparkline(rl['reward'])}  {rl['reward'][0]:+.1f} -> {rl['reward'][-1]:+.1f}",
+    ]
 
 
 def _on_cluster(results: dict[str, Any]) -> list[str]:

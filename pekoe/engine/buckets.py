@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from pekoe.model import Decoder
+from pekoe.model.lora import is_factor
 
 BUCKET_BYTES = 512 * 2**20
 
@@ -21,11 +22,14 @@ def buckets(
     """A model's parameters by name, in order, in lists of about `max_bytes`: what a receiver holds beside its weights.
 
     Each is converted to `dtype` when its list is made (None: not converted). The size of a sharded parameter is that of
-    the whole. Tied embeddings come once. A model on the meta device gives names, shapes and dtypes.
+    the whole. Tied embeddings come once. A model on the meta device gives names, shapes and dtypes. Of a model with an
+    adapter, the adapter alone comes: receivers have its base.
     """
     bucket: list[tuple[str, Tensor]] = []
     size = 0
     for name, parameter in model.named_parameters():
+        if model.lora is not None and not is_factor(name):
+            continue
         tensor = parameter.detach() if dtype is None else parameter.detach().to(dtype).contiguous()
         more = tensor.numel() * tensor.element_size()
         if bucket and size + more > max_bytes:

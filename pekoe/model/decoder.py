@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from pekoe.core.spec import ModelSpec
 from pekoe.kernels import decoder_ops
 from pekoe.model.attention import Attention
+from pekoe.model.lora import LoRA
 from pekoe.model.rope import apply_rope, cos_sin, inverse_frequencies
 
 _INIT_STD = 0.02
@@ -119,6 +120,7 @@ class Decoder(nn.Module):
         self.spec = spec
         self.hf_config: dict[str, Any] = {}
         self.assets: dict[str, bytes] = {}
+        self.lora: LoRA | None = None  # where layers have adapters (`model.lora`)
         self.model = Backbone(spec)
         self.lm_head = None if spec.tied_embeddings else nn.Linear(spec.hidden_size, spec.vocab_size, bias=False)
         # Plain attributes, not buffers: `.to(torch.bfloat16)` must not round the frequencies.

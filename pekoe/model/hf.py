@@ -6,10 +6,11 @@ tensor is checked by name and shape, from the file headers, before memory is tak
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import shutil
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,16 @@ from pekoe.core.io import TOKENIZER_FILES, fsync
 from pekoe.core.spec import ModelSpec
 from pekoe.model.decoder import Decoder
 from pekoe.model.hf_config import hf_config_to_spec, spec_to_hf_config
+from pekoe.model.lora import LoRA, add_lora, fold, is_factor
+from pekoe.model.peft import (
+    ADAPTER_CONFIG,
+    check_base,
+    digest_of,
+    is_adapter,
+    read_lora,
+    read_weights,
+    write_adapter,
+)
 
 _CONFIG, _WEIGHTS, _INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 _EMBED, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -50,9 +61,15 @@ def load_model(
 ) -> Decoder:
     """Load the checkpoint directory `path`, one tensor at a time, converting to `dtype` on `device`.
 
+    Of a directory of PEFT's with an adapter (plain LoRA), the base that it names is loaded, and the adapter added.
     Raises UserError for whatever is missing, malformed, mismatched or not supported.
     """
     directory = Path(path)
+    if is_adapter(directory):
+        model = load_model(read_lora(directory).base, dtype, device)
+        add_adapter(model, directory)
+        fold(model)
+        return model
     spec, config = read_spec(directory)
     stored = _headers(_weight_files(directory))
     last_layer = f"model.layers.{spec.num_layers - 1}.input_layernorm.weight"
@@ -73,6 +90,80 @@ def load_model(
     return model
 
 
+def base_of(path: str | os.PathLike[str]) -> tuple[str, str]:
+    """A model directory's absolute path, and the digest of its weights: what an adapter on it is worth nothing without.
+
+    UserError for a directory with an adapter.
+    """
+    directory = Path(os.path.abspath(path))
+    if is_adapter(directory):
+        raise UserError(
+            f"{path}: expected a whole model as the base of an adapter, got an adapter; make one of it first: "
+            f"pekoe merge {path} NEW_DIRECTORY"
+        )
+    return str(directory), digest_of(_weight_files(directory))
+
+
+def add_adapter(model: Decoder, directory: Path) -> None:
+    """Give `model`, the base that is named there, the adapter of a directory of PEFT's. UserError for another base."""
+    lora, (weights, recorded) = read_lora(directory), read_weights(directory)
+    if recorded:
+        check_base(directory, lora.base, recorded, digest_of(_weight_files(Path(lora.base))))
+    layers = tuple(dict.fromkeys(name.rpartition(".lora_")[0] for name in weights))
+    try:
+        add_lora(model, LoRA(lora.rank, lora.alpha, layers), 0)
+    except UserError as error:
+        raise UserError(f"{directory}: its tensors do not fit its base, {lora.base}: {error}") from None
+    factors = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    wrong = [
+        n for n in {*factors, *weights} if n not in weights or n not in factors or weights[n].shape != factors[n].shape
+    ]
+    if wrong:
+        raise UserError(f"{directory}: its tensors do not fit its base, {lora.base}, and rank {lora.rank}: {wrong[0]}")
+    with torch.no_grad():
+        for name, parameter in factors.items():
+            parameter.copy_(weights[name])
+
+
+def merge_adapter(adapter: Path, target: Path, float32: bool = False) -> torch.dtype:
+    """Write the sum of an adapter and its base as a model directory. It is computed in float32, and rounded to the
+    dtype that the base's config.json names unless `float32`. Returns the dtype."""
+    if not is_adapter(adapter):
+        raise UserError(f"{adapter}: expected a directory with {ADAPTER_CONFIG} and no config.json, got none")
+    model = load_model(adapter)
+    named = model.hf_config.get("dtype") or model.hf_config.get("torch_dtype")
+    half = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+    dtype = torch.float32 if float32 else half.get(str(named), torch.float32)
+    save_model(model, target, dtype=dtype)
+    return dtype
+
+
+def with_adapter(model: Decoder, directory: Path) -> Decoder:
+    """The same base, on the same memory, with the factors of a directory of PEFT's in place of the model's own."""
+    weights, _ = read_weights(directory)
+    frozen = {id(p): p for name, p in model.named_parameters() if not is_factor(name)}
+    twin = copy.deepcopy(model, dict(frozen))
+    with torch.no_grad():
+        for name, parameter in twin.named_parameters():
+            if id(parameter) not in frozen:
+                parameter.copy_(weights[name])
+    return twin
+
+
+def save_adapter(model: Decoder, path: str | os.PathLike[str], weights: Mapping[str, Tensor] | None = None) -> None:
+    """Write the adapter of `model` as a directory of PEFT's with the tokenizer's files, whole or not at all, as
+    `save_model`. `weights`: A and B of each layer in place of the model's own."""
+    lora = model.lora
+    assert lora is not None, "the model has no adapter"
+    factors = weights or {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+    def write(directory: Path) -> None:
+        _write_assets(model, directory)
+        write_adapter(directory, lora, factors)
+
+    _replace_directory(Path(os.path.abspath(path)), write)
+
+
 def read_spec(directory: Path) -> tuple[ModelSpec, dict[str, Any]]:
     """The shape of a checkpoint directory's model, and its config.json. Raises UserError as `load_model`."""
     if not directory.is_dir():
@@ -81,6 +172,8 @@ def read_spec(directory: Path) -> tuple[ModelSpec, dict[str, Any]]:
         got = "a file" if directory.exists() else "nothing there"
         hint = nearest(directory.name, siblings) + hub_hint(str(directory))
         raise UserError(f"{directory}: expected a model directory, got {got}.{hint}")
+    if is_adapter(directory):
+        return read_spec(Path(read_lora(directory).base))
     config = _read_json(directory / _CONFIG)
     return hf_config_to_spec(config, str(directory / _CONFIG)), config
 
@@ -100,14 +193,23 @@ def save_model(
     Args:
         weights: written in place of the model's own (a copy, or the whole of sharded ones).
     """
-    target = Path(os.path.abspath(path))
+    dtype = dtype or next(model.parameters()).dtype
+    state = weights or model.state_dict()
+    _replace_directory(
+        Path(os.path.abspath(path)), lambda partial: _write_directory(model, state, partial, max_shard_bytes, dtype)
+    )
+
+
+def _replace_directory(target: Path, write: Callable[[Path], None]) -> None:
+    """Call `write` with a directory of a temporary name, sync it, and rename it to `target`."""
     _check_replaceable(target)
     partial, old = (target.with_name(f".{target.name}.{suffix}") for suffix in ("partial", "old"))
     shutil.rmtree(partial, ignore_errors=True)  # of a save that was killed
     try:
         partial.mkdir(parents=True)
-        dtype = dtype or next(model.parameters()).dtype
-        _write_directory(model, weights or model.state_dict(), partial, max_shard_bytes, dtype)
+        write(partial)
+        for file in (*partial.iterdir(), partial):
+            fsync(file)
         if target.exists():
             shutil.rmtree(old, ignore_errors=True)  # not sooner: it may be the only whole copy
             target.rename(old)
@@ -213,12 +315,13 @@ def _check_tensors(model: Decoder, stored: Mapping[str, _Stored], directory: Pat
 
 
 def _check_replaceable(target: Path) -> None:
-    expected, ours = "expected a new name or a model directory to replace", (_CONFIG, _INDEX, *TOKENIZER_FILES)
+    expected = "expected a new name or a model directory to replace"
+    ours = (_CONFIG, _INDEX, ADAPTER_CONFIG, *TOKENIZER_FILES)
     if target.is_symlink() or (target.exists() and not target.is_dir()):
         raise UserError(f"{target}: {expected}, got a file or link")
     paths = sorted(target.iterdir()) if target.exists() else []
     foreign = [p for p in paths if not p.is_file() or (p.name not in ours and p.suffix != ".safetensors")]
-    if foreign or (paths and target / _CONFIG not in paths):
+    if foreign or (paths and not {target / _CONFIG, target / ADAPTER_CONFIG} & {*paths}):
         raise UserError(
             f"{target}: {expected}, got a directory with {', '.join(p.name for p in (foreign or paths)[:4])}"
         )
@@ -230,9 +333,7 @@ def _write_directory(
     dtype_name = str(dtype).removeprefix("torch.")
     config = {**model.hf_config, **spec_to_hf_config(model.spec), "dtype": dtype_name, "torch_dtype": dtype_name}
     (directory / _CONFIG).write_text(json.dumps(config, indent=2) + "\n")
-    for name, content in model.assets.items():
-        (directory / name).write_bytes(content)
-
+    _write_assets(model, directory)
     shards = _shards(state, max_shard_bytes)
     weight_map: dict[str, str] = {}
     for i, names in enumerate(shards, start=1):
@@ -247,8 +348,11 @@ def _write_directory(
         total = sum(tensor.numel() * dtype.itemsize for tensor in state.values())
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (directory / _INDEX).write_text(json.dumps(index, indent=2) + "\n")
-    for path in (*directory.iterdir(), directory):
-        fsync(path)
+
+
+def _write_assets(model: Decoder, directory: Path) -> None:
+    for name, content in model.assets.items():
+        (directory / name).write_bytes(content)
 
 
 def _shards(state: Mapping[str, Tensor], max_bytes: int) -> list[list[str]]:

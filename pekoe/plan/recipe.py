@@ -322,6 +322,8 @@ def read_plan(asked: Asked) -> Plan:
         assumed.append("model.dtype = float32: timed at the device's stated rate, which is bfloat16's in the table")
     if rollout.dynamic_rounds:
         assumed.append("rollout.dynamic_rounds: no group is drawn again")
+    if config.model.lora is not None:
+        assumed.append("model.lora: memory and weight sync are those of whole weights; pekoe doctor counts adapters")
     if config.eval.every:
         assumed.append("eval.every: the time of evaluations is left out")
     limit = None
@@ -336,7 +338,8 @@ def read_plan(asked: Asked) -> Plan:
         assumed.append(said)
     training = Training(
         shape, device, layout.ranks, layout.tp, layout.cp, recompute=float(config.train.activation_checkpointing),
-        compiled=config.train.compile, native=False, sharded=layout.shards > 1, constants=k,
+        lora=config.model.lora is not None, compiled=config.train.compile, native=False,
+        sharded=layout.shards > 1, constants=k,
     )  # fmt: skip
     most = config.engine.max_running
     if config.engine.backend != "embedded":

@@ -26,11 +26,11 @@ from pekoe.core.errors import RunError, UserError
 from pekoe.core.types import Completion, Record, Request, SamplingParams
 from pekoe.engine.base import Checksums, EngineKind, EngineLost, EngineStats, NoPlace, Sampler, WeightSource, validate
 from pekoe.engine.embedded import EmbeddedEngine
-from pekoe.model import load_model, read_spec
+from pekoe.model import read_spec
 from pekoe.ray.placement import ByteCount, WorkerLost, first_line, node_of, ray_get
 from pekoe.ray.store import Key, StoreRef, StoreRegistry
 from pekoe.ray.streams import StreamFollower, as_they_end
-from pekoe.run.build import ServerStarter
+from pekoe.run.build import ServerStarter, load_trained
 from pekoe.weights import Receiver
 from pekoe.weights.groups import use_interface
 
@@ -81,7 +81,7 @@ class EngineActor:
             starter = ServerStarter(config, spec, device, threads, max_sequence_tokens, logs, offloads=colocate)
             self._engine = starter.start()
             return
-        model = load_model(config.model.path, torch.float32, device).requires_grad_(False)
+        model = load_trained(config.model, device, config.run.seed).requires_grad_(False)
         dtype: torch.dtype = getattr(torch, config.model.dtype)
         # One group more than runs at once: free room is taken without asking the controller.
         most = config.engine.max_running + config.rollout.samples_per_prompt

@@ -80,7 +80,8 @@ class RankActor:
         os.environ |= {"WORLD_SIZE": str(self._section.ranks)}
         self._process_group = process_group(name)
         self._process_group.__enter__()
-        model, _, dtype = open_model(self._config.model.model_copy(update={"device": device_of(self._config)}))
+        section = self._config.model.model_copy(update={"device": device_of(self._config)})
+        model, _, dtype = open_model(section, self._config.run.seed)
         layout = make_layout(model.spec, self._section, next(model.parameters()).device)
         self.trainer = make_trainer(self._config, model, dtype, layout)
         self.sender = LocalSender(model, dtype, self._canary_logprobs, self._address)

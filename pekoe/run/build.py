@@ -25,6 +25,7 @@ from pekoe.config.recipes import (
     Process,
     RLConfig,
     RolloutSection,
+    TrainedModelSection,
     TrainSection,
 )
 from pekoe.config.secrets import without_secrets
@@ -41,7 +42,9 @@ from pekoe.engine.base import EngineKind
 from pekoe.engine.embedded import EmbeddedEngine
 from pekoe.engine.pool import EnginePool, Starter
 from pekoe.engine.servers import ServerEngine, SGLangEngine, VLLMEngine
-from pekoe.model import Decoder, load_model
+from pekoe.model import Decoder, LoRA, is_adapter, load_model
+from pekoe.model.hf import base_of
+from pekoe.model.lora import add_lora
 from pekoe.run.checkpoints import checkpoints, step_of
 from pekoe.run.distributed import require_single_process
 from pekoe.run.hardware import describe
@@ -113,13 +116,26 @@ def open_tokenizer(model: ModelSection, spec: ModelSpec) -> Tokenizer:
     return tokenizer
 
 
-def open_model(model: ModelSection) -> tuple[Decoder, Tokenizer, torch.dtype]:
-    """Load weights and tokenizer; returns them with the dtype of the matrix products."""
+def open_model(model: ModelSection, seed: int = 0) -> tuple[Decoder, Tokenizer, torch.dtype]:
+    """Load weights and tokenizer; returns them with the dtype of the matrix products. `seed`: of a new adapter, where
+    the recipe asks for one."""
     name = ("cuda" if torch.cuda.is_available() else "cpu") if model.device == "auto" else model.device
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("model.device: expected a CUDA device, found none on this machine; nearest: 'cpu'")
-    decoder = load_model(model.path, torch.float32, name)
-    return decoder, open_tokenizer(model, decoder.spec), getattr(torch, model.dtype)
+    decoder, dtype = load_trained(model, name, seed), getattr(torch, model.dtype)
+    return decoder, open_tokenizer(model, decoder.spec), dtype
+
+
+def load_trained(model: ModelSection, device: str, seed: int) -> Decoder:
+    """The weights in float32; with a section `lora` frozen, in the dtype of the matrix products, with a new adapter."""
+    section = model.lora if isinstance(model, TrainedModelSection) else None
+    if section is None:
+        return load_model(model.path, torch.float32, device)
+    base, digest = base_of(model.path)
+    decoder = load_model(model.path, getattr(torch, model.dtype), device)
+    lora = LoRA(section.rank, section.alpha, section.targets or (), base, digest)
+    decoder.lora = add_lora(decoder, lora, seed)
+    return decoder
 
 
 def open_problems(
@@ -236,7 +252,13 @@ class ServerStarter:
         return f"{label} at {without_secrets(urls[self.number])}" if urls else f"{label} server {self.number}"
 
     def start(self) -> ServerEngine:
-        urls = self.config.engine.server.urls
+        urls, model = self.config.engine.server.urls, self.config.model
+        lora = model.lora if isinstance(model, TrainedModelSection) else None
+        if is_adapter(Path(model.path)):
+            raise UserError(
+                f"model.path: expected a whole model for {_SERVERS[self.config.engine.backend].name}, got an adapter; "
+                f"make one of it first: pekoe merge {model.path} NEW_DIRECTORY"
+            )
         return _SERVERS[self.config.engine.backend](
             Path(self.config.model.path),
             self.config.engine,
@@ -249,6 +271,7 @@ class ServerStarter:
             number=self.number,
             url=urls[self.number] if urls else None,
             offloads=self.offloads,
+            lora_rank=lora.rank if lora else 0,
         )
 
 
@@ -313,7 +336,7 @@ def open_pool(
 def make_trainer(config: RLConfig, model: Decoder, dtype: torch.dtype, layout: Layout | None = None) -> Trainer:
     updates, train = config.num_steps * config.algo.minibatches, config.train
     reference = None
-    if config.algo.kl:
+    if config.algo.kl and model.lora is None:  # a model with an adapter has its reference: itself without it
         # Where processes share it, it goes to the device layer by layer: no device ever holds it whole.
         device = "cpu" if layout is not None else str(next(model.parameters()).device)
         reference = load_model(config.model.path, dtype, device).requires_grad_(False)
@@ -382,7 +405,7 @@ def build_rl(
     require_single_process("rl")
     config = with_date(config)
     prepare(config.run, config.train)
-    model, tokenizer, dtype = open_model(config.model)
+    model, tokenizer, dtype = open_model(config.model, config.run.seed)
     machine = describe(next(model.parameters()).device, dtype)  # before an engine takes what memory there is
     task = open_task(config, model.spec, tokenizer, view)
     run = open_run(config, tokenizer, task, view, stack, from_step)

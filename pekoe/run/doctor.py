@@ -25,7 +25,7 @@ from pekoe.core.progress import NoProgress, ProgressReporter
 from pekoe.core.roofline import sampling_flops, training_flops
 from pekoe.core.spec import ModelSpec
 from pekoe.core.words import counted
-from pekoe.model import read_spec
+from pekoe.model import LoRA, read_spec
 from pekoe.run.build import check_context
 from pekoe.run.hardware import measure_ceilings
 from pekoe.train.memory_estimate import StepMemory, predict
@@ -154,6 +154,12 @@ def step_summary(config: RLConfig, spec: ModelSpec) -> list[str]:
         f"trained in {counted(algo.minibatches, 'optimizer step')} of at most {minibatch * longest:,} tokens, "
         f"{together} or more responses a micro-batch",
     ]
+    if adapter := config.model.adapter_parameters(spec):
+        item = 2 if config.model.dtype == "bfloat16" else 4
+        lines.append(
+            f"an adapter of {adapter / 1e6:,.2f}M parameters: a publish to vLLM is {_size(4 * adapter).strip()}, of "
+            f"the whole model {_size(item * spec.num_parameters).strip()}"
+        )
     journal = Path(config.run.dir) / "journal.jsonl"
     events = read_lines(journal) if journal.is_file() else []
     steps = [event for event in events if event.get("event") == "step" and {"step", "step_s"} <= event.keys()]
@@ -175,7 +181,8 @@ def min_step_time(config: RLConfig, spec: ModelSpec) -> str:
     reached = measure_ceilings(device, getattr(torch, config.model.dtype)).flop_s
     group = sampling_flops(spec, [(prompt, [new] * rollout.samples_per_prompt)]).total
     sampling = rollout.prompts_per_step * group / reached
-    training = training_flops(spec, [prompt + new] * responses, responses * new).total / reached
+    adapter = config.model.adapter_parameters(spec)
+    training = training_flops(spec, [prompt + new] * responses, responses * new, adapter).total / reached
     return (
         f"were every response as long as it may be, a step would take at least {sampling + training:.2g} s here: "
         f"arithmetic alone ({sampling:.2g} s to sample, {training:.2g} s to train), at a matrix product's "
@@ -207,7 +214,7 @@ def forecast(config: RLConfig | SFTConfig, processes: int = 1, memory_bytes: int
     device = "cuda" if cuda else "cpu"
     available = memory_bytes or available_bytes(device) // (1 if cuda else processes)
     step = _step(config, spec, processes, device, config.train.token_budget)
-    beside = _beside(config, spec, cuda, step.weights)
+    beside = _beside(config, spec, cuda, step.weights, step.gradients)
     room = int(USABLE * available) - sum(beside.values())
     parts = {
         "weights": step.weights,
@@ -217,7 +224,7 @@ def forecast(config: RLConfig | SFTConfig, processes: int = 1, memory_bytes: int
         "forward and backward": step.activations,
     } | beside
     if not cuda:  # on a GPU the copy goes to the host, and the allocator is torch's
-        held = parts["copy for checkpoints"] = step.weights + step.moments
+        held = parts["copy for checkpoints"] = step.gradients + step.moments  # of weights that are trained
         room -= held
         if not config.train.activation_checkpointing:
             parts["gaps of the allocator"] = round(GAPS * step.activations)
@@ -252,7 +259,9 @@ def _step(config: RLConfig | SFTConfig, spec: ModelSpec, processes: int, device:
         )
     longest = min(budget, _longest(config, spec))
     dtype, again = getattr(torch, config.model.dtype), config.train.activation_checkpointing
-    return predict(spec, budget, longest, dtype, again, device, tp, processes // (tp * replicas))
+    section = config.model.lora
+    lora = LoRA(section.rank, section.alpha, section.targets or ()) if section else None
+    return predict(spec, budget, longest, dtype, again, device, tp, processes // (tp * replicas), lora)
 
 
 def _parallel(config: RLConfig | SFTConfig) -> ParallelSection | None:
@@ -265,24 +274,26 @@ def _longest(config: RLConfig | SFTConfig, spec: ModelSpec) -> int:
     return min(config.train.token_budget * config.parallel.cp, spec.max_positions)
 
 
-def _beside(config: RLConfig | SFTConfig, spec: ModelSpec, cuda: bool, weights: int) -> dict[str, int]:
-    """What the process holds beside training, where it holds `weights` bytes of the trained ones."""
+def _beside(config: RLConfig | SFTConfig, spec: ModelSpec, cuda: bool, weights: int, trained: int) -> dict[str, int]:
+    """What the process holds beside training, where it holds `weights` bytes of weights, of which it trains
+    `trained`."""
     beside = {"Python and torch": PROCESS}
     if isinstance(config, SFTConfig):
         return beside
-    if config.algo.kl:
+    if config.algo.kl and config.model.lora is None:
         beside["reference model"] = weights // (2 if config.model.dtype == "bfloat16" else 1)
     if config.cluster is not None:  # judges and engines are other processes
         return beside
     beside["judges"] = 0 if cuda else config.verify.workers * JUDGE
     engine = config.engine
     if config.rollout.max_lag:
-        beside["copies of the weights"] = weights * (2 if engine.backend == "embedded" else 1)
+        beside["copies of the weights"] = trained * (2 if engine.backend == "embedded" else 1)
     if engine.backend == "embedded":
         half = cuda and config.model.dtype == "bfloat16"
         per_token = spec.kv_values_per_token * (2 if half else 4)
         beside["KV cache"] = engine.kv_room(_longest(config, spec), per_token) * per_token
-        beside["weights laid out for decoding"] = (2 if half else 4) * spec.num_parameters
+        if config.model.lora is None or config.model.dtype == "float32":  # else the base is used as it is
+            beside["weights laid out for decoding"] = (2 if half else 4) * spec.num_parameters
     return beside
 
 

@@ -137,9 +137,10 @@ def step_work(
         work["rollout_bytes"] = sampling_bytes(spec, groups, int(num_forwards), dtype)
     if stats:
         num_targets, num_microbatches = sum(s.num_targets for s in stats), sum(s.num_microbatches for s in stats)
+        adapter = config.model.adapter_parameters(spec)
         passes = 4 / 3 if config.algo.kl else 1  # the reference's forward beside a forward and backward
-        work["train_flops"] = passes * training_flops(spec, map(len, scored.samples), num_targets).total
-        work["train_bytes"] = training_bytes(spec, num_microbatches, len(stats), dtype)
+        work["train_flops"] = passes * training_flops(spec, map(len, scored.samples), num_targets, adapter).total
+        work["train_bytes"] = training_bytes(spec, num_microbatches, len(stats), dtype, adapter)
     return work
 
 

@@ -19,6 +19,7 @@ from pekoe.core.records import read_records, record_of
 from pekoe.core.types import Sample
 from pekoe.core.words import counted
 from pekoe.model import load_model
+from pekoe.model.peft import read_weights
 from pekoe.run.build import make_trainer, open_model, prepare
 from pekoe.run.checkpoints import TRAINER, checkpoints, read_beside, step_of
 from pekoe.run.interrupt import StepTimer
@@ -109,7 +110,7 @@ class _Run:
 
     def open(self) -> Trainer:
         prepare(self.config.run)
-        self.model, _, dtype = open_model(self.config.model)
+        self.model, _, dtype = open_model(self.config.model, self.config.run.seed)
         return make_trainer(self.config, self.model, dtype)
 
     def records(self, step: int) -> list[dict[str, Any]]:
@@ -174,8 +175,11 @@ def replay_run(run_dir: Path, view: ProgressReporter) -> ReplayedRun:
     saved = checkpoints(run_dir)
     same = None
     if saved and step_of(saved[-1]) == steps[-1]:
-        written = dict(load_model(exported_model(run_dir)[0]).named_parameters())
-        same = all(torch.equal(tensor.cpu(), written[name]) for name, tensor in run.model.named_parameters())
+        folder, model = exported_model(run_dir)[0], run.model
+        adapter = model.lora is not None
+        written = read_weights(folder)[0] if adapter else dict(load_model(folder).named_parameters())
+        trained = [(name, tensor) for name, tensor in model.named_parameters() if tensor.requires_grad]
+        same = all(torch.equal(tensor.cpu(), written[name]) for name, tensor in trained)
     return ReplayedRun(len(steps), differing, same, diffs)
 
 

@@ -41,7 +41,7 @@ def run_sft(config: SFTConfig, view: ProgressReporter, from_step: int | None = N
 def _run(config: SFTConfig, view: ProgressReporter, leader: bool, from_step: int | None) -> None:
     config = with_date(config)
     prepare(config.run, config.train)
-    model, tokenizer, dtype = open_model(config.model)
+    model, tokenizer, dtype = open_model(config.model, config.run.seed)
     context = model.spec.max_positions
     samples = open_demonstrations(config.data.train, config, tokenizer, context, view)
     held_out = config.sft.eval_data
@@ -108,9 +108,10 @@ def train_one(trainer: Trainer, batch: Sequence[Sample], step: int, run: RunDir,
     view.advance()
     work: dict[str, float] = {}
     if trainer.group is None:  # one process; of several, each would have its own ceilings
-        spec, dtype = trainer.model.spec, str(trainer.compute_dtype).removeprefix("torch.")
-        work["train_flops"] = training_flops(spec, map(len, batch), stats.num_targets).total
-        work["train_bytes"] = training_bytes(spec, stats.num_microbatches, 1, dtype)
+        model, dtype = trainer.model, str(trainer.compute_dtype).removeprefix("torch.")
+        adapter = sum(p.numel() for p in model.parameters() if p.requires_grad) if model.lora else 0
+        work["train_flops"] = training_flops(model.spec, map(len, batch), stats.num_targets, adapter).total
+        work["train_bytes"] = training_bytes(model.spec, stats.num_microbatches, 1, dtype, adapter)
     run.journal.write(
         "step",
         step=step,

@@ -25,7 +25,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 
 from pekoe.core.errors import UserError
 from pekoe.core.io import SUMS, check_sums, read_sums, sha256, write_sums
-from pekoe.model import Decoder, save_model
+from pekoe.model import Decoder, save_adapter, save_model
 
 T = TypeVar("T")
 _PLAIN_COPY = (False, False, False, False)  # no pinned, no shared memory, no thread, no stream
@@ -36,7 +36,7 @@ class Snapshot:
     """Implements `core.loop.Snapshot`. All processes of `group` call `write` together; the first alone can `export`."""
 
     state: dict[str, Any]  # this process's part of `Trainer.state_dict`
-    weights: Mapping[str, Tensor]  # as `whole_weights`
+    weights: Mapping[str, Tensor]  # as `whole_weights`, of those that are trained
     model: Decoder  # for its shape and its files beside the weights
     group: dist.ProcessGroup | None  # of all processes that train
 
@@ -44,7 +44,7 @@ class Snapshot:
         write(self.state, path, self.group)
 
     def export(self, path: Path) -> None:
-        save_model(self.model, path, weights=self.weights)
+        (save_model if self.model.lora is None else save_adapter)(self.model, path, weights=self.weights)
 
 
 def snapshot(model: Decoder, state: dict[str, Any], group: dist.ProcessGroup | None) -> Snapshot:
@@ -52,13 +52,13 @@ def snapshot(model: Decoder, state: dict[str, Any], group: dist.ProcessGroup | N
     stager = DefaultStager(StagingOptions(*_PLAIN_COPY))
     copied = cast(dict[str, Any], stager.stage(state))
     stager.close()
-    return Snapshot(copied, copied["model"] if group is None else whole_weights(model), model, group)
+    return Snapshot(copied, copied["model"] if group is None else whole_weights(model, trained=True), model, group)
 
 
-def whole_weights(model: Decoder) -> Mapping[str, Tensor]:
-    """A copy of the weights in host memory, by Hugging Face names; empty on all processes but the first, which all call
-    it together."""
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+def whole_weights(model: Decoder, trained: bool = False) -> Mapping[str, Tensor]:
+    """A copy of the weights in host memory, or of those that are trained, by their names in the model; empty on all
+    processes but the first, which all call it together."""
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=trained)
     return cast(dict[str, Tensor], get_model_state_dict(model, options=options))
 
 

@@ -15,9 +15,11 @@ from torch.distributed._tools.mem_tracker import MemTracker
 from torch.nn import functional as F
 
 from pekoe.config.recipes import OptimSection
+from pekoe.core.roofline import adapter_parameters
 from pekoe.core.spec import ModelSpec
-from pekoe.model import Decoder, PackedAttention
+from pekoe.model import Decoder, LoRA, PackedAttention
 from pekoe.model.attention import Attention
+from pekoe.model.lora import add_lora
 from pekoe.train.trainer import Trainer
 
 _FLOAT = 4  # bytes of a weight, a gradient, each of Adam's moments
@@ -61,6 +63,7 @@ def predict(
     device: str = "cpu",
     tp: int = 1,
     shards: int = 1,
+    lora: LoRA | None = None,
 ) -> StepMemory:
     """The memory of an optimizer step of several micro-batches.
 
@@ -68,6 +71,7 @@ def predict(
         longest: tokens of the longest sequence.
         device: "cpu" or "cuda", as their attention differs; the device need not exist.
         tp, shards: processes that split each layer, and processes over which FSDP shards the weights.
+        lora: of an adapter, beside a base in `compute_dtype`.
     """
     own = replace(
         spec,
@@ -79,19 +83,21 @@ def predict(
     few = max(2, many // 4)
 
     def peak(tokens: int) -> int:
-        settings = tokens, longest, compute_dtype, activation_checkpointing, device == "cuda"
+        settings = tokens, longest, compute_dtype, activation_checkpointing, device == "cuda", lora
         one, two = (_peak_bytes(own, layers, *settings) for layers in (1, 2))
         return one + (spec.num_layers - 1) * (two - one)
 
     full = peak(many)
     per_token = (full - peak(few)) / (many - few)
-    weights = own.num_parameters * _FLOAT
+    trained = adapter_parameters(own, lora.rank, lora.targets) if lora else own.num_parameters
+    weights, item = trained * _FLOAT, compute_dtype.itemsize if lora else _FLOAT
+    base = own.num_parameters * item if lora else 0
     whole = own.num_parameters - max(0, own.num_layers - 2) * own.num_layer_parameters
     return StepMemory(
-        weights=weights // shards,
+        weights=(base + weights) // shards,
         gradients=weights // shards,
         moments=2 * weights // shards,
-        gathered=2 * whole * _FLOAT if shards > 1 else 0,
+        gathered=(1 if lora else 2) * whole * item if shards > 1 else 0,
         fixed=round(full - per_token * many),
         per_token=per_token,
         token_budget=token_budget,
@@ -99,7 +105,14 @@ def predict(
 
 
 def _peak_bytes(
-    spec: ModelSpec, layers: int, tokens: int, longest: int, dtype: torch.dtype, checkpointing: bool, cuda: bool
+    spec: ModelSpec,
+    layers: int,
+    tokens: int,
+    longest: int,
+    dtype: torch.dtype,
+    checkpointing: bool,
+    cuda: bool,
+    lora: LoRA | None,
 ) -> int:
     """Peak of forward and backward, without weights, gradients and moments, of a model with this many layers."""
     attention: Attention = _flash
@@ -107,16 +120,23 @@ def _peak_bytes(
         attention = PackedAttention([*range(0, tokens, longest), tokens])
     with FakeTensorMode(allow_non_fake_inputs=True):
         model = Decoder(replace(spec, num_layers=layers))
+        if lora is not None:  # of names with a layer's number, their ends: the model has fewer layers
+            ends = tuple(dict.fromkeys(target.rpartition(".")[2] for target in lora.targets))
+            for module in model.modules():
+                for name, parameter in list(module.named_parameters(recurse=False)):
+                    setattr(module, name, torch.nn.Parameter(parameter.detach().to(dtype)))  # fakes take no `Module.to`
+            model.lora = add_lora(model, replace(lora, targets=ends), 0)
         trainer = Trainer(model, OptimSection(), tokens, 1, compute_dtype=dtype, activation_checkpointing=checkpointing)
         numbers = torch.arange(tokens)
         tracker = MemTracker()
         tracker.track_external(model, trainer.optimizer)
         with tracker:
             for parameter in model.parameters():
-                parameter.grad = torch.zeros_like(parameter)  # of the micro-batches before
+                if parameter.requires_grad:
+                    parameter.grad = torch.zeros_like(parameter)  # of the micro-batches before
             trainer.forward(model, numbers, numbers, attention, numbers[:-1], numbers[1:])[0].sum().backward()
         peak = sum(kinds["Total"] for kinds in tracker.get_tracker_snapshot("peak").values())
-        state = 4 * sum(p.numel() * p.element_size() for p in model.parameters())
+        state = sum(p.numel() * p.element_size() * (4 if p.requires_grad else 1) for p in model.parameters())
     return peak - state
 
 

@@ -20,6 +20,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, Ro
 from pekoe.core.errors import UserError
 from pekoe.core.spec import ModelSpec
 from pekoe.model import Decoder
+from pekoe.model.lora import BASE, A, B, LoRALinear
 
 # Heads and intermediate channels are split, the residual stream, embeddings and norms are not.
 _COLUMNS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj")
@@ -76,9 +77,7 @@ class Layout:
         data = self._weights["replicas", "shards"] if replicated else self._weights["shards"]
         for layer in model.model.layers:
             if tp.size() > 1:
-                plan: dict[str, ParallelStyle] = {name: ColwiseParallel() for name in _COLUMNS}
-                plan |= {name: RowwiseParallel() for name in _ROWS}
-                parallelize_module(layer, tp, plan)
+                parallelize_module(layer, tp, _plan(layer))
             fully_shard(layer, mesh=data)
         fully_shard(model, mesh=data)
         for module in model.modules():
@@ -130,6 +129,17 @@ class Layout:
                 assert isinstance(parameter, DTensor)
                 names = parameter.device_mesh.mesh_dim_names or ()
                 yield parameter.grad, int("tp" in names and parameter.placements[names.index("tp")].is_shard())
+
+
+def _plan(layer: nn.Module) -> dict[str, ParallelStyle]:
+    """How a layer's linear layers are split. Of an adapter, B is split with its base's rows, or A with its columns, and
+    the other factor is whole: its gradient is the same at every process."""
+    plan: dict[str, ParallelStyle] = {}
+    for names, style, factor in ((_COLUMNS, ColwiseParallel(), B), (_ROWS, RowwiseParallel(), A)):
+        for name in names:
+            adapted = isinstance(layer.get_submodule(name), LoRALinear)
+            plan |= {f"{name}.{BASE}": style, f"{name}.{factor}": style} if adapted else {name: style}
+    return plan
 
 
 def compute_of(length: int, spec: ModelSpec) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,7 +15,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.fsdp import FSDPModule
 from torch.utils.checkpoint import checkpoint as recompute
 
@@ -25,6 +26,8 @@ from pekoe.core.loop import StepStats
 from pekoe.core.spec import ModelSpec
 from pekoe.core.types import AnySample, FloatArray
 from pekoe.model import Attention, Decoder, PackedAttention
+from pekoe.model.lora import adapters_off
+from pekoe.model.peft import check_base
 from pekoe.train import checkpoint
 from pekoe.train.context_parallel import CPShard
 from pekoe.train.memory import PeakMemory
@@ -77,7 +80,8 @@ class Trainer:
         compile: run layers through torch.compile. Numbers change in their last bits.
         layout: how several processes share weights and work. All of them call the same methods with the same arguments
             (a `RankBatch` aside), and get the same results.
-        reference: a model that is not trained, for `logprobs`. It is sharded like the model.
+        reference: a model that is not trained, for `logprobs`; sharded like the model. A model with adapters has its
+            own: itself without them.
     """
 
     def __init__(
@@ -203,12 +207,14 @@ class Trainer:
     @torch.no_grad()
     def logprobs_packed(self, rank_batch: RankBatch, reference: bool = False) -> list[list[FloatArray]]:
         """As `logprobs`, given this process's part: for each micro-batch, those of its samples."""
-        assert self.reference is not None or not reference, "no reference model was loaded"
+        adapted = self.model.lora is not None
+        assert adapted or self.reference is not None or not reference, "no reference model was loaded"
         start, out = time.perf_counter(), list[list[FloatArray]]()
         for members in rank_batch.bins:
             batch = pack([sample.resolve() for sample in members])
             flat = np.zeros(len(batch.tokens), np.float32)
-            logprobs = self._logprobs(batch.to(self.device), self.reference if reference else None)[0]
+            with adapters_off(self.model) if reference and adapted else nullcontext():
+                logprobs = self._logprobs(batch.to(self.device), self.reference if reference else None)[0]
             flat[batch.targets.numpy()] = logprobs.float().cpu().numpy()
             out.append(np.split(flat, batch.bounds[1:-1]) if members else [])
         if reference and isinstance(self.reference, FSDPModule):
@@ -259,16 +265,31 @@ class Trainer:
     def load(self, path: Path) -> None:
         state = self.state_dict()
         checkpoint.read(path, state, self.group)
+        if (lora := self.model.lora) is not None:
+            check_base(path, lora.base, state["base"], lora.digest)
         self.load_state_dict(state)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that decides the trainer's future, in the layout-free form of torch.distributed.checkpoint."""
-        model, optimizer = get_state_dict(self.model, self.optimizer)
-        counts = {"num_updates": self.num_updates, "num_not_finite": self.num_not_finite}
+        model, optimizer = get_state_dict(self.model, self.optimizer, options=self._options)
+        counts: dict[str, Any] = {"num_updates": self.num_updates, "num_not_finite": self.num_not_finite}
+        if self.model.lora is not None:
+            counts["base"] = self.model.lora.digest
         return {"model": model, "optimizer": optimizer, **counts}
 
+    @property
+    def _options(self) -> StateDictOptions:
+        """Of an adapter's base nothing is written or read."""
+        return StateDictOptions(ignore_frozen_params=True, strict=self.model.lora is None)
+
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        set_state_dict(self.model, self.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+        set_state_dict(
+            self.model,
+            self.optimizer,
+            model_state_dict=state["model"],
+            optim_state_dict=state["optimizer"],
+            options=self._options,
+        )
         self.num_updates, self.num_not_finite = state["num_updates"], state["num_not_finite"]
 
 

@@ -24,7 +24,8 @@ from pekoe.core.errors import RunError
 from pekoe.core.types import FloatArray, Sample
 from pekoe.engine.base import Broadcast, BroadcastGroup, Checksums, EngineKind
 from pekoe.engine.buckets import buckets
-from pekoe.model import Decoder, save_model
+from pekoe.model import Decoder, save_adapter, save_model
+from pekoe.model.lora import is_factor, merged
 from pekoe.train.checkpoint import whole_weights
 from pekoe.weights.checksums import ChecksumBuilder, checksum_builder_for, checksums_of
 from pekoe.weights.groups import close_group, free_port, open_group, wait_for
@@ -183,16 +184,23 @@ class LocalSender:
         return send(handle, parts, limit_s, builder.add if builder else None, one_by_one=not embedded)
 
     def write(self, place: Path, kinds: Sequence[EngineKind], checksum: bool) -> int:
-        """In the engines' dtype; see `Sender.write`."""
+        """In the engines' dtype, or an adapter alone in its own; see `Sender.write`. SGLang is given an adapter's sum
+        with its base: it would wait for the end of all requests before it changed an adapter."""
         whole: Mapping[str, Tensor] = dict(self.model.named_parameters())
-        sharded = any(isinstance(tensor, DTensor) for tensor in whole.values())
+        sharded, lora = any(isinstance(tensor, DTensor) for tensor in whole.values()), self.model.lora
+        alone = lora is not None and "sglang" not in kinds
         if sharded:
-            whole = whole_weights(self.model)
+            whole = whole_weights(self.model, trained=alone and not checksum)
             if not whole:  # the first process writes
                 return 0
+        if lora is not None and not alone:
+            whole = merged(whole, lora.scale)
         dtype = torch.float32 if "embedded" in kinds else self.compute_dtype
         try:
-            save_model(self.model, place, weights=whole if sharded else None, dtype=dtype)
+            if alone:
+                save_adapter(self.model, place, {name: t for name, t in whole.items() if is_factor(name)})
+            else:
+                save_model(self.model, place, weights=whole if sharded or lora else None, dtype=dtype)
         except (OSError, SafetensorError) as error:  # a full disk, mostly
             raise RunError(f"weight update: cannot write {place}: {error}") from error
         self._builders = {kind: self._builder(kind) for kind in kinds if checksum}
@@ -210,7 +218,9 @@ class LocalSender:
 
     def _builder(self, kind: EngineKind) -> ChecksumBuilder | None:
         device = next(self.model.parameters()).device.type
-        dtype = torch.float32 if kind == "embedded" else self.compute_dtype
+        dtype: torch.dtype | None = self.compute_dtype
+        if kind == "embedded":  # beside an adapter the base may be in bfloat16, here as there
+            dtype = torch.float32 if self.model.lora is None else None
         return checksum_builder_for(kind, self.model.spec, dtype, device)
 
     def close(self) -> None:
@@ -231,17 +241,20 @@ class StagedSender(LocalSender):
 
     def __init__(self, trained: Decoder, compute_dtype: torch.dtype, temperature: float, alternate: bool) -> None:
         self._trained = trained
-        self._copies = [deepcopy(trained).requires_grad_(False) for _ in range(1 + alternate)]
+        frozen = [p for p in trained.parameters() if not p.requires_grad]  # of an adapter's base there is one
+        shared: list[dict[int, Any]] = [{id(p): p for p in frozen} for _ in range(1 + alternate)]
+        self._copies = [deepcopy(trained, memo).requires_grad_(False) for memo in shared]
         self._temperature = temperature
         super().__init__(self._copies[0], compute_dtype, self._logprobs)
 
     def stage(self) -> bool:
         self._copies.reverse()
         self.model = self._copies[0]
-        trained = dict(self._trained.named_parameters())
+        copies = dict(self.model.named_parameters())
         with torch.no_grad():
-            for name, parameter in self.model.named_parameters():
-                parameter.copy_(trained[name])
+            for name, parameter in self._trained.named_parameters():
+                if parameter.requires_grad:
+                    copies[name].copy_(parameter)
         return True
 
     def _logprobs(self, samples: Sequence[Sample]) -> list[FloatArray]:

@@ -43,9 +43,11 @@ def test_defaults_are_those_of_the_command():
 
 
 def test_every_key_of_a_resolved_recipe_is_listed():
-    flat = flatten(load_config(RL, ["cluster.training.ranks=1", "engine.server.env.A=b"]).model_dump())
+    flat = flatten(
+        load_config(RL, ["cluster.training.ranks=1", "engine.server.env.A=b", "model.lora.rank=4"]).model_dump()
+    )
     listed = {key.name for key in keys_of(RLConfig) if "[]" not in key.name and not key.type.startswith("table")}
-    assert flat.keys() - {"engine.server.env.A"} == listed - {"cluster"}
+    assert flat.keys() - {"engine.server.env.A"} == listed - {"cluster", "model.lora"}
 
 
 def test_a_section_a_key_and_another_commands_section():

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import pytest
 
-from pekoe.core.roofline import Ceilings, sampling_bytes, sampling_flops, training_bytes, training_flops
+from pekoe.core.roofline import (
+    Ceilings,
+    adapter_parameters,
+    sampling_bytes,
+    sampling_flops,
+    training_bytes,
+    training_flops,
+)
 from pekoe.core.spec import ModelSpec
 
 SPEC = ModelSpec("qwen2", 10, 4, 2, 2, 1, 2, 8, 64)
@@ -37,6 +44,19 @@ def test_bytes_are_those_of_weights_kv_and_the_optimizer():
     own, prompts = (1 + 2 + 3 + 4) + (1 + 2), 3 * 4  # the prompt's as often as the longer response goes on
     assert sampling_bytes(SPEC, [(3, [4, 2])], 5, "bfloat16") == 2 * (5 * weights + kv * (own + prompts))
     assert training_bytes(SPEC, 2, 1, "float32") == SPEC.num_parameters * (2 * 3 * 4 + 28)
+
+
+def test_beside_an_adapter_frozen_weights_have_no_gradient():
+    adapter = adapter_parameters(SPEC, 2)
+    sizes = (4 + 4) + 2 * (4 + 2) + (4 + 4) + 3 * (4 + 8)  # inputs and outputs: q and o, k and v, the MLP's
+    assert adapter == 2 * 2 * sizes
+    assert adapter_parameters(SPEC, 2, ("q_proj", "model.layers.1.mlp.up_proj")) == 2 * (2 * 8 + 12)
+    full, low = training_flops(SPEC, [3, 5], 6), training_flops(SPEC, [3, 5], 6, adapter)
+    assert low.linear == pytest.approx(2 * 2 * (2 * LAYER) * 8 + 3 * 2 * adapter * 8)
+    assert low.head == pytest.approx(2 * 2 * HEAD * 6)
+    assert low.attention == full.attention
+    each = 2 * 4 * (2 * SPEC.num_parameters + 3 * adapter)
+    assert training_bytes(SPEC, 2, 1, "float32", adapter) == each + 28 * adapter
 
 
 def test_the_larger_of_the_two_least_times_bounds():

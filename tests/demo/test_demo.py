@@ -51,8 +51,10 @@ def test_every_stage_runs_and_a_finished_demo_is_not_run_again(tmp_path: Path):
         low, high = summary[stage]["ci95"]
         assert 0 <= low <= summary[stage]["pass_at_1"] <= high <= 1
     before = (out / "summary.json").stat().st_mtime_ns, (out / "rl" / "journal.jsonl").stat().st_mtime_ns
-    run_demo(out, 0, control=False, fresh=False, quick=True, view=NoProgress())
+    story = run_demo(out, 0, control=False, fresh=False, quick=True, view=NoProgress(), lora=True)
     assert (out / "rl" / "journal.jsonl").stat().st_mtime_ns == before[1]
+    assert "by LoRA of rank 16" in story
+    assert (out / "rl_lora" / "model" / "adapter_config.json").is_file()
     with pytest.raises(UserError, match="add --fresh to remove it"):
         run_demo(out, 1, control=False, fresh=False, quick=True, view=NoProgress())
 

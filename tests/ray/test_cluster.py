@@ -20,6 +20,7 @@ from pekoe.core.progress import NoProgress
 from pekoe.core.records import read_records
 from pekoe.core.types import Draw, SamplingParams
 from pekoe.engine.base import requests_of
+from pekoe.model.peft import read_weights
 from pekoe.ray.run import build_cluster, run_with_restarts
 from pekoe.ray.trainer import RayTrainer
 from pekoe.report.findings import findings
@@ -83,6 +84,24 @@ def test_weights_may_go_over_the_disk(cluster: MakeConfig, run: Run):
     assert [(step["sync_route"], step["sync_checksum"]) for step in steps] == [("disk", "equal"), ("disk", "skipped")]
     assert all(0 < step["sync_canary_diff"] < 1e-4 for step in steps)
     assert not any((Path(config.run.dir) / "logs" / "weights").iterdir())
+
+
+@pytest.mark.parametrize("sync", ["broadcast", "disk"])
+def test_engines_are_sent_an_adapter_alone(cluster: MakeConfig, run: Run, sync: str):
+    config = cluster(f"cluster.sync={sync}", "model.lora.rank=4", "algo.kl=0.01", "num_steps=2", "optim.lr=1e-2")
+    run(config)
+    steps = events(config, "step")
+    folder = Path(config.run.dir) / "model"
+    weights, _ = read_weights(folder)
+    size = (folder / "adapter_model.safetensors").stat().st_size
+    size = size if sync == "disk" else sum(tensor.nbytes for tensor in weights.values())
+    for step in steps:
+        assert step["logprob_diff_max"] < 1e-4  # I1
+        assert step["sync_canary_diff"] < 1e-4  # I4
+        assert step["sync_bytes"] == size
+        again = replay(Path(config.run.dir), step["step"], NoProgress())
+        assert again.loss == pytest.approx(step["loss"], abs=1e-5)
+    assert steps[0]["sync_checksum"] == "equal"
 
 
 def test_an_engine_that_is_killed_while_sampling(cluster: MakeConfig, monkeypatch: pytest.MonkeyPatch):

@@ -160,6 +160,51 @@ def test_vllm_launched_by_broadcast(lay_out: Callable[..., Path]):
     assert_nothing_left()
 
 
+SIZES = {"prompts_per_step": 8, "samples_per_prompt": 8, "max_new_tokens": 64}
+LAGGING: dict[str, Any] = {
+    "num_steps": 5,
+    "rollout": SIZES | {"max_lag": 1, "during_update": "go_on"},
+    "train": {"token_budget": 128},
+    "optim": {"lr": 1e-3},  # faster, and all responses become short or long
+}
+
+
+@pytest.mark.parametrize("lag", [0, 1])
+def test_vllm_takes_the_adapter_alone(lay_out: Callable[..., Path], lag: int):
+    """At each step, from a file; while responses are under way, too, where sampling is ahead."""
+    server = {"python": vllm_python(), "start_limit_s": START_LIMIT_S, "sync": "shm", "max_requests": 4}
+    engine = EngineSection.model_validate({"backend": "vllm", "server": server, "kv_tokens": 32 * 512})
+    recipe = lay_out(engine, SHAPE, **(LAGGING if lag else {"num_steps": 3}))
+    pekoe("rl", str(recipe), "model.lora.rank=4", "model.lora.alpha=8.0", "algo.kl=0.01")
+    run = recipe.parent / "run"
+    steps = [event for event in read_lines(run / "journal.jsonl") if event["event"] == "step"]
+    whole = (recipe.parent / "model" / "model.safetensors").stat().st_size
+    adapter = (run / "model" / "adapter_model.safetensors").stat().st_size
+    assert [step["step"] for step in steps] == list(range(1, len(steps) + 1))
+    for step in steps[lag:]:
+        assert step["sync_canary_diff"] <= 5e-4  # I4
+        assert step["sync_bytes"] == adapter < whole / 3
+    again = replay_run(run, NoProgress())
+    assert again.same_weights
+    assert max(again.logprob_diffs.values()) <= 5e-4  # I1, by version
+    if not lag:
+        assert max(step["logprob_diff_max"] for step in steps) <= 5e-4
+        assert [step["sync_checksum"] for step in steps] == ["equal", "skipped", "skipped"]  # of the base
+    assert_nothing_left()
+
+
+def test_sglang_takes_an_adapters_sum(lay_out: Callable[..., Path], sglang_section: Callable[..., EngineSection]):
+    recipe = lay_out(sglang_section(sync="shm"), SHAPE)
+    pekoe("rl", str(recipe), "model.lora.rank=4", "model.lora.alpha=8.0")
+    steps = [event for event in read_lines(recipe.parent / "run" / "journal.jsonl") if event["event"] == "step"]
+    for step in steps:
+        assert step["logprob_diff_max"] <= 5e-4
+        assert step["sync_canary_diff"] <= 5e-4
+        assert step["sync_bytes"] > 100_000
+    assert steps[0]["sync_checksum"] == "equal"  # of the sum
+    assert_nothing_left()
+
+
 def assert_swapped_in_flight(recipe: Path, num_steps: int) -> None:
     """Weights came while responses were under way; every token is of the version that it says (I1), none is older than
     the bound, and training from the records gives the run's weights."""
@@ -179,13 +224,6 @@ def assert_swapped_in_flight(recipe: Path, num_steps: int) -> None:
     assert_nothing_left()
 
 
-SIZES = {"prompts_per_step": 8, "samples_per_prompt": 8, "max_new_tokens": 64}
-LAGGING: dict[str, Any] = {
-    "num_steps": 5,
-    "rollout": SIZES | {"max_lag": 1, "during_update": "go_on"},
-    "train": {"token_budget": 128},
-    "optim": {"lr": 1e-3},  # faster, and all responses become short or long
-}
 AT_A_TIME = 4  # requests, in the order of their steps: when a step has been trained on, the next is half sampled
 
 

@@ -18,7 +18,8 @@ from pekoe.algo.loss import ppo
 from pekoe.config.recipes import AlgoSection, OptimSection
 from pekoe.core.spec import ModelSpec
 from pekoe.core.types import Sample
-from pekoe.model import Decoder
+from pekoe.model import Decoder, LoRA
+from pekoe.model.lora import add_lora
 from pekoe.train import Layout, Trainer
 
 OPTIM = OptimSection(lr=1e-2, warmup_fraction=0.0, grad_clip=0.05)  # below the norm: clipping is in it
@@ -36,6 +37,7 @@ def make_trainer(
     recompute: bool = False,
     dtype: torch.dtype = torch.float64,
     reference: bool = False,
+    lora: bool = False,
 ) -> Trainer:
     sizes: dict[str, Any] = {
         "vocab_size": 50,
@@ -52,6 +54,8 @@ def make_trainer(
     with torch.no_grad():
         for parameter in model.parameters():  # no bias 0, no norm 1
             parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)).to(dtype) * 0.05)
+    if lora:
+        model.lora = add_lora(model, LoRA(4, 8.0, ()), seed=0)
     frozen = None
     if reference:
         frozen = Decoder(model.spec).to(dtype).requires_grad_(False)
@@ -105,6 +109,25 @@ def train_few(trainer: Trainer, number: int) -> dict[str, Any]:
         "means": [list(s.means.values()) for s in stats],
         "weights": np.concatenate([w.detach().flatten().numpy() for w in weights]),
     }
+
+
+def lora_main(rank: int, world: int, folder: str, layouts: list[dict[str, int]], shape: str) -> None:
+    """As `few_main`, with adapters: the trained steps, and a checkpoint."""
+    torch.set_num_threads(1)
+    os.environ["MASTER_ADDR"] = "127.0.0.1"
+    dist.init_process_group("gloo", init_method=f"file://{folder}/lora-{world}", rank=rank, world_size=world)
+    try:
+        for place, layout in enumerate(layouts):
+            trainer = make_trainer(shape, layout, lora=True)
+            found = train_few(trainer, 10)
+            dcp.save(trainer.state_dict(), checkpoint_id=f"{folder}/lora-{place}")
+            snapshot = trainer.snapshot()
+            if rank == 0:
+                snapshot.export(Path(folder) / f"adapter-{place}")
+                torch.save(found, f"{folder}/lora-{place}.pt")
+        dist.barrier()
+    finally:
+        dist.destroy_process_group()
 
 
 def few_main(rank: int, world: int, folder: str, layouts: list[dict[str, int]], numbers: list[int]) -> None:

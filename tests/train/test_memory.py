@@ -14,7 +14,8 @@ from pekoe.algo.loss import cross_entropy
 from pekoe.config.recipes import OptimSection
 from pekoe.core.spec import ModelSpec
 from pekoe.core.types import Sample
-from pekoe.model import Decoder
+from pekoe.model import Decoder, LoRA
+from pekoe.model.lora import add_lora
 from pekoe.train import Trainer
 from pekoe.train.memory import PeakMemory, limit_malloc_cache, resident
 from pekoe.train.memory_estimate import predict
@@ -22,11 +23,14 @@ from pekoe.train.memory_estimate import predict
 SPEC = ModelSpec("qwen2", 2048, 192, 4, 6, 2, 32, 512, 4096, tied_embeddings=True, qkv_bias=True)
 LARGE_VOCAB = replace(SPEC, vocab_size=32_768, num_layers=1)
 BUDGET, LONGEST = 3072, 256
+ADAPTER = LoRA(16, 16.0, ())
 CASES = [
-    (SPEC, "float32", False),
-    (SPEC, "float32", True),
-    pytest.param(SPEC, "bfloat16", True, marks=pytest.mark.slow),
-    pytest.param(LARGE_VOCAB, "float32", False, marks=pytest.mark.slow),
+    (SPEC, "float32", False, None),
+    (SPEC, "float32", True, None),
+    pytest.param(SPEC, "bfloat16", True, None, marks=pytest.mark.slow),
+    pytest.param(LARGE_VOCAB, "float32", False, None, marks=pytest.mark.slow),
+    pytest.param(SPEC, "float32", False, ADAPTER, marks=pytest.mark.slow),
+    pytest.param(SPEC, "bfloat16", True, ADAPTER, marks=pytest.mark.slow),
 ]
 
 
@@ -35,15 +39,17 @@ def samples(number: int, length: int) -> list[Sample]:
     return [Sample(rng.integers(0, 2048, length), np.arange(length) > 0, zeros, zeros) for _ in range(number)]
 
 
-def measure(spec: ModelSpec, dtype: str, again: bool, answer: Any) -> None:
+def measure(spec: ModelSpec, dtype: str, again: bool, lora: LoRA | None, answer: Any) -> None:
     torch.set_num_threads(1)
     limit_malloc_cache()
     before = resident()
     model = Decoder(spec)
     model.init_weights(0)
+    if lora is not None:
+        model.lora = add_lora(model.to(getattr(torch, dtype)), lora, 0)
     trainer = Trainer(model, OptimSection(), BUDGET, 2, 1.0, getattr(torch, dtype), activation_checkpointing=again)
     trainer.step(samples(2, 32), cross_entropy)  # libraries that come at first use
-    held = 12 * spec.num_parameters
+    held = sum(p.nbytes * (3 if p.requires_grad else 1) for p in model.parameters())
     before = min(resident() - held, before + 2**28)
     two_microbatches = samples(2 * BUDGET // LONGEST, LONGEST)
     stats = trainer.step(two_microbatches, cross_entropy)
@@ -53,15 +59,15 @@ def measure(spec: ModelSpec, dtype: str, again: bool, answer: Any) -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak of a step is told by Linux alone")
-@pytest.mark.parametrize(("spec", "dtype", "again"), CASES)
-def test_what_is_predicted_is_measured(spec: ModelSpec, dtype: str, again: bool):
+@pytest.mark.parametrize(("spec", "dtype", "again", "lora"), CASES)
+def test_what_is_predicted_is_measured(spec: ModelSpec, dtype: str, again: bool, lora: LoRA | None):
     context = multiprocessing.get_context("spawn")
     answer = context.Queue()
-    process = context.Process(target=measure, args=(spec, dtype, again, answer))
+    process = context.Process(target=measure, args=(spec, dtype, again, lora, answer))
     process.start()
     measured = answer.get(timeout=120)
     process.join()
-    predicted = predict(spec, BUDGET, LONGEST, getattr(torch, dtype), again)
+    predicted = predict(spec, BUDGET, LONGEST, getattr(torch, dtype), again, lora=lora)
     assert 0.85 * measured < predicted.total < 1.15 * measured
 
 

@@ -13,12 +13,14 @@ import torch.distributed.checkpoint as dcp
 import torch.multiprocessing as mp
 
 from pekoe.core.errors import UserError
+from pekoe.model.peft import read_weights
 from pekoe.train import Layout
 from pekoe.train.parallel import compute_of
 from tests.train.ranks import (
     SHAPES,
     few_main,
     kernels_main,
+    lora_main,
     make_trainer,
     rank_main,
     resume_main,
@@ -85,6 +87,34 @@ def test_a_forward_on_kernels_leaves_fsdp_its_weights(tmp_path: Path):
     found: dict[str, Any] = torch.load(tmp_path / "kernels.pt", weights_only=False)
     np.testing.assert_allclose(found["logprobs"], expected["logprobs"], atol=1e-5)
     np.testing.assert_allclose(found["loss"], expected["loss"], rtol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+@pytest.mark.parametrize("shape", list(SHAPES))
+def test_adapters_do_not_depend_on_the_layout(shape: str, tmp_path: Path):
+    """FSDP 2 x TP 2, and FSDP over 4: losses, gradient norms, log-probs with and without the adapter, weights after
+    updates; and what they save loads on one process."""
+    layouts: list[dict[str, int]] = [{"tp": 2}, {}]
+    mp.spawn(lora_main, (4, str(tmp_path), layouts, shape), nprocs=4)
+    alone = make_trainer(shape, lora=True)
+    expected = train_few(alone, 10)
+    assert min(expected["grad_norm"]) > 0.05, "clipping must be in it"
+    for place, layout in enumerate(layouts):
+        found: dict[str, Any] = torch.load(tmp_path / f"lora-{place}.pt", weights_only=False)
+        for name, value in expected.items():
+            np.testing.assert_allclose(found[name], value, rtol=1e-6, atol=1e-9, err_msg=f"{name}, {layout}")
+        again = make_trainer(shape, lora=True)
+        state = again.state_dict()
+        dcp.load(state, checkpoint_id=str(tmp_path / f"lora-{place}"))
+        again.load_state_dict(state)
+        written, _ = read_weights(tmp_path / f"adapter-{place}")
+        trained = {name: p for name, p in alone.model.named_parameters() if p.requires_grad}
+        assert written.keys() == trained.keys()
+        for name, p in again.model.named_parameters():
+            torch.testing.assert_close(p, alone.model.get_parameter(name), rtol=0, atol=1e-10)
+            if name in trained:
+                torch.testing.assert_close(written[name], p.detach(), rtol=0, atol=0)
 
 
 @pytest.mark.slow

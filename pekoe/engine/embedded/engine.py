@@ -43,7 +43,8 @@ from pekoe.engine.embedded.scheduler import Scheduler, Sequence, Work
 from pekoe.engine.sampling import key_of, sample, uniforms
 from pekoe.kernels.jit import adopt_num_threads
 from pekoe.kernels.packed_linear import intact
-from pekoe.model import Decoder, load_model
+from pekoe.model import Decoder, is_adapter, load_model
+from pekoe.model.hf import with_adapter
 
 Receive = Callable[[Decoder, Broadcast], None]
 """Overwrites a model's parameters with those that rank 0 of the group sends."""
@@ -214,8 +215,11 @@ class EmbeddedEngine(Engine):
             return
         owns = isinstance(source, Path) or (self._owns_model and source is self.model)
         if isinstance(source, Path):
-            dtype = next(self.model.parameters()).dtype
-            source = load_model(source, dtype, str(self._runner.device)).requires_grad_(False)
+            if self.model.lora is not None and is_adapter(source):
+                source = with_adapter(self.model, source)
+            else:
+                dtype = next(self.model.parameters()).dtype
+                source = load_model(source, dtype, str(self._runner.device)).requires_grad_(False)
         if source.spec != self.model.spec:
             raise UserError(f"weight update: expected a model of shape {self.model.spec}, got {source.spec}")
         with self._turn():

@@ -27,6 +27,7 @@ from pekoe.core.types import FinishReason, Request, SamplingParams
 from pekoe.engine.base import BroadcastGroup, Checksums
 from pekoe.engine.buckets import Tensors
 
+ADAPTER = "pekoe"  # its name at a server
 KEY_VARIABLE = "PEKOE_SERVER_KEY"  # of the environment of a launched server
 _CONNECT_LIMIT_S = 10.0
 _HEALTH_LIMIT_S = 10.0
@@ -68,6 +69,7 @@ class ServerOptions:
     dtype: str  # "float32" | "bfloat16"
     device: str  # "cpu" | "cuda"
     offloads: bool = False  # whether `offload` will be called
+    lora_rank: int = 0  # of the adapter that updates bring; 0: they bring whole weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +105,7 @@ class ServerClient(ABC):
         self, options: ServerOptions, url: str, key: str = "", transport: httpx.AsyncBaseTransport | None = None
     ) -> None:
         self.options, self.key = options, key
+        self.adapter: dict[str, Any] = {}  # how a request names the adapter, once there is one
         self._address, self.url = url, without_secrets(url)  # `url` is for messages
         headers = {"accept-encoding": "identity"} | ({"authorization": f"Bearer {key}"} if key else {})
         limits = httpx.Limits(max_connections=None, keepalive_expiry=_KEEP_ALIVE_S)
@@ -151,7 +154,10 @@ class ServerClient(ABC):
 
     async def sample(self, request: Request, rid: str) -> Answer:
         """One response under the request id `rid`, with a seed of its own from `sampling.sequence_key`."""
-        body, most = self.body(request, rid), _SAMPLE_BYTES + _TOKEN_BYTES * request.params.max_new_tokens
+        body, most = (
+            self.body(request, rid) | self.adapter,
+            _SAMPLE_BYTES + _TOKEN_BYTES * request.params.max_new_tokens,
+        )
         content = await self.post(self.sample_path, body, self.options.config.request_limit_s, most)
         size = len(request.tokens)
         try:
@@ -207,7 +213,7 @@ class ServerClient(ABC):
 
     @abstractmethod
     async def load(self, directory: Path, version: int) -> None:
-        """Load a Hugging Face directory and tag it `version`."""
+        """Load a Hugging Face directory, or an adapter's, and tag it `version`."""
 
     async def num_workers(self) -> int:
         """Processes of this server that join a broadcast group."""

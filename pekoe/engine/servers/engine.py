@@ -58,7 +58,7 @@ from pekoe.engine.servers.client import (
     shown,
 )
 from pekoe.engine.servers.process import ServerProcess, allow_open_files, check_python, free_port, wait_ready
-from pekoe.model import Decoder, save_model
+from pekoe.model import Decoder, is_adapter, save_model
 
 _BACKOFF_S = 0.2  # before the first retry; each further one waits twice as long
 _BUSY_S, _MOST_BUSY_S = 1.0, 30.0  # likewise, where the server answered 429 or 5xx and did not say when
@@ -115,6 +115,7 @@ class ServerEngine(Engine):
         number: this server's index in the run: part of its name and its log's, and its index in `config.server.gpus`.
         url: of a running server; None: launch one.
         offloads: whether `offload` will be called.
+        lora_rank: of the adapter that updates bring; 0: they bring whole weights.
 
     Blocks until the server is ready. UserError for settings that cannot work, RunError if the server does not start.
     """
@@ -136,6 +137,7 @@ class ServerEngine(Engine):
         number: int = 0,
         url: str | None = None,
         offloads: bool = False,
+        lora_rank: int = 0,
     ) -> None:
         server = self._config = config.server
         self._spec, self._limit = spec, min(max_sequence_tokens, spec.max_positions)
@@ -143,7 +145,7 @@ class ServerEngine(Engine):
         kv_tokens = config.server_kv(self._limit, spec.kv_values_per_token, dtype, device)
         self._limit = min(self._limit, kv_tokens or self._limit)
         limits = self._limit, kv_tokens, config.max_running
-        options = ServerOptions(model, server, spec, *limits, dtype=dtype, device=device, offloads=offloads)
+        options = ServerOptions(model, server, spec, *limits, dtype, device, offloads, lora_rank)
         self.label = f"{self.name} server {number}" if url is None else f"{self.name} at {without_secrets(url)}"
         if url is None:
             check_python(self.name, server.python)
@@ -406,7 +408,7 @@ class ServerEngine(Engine):
             with tempfile.TemporaryDirectory(prefix="weights-", dir=self._log_dir) as place:
                 save_model(source, Path(place), dtype=getattr(torch, self._dtype))
                 self._run(self._update(Path(place).resolve(), version))
-        elif isinstance(source, Path) and not (source / "config.json").is_file():
+        elif isinstance(source, Path) and not is_adapter(source) and not (source / "config.json").is_file():
             raise UserError(f"weight update: expected a Hugging Face model directory, got {source}")
         else:
             self._run(self._update(source.resolve() if isinstance(source, Path) else source, version))

@@ -9,12 +9,16 @@ How it differs from what Pekoe needs, each found by experiment:
 - On CPU, chunked prefill with seeds kills it (it rewinds a generator that cannot be rewound), so that is off there.
 - On CPU, a tied head keeps its old weights. Updates go through Pekoe's worker extension (`vllm_worker/`), which
   corrects that and gives checksums of the weights in effect.
+- Requests for an adapter that /v1/load_lora_adapter put in the place of another one keep `load_inplace`, by which it is
+  read from its directory again. So the first one comes that way, and Pekoe's worker extension puts later ones in its
+  place; the KV of the one before is dropped as that of other weights.
 - A plain /reset_prefix_cache is refused while responses are in flight, which would continue with the KV of the old
   weights. With `reset_running_requests` their KV is dropped too, and computed again after /resume.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -27,6 +31,7 @@ from pekoe.engine.base import BroadcastGroup, Checksums, EngineKind
 from pekoe.engine.buckets import Tensors
 from pekoe.engine.sampling import key_of
 from pekoe.engine.servers.client import (
+    ADAPTER,
     KEY_VARIABLE,
     MISREAD,
     MOST_BYTES,
@@ -42,6 +47,7 @@ from pekoe.engine.servers.client import (
     whole,
 )
 from pekoe.engine.servers.engine import ServerEngine
+from pekoe.model import is_adapter
 
 WORKER_DIR = Path(__file__).with_name("vllm_worker")
 EXTENSION, TRANSFER = "pekoe_vllm_gloo.Extension", "pekoe"
@@ -57,6 +63,8 @@ OURS = (
     *("generation-config", "weight-transfer-config", "worker-extension-cls"),
 )
 """Flags that Pekoe sets: with other values it would misread the server."""
+
+LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that --max-lora-rank takes
 
 RENAMED = {
     "disable-chunked-prefill": "--no-enable-chunked-prefill",
@@ -124,6 +132,14 @@ class VLLMClient(ServerClient):
             argv += ["--max-num-batched-tokens", str(max(options.max_sequence_tokens, CPU_BATCH_TOKENS))]
         if options.offloads and options.device == "cuda":
             argv += ["--enable-sleep-mode"]
+        if options.lora_rank:
+            rank = next((rank for rank in LORA_RANKS if rank >= options.lora_rank), None)
+            if rank is None:
+                raise UserError(
+                    f"model.lora.rank: expected at most {LORA_RANKS[-1]} with engine.backend = 'vllm', got "
+                    f"{options.lora_rank}; nearest: {LORA_RANKS[-1]}"
+                )
+            argv += ["--enable-lora", "--max-loras", "1", "--max-cpu-loras", "1", "--max-lora-rank", str(rank)]
         if options.kv_tokens:
             argv += ["--kv-cache-memory-bytes", str(self._kv_bytes(options.kv_tokens))]
         env = {
@@ -131,6 +147,7 @@ class VLLMClient(ServerClient):
             KEY_VARIABLE: self.key,
             "VLLM_API_KEY": self.key,  # of some paths; another one may be in our own environment
             "VLLM_SERVER_DEV_MODE": "1",  # pause, updates, abort
+            "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1" if options.lora_rank else "0",
             "VLLM_HOST_IP": "127.0.0.1",
             "VLLM_NO_USAGE_STATS": "1",
             "HF_HUB_OFFLINE": "1",
@@ -244,7 +261,19 @@ class VLLMClient(ServerClient):
                 raise UserError(f"{self.url}: expected a vLLM server with {flag} {expected}, got {got}")
 
     async def load(self, directory: Path, version: int) -> None:
-        await self._rpc("pekoe_load", path=str(directory))
+        if not is_adapter(directory):
+            await self._rpc("pekoe_load", path=str(directory))
+        elif self.adapter:
+            await self._rpc("pekoe_load_adapter", name=ADAPTER, path=str(directory))
+        else:
+            with contextlib.suppress(RunError):  # of an attached server's last user
+                await self.post("/v1/unload_lora_adapter", {"lora_name": ADAPTER})
+            try:
+                await self.post("/v1/load_lora_adapter", {"lora_name": ADAPTER, "lora_path": str(directory)})
+            except RunError as error:
+                needs = "--enable-lora, --max-lora-rank and VLLM_ALLOW_RUNTIME_LORA_UPDATING=1"
+                raise RunError(f"{error}; a server that runs already needs {needs} for adapters") from None
+            self.adapter = {"model": ADAPTER}
         await self.set_version(version)
 
     async def num_workers(self) -> int:

@@ -28,6 +28,7 @@ from vllm.distributed.weight_transfer.base import (
     WeightTransferUpdateInfo,
 )
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+from vllm.lora.request import LoRARequest
 from vllm.model_executor.layers.linear import LinearBase
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
@@ -135,6 +136,7 @@ def effective_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     parts_of: dict[str, list[str]] = getattr(model, "packed_modules_mapping", {})
     module: Any
     for path, module in model.named_modules():
+        path = path.removesuffix(".base_layer")  # beside an adapter
         parent, _, leaf = path.rpartition(".")
         is_head = leaf == "lm_head"
         for name, parameter in module.named_parameters(recurse=False):
@@ -172,6 +174,11 @@ class Extension:
         self.reload_weights(weights_path=path)
         with set_current_vllm_config(self.vllm_config):
             refresh_heads(self.model_runner.get_model())
+        return path
+
+    def pekoe_load_adapter(self: Any, name: str, path: str) -> str:
+        """Put the adapter of the directory `path` in the place of that which /v1/load_lora_adapter loaded last."""
+        self.add_lora(LoRARequest(name, max(self.list_loras()), path, load_inplace=True))
         return path
 
     def pekoe_checksums(self: Any) -> dict[str, str] | None:
