@@ -90,10 +90,11 @@ def read_lora(directory: Path) -> LoRA:
             raise UserError(f"{file}: {name}: expected {plain[0]!r}, as of plain LoRA, got {config[name]!r}")
     if lora.rank < 1:
         raise UserError(f"{file}: r: expected at least 1, got {lora.rank}")
-    if not Path(lora.base).is_dir():
+    if not Path(lora.base).is_dir() or is_adapter(Path(lora.base)):
+        got = "an adapter" if Path(lora.base).is_dir() else "none"
         raise UserError(
             f"{file}: base_model_name_or_path: expected the directory of the adapter's base, got {lora.base!r}, where "
-            "there is none; write its place there"
+            f"there is {got}; write its place there"
         )
     return lora
 

@@ -252,12 +252,14 @@ def test_a_base_that_changed_is_refused(model: Decoder, base: Path, tmp_path: Pa
         ("r", 0, "r: expected at least 1"),
         ("r", "x", "expected PEFT's settings of an adapter"),
         ("r", 3, "do not fit its base, .*, and rank 3"),
+        ("base_model_name_or_path", "itself", "where there is an adapter"),
         ("base_model_name_or_path", "nowhere", "expected the directory of the adapter's base, got 'nowhere'"),
     ],
 )
 def test_other_adapters_are_refused(model: Decoder, tmp_path: Path, key: str, value: Any, message: str):
     save_adapter(model, tmp_path / "adapter")
     file = tmp_path / "adapter" / "adapter_config.json"
+    value = str(file.parent) if value == "itself" else value
     file.write_text(json.dumps(json.loads(file.read_text()) | {key: value}))
     with pytest.raises(UserError, match=message):
         load_model(tmp_path / "adapter")
