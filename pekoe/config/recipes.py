@@ -24,13 +24,11 @@ from pekoe.config.base import (
     read_toml,
 )
 from pekoe.config.cluster import ClusterSection, ParallelSection
-from pekoe.config.data import Columns, DataSection, ProblemSection, ReferenceCheck, TemplateSection
+from pekoe.config.data import Columns, DataSection, ProblemSection, ReferenceCheck
 from pekoe.config.engine import EngineSection
 from pekoe.config.keys import explain
-from pekoe.config.lora import LORA_RATE, LoRASection
+from pekoe.config.model import LORA_RATE, ModelSection, TrainedModelSection
 from pekoe.core.errors import UserError, nearest
-from pekoe.core.roofline import adapter_parameters
-from pekoe.core.spec import ModelSpec
 
 
 class Process(ConfigSection):
@@ -43,31 +41,6 @@ class Process(ConfigSection):
 class RunSection(Process):
     dir: FileName
     """The run directory. Made if absent; a run found there is resumed."""
-
-
-class ModelSection(ConfigSection):
-    path: FileName
-    """A Hugging Face model directory (config.json, *.safetensors, tokenizer.json)."""
-    device: Literal["cpu", "cuda", "auto"] = "auto"
-    """Where to train and sample; auto takes a GPU where there is one."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Dtype of the matrix products. Weights and optimizer state are float32 always."""
-    template: TemplateSection = TemplateSection()
-
-
-class TrainedModelSection(ModelSection):
-    """The model that a recipe trains."""
-
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Dtype of the matrix products. Trained weights and optimizer state are float32 always; with a section lora the
-    frozen base has this dtype."""
-    lora: LoRASection | None = None
-    """Absent: all weights are trained. With a section, even an empty one: factors of low rank beside frozen layers;
-    optim.lr is ten times its default then, unless the recipe names one."""
-
-    def adapter_parameters(self, spec: ModelSpec) -> int:
-        """Of the adapter that is trained; 0 without one."""
-        return adapter_parameters(spec, self.lora.rank, self.lora.targets or ()) if self.lora else 0
 
 
 class RolloutSection(ConfigSection):

@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from pekoe.config.lora import LORA_RATE
+from pekoe.config.model import LORA_RATE
 from pekoe.config.recipes import EvalConfig, RLConfig, SFTConfig, load_config
 from pekoe.core.errors import UserError
 from pekoe.core.journal import read_lines
