@@ -14,6 +14,8 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from pekoe.config.base import read_toml
 from pekoe.config.secrets import without_secrets
 from pekoe.core.errors import UserError
@@ -174,6 +176,12 @@ def _shown(line: dict[str, Any], step: int, by_token: bool) -> dict[str, Any]:
     fields = {name: line[name] for name in names}
     tokens, logprobs, text = line["tokens"].tolist(), [_rounded(x, 3) for x in line["logprobs"].tolist()], line["text"]
     fields |= {"step": step, "length": len(tokens)}
+    if turns := line.get("turns"):  # what stands before each answer but the first, by the index of its first token
+        starts = np.cumsum([own for _, own in line["spans"]])[:-1].tolist()
+        fields["between"] = [[at, context] for at, (context, _) in zip(starts, turns[1:], strict=True)]
+        text = "".join([text, *(part for turn in turns[1:] for part in turn)])
+    if line.get("branch"):
+        fields["branch"] = line["branch"]
     fields |= {name: None if line[name] is None else _rounded(line[name], 4) for name in ("advantage", "reward")}
     if len(tokens) > _MOST_TOKENS:
         half = _MOST_TOKENS // 2

@@ -63,3 +63,14 @@ def test_a_path_that_is_no_run_directory_is_refused_with_the_runs_below_it(run_d
         read_history(run_dir.parent)
     with pytest.raises(UserError, match=r"got nothing there"):
         read_history(run_dir / "not")
+
+
+def test_of_an_agent_what_stands_between_answers_is_shown_and_which_branch_it_is(tmp_path: Path):
+    turns = [["1+6=", "?1+6"], ["<tool>7", "7"], ["<tool>again", ""]]
+    line = response(0, 1, spans=[[1, 2], [3, 1], [2, 1]], turns=turns, text="?1+6", branch=1)
+    run = write_run(tmp_path / "run", [step_event(1)], {"000001": [response(0, 0), line]})
+    first, second = read_history(run, decode=str).responses
+    assert "between" not in first
+    assert second["between"] == [[2, "<tool>7"], [3, "<tool>again"]]
+    assert second["branch"] == 1
+    assert read_history(run).responses[1]["text"] == "?1+6<tool>77<tool>again"

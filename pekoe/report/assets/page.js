@@ -114,7 +114,9 @@ function response(line) {
     place.textContent = textOf.get(line);
     return place;
   }
+  const between = new Map(line.cut ? [] : line.between);  // of an agent: what no model wrote, and nothing trains on
   line.tokens.forEach((token, i) => {
+    if (between.has(i)) place.append(element("span", between.get(i), "between"));
     if (line.cut && i === line.tokens.length / 2) place.append(element("span", `\n… ${line.cut} tokens …\n`, "quiet"));
     const piece = element("span", data.pieces[token]);
     piece.style.background = colour(line, i);
@@ -133,6 +135,7 @@ function show(opened) {
     const head = element("h3", line.label, line.label);
     const got = line.extracted === null || line.extracted === "" ? "" : ` · read as ${written(line.extracted)}`;
     const end = { length: "cut at the limit", abort: "aborted" }[line.finish_reason] ?? "ended by itself";
+    if (line.branch) head.textContent += ` · branch ${line.branch}`;
     card.append(head, element("p", `${line.length} tokens · ${end} · reward ${line.reward ?? "none"}`
       + ` · advantage ${line.advantage ?? "none"}${got}${line.why ? ` · ${line.why}` : ""}`, "quiet"));
     card.append(response(line));
