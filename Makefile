@@ -17,7 +17,7 @@ export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 export PYRIGHT_PYTHON_GLOBAL_NODE := 0
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-cluster test test-cluster test-kernels test-slow test-servers test-tokenizers check docs pages format clean FORCE
+.PHONY: help demo demo-agent demo-cluster test test-cluster test-kernels test-slow test-servers test-tokenizers check docs pages format clean FORCE
 
 # Environments of the servers that tests and benchmarks start, and what else has a target of its own.
 -include tests/servers/sglang.mk tests/servers/vllm.mk benchmarks/bench.mk
@@ -27,6 +27,9 @@ help: ## Show this list
 
 demo: $(VENV)/.stamp-demo ## Train a small model to reason, here and now: make demo ARGS="--seed 1"
 	$(BIN)/pekoe demo $(ARGS)
+
+demo-agent: $(VENV)/.stamp-demo ## A small model learns to use a calculator over two turns, beside a control
+	$(PY) -m pekoe.demo.agent
 
 demo-cluster: $(VENV)/.stamp-cluster ## The demo, and its RL stage again on Ray: 2 engines, 2 training ranks
 	$(BIN)/pekoe demo --cluster $(ARGS)
