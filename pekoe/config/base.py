@@ -135,7 +135,7 @@ def copy_recipe(name: str, out: str | None) -> Path:
 
 def refuse_recipe(file: str) -> None:
     """UserError where a file of rows is expected and this is a recipe; names the files that the recipe reads."""
-    if not file.endswith(".toml") and (file not in shipped_recipes() or Path(file).exists()):
+    if not (file.endswith(".toml") if Path(file).exists() else file in shipped_recipes()):
         return
     flat = flatten(read_toml(Path(file)))
     sources = flat.get("data.sources")

@@ -164,9 +164,11 @@ def unknown(kind: type[ConfigSection], path: list[str], got: Any = None) -> Iter
     """
     siblings = _siblings(kind, path[:-1])
     near = difflib.get_close_matches(path[-1], siblings, n=1, cutoff=0.75)
-    leaves = flatten(got, ".".join(path) + ".") if isinstance(got, dict) and got and not near else {}
+    leaves = list(flatten(got, ".".join(path) + ".")) if isinstance(got, dict) and got else []
+    if near:  # verl's `trainer` is no `train` that is misspelt
+        leaves = [name for name in leaves if any(row.shares(name) > 1 for row in NAMES)]
     for name in leaves or [".".join(path)]:
-        known = [] if near else _elsewhere(kind, name)
+        known = [] if near and not leaves else _elsewhere(kind, name)
         yield name, f" Did you mean {' or '.join(known)}?" if known else nearest(path[-1], siblings)
 
 

@@ -15,7 +15,7 @@ class Names(NamedTuple):
     trl: str = ""
     verl: str = ""
     note: str = ""
-    also: str = ""  # what else it is called
+    also: str = ""  # what else it is called, by vLLM or in older versions
 
     def shares(self, name: str) -> int:
         """How many parts from its end on `name` shares with one of the others' names: x.n shares 1 with rollout.n."""
@@ -28,7 +28,8 @@ def _same_end(a: list[str], b: list[str]) -> int:
 
 
 NAMES = (
-    Names("num_steps", "max_steps", "trainer.total_training_steps", "ours are rollout batches, not optimizer steps"),
+    Names("num_steps", "max_steps", "trainer.total_training_steps", "ours are rollout batches, not optimizer steps",
+          also="num_train_epochs, trainer.total_epochs"),
     Names("run.dir", "output_dir", "trainer.default_local_dir"),
     Names("run.seed", "seed, data_seed", "data.seed"),
     Names("model.path", "model_name_or_path, model", "actor_rollout_ref.model.path", "a directory, not a name"),
@@ -41,7 +42,7 @@ NAMES = (
     Names("rollout.prompts_per_step", "generation_batch_size, per_device_train_batch_size", "data.train_batch_size",
           "prompts; TRL counts responses"),
     Names("rollout.samples_per_prompt", "num_generations", "rollout.n"),
-    Names("rollout.max_new_tokens", "max_completion_length", "data.max_response_length"),
+    Names("rollout.max_new_tokens", "max_completion_length", "data.max_response_length", also="max_tokens"),
     Names("rollout.temperature", "temperature", "rollout.temperature"),
     Names("rollout.top_p", "top_p", "rollout.top_p"),
     Names("rollout.top_k", "top_k", "rollout.top_k", "0 is off; verl: -1"),
@@ -49,7 +50,8 @@ NAMES = (
     Names("rollout.max_lag", "", "async_training.staleness_threshold", "steps; verl: a share of a batch"),
     Names("engine.backend", "use_vllm, vllm_mode", "rollout.name"),
     Names("engine.server.urls", "vllm_server_base_url, vllm_server_host"),
-    Names("engine.server.args", "vllm_tensor_parallel_size", "rollout.tensor_model_parallel_size"),
+    Names("engine.server.args", "vllm_tensor_parallel_size", "rollout.tensor_model_parallel_size",
+          also="tensor_parallel_size"),
     Names("engine.kv_gib", "vllm_gpu_memory_utilization", "rollout.gpu_memory_utilization", "GiB, not a share"),
     Names("engine.max_running", "", "rollout.max_num_seqs"),
     Names("algo.advantage", "scale_rewards", "algorithm.adv_estimator, norm_adv_by_std_in_grpo"),

@@ -57,7 +57,9 @@ class Seen:
     def notes(self, source: str) -> list[str]:
         """A line on columns that are not read, with the nearest name of one that would be."""
         hints = {column: get_close_matches(column, _KNOWN, 1, 0.8) for column in sorted(self.unread)[:100]}
-        lines = [f"{column!r} (is {hint[0]!r} meant?)" if hint else repr(column) for column, hint in hints.items()]
+        lines = [
+            f"{one!r} (is {hint[0]!r} meant?)" if hint and hint != [one] else repr(one) for one, hint in hints.items()
+        ]
         return [f"{source}: columns that are not read: {cut(', '.join(lines))}"] if lines else []
 
 

@@ -89,7 +89,15 @@ def response_text(trajectory: Trajectory, tokenizer: Tokenizer) -> str:
 
 
 def check_kinds(problems: Sequence[Problem], verify: VerifySection, places: Sequence[str]) -> None:
-    """Raise UserError, naming the first rows, where no judge has a problem's kind or the recipe does not allow it."""
+    """Raise UserError that names the first rows that are `without_judge`."""
+    why = without_judge(problems, verify)
+    bad = [f"{places[index]}: problem {problems[index].uid!r}: {reason}" for index, reason in why.items()]
+    if bad:
+        raise UserError(named(bad, "problems whose kind has no judge"))
+
+
+def without_judge(problems: Sequence[Problem], verify: VerifySection) -> dict[int, str]:
+    """Why no judge has a problem's kind, or the recipe does not allow it, by the problem's place among them."""
     check_functions(verify.rewards)
     why: dict[str, str] = {}  # by kind
     for kind in kinds_of(problems):
@@ -97,10 +105,7 @@ def check_kinds(problems: Sequence[Problem], verify: VerifySection, places: Sequ
             find_verifier(verify.kind_of(kind), verify.rewards)
         except UserError as error:
             why[kind] = str(error)
-    rows = zip(problems, places, strict=True)
-    bad = [f"{place}: problem {problem.uid!r}: {why[problem.kind]}" for problem, place in rows if problem.kind in why]
-    if bad:
-        raise UserError(named(bad, "problems whose kind has no judge"))
+    return {index: why[problem.kind] for index, problem in enumerate(problems) if problem.kind in why}
 
 
 def kinds_of(*problems: Iterable[Problem]) -> list[str]:

@@ -13,12 +13,14 @@ from pekoe.config.base import MAX_COUNT
 from pekoe.config.recipes import DataConfig, DemonstrationsConfig, ModelSection
 from pekoe.core.errors import UserError
 from pekoe.core.progress import ProgressReporter
+from pekoe.core.types import Problem
 from pekoe.data.formats import Seen
 from pekoe.data.mix import gather_problems
 from pekoe.data.problems import read_demonstrations
 from pekoe.data.rows import Messages, named
 from pekoe.data.sources import Place
 from pekoe.data.tokenizer import Tokenizer
+from pekoe.run.judging import without_judge
 from pekoe.run.references import reference_check
 
 NUM_EXAMPLES = 3
@@ -42,7 +44,14 @@ def look_at_problems(config: DataConfig, view: ProgressReporter) -> Look:
     """
     changes = {"skip_malformed": True, "check": "warn", "max_prompt_tokens": MAX_COUNT}
     data, tokenizer = config.data.model_copy(update=changes), _tokenizer(config.model)
-    problems, report = gather_problems(data, 0, tokenizer, view, reference_check(config.verify, view))
+
+    def refused(problems: Sequence[Problem], places: Sequence[str]) -> dict[int, str]:
+        bad = without_judge(problems, config.verify)
+        rest = [index for index in range(len(problems)) if index not in bad]
+        check = reference_check(config.verify, view)
+        return bad | {rest[i]: why for i, why in check([problems[i] for i in rest], [places[i] for i in rest]).items()}
+
+    problems, report = gather_problems(data, 0, tokenizer, view, refused)
     kinds = Counter(problem.kind for problem in problems)
     prompts = [_prompt(problem.messages, tokenizer) for problem in problems]
     lines = [

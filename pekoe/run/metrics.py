@@ -13,7 +13,7 @@ from pekoe.algo.loss import logprob_diffs_by_lag
 from pekoe.algo.scoring import Scored, reward_of
 from pekoe.config.recipes import RLConfig
 from pekoe.core.functions import load_function
-from pekoe.core.loop import Counters, StepStats
+from pekoe.core.loop import Counters, StepStats, Trainer
 from pekoe.core.progress import ProgressReporter
 from pekoe.core.roofline import sampling_bytes, sampling_flops, training_bytes, training_flops
 from pekoe.core.spec import ModelSpec
@@ -23,6 +23,18 @@ from pekoe.run.rollouts import Batch
 # Above it something computes other numbers than training does. Tests hold every engine to half of the first; the second
 # is a guess until bfloat16 has been measured on a GPU.
 MAX_LOGPROB_DIFF = {"float32": 1e-3, "bfloat16": 0.5}
+
+
+def not_finite(trainer: Trainer, most: int, way: str) -> str:
+    """Why a run stops after `most` optimizer steps in a row that were not finite; empty where there were not so many.
+    `way`: the command that goes on, in words."""
+    if (count := trainer.num_not_finite) < most:
+        return ""
+    return (
+        f"the loss or the gradient of the last {count} optimizer steps was not finite (train.max_not_finite = {most}); "
+        f"nothing was learned from them. The step is saved: {way} goes on from it, for instance with a lower optim.lr "
+        f"or optim.grad_clip"
+    )
 
 
 def step_metrics(

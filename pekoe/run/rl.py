@@ -24,7 +24,7 @@ from pekoe.run.build import RLParts, eval_sampling
 from pekoe.run.checkpoints import Progress
 from pekoe.run.evaluate import evaluate, warn_truncation
 from pekoe.run.interrupt import StepTimer, StoppedInStep, StopRequested
-from pekoe.run.metrics import collapse_of, own_metrics, step_metrics, step_work, warnings_of
+from pekoe.run.metrics import collapse_of, not_finite, own_metrics, step_metrics, step_work, warnings_of
 from pekoe.run.records import record_lines
 from pekoe.run.rollouts import Batch, check_faults
 
@@ -91,7 +91,7 @@ def run_rl(parts: RLParts) -> None:
         ) from None
     except Exception as error:
         if whole and not (isinstance(error, RunError) and error.retried):
-            save_at_error(parts, progress)
+            run.save_at_error(progress.step, partial(save, parts, progress), parts.view)
         if isinstance(error, TooManyFaults):
             parts.records.write(error.step, list(record_lines(error.batch, Scored((), {}), config)))
             parts.records.settle()
@@ -101,18 +101,6 @@ def run_rl(parts: RLParts) -> None:
         run.journal.write("sync", step=progress.step, **last.as_dict())
     save(parts, progress)
     run.settle()
-
-
-def save_at_error(parts: RLParts, progress: Progress) -> None:
-    """Save the last complete step, as at Ctrl-C, if that works: the error that ends the run is what is raised."""
-    if progress.step == (parts.run.saved or 0):
-        return
-    try:
-        save(parts, progress)
-        parts.run.settle()
-        parts.view.say(f"step {progress.step} is saved; {parts.run.same_command} goes on from there")
-    except Exception as error:
-        parts.view.say(f"step {progress.step} could not be saved: {error}")
 
 
 def publish_first(parts: RLParts, version: int) -> None:
@@ -264,17 +252,11 @@ def commit(
 
 def check_finite(parts: RLParts, progress: Progress) -> None:
     """Save, and raise RunError, after too many optimizer steps in a row that were not finite."""
-    count, most = parts.trainer.num_not_finite, parts.config.train.max_not_finite
-    if count < most:
-        return
-    save(parts, progress)
-    parts.run.settle()
-    raise RunError(
-        f"step {progress.step}: the loss or the gradient of the last {count} optimizer steps was not finite "
-        f"(train.max_not_finite = {most}); nothing was learned from them. The step is saved: {parts.run.same_command} "
-        f"goes on from it, for instance with a lower optim.lr or optim.grad_clip. To see the step again: "
-        f"pekoe rl --replay {parts.config.run.dir} {progress.step}"
-    )
+    if why := not_finite(parts.trainer, parts.config.train.max_not_finite, parts.run.same_command):
+        save(parts, progress)
+        parts.run.settle()
+        again = f"To see the step again: pekoe rl --replay {parts.config.run.dir} {progress.step}"
+        raise RunError(f"step {progress.step}: {why}. {again}")
 
 
 def account(parts: RLParts, step: int, group: JudgedGroup, reason: str | None) -> None:

@@ -22,7 +22,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
@@ -37,6 +37,7 @@ from pekoe.core.errors import RunError, UserError
 from pekoe.core.io import SUMS, fsync
 from pekoe.core.journal import Journal, JsonLines, Listener, ends_at
 from pekoe.core.loop import Snapshot, Trainer
+from pekoe.core.progress import ProgressReporter
 from pekoe.core.records import read_groups, record_files
 from pekoe.core.types import JudgedGroup, Problem
 from pekoe.run.checkpoints import (
@@ -289,6 +290,17 @@ class RunDir:
         self._owes_model = False
         stall = time.perf_counter() - start
         self._writing = {"step": progress.step, "stall_s": round(stall, 4)}, start, future
+
+    def save_at_error(self, step: int, save: Callable[[], None], view: ProgressReporter) -> None:
+        """Save the last complete step, as at Ctrl-C, if that works: the error that ends the run is what is raised."""
+        if step == (self.saved or 0):
+            return
+        try:
+            save()
+            self.settle()
+            view.say(f"step {step} is saved; {self.same_command} goes on from there")
+        except Exception as error:
+            view.say(f"step {step} could not be saved: {error}")
 
     def settle(self, wait: bool = True) -> None:
         """Journal the checkpoint that is being written, once it stands.

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from pekoe.algo.loss import cross_entropy
 from pekoe.config.recipes import SFTConfig
-from pekoe.core.errors import Interrupted, UserError
+from pekoe.core.errors import Interrupted, RunError, UserError
 from pekoe.core.progress import NoProgress, ProgressReporter, phase
 from pekoe.core.roofline import training_bytes, training_flops
 from pekoe.core.types import Sample
@@ -24,13 +26,14 @@ from pekoe.run.checkpoints import Progress, checkpoints, step_of
 from pekoe.run.distributed import make_layout, process_group
 from pekoe.run.hardware import describe
 from pekoe.run.interrupt import StepTimer, Stop
+from pekoe.run.metrics import not_finite
 from pekoe.run.run_dir import RunDir, cannot_go_on, with_date
 from pekoe.train import Trainer
 
 
 def run_sft(config: SFTConfig, view: ProgressReporter, from_step: int | None = None) -> None:
-    """Train on `data.train` for `sft.epochs`. Ctrl-C keeps the last complete step and raises Interrupted. `from_step`:
-    see `RunDir`.
+    """Train on `data.train` for `sft.epochs`. Ctrl-C keeps the last complete step and raises Interrupted. An error of a
+    process that trains alone keeps it, too (the others of several would not come to save). `from_step`: see `RunDir`.
 
     Started by torchrun, all processes call it, and train together as `parallel` says; the first one writes and shows.
     """
@@ -79,19 +82,27 @@ def _run(config: SFTConfig, view: ProgressReporter, leader: bool, from_step: int
             raise UserError(cannot_go_on(run.path, why)) from None
         alone = trainer.group is None  # several would measure one another
         run.journal.write("machine", **describe(trainer.device if alone else None, dtype))
-        with phase(view, "steps", total, progress.step):
-            while progress.step < total and not trainer.any(stop.requested):
-                step = progress.step + 1
-                last_of_epoch = step % per_epoch == 0
-                size = len(samples) - (per_epoch - 1) * config.sft.batch_size if last_of_epoch else None
-                batch = [samples[i] for i, _ in order.draw(size or config.sft.batch_size)]
-                train_one(trainer, batch, step, run, view)
-                if measured and (step % config.sft.eval_every == 0 or step == total):
-                    measure(trainer, measured, step, run)
-                progress = Progress(step, order.state())
-                run.settle(wait=False)
-                if step % config.train.save_every == 0:
-                    run.save(trainer, progress, config.train.keep_checkpoints)
+        try:
+            progress = measure_if_due(trainer, measured, progress, run)
+            with phase(view, "steps", total, progress.step):
+                while progress.step < total and not trainer.any(stop.requested):
+                    step = progress.step + 1
+                    last_of_epoch = step % per_epoch == 0
+                    size = len(samples) - (per_epoch - 1) * config.sft.batch_size if last_of_epoch else None
+                    batch = [samples[i] for i, _ in order.draw(size or config.sft.batch_size)]
+                    train_one(trainer, batch, step, run, view)
+                    due = step % config.sft.eval_every == 0 or step == total
+                    progress = Progress(step, order.state(), evaluated=not due)
+                    check_finite(trainer, config, progress, run)
+                    progress = measure_if_due(trainer, measured, progress, run)
+                    run.settle(wait=False)
+                    if step % config.train.save_every == 0:
+                        run.save(trainer, progress, config.train.keep_checkpoints)
+        except Exception:
+            if alone and trainer.num_updates == progress.step:  # its weights are those of this step
+                keep = config.train.keep_checkpoints
+                run.save_at_error(progress.step, partial(run.save, trainer, progress, keep), view)
+            raise
         run.save(trainer, progress, config.train.keep_checkpoints)
         run.settle()
     if progress.step < total:
@@ -130,13 +141,26 @@ def train_one(trainer: Trainer, batch: Sequence[Sample], step: int, run: RunDir,
     )
 
 
-def measure(trainer: Trainer, samples: Sequence[Sample], step: int, run: RunDir) -> None:
-    """The loss on held-out demonstrations, per token over all of them, whatever the split or the number of ranks."""
+def check_finite(trainer: Trainer, config: SFTConfig, progress: Progress, run: RunDir) -> None:
+    """Save, and raise RunError, after too many steps in a row that were not finite."""
+    if why := not_finite(trainer, config.train.max_not_finite, run.same_command):
+        run.save(trainer, progress, config.train.keep_checkpoints)
+        run.settle()
+        raise RunError(f"step {progress.step}: {why}")
+
+
+def measure_if_due(trainer: Trainer, samples: Sequence[Sample], progress: Progress, run: RunDir) -> Progress:
+    """Where the step asks for it, journal the loss on held-out demonstrations, per token over all of them, whatever the
+    split or the number of ranks."""
+    if progress.evaluated or not samples:  # a resumed run's recipe may have dropped them
+        return replace(progress, evaluated=True)
     clock = StepTimer()
     with clock("eval"):
         total = sum(float(logprobs.sum(dtype=np.float64)) for logprobs in trainer.logprobs(samples))
     num_targets = sum(int(sample.loss_mask.sum()) for sample in samples)
-    run.journal.write("eval_loss", step=step, loss=-total / num_targets, num_targets=num_targets, seconds=clock.seconds)
+    loss, seconds = -total / num_targets, clock.seconds
+    run.journal.write("eval_loss", step=progress.step, loss=loss, num_targets=num_targets, seconds=seconds)
+    return replace(progress, evaluated=True)
 
 
 def open_demonstrations(

@@ -174,6 +174,7 @@ class Trainer:
         grad_norm = self._clip()
         loss_mean = float(loss_sum) / divisor
         skipped = None
+        self.num_updates += 1  # before the weights change: an error above leaves them, and this, as they were
         if not (np.isfinite(grad_norm) and np.isfinite(loss_mean)):
             skipped = f"not finite: loss {loss_mean}, gradient norm {grad_norm}"
         elif max_mean_ratio is not None and means["ratio"] > max_mean_ratio:
@@ -182,7 +183,6 @@ class Trainer:
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
             self.optimizer.step()
-        self.num_updates += 1
         self.num_not_finite = self.num_not_finite + 1 if skipped and skipped.startswith("not finite") else 0
         self.optimizer.zero_grad(set_to_none=True)
         self._count(rank_batch, start)

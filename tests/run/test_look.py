@@ -50,6 +50,17 @@ def test_problems_as_they_are_read():
     assert "got that of row 1 again" in bad
 
 
+def test_a_kind_without_a_judge_is_a_bad_row():
+    file = save("own.jsonl", *({"prompt": f"{n}+1=", "answer": str(n + 1)} for n in range(2)),
+                {"prompt": "p", "answer": "x =", "kind": "maths"}, {"prompt": "q", "answer": "3 + * 4"})  # fmt: skip
+    status, text = shown(file)
+    assert status == 1
+    assert text.startswith("own.jsonl: 4 rows; layout: prompt, answer (4)\nkinds: math (3), maths (1)\n")
+    bad = text.rstrip().split("\n\n")[-1].splitlines()
+    assert bad[0] == "own.jsonl:3: judge: unknown kind 'maths'. Did you mean 'math'?"
+    assert bad[1].startswith("own.jsonl:4: the reference '3 + * 4' cannot be parsed")
+
+
 def test_a_recipe_is_no_file_of_rows():
     recipe = """[[data.sources]]\nname = "a"\npath = "hf:a/b"\n"""
     Path("mine.toml").write_text(recipe)
@@ -59,6 +70,8 @@ def test_a_recipe_is_no_file_of_rows():
     ):
         with pytest.raises(UserError, match=rf"expected a file of rows, .*, got the recipe {got}"):
             shown(words)
+    with pytest.raises(UserError, match=r"none\.toml: expected a file of problems, got no such file"):
+        shown("none.toml")
     assert shown(save("laptop", {"question": "1+1=", "answer": 2}))[0] == 0  # a file of one's own
 
 
@@ -79,11 +92,11 @@ def test_with_a_model_prompts_are_as_it_sees_them(tiny_dir: Path):
 
 def test_worked_solutions(tiny_dir: Path):
     turns = [{"from": "human", "value": "1+1="}, {"from": "gpt", "value": "2"}]
-    file = save("sft.jsonl", {"conversations": turns, "id": 1}, {"conversations": turns[:1]})
+    file = save("sft.jsonl", {"conversations": turns, "id": 1, "kind": "math"}, {"conversations": turns[:1]})
     status, text = shown(file, "--sft", "--model", str(tiny_dir / "model"))
     assert status == 1
     assert "sft.jsonl: 2 rows; layout: ShareGPT (1)" in text
-    assert "columns that are not read: 'id'" in text
+    assert "columns that are not read: 'id' (is 'uid' meant?), 'kind'\n" in text
     assert "responses: 1 to 1 tokens" in text
     assert "--- response\n2" in text
     assert "sft.jsonl:2: 'conversations': expected a prompt and an assistant's turn at the end, got 'user'" in text

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from pekoe.config import SFTConfig, load_config
-from pekoe.core import Interrupted, UserError
+from pekoe.core import Interrupted, RunError, UserError
 from pekoe.core.journal import read_lines
 from pekoe.core.progress import NoProgress
 from pekoe.data.problems import Demonstration, write_demonstrations
@@ -102,6 +102,46 @@ def test_ctrl_c_and_resume_reach_the_same_bits(tree: dict[str, Any], tmp_path: P
         run_sft(broken, NoProgress())
     run_sft(broken, NoProgress())
     assert torch.equal(weights(unbroken.run.dir), weights(broken.run.dir))
+
+
+@pytest.mark.parametrize(("broken", "kept"), [("step", 5), ("logprobs", 6)])
+def test_a_run_that_ends_by_an_error_keeps_the_last_step(tree: dict[str, Any], tmp_path: Path, broken: str, kept: int):
+    """Out of memory in step 6, or where its held-out loss is computed."""
+    words = [f"sft.eval_data={tmp_path / 'demos.jsonl'}", "sft.eval_every=3"]
+    unbroken = load_config(tree, [*words, f"run.dir={tmp_path / 'a'}"], SFTConfig)
+    run_sft(unbroken, NoProgress())
+    config, view, plain = load_config(tree, words, SFTConfig), Messages(), getattr(Trainer, broken)
+
+    def out_of_memory(*_: Any) -> Any:
+        raise RuntimeError("out of memory")
+
+    def call(self: Trainer, samples: Any, *objective: Any) -> Any:
+        if self.num_updates != kept:
+            return plain(self, samples, *objective)
+        return plain(self, samples, out_of_memory) if objective else out_of_memory()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, broken, call)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            run_sft(config, view)
+    assert f"step {kept} is saved; the same command goes on from there" in view.said
+    run_sft(config, NoProgress())
+    assert torch.equal(weights(unbroken.run.dir), weights(config.run.dir))
+    events = [list(read_lines(Path(each.run.dir) / "journal.jsonl")) for each in (unbroken, config)]
+    losses = [[(e["step"], e["loss"]) for e in its if e["event"] == "eval_loss"] for its in events]
+    assert losses[0] == losses[1]
+    assert len(losses[0]) == 3
+
+
+def test_losses_that_are_not_finite_in_a_row_end_the_run(tree: dict[str, Any]):
+    config = load_config(tree, ["optim.lr=1e30", "optim.grad_clip=1e30"], SFTConfig)
+    with pytest.raises(
+        RunError, match=r"step \d: the loss or the gradient of the last 3 optimizer steps was not finite"
+    ):
+        run_sft(config, NoProgress())
+    steps = [e for e in read_lines(Path(config.run.dir) / "journal.jsonl") if e["event"] == "step"]
+    assert [bool(step.get("skipped")) for step in steps][-4:] == [False, True, True, True]
+    assert (Path(config.run.dir) / f"checkpoints/step-{len(steps):06d}").is_dir()
 
 
 def test_a_demonstration_over_the_budget(tree: dict[str, Any], tmp_path: Path):
