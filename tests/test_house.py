@@ -19,7 +19,7 @@ BUDGETS = {
     # JudgedGroup.of, stop tokens, 30; hardware.py 105; statistics.py, 75; Verdict.score, 10; names of the hub, 11;
     # functions.py, 40; what is timed of a machine, 18; checksums, and messages on
     # files that are damaged, 95
-    "core": 1415,
+    "core": 1420,
     # keys.py, which lists every key, 205; names.py, what TRL and verl call them, 85; secrets.py, 40; the bounds of
     # settings, 70; rewards of the user's own, scores and lengths, 50; columns, 26; unread settings, 40; recipes that
     # are listed, copied and refused as data, 35; depth of values, 15; names by their last parts, 14;
@@ -37,7 +37,7 @@ BUDGETS = {
     # normalize.py and units.py: what users' answers look like, 230; references.py, 90; function.py and sources.py: how
     # a user's reward is called, and its source, 205; what it prints, 35; a budget for heavy answers, 20;
     # powers beyond all values, 30
-    "verify": 3700,
+    "verify": 3705,
     # memory that is there, 17; stop tokens, 35; base, pool and sampling 970; embedded 1,710; servers 1,915: limits,
     # checks, keys
     "engine": 4730,
@@ -48,7 +48,7 @@ BUDGETS = {
     # own metrics, 25
     # sample.py, 175; tables of eval, 50; responses.jsonl, 45; profile.py, 95; run directories that are
     # damaged, --from, a model beside its place, 240; verify.py, 73 (of cli.py)
-    "run": 4755,
+    "run": 4780,
     # lag.py: who waits for whom, what a lag gave, 150; learning.py, 115; the time left, 20; page.js; what is damaged or
     # not finite, 50
     "report": 1490,

@@ -74,9 +74,9 @@ class Journal(JsonLines):
         for listener in self._listeners:
             listener(record)
 
-    def has(self, event: str) -> bool:
+    def has(self, event: str, which: Callable[[Event], bool] = lambda _: True) -> bool:
         """Whether such an event is in the file."""
-        return self.path is not None and any(one.get("event") == event for one in read_lines(self.path))
+        return self.path is not None and any(one.get("event") == event and which(one) for one in read_lines(self.path))
 
 
 def ends_at(path: Path, offset: int) -> bool:

@@ -22,7 +22,7 @@ from pekoe.ray.store import RayJudge, RayRecords, StoreRegistry
 from pekoe.ray.trainer import RaySender, RayTrainer
 from pekoe.run.build import RLParts, check_room, open_episodes, open_run, open_task, open_tokenizer
 from pekoe.run.interrupt import StepTimer, Stop
-from pekoe.run.judging import kinds_of, make_judge
+from pekoe.run.judging import make_judge
 from pekoe.run.metrics import StepCounters
 from pekoe.run.rl import run_rl
 from pekoe.run.rollouts import Rollouts
@@ -101,7 +101,7 @@ def build_cluster(
     tokenizer = open_tokenizer(config.model, spec)
     task = open_task(config, spec, tokenizer, view)
     one_judge = config.verify.model_copy(update={"workers": 1})  # do they start at all? Before anything else does
-    make_judge(one_judge, tokenizer, config.run.seed, kinds_of(task.problems, task.held_out)).close()
+    make_judge(one_judge, tokenizer, config.run.seed, [*task.problems, *task.held_out]).close()
     run = open_run(config, tokenizer, task, view, stack, from_step)
     connect(section, view, stack)
     stores, timer = StoreRegistry(config), StepTimer(view)

@@ -50,7 +50,7 @@ from pekoe.run.distributed import require_single_process
 from pekoe.run.hardware import describe
 from pekoe.run.inputs import inputs_of
 from pekoe.run.interrupt import StepTimer, Stop
-from pekoe.run.judging import kinds_of, make_judge
+from pekoe.run.judging import make_judge
 from pekoe.run.metrics import StepCounters
 from pekoe.run.outlook import Outlook
 from pekoe.run.records import LocalRecords, RecordWriter
@@ -88,6 +88,8 @@ class RLParts:
     collapsed: bool = False
     """Whether a collapse was reported."""
     outlook: Outlook = field(default_factory=Outlook)
+    was_well: bool = False
+    """Whether a step of the run `looks_well`."""
     num_admitted: int = 0
     """Steps whose groups have been put, since the run began."""
     in_flight: core.InFlight | None = None
@@ -409,8 +411,8 @@ def build_rl(
     machine = describe(next(model.parameters()).device, dtype)  # before an engine takes what memory there is
     task = open_task(config, model.spec, tokenizer, view)
     run = open_run(config, tokenizer, task, view, stack, from_step)
-    kinds, logs = kinds_of(task.problems, task.held_out), run.path / "logs"
-    judge = make_judge(config.verify, tokenizer, config.run.seed, kinds, logs)
+    logs, seed = run.path / "logs", config.run.seed
+    judge = make_judge(config.verify, tokenizer, seed, [*task.problems, *task.held_out], logs)
     stack.callback(judge.close)
     records = LocalRecords(run.path, tokenizer)
     stack.callback(records.close)

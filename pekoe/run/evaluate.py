@@ -254,10 +254,11 @@ def compare(before: Path, after: Path) -> dict[str, Any]:
         for uid, a, b in zip(judged, first, second, strict=True)
         if a != b
     ]
+    num_before, num_after = (sum(rows[uid]["num_judged"] for uid in judged) for rows in results)
     return {
         "before": float(np.mean(first)),
         "after": float(np.mean(second)),
-        **paired(first, second, tuple(sum(rows[uid]["num_judged"] for uid in judged) for rows in results)),
+        **paired(first, second, (num_before, num_after)),
         "num_all_fault": len(results[0]) - len(judged),
         "moved_most": sorted(moves, key=lambda one: -abs(one["after"] - one["before"]))[:10],
     }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
 from pathlib import Path
@@ -17,6 +17,8 @@ from pekoe.data.tokenizer import Tokenizer
 from pekoe.verify import JudgePool
 from pekoe.verify.kinds import check_functions, find_verifier
 from pekoe.verify.kinds.function import Options
+
+MAX_COLUMNS_CHARS = 10_000  # of names that a judge's worker is told
 
 
 class Judge(Protocol):
@@ -36,13 +38,13 @@ class PoolJudge:
     """Judges the text of a response against the reference answer, in processes that can be killed."""
 
     def __init__(
-        self, verify: VerifySection, tokenizer: Tokenizer, kinds: Collection[str] = (), log_dir: Path | None = None
+        self, verify: VerifySection, tokenizer: Tokenizer, problems: Sequence[Problem] = (), log_dir: Path | None = None
     ) -> None:
-        self._pool = open_judges(verify, verify.workers, log_dir)
+        self._pool = open_judges(verify, verify.workers, log_dir, columns_of(problems))
         self._tokenizer, self._verify = tokenizer, verify
         self._pending: set[Future[Verdict]] = set()
         try:
-            self._pool.start(map(verify.kind_of, kinds))
+            self._pool.start(map(verify.kind_of, kinds_of(problems)))
         except (RunError, UserError) as error:  # nothing has been judged: it is the recipe's, or the reward's
             self._pool.close()
             raise UserError(f"verify: expected judges that start, got: {error}") from None
@@ -108,23 +110,38 @@ def without_judge(problems: Sequence[Problem], verify: VerifySection) -> dict[in
     return {index: why[problem.kind] for index, problem in enumerate(problems) if problem.kind in why}
 
 
-def kinds_of(*problems: Iterable[Problem]) -> list[str]:
-    return sorted({problem.kind for several in problems for problem in several})
+def kinds_of(problems: Iterable[Problem]) -> list[str]:
+    return sorted({problem.kind for problem in problems})
 
 
-def open_judges(verify: VerifySection, num_workers: int, log_dir: Path | None = None) -> JudgePool:
-    """Judges as the recipe says. `log_dir`: for what rewards of the user's own print; without it, stderr."""
+def columns_of(problems: Sequence[Problem]) -> tuple[str, ...] | None:
+    """The columns of the problems' rows; None where rows were not kept, or have more than workers can be told."""
+    rows = [problem.row for problem in problems]
+    columns = sorted({column for row in rows if isinstance(row, dict) for column in row})
+    return None if not rows or None in rows or sum(map(len, columns)) > MAX_COLUMNS_CHARS else tuple(columns)
+
+
+def open_judges(
+    verify: VerifySection, num_workers: int, log_dir: Path | None = None, columns: tuple[str, ...] | None = None
+) -> JudgePool:
+    """Judges as the recipe says. `log_dir`: for what rewards of the user's own print; without it, stderr. `columns`: of
+    the rows that these will be given."""
     low, high = verify.score_range
-    functions = {n: Options(verify.arguments.get(n, {}), low, high, verify.correct_from) for n in verify.rewards}
+    how = {"low": low, "high": high, "correct_from": verify.correct_from, "columns": columns}
+    functions = {name: Options(verify.arguments.get(name, {}), **how) for name in verify.rewards}
     memory_bytes = int(verify.memory_gib * 2**30)
     return JudgePool(num_workers, verify.time_limit_s, memory_bytes, functions=functions, log_dir=log_dir)
 
 
 def make_judge(
-    verify: VerifySection, tokenizer: Tokenizer, seed: int, kinds: Collection[str] = (), log_dir: Path | None = None
+    verify: VerifySection,
+    tokenizer: Tokenizer,
+    seed: int,
+    problems: Sequence[Problem] = (),
+    log_dir: Path | None = None,
 ) -> Judge:
-    """The recipe's judge. Those of the problems' `kinds` are started first: UserError where they do not start."""
-    return RandomJudge(seed) if verify.random else PoolJudge(verify, tokenizer, kinds, log_dir)
+    """The recipe's judge. Those of the problems' kinds are started first: UserError where they do not start."""
+    return RandomJudge(seed) if verify.random else PoolJudge(verify, tokenizer, problems, log_dir)
 
 
 def await_verdicts(futures: Sequence[Future[Verdict]], judge: Judge) -> list[Verdict]:

@@ -246,8 +246,14 @@ def warnings_of(metrics: dict[str, Any], config: RLConfig) -> list[str]:
     return [f"warning: step {metrics['step']}: {text}" for text in found]
 
 
-def collapse_of(metrics: dict[str, Any], config: RLConfig) -> str | None:
-    """What is wrong where no response of a step is right and all are cut, with the likely cause; None elsewhere."""
+def looks_well(metrics: dict[str, Any]) -> bool:
+    """Whether a response of a step is right, or most end by themselves (a reward of the user's may call none right)."""
+    return metrics.get("pass_rate", 0) > 0 or metrics.get("truncation_rate", 1) < 0.5
+
+
+def collapse_of(metrics: dict[str, Any], config: RLConfig, was_well: bool) -> str | None:
+    """What is wrong where no response of a step is right and all are cut, with the likely cause; None elsewhere.
+    `was_well`: whether an earlier step `looks_well`."""
     if metrics["pass_rate"] > 0 or metrics["truncation_rate"] < 1:
         return None
     step, most = metrics["step"], config.rollout.max_new_tokens
@@ -256,7 +262,7 @@ def collapse_of(metrics: dict[str, Any], config: RLConfig) -> str | None:
         f"(model.template), or needs more room (rollout.max_new_tokens); `pekoe sample --model {config.model.path}` "
         f"shows what it says"
     )
-    if step > 1:
+    if was_well:
         cause = (
             f"training has broken the model. Most likely the learning rate is too high (optim.lr = "
             f"{config.optim.lr:g}): stop, and begin again with a lower one, or from a checkpoint before step {step}"

@@ -24,7 +24,7 @@ from pekoe.run.build import RLParts, eval_sampling
 from pekoe.run.checkpoints import Progress
 from pekoe.run.evaluate import evaluate, warn_truncation
 from pekoe.run.interrupt import StepTimer, StoppedInStep, StopRequested
-from pekoe.run.metrics import collapse_of, not_finite, own_metrics, step_metrics, step_work, warnings_of
+from pekoe.run.metrics import collapse_of, looks_well, not_finite, own_metrics, step_metrics, step_work, warnings_of
 from pekoe.run.records import record_lines
 from pekoe.run.rollouts import Batch, check_faults
 
@@ -41,7 +41,7 @@ def run_rl(parts: RLParts) -> None:
     config, run = parts.config, parts.run
     progress = run.resume(parts.trainer) or Progress(0, parts.order.state(), config.eval.every is None)
     parts.order.restore(progress.order)
-    parts.collapsed = run.journal.has("collapse")
+    parts.collapsed, parts.was_well = run.journal.has("collapse"), run.journal.has("step", looks_well)
     goes_on = config.rollout.during_update == "go_on"
     if parts.machine:
         run.journal.write("machine", **parts.machine)
@@ -238,7 +238,8 @@ def commit(
     if outlook := parts.outlook.after_step(config, parts.run.path, counted.get("num_engines")):
         parts.run.journal.write("forecast", step=step, **outlook)
         parts.view.say(told(outlook))
-    collapse = collapse_of(metrics, config)
+    collapse = collapse_of(metrics, config, parts.was_well)
+    parts.was_well = parts.was_well or looks_well(metrics)
     if collapse and not parts.collapsed:
         parts.run.journal.write("collapse", step=step, why=collapse)
     parts.collapsed = parts.collapsed or bool(collapse)

@@ -23,7 +23,7 @@ from pekoe.data.sources import Place
 from pekoe.data.tokenizer import Tokenizer
 from pekoe.run.build import attach_weights, open_model, open_pool, prepare, sampling_for
 from pekoe.run.interrupt import StepTimer, Stop
-from pekoe.run.judging import Judge, RandomJudge, kinds_of, make_judge
+from pekoe.run.judging import Judge, RandomJudge, make_judge
 from pekoe.run.rollouts import Rollouts
 from pekoe.run.sample_store import response_lines
 
@@ -81,9 +81,8 @@ def opened(config: EvalConfig, view: ProgressReporter, problems: Sequence[Proble
     with tempfile.TemporaryDirectory(prefix="pekoe-sample-") as logs, ExitStack() as stack:
         pool = open_pool(config, model, context, [params], Path(logs), view, stop, stack)
         weights = attach_weights(config, pool, model, tokenizer, prompt_problem("0"), params, Path(logs), stop)
-        seed = config.run.seed
-        kinds = [kind for kind in kinds_of(problems) if kind != NO_ANSWER]
-        judge = _Judge(make_judge(config.verify, tokenizer, seed, kinds) if kinds else RandomJudge(seed))
+        seed, judged = config.run.seed, [problem for problem in problems if problem.kind != NO_ANSWER]
+        judge = _Judge(make_judge(config.verify, tokenizer, seed, judged) if judged else RandomJudge(seed))
         stack.callback(judge.close)
         common = pool, tokenizer, judge, params, StepTimer(view), view, stop, weights.catch_up
         at_once = config.engine.max_running * len(pool.members)

@@ -26,7 +26,7 @@ from pekoe.model import Decoder
 from pekoe.run.build import attach_weights, open_pool
 from pekoe.run.inputs import digest, reward_sources
 from pekoe.run.interrupt import StepTimer, Stop, StopRequested
-from pekoe.run.judging import kinds_of, make_judge, response_text
+from pekoe.run.judging import make_judge, response_text
 from pekoe.run.rollouts import Rollouts, check_faults
 from pekoe.run.run_dir import lock
 
@@ -268,7 +268,7 @@ def sample_problems(
         samples = ResumableSamples(file, decided_by(config, problems) | about if file else about, keeps)
         stack.callback(samples.close)
         logs = file.parent / "logs" if file else None
-        judge = make_judge(config.verify, tokenizer, config.run.seed, kinds_of(problems), logs)
+        judge = make_judge(config.verify, tokenizer, config.run.seed, problems, logs)
         stack.callback(judge.close)
         pool = open_pool(config, model, longest, [params], log_dir, view, stop, stack)
         weights = attach_weights(config, pool, model, tokenizer, problems[0], params, log_dir, stop)

@@ -70,6 +70,11 @@ def test_the_recipe_sets_the_judges_memory(tiny_dir: Path, build: Any, monkeypat
         ),
         ("def other(): ...", r"cannot start: AttributeError: expected a function of .*, got 'score'"),
         ("raise SystemExit(0)", r"cannot start: broken.py:1: SystemExit: 0"),
+        (
+            "def score(response, gold, limit, level=1): ...",
+            r"cannot start: TypeError: broken:score: expected a column of the row or an argument in verify.arguments "
+            r"for its parameter 'limit', got none\. Valid: .*uid",
+        ),
         (None, r"cannot start: ModuleNotFoundError: No module named 'broken'"),
     ],
 )

@@ -100,12 +100,17 @@ def test_a_function_that_is_absent_is_found_before_the_run(build: Build, train: 
 
 
 def test_a_collapse_is_said_at_once_and_once(build: Build, train: Train, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("pekoe.run.rl.collapse_of", lambda metrics, config: "why" if metrics["step"] > 1 else None)
+    monkeypatch.setattr(
+        "pekoe.run.rl.collapse_of",
+        lambda metrics, _, was_well: f"was well: {was_well}" if metrics["step"] > 1 else None,
+    )
+    well = iter([True, False, False])
+    monkeypatch.setattr("pekoe.run.rl.looks_well", lambda _: next(well, False))
     for steps in (3, 4):  # the second goes on
         config = build(f"num_steps={steps}")
         train(config)
         events = list(read_lines(Path(config.run.dir) / "journal.jsonl"))
-        assert [(e["step"], e["why"]) for e in events if e["event"] == "collapse"] == [(2, "why")]
+        assert [(e["step"], e["why"]) for e in events if e["event"] == "collapse"] == [(2, "was well: True")]
 
 
 def test_the_ledger_accounts_for_every_prompt_drawn(build: Build, train: Train):

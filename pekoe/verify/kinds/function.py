@@ -20,7 +20,7 @@ import inspect
 import os
 import sys
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, get_args
@@ -40,12 +40,13 @@ _NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONL
 @dataclass(frozen=True, slots=True)
 class Options:
     """How the recipe has a function called, and what its numbers mean: `low` is the score 0, `high` the score 1, and
-    from the score `correct_from` on a verdict is CORRECT."""
+    from the score `correct_from` on a verdict is CORRECT. `columns`: which a row may have; None: not known."""
 
     arguments: Mapping[str, Any] = field(default_factory=dict[str, Any])
     low: float = 0.0
     high: float = 1.0
     correct_from: float = 0.99
+    columns: tuple[str, ...] | None = None
 
 
 def prepare(response: str, gold: Any) -> Verdict | str:
@@ -102,6 +103,18 @@ class _Reward:
                 f"verify.arguments: expected arguments that {path} takes, got {unknown[0]!r}."
                 f"{nearest(unknown[0], self._named)}"
             )
+        if options.columns is not None:
+            names = {"prompts", _TRL} if self._is_trl else {*_GIVEN, _VERL, "ground_truth"}
+            self._check(names.union(options.columns, options.arguments))
+
+    def _check(self, given: Collection[str]) -> None:
+        """TypeError where a parameter that has no default is not given."""
+        missing = [p.name for p in self._named.values() if p.default is p.empty and p.name not in given]
+        if missing:
+            raise TypeError(
+                f"{self.path}: expected a column of the row or an argument in verify.arguments for its parameter "
+                f"{missing[0]!r}, got none.{nearest(missing[0], given)}"
+            )
 
     def __call__(self, response: str, gold: Any, context: Mapping[str, Any]) -> Any:
         row, messages = context.get("row"), context.get("messages") or ()
@@ -116,12 +129,7 @@ class _Reward:
             given |= {"row": row, "messages": list(messages), "prompt": prompt}
             given |= {_VERL: response, "ground_truth": gold} if _VERL in self._named else {}
         given |= self.options.arguments
-        missing = [p.name for p in self._named.values() if p.default is p.empty and p.name not in given]
-        if missing:
-            raise TypeError(
-                f"{self.path}: expected a column of the row or an argument in verify.arguments for its parameter "
-                f"{missing[0]!r}, got none.{nearest(missing[0], given)}"
-            )
+        self._check(given)
         wanted = given.keys() - self._placed if self._open else given.keys() & self._named.keys()
         placed = (response, gold)[: self._num_placed]
         result = self._function(*placed, **{name: given[name] for name in wanted})
