@@ -27,6 +27,8 @@ from pekoe.data.tokenizer import Tokenizer
 from pekoe.demo.char_tokenizer import make_char_tokenizer
 from pekoe.model import Decoder, save_model
 
+from .forked import command
+
 RECIPE = """
 num_steps = 2
 [run]
@@ -231,11 +233,9 @@ def test_a_run_by_the_command_line_ends_with_a_model(folder: Path):
     assert (folder / "whole" / "model" / "model.safetensors").exists()
 
 
-def test_ctrl_c_saves_and_says_how_to_go_on(folder: Path):
+def test_ctrl_c_saves_and_says_how_to_go_on(folder: Path, tmp_path: Path):
     words = [str(folder / "rl.toml"), f"run.dir={folder / 'stopped'}", "num_steps=100000"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "pekoe.cli", "rl", *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    process = command(tmp_path, "rl", *words)
     journal = folder / "stopped" / "journal.jsonl"
     deadline = time.monotonic() + 60
     while not (journal.exists() and journal.read_text().count('"step"') >= 3):
@@ -244,7 +244,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(folder: Path):
         time.sleep(0.1)
     os.kill(process.pid, signal.SIGINT)
     _, stderr = process.communicate(timeout=60)
-    assert process.returncode == 130
+    assert process.returncode == 130, stderr
     assert "which is saved; run the same command again to go on from there" in stderr
     events = [json.loads(line) for line in journal.read_text().splitlines()]
     steps = [event["step"] for event in events if "step" in event]
@@ -318,12 +318,9 @@ def test_verify(folder: Path):
     assert "cases.jsonl:1: expected the key 'gold'" in pekoe("verify", str(cases)).stderr
 
 
-@pytest.mark.parametrize(
-    "names", [("gmpy2",), ("typer", "pydantic", "json", "sympy", "pekoe_rewards", "sitecustomize")]
-)
-def test_no_file_of_the_current_directory_runs(tmp_path: Path, names: tuple[str, ...]):
+def test_no_file_of_the_current_directory_runs(tmp_path: Path):
     """Files with the names of libraries, beside which the command is started, as torchrun starts it (`-m`)."""
-    for name in names:
+    for name in ("gmpy2", "typer", "pydantic", "json", "sympy", "pekoe_rewards", "sitecustomize"):
         (tmp_path / f"{name}.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'a').write({name + ' '!r})\n")
     (tmp_path / "cases.jsonl").write_text('{"response": "\\\\boxed{x+1}", "gold": "1+x"}\n')
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}

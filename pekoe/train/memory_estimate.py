@@ -7,6 +7,7 @@ layers and in tokens, so models of one and of two layers suffice.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -104,6 +105,7 @@ def predict(
     )
 
 
+@cache
 def _peak_bytes(
     spec: ModelSpec,
     layers: int,

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import functools
 import importlib
-import json
 import os
 import signal
-import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -30,6 +28,7 @@ from pekoe.run.evaluate import run_eval
 from pekoe.run.interrupt import Stop
 from pekoe.run.rl import run_rl
 from pekoe.run.sft import run_sft
+from tests.forked import CONTEXT
 
 torch.set_num_threads(1)
 
@@ -145,14 +144,15 @@ def run(config: RLConfig | SFTConfig, points: Sequence[Point]) -> None:
 def killed_command(name: str, tree: dict[str, Any], act: str, line: int = 4) -> None:
     """`pekoe eval` or `pekoe curate` in a process that is killed at a line that it writes down (4: with curate, the
     third problem; the first line says what the file is)."""
-    command = [sys.executable, "-m", __name__, name, json.dumps(tree), act, str(line)]
-    child = subprocess.run(command, timeout=120, capture_output=True, text=True)
-    assert child.returncode == -signal.SIGKILL, child.stderr
+    process = CONTEXT.Process(target=_command, args=(name, tree, act, line))
+    process.start()
+    process.join(120)
+    assert process.exitcode == -signal.SIGKILL, process.exitcode
 
 
-if __name__ == "__main__":
-    arm(Point("pekoe.core.journal:JsonLines.append", int(sys.argv[4]), sys.argv[3]))
-    if sys.argv[1] == "eval":
-        run_eval(load_config(json.loads(sys.argv[2]), kind=EvalConfig), NoProgress())
+def _command(name: str, tree: dict[str, Any], act: str, line: int) -> None:
+    arm(Point("pekoe.core.journal:JsonLines.append", line, act))
+    if name == "eval":
+        run_eval(load_config(tree, kind=EvalConfig), NoProgress())
     else:
-        run_curate(load_config(json.loads(sys.argv[2]), kind=CurateConfig), NoProgress())
+        run_curate(load_config(tree, kind=CurateConfig), NoProgress())

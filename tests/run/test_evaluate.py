@@ -166,17 +166,25 @@ def test_several_sets_and_a_comparison(tiny_dir: Path, tmp_path: Path):
         compare(tmp_path / "a", tmp_path / "d.json")
 
 
+@pytest.fixture(scope="module")
+def whole_eval(tiny_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[EvalResult, Path]:
+    out = tmp_path_factory.mktemp("whole") / "out"
+    return run_eval(load_config(tree_of(tiny_dir, out), kind=EvalConfig), NoProgress()), out
+
+
 # A problem is three responses, then a line in samples.jsonl: the twelfth line after the first is the third problem's.
 @pytest.mark.parametrize(("act", "line", "kept"), [("after", 13, 4), ("torn_line", 13, 3), ("torn_line", 11, 3)])
-def test_killed_and_resumed_is_never_killed(tiny_dir: Path, tmp_path: Path, act: str, line: int, kept: int):
-    whole = run_eval(load_config(tree_of(tiny_dir, tmp_path / "whole"), kind=EvalConfig), NoProgress())
+def test_killed_and_resumed_is_never_killed(
+    tiny_dir: Path, tmp_path: Path, whole_eval: tuple[EvalResult, Path], act: str, line: int, kept: int
+):
+    whole, whole_dir = whole_eval
     tree = tree_of(tiny_dir, tmp_path / "part")
     killed_command("eval", tree, act, line)
     lines = (tmp_path / "part/samples.jsonl").read_bytes()
     assert lines.count(b"\n") == kept
     assert run_eval(load_config(tree, kind=EvalConfig), NoProgress()).as_dict() == whole.as_dict()
     for name in ("samples.jsonl", "responses.jsonl"):
-        files = [sorted((tmp_path / out / name).read_text().splitlines()) for out in ("whole", "part")]
+        files = [sorted((out / name).read_text().splitlines()) for out in (whole_dir, tmp_path / "part")]
         assert files[0] == files[1]
     before = (tmp_path / "part/samples.jsonl").read_bytes()
     assert run_eval(load_config(tree, kind=EvalConfig), NoProgress()).as_dict() == whole.as_dict()

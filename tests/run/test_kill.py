@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import signal
 import time
 from collections.abc import Callable, Iterable
@@ -20,6 +19,7 @@ from pekoe.config import RLConfig, SFTConfig, load_config
 from pekoe.core.journal import read_lines
 from pekoe.data.problems import Demonstration, write_demonstrations
 from pekoe.run.run_dir import checkpoints
+from tests.forked import CONTEXT
 from tests.run import killed
 from tests.run.killed import Point
 
@@ -141,13 +141,11 @@ AHEAD_AGAIN: dict[str, Point] = {  # and once more, by the run that goes on from
 @pytest.fixture(scope="module")
 def life() -> Callable[..., int | None]:
     """Runs a recipe in a child forked from a process that has imported everything; gives its exit status."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])  # imports everything, once
 
     def run(config: RLConfig | SFTConfig, *points: Point) -> int | None:
         # A Point's predicate is a lambda, which no pickle carries: children are told names.
         names = [name for point in points for name, each in ALL.items() if each is point]
-        process = context.Process(target=in_child, args=(config, names))
+        process = CONTEXT.Process(target=in_child, args=(config, names))
         process.start()
         process.join(LIMIT_S)
         assert process.exitcode is not None, f"a child ran for more than {LIMIT_S} s"
@@ -222,8 +220,8 @@ def rl(build: Build, tiny_dir: Path, life: Callable[..., int | None], expected: 
 
 
 def some_slow(names: Iterable[Any]) -> list[Any]:
-    """Every third is always run."""
-    return [name if i % 3 == 0 else pytest.param(name, marks=pytest.mark.slow) for i, name in enumerate(names)]
+    """Every fourth is always run."""
+    return [name if i % 4 == 0 else pytest.param(name, marks=pytest.mark.slow) for i, name in enumerate(names)]
 
 
 @pytest.mark.parametrize("name", some_slow(POINTS))
@@ -310,7 +308,12 @@ SFT: dict[str, Point] = {
 }
 
 
-def test_sft_killed_and_started_again(tiny_dir: Path, tmp_path: Path, life: Callable[..., int | None]):
+@pytest.fixture(scope="module")
+def sft(
+    tiny_dir: Path, tmp_path_factory: pytest.TempPathFactory, life: Callable[..., int | None]
+) -> tuple[Callable[[str], SFTConfig], dict[str, Any]]:
+    """`sft(name)`: a recipe with a directory of this name; and what it comes to when nobody kills it."""
+    tmp_path = tmp_path_factory.mktemp("sft")
     numbers = [(a, b) for a in range(5) for b in range(4)]
     write_demonstrations(
         tmp_path / "demos.jsonl",
@@ -327,11 +330,18 @@ def test_sft_killed_and_started_again(tiny_dir: Path, tmp_path: Path, life: Call
         return load_config(tree | {"run": {"dir": str(tmp_path / name), "threads": 1}}, kind=SFTConfig)
 
     assert life(recipe("whole")) == 0
-    for number, (name, point) in enumerate(SFT.items()):
-        config = recipe(str(number))
-        assert life(config, point) == -signal.SIGKILL, name
-        assert life(config) == 0
-        assert_same(trained(Path(config.run.dir)), trained(tmp_path / "whole"))
+    return recipe, trained(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("name", some_slow(SFT))
+def test_sft_killed_and_started_again(
+    name: str, sft: tuple[Callable[[str], SFTConfig], dict[str, Any]], life: Callable[..., int | None]
+):
+    recipe, expected = sft
+    config = recipe(str(list(SFT).index(name)))
+    assert life(config, SFT[name]) == -signal.SIGKILL, "the point was not reached"
+    assert life(config) == 0
+    assert_same(trained(Path(config.run.dir)), expected)
 
 
 JUDGES: dict[str, Point] = {"judges": Point("pekoe.run.rl:collect", 1, "with_children")}

@@ -405,7 +405,7 @@ def prove(run: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
         assert ledgers[0] == ledgers[1], "kills leave no trace"
 
 
-@settings(max_examples=100, deadline=None, derandomize=True)
+@settings(max_examples=50, deadline=None, derandomize=True)
 @given(run=RUNS)
 def test_every_prompt_drawn_is_accounted_for(run: dict[str, Any]):
     with pytest.MonkeyPatch.context() as monkeypatch:
@@ -454,7 +454,7 @@ def prove_bound(run: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
         assert all(0 <= int(lag) <= run["lag"] - (-(window - 1) // prompts) for lag in event["lag_tokens"]), event
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=25, deadline=None, derandomize=True)
 @given(run=WINDOWS)
 def test_the_window_bounds_who_overtakes_whom_and_the_lag(run: dict[str, Any]):
     with pytest.MonkeyPatch.context() as monkeypatch:

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 
@@ -19,9 +20,10 @@ from pekoe.core.journal import read_lines
 from pekoe.core.progress import NoProgress
 from pekoe.data.problems import Demonstration, write_demonstrations
 from pekoe.model import load_model
-from pekoe.run.distributed import make_layout, require_single_process
+from pekoe.run.distributed import make_layout, process_group, require_single_process
 from pekoe.run.sft import run_sft
 from pekoe.weights.groups import free_port
+from tests.forked import Child, command
 
 LIMIT_S = 120
 
@@ -46,14 +48,21 @@ def recipe(tiny_dir: Path, tmp_path: Path) -> Path:
 
 
 def torchrun(number: int, *words: str) -> "subprocess.Popen[str]":
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(number)]
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(number)]
     return subprocess.Popen(
-        [*command, "-m", "pekoe.cli", *words],
+        [*start, "-m", "pekoe.cli", *words],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
+
+
+def ranks_of_two() -> list[dict[str, str]]:
+    """What torchrun sets for each of two processes."""
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port("127.0.0.1"))}
+    place |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    return [place | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
 
 
 def weights(run: Path) -> torch.Tensor:
@@ -93,9 +102,13 @@ def test_a_last_batch_of_one_trains_on_two_processes(recipe: Path, tmp_path: Pat
     alone, both = tmp_path / "alone", tmp_path / "both"
     words = ["sft.batch_size=15", "sft.epochs=1"]  # of 16 demonstrations
     run_sft(load_config(recipe, [f"run.dir={alone}", *words], SFTConfig), NoProgress())
-    process = torchrun(2, "sft", str(recipe), f"run.dir={both}", *words)
-    output = process.communicate(timeout=LIMIT_S)
-    assert process.returncode == 0, output
+    ranks = [
+        command(tmp_path / f"printed-{rank}", "sft", str(recipe), f"run.dir={both}", *words, environment=each)
+        for rank, each in enumerate(ranks_of_two())
+    ]
+    printed = [rank.communicate() for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0], printed
+    assert [bool(stdout) for stdout, _ in printed] == [True, False], "one process speaks"
     for key in ("loss", "grad_norm", "num_targets"):
         np.testing.assert_allclose([s[key] for s in steps(both)], [s[key] for s in steps(alone)], rtol=1e-3)
     torch.testing.assert_close(weights(both), weights(alone), rtol=0, atol=1e-4)
@@ -115,27 +128,16 @@ def test_what_several_processes_do_not_do(recipe: Path, monkeypatch: pytest.Monk
         require_single_process("rl")
 
 
-JOIN = """
-import sys, psutil
-from pekoe.run.distributed import process_group
-with process_group(sys.argv[1]) as rank:
-    listening = psutil.Process().net_connections("inet")
-    print(rank, sorted({each.laddr.ip for each in listening if each.status == psutil.CONN_LISTEN}))
-"""
+def join(name: str) -> None:
+    with process_group(name) as rank:
+        listening = psutil.Process().net_connections("inet")
+        print(rank, sorted({each.laddr.ip for each in listening if each.status == psutil.CONN_LISTEN}), flush=True)
 
 
-def test_what_processes_meet_at_is_loopback_where_all_are_here():
+def test_what_processes_meet_at_is_loopback_where_all_are_here(tmp_path: Path):
     """torch's store has no key, and listens on every address by itself; torchrun's own is out of our hands."""
-    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port("127.0.0.1"))}
-    env = os.environ | place | {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", JOIN, "a name"],
-            env=env | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
+        Child(tmp_path / str(rank), join, "a name", environment=each) for rank, each in enumerate(ranks_of_two())
     ]
-    printed = [process.communicate(timeout=LIMIT_S)[0].strip() for process in processes]
+    printed = [process.communicate()[0].strip() for process in processes]
     assert printed == ["0 ['127.0.0.1']", "1 ['127.0.0.1']"]

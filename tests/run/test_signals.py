@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import pty
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -25,23 +23,22 @@ from pekoe.run.interrupt import Stop
 from pekoe.run.rl import run_rl
 from pekoe.run.run_dir import checkpoints
 from tests.engine.servers.fake_sglang import FakeSGLang
+from tests.forked import Child, command
 
 LIMIT_S = 120
 CLUSTER = {"generation": {"engines": 1}, "training": {"ranks": 1}, "silence_limit_s": 20}
 SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
-Start = Callable[..., "subprocess.Popen[str]"]
+Start = Callable[..., Child]
 
 
 @pytest.fixture
 def start(recipe: dict[str, Any], tmp_path: Path) -> Start:
     """Start `pekoe rl` with a recipe that goes on for long, in a process of its own."""
 
-    def run(*overrides: str, **options: Any) -> subprocess.Popen[str]:
+    def run(*overrides: str, **options: Any) -> Child:
         file = tmp_path / "rl.toml"
         file.write_text(dump_config(load_config(recipe, overrides)))
-        options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options
-        command = [sys.executable, "-m", "pekoe.cli", "rl", str(file)]
-        return subprocess.Popen(command, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, **options)
+        return command(tmp_path / "printed", "rl", str(file), **options)
 
     return run
 
@@ -51,7 +48,7 @@ def steps(run: Path) -> list[int]:
     return [line["step"] for line in read_lines(journal) if line["event"] == "step"] if journal.exists() else []
 
 
-def until_step(process: subprocess.Popen[str], run: Path, number: int) -> None:
+def until_step(process: Child, run: Path, number: int) -> None:
     end = time.monotonic() + LIMIT_S
     while len(steps(run)) < number:
         assert process.poll() is None, process.communicate()
@@ -59,7 +56,7 @@ def until_step(process: subprocess.Popen[str], run: Path, number: int) -> None:
         time.sleep(0.02)
 
 
-def ends_well(process: subprocess.Popen[str], run: Path, number: int) -> None:
+def ends_well(process: Child, run: Path, number: int) -> None:
     """Send the signal after two steps; the run ends, and its last step is saved."""
     try:
         until_step(process, run, 2)
@@ -87,7 +84,7 @@ def test_a_cluster(recipe: dict[str, Any], start: Start, tmp_path: Path, number:
 
 def test_a_terminal_that_is_gone_keeps_no_step_from_being_saved(start: Start, tmp_path: Path):
     ours, theirs = pty.openpty()
-    process = start("num_steps=100000", "train.save_every=100000", stdout=theirs, stderr=theirs)
+    process = start("num_steps=100000", "train.save_every=100000", terminal=Path(os.ttyname(theirs)))
     os.close(theirs)
     os.set_blocking(ours, False)
     try:

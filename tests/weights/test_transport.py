@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import fcntl
-import subprocess
-import sys
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -16,6 +15,7 @@ import psutil
 import pytest
 import torch
 from safetensors import SafetensorError
+from torch.distributed import distributed_c10d as c10d
 
 from pekoe.core.errors import RunError
 from pekoe.engine.base import BroadcastGroup
@@ -24,6 +24,7 @@ from pekoe.model import Decoder, load_model
 from pekoe.weights import LocalSender
 from pekoe.weights.groups import close_group, free_port, new_group, open_group, open_store, poll
 from pekoe.weights.transport import directory, receive, send
+from tests.forked import Child
 
 MakeModel = Callable[..., Decoder]
 
@@ -90,40 +91,32 @@ def test_buckets_hold_every_parameter_once(make_model: MakeModel, tied: bool):
 
 # Groups of this process and a worker, which speaks torch.distributed as servers do
 
-WORKER = """
-import sys
-from datetime import timedelta
-import torch, torch.distributed as dist
-from torch.distributed import distributed_c10d as c10d
-port, name, leaves = int(sys.argv[1]), sys.argv[2], sys.argv[3] == "leaves"
-limit = timedelta(seconds=30)
-store, rank, size = next(c10d.rendezvous(f"tcp://127.0.0.1:{port}", 1, 2, timeout=limit))
-group, _ = c10d._new_process_group_helper(
-    size, rank, [], "gloo", c10d.PrefixStore(name, store), group_name=name, timeout=limit)
-c10d._world.pg_group_ranks[group] = {i: i for i in range(size)}
-for shape, dtype in (((3, 4), torch.float32), ((5,), torch.bfloat16)):
-    tensor = torch.empty(shape, dtype=dtype)
-    dist.broadcast(tensor, src=0, group=group)
-    print(tensor.double().sum().item(), flush=True)
-    if leaves:
-        import os
-        os._exit(1)
-"""
+
+def worker(port: int, name: str, leaves: bool) -> None:
+    limit = timedelta(seconds=30)
+    store, rank, size = next(c10d.rendezvous(f"tcp://127.0.0.1:{port}", 1, 2, timeout=limit))
+    prefixed = c10d.PrefixStore(name, store)
+    group, _ = c10d._new_process_group_helper(size, rank, [], "gloo", prefixed, group_name=name, timeout=limit)
+    c10d._world.pg_group_ranks[group] = {i: i for i in range(size)}
+    for shape, dtype in (((3, 4), torch.float32), ((5,), torch.bfloat16)):
+        tensor = torch.empty(shape, dtype=dtype)
+        torch.distributed.broadcast(tensor, src=0, group=group)
+        print(tensor.double().sum().item(), flush=True)
+        if leaves:
+            os._exit(1)
 
 
 @pytest.fixture
-def start_worker() -> Iterator[Callable[[BroadcastGroup, str], subprocess.Popen[str]]]:
-    workers: list[subprocess.Popen[str]] = []
+def start_worker(tmp_path: Path) -> Iterator[Callable[[BroadcastGroup, str], Child]]:
+    workers: list[Child] = []
 
-    def start(group: BroadcastGroup, how: str) -> subprocess.Popen[str]:
-        words = [sys.executable, "-c", WORKER, str(group.port), group.name, how]
-        workers.append(subprocess.Popen(words, stdout=subprocess.PIPE, text=True))
+    def start(group: BroadcastGroup, how: str) -> Child:
+        workers.append(Child(tmp_path / f"worker-{len(workers)}", worker, group.port, group.name, how == "leaves"))
         return workers[-1]
 
     yield start
-    for worker in workers:
-        worker.kill()
-        worker.communicate()
+    for each in workers:
+        each.kill()
 
 
 def parts() -> Iterator[list[tuple[str, torch.Tensor]]]:
@@ -131,30 +124,30 @@ def parts() -> Iterator[list[tuple[str, torch.Tensor]]]:
     yield [("b", torch.ones(5, dtype=torch.bfloat16))]
 
 
-def test_servers_are_sent_tensor_by_tensor(start_worker: Callable[..., subprocess.Popen[str]]):
+def test_servers_are_sent_tensor_by_tensor(start_worker: Callable[..., Child]):
     group = new_group("127.0.0.1", free_port("127.0.0.1"), 2, "gloo", 30.0)
-    worker = start_worker(group, "stays")
+    other = start_worker(group, "stays")
     handle = open_group(group)
     assert not torch.distributed.is_initialized()  # a trainer's own default group is neither needed nor made
     names: list[str] = []
     assert send(handle, parts(), 30, lambda name, tensor: names.append(name), one_by_one=True) == 58
     assert names == ["a", "b"]
-    out, _ = worker.communicate(timeout=60)
+    out, _ = other.communicate(timeout=60)
     assert out.split() == ["66.0", "5.0"]
     close_group(handle)
 
 
-def test_a_member_that_dies_is_an_error_and_all_is_gathered_still(start_worker: Callable[..., subprocess.Popen[str]]):
+def test_a_member_that_dies_is_an_error_and_all_is_gathered_still(start_worker: Callable[..., Child]):
     """The ranks beside the first wait for it: it has to take part in gathering to the end."""
     group = new_group("127.0.0.1", free_port("127.0.0.1"), 2, "gloo", 5.0)
-    worker = start_worker(group, "leaves")
+    other = start_worker(group, "leaves")
     handle = open_group(group)
     gathered: list[str] = []
 
     def some() -> Iterator[list[tuple[str, torch.Tensor]]]:
         for number, part in enumerate([*parts(), *parts()]):
             if number == 1:
-                worker.wait(60)
+                other.communicate(60)
             gathered.append(part[0][0])
             yield part
 

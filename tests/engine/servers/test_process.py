@@ -3,8 +3,8 @@
 import asyncio
 import os
 import signal
-import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -12,6 +12,7 @@ import pytest
 
 from pekoe.core.errors import RunError
 from pekoe.engine.servers.process import ServerProcess, free_port, wait_ready
+from tests.forked import Child
 
 
 def launch(code: str, tmp_path: Path) -> ServerProcess:
@@ -113,27 +114,24 @@ def test_what_ignores_sigterm_is_killed_with_its_children(tmp_path: Path):
     assert all(gone(pid, 1) for pid in [process.pid, *pids])
 
 
+def start_from_a_thread_that_ends(told: Path, log: Path) -> None:
+    argv = [sys.executable, "-c", STUBBORN, str(told)]
+    thread = threading.Thread(target=lambda: ServerProcess("s", argv, os.environ, log))
+    thread.start()
+    thread.join()
+    time.sleep(60)
+
+
 def test_killed_with_us_even_by_sigkill(tmp_path: Path):
     """A parent starts a server from a thread that ends (that must not kill it), and is then killed itself."""
     told = tmp_path / "pids"
-    parent_code = f"""
-import os, sys, threading, time
-from pathlib import Path
-from pekoe.engine.servers.process import ServerProcess
-argv = [sys.executable, "-c", {STUBBORN!r}, {str(told)!r}]
-thread = threading.Thread(target=lambda: ServerProcess("s", argv, os.environ, Path({str(tmp_path / "log")!r})))
-thread.start()
-thread.join()
-time.sleep(60)
-"""
-    parent = subprocess.Popen([sys.executable, "-c", parent_code])
+    parent = Child(tmp_path, start_from_a_thread_that_ends, told, tmp_path / "log")
     try:
         pids = [int(pid) for pid in wait_for(told, 60).split()]
         time.sleep(0.5)
         assert not any(gone(pid, 0.1) for pid in pids)
     finally:
         parent.kill()
-        parent.wait()
     assert all(gone(pid, 15) for pid in pids)
 
 
