@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, cast
 
@@ -571,7 +572,20 @@ def load_config(source: str | Path | Mapping[str, Any], overrides: Sequence[str]
     try:
         return kind.model_validate(tree)
     except ValidationError as error:
-        raise UserError(explain(error, kind, "recipe" if mapping else str(source))) from None
+        where = "recipe" if mapping else str(source)
+        own = next((name for name, each in COMMANDS.items() if each is kind), None)
+        if own and any(each["type"] == "extra_forbidden" for each in error.errors()) and (other := _command_of(tree)):
+            raise UserError(f"{where}: expected a recipe of `pekoe {own}`, got one of `pekoe {other}`") from None
+        raise UserError(explain(error, kind, where)) from None
+
+
+def _command_of(tree: Mapping[str, Any]) -> str | None:
+    """The command whose recipe this is, as it stands."""
+    for command, kind in COMMANDS.items():
+        with suppress(ValidationError):
+            kind.model_validate(tree)
+            return command
+    return None
 
 
 def dump_config(config: Config) -> str:

@@ -79,6 +79,15 @@ def test_recipes_that_are_not_there(words: list[str], message: str, tmp_path: Pa
     assert message in str(caught.value)
 
 
+def test_a_recipe_of_another_command_is_said_to_be_one():
+    with pytest.raises(UserError, match=r"^laptop: expected a recipe of `pekoe sft`, got one of `pekoe rl`$"):
+        load_config("laptop", [], SFTConfig)
+    with pytest.raises(UserError, match=r"^sft: expected a recipe of `pekoe rl`, got one of `pekoe sft`$"):
+        load_config("sft")
+    with pytest.raises(UserError, match=r"laptop: unknown key 'optim\.lrr'"):
+        load_config("laptop", ["optim.lrr=1"], SFTConfig)
+
+
 def test_a_file_of_ones_own_comes_before_the_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "more.toml").write_text("[optim]\nlr = 0.5\n")
