@@ -24,7 +24,7 @@ BUDGETS = {
     # settings, 70; rewards of the user's own, scores and lengths, 50; columns, 26; unread settings, 40; recipes that
     # are listed, copied and refused as data, 35; depth of values, 15; names by their last parts, 14;
     # model.template.variables, 14
-    "config": 1550,
+    "config": 1565,
     "kernels": 740,
     "algo": 585,  # own advantages, 20; by sequence, 25; log-prob differences by lag, 33; rewards by a formula, 19
     "model": 1280,  # lora.py, 165; peft.py, their files, and what a model directory of theirs is, 235

@@ -99,7 +99,7 @@ def test_adapters_do_not_depend_on_the_layout(shape: str, tmp_path: Path):
     """FSDP 2 x TP 2, and FSDP over 4: losses, gradient norms, log-probs with and without the adapter, weights after
     updates; and what they save loads on one process."""
     layouts: list[dict[str, int]] = [{"tp": 2}, {}]
-    mp.spawn(lora_main, (4, str(tmp_path), layouts, shape), nprocs=4)
+    spawn(lora_main, 4, 4, str(tmp_path), layouts, shape)
     alone = make_trainer(shape, lora=True)
     expected = train_few(alone, 10)
     assert min(expected["grad_norm"]) > 0.05, "clipping must be in it"
