@@ -15,6 +15,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from typer.testing import CliRunner
@@ -26,7 +27,7 @@ from pekoe.core.io import SUMS
 from pekoe.core.journal import read_lines
 from pekoe.core.progress import NoProgress
 from pekoe.core.records import write_records
-from pekoe.core.types import Problem
+from pekoe.core.types import Problem, Record
 from pekoe.data import Tokenizer
 from pekoe.run.build import build_rl
 from pekoe.run.checkpoints import checkpoints
@@ -372,8 +373,9 @@ def test_a_write_that_fails_gives_its_room_back(build: Build, train: Train, tmp_
         with pytest.raises(RunError, match=r"checkpoint of step 1: .*there is none before it"):
             train(config, limit)
         stem = tmp_path / "rollouts" / "step-000001"
+        record = Record.of(np.array([1]), np.array([2]), np.array([-1.0], np.float32))
         with pytest.raises(OSError, match="File too large"):
-            write_records(stem, [{"text": os.urandom(100_000).hex()}], [])
+            write_records(stem, [{"text": os.urandom(100_000).hex()}], [record])
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
         signal.signal(signal.SIGXFSZ, ignored)
