@@ -6,14 +6,17 @@ layers and in tokens, so models of one and of two layers suffice.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from dataclasses import dataclass, replace
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
 from torch.nn import functional as F
+from torch.utils.hooks import RemovableHandle
 
 from pekoe.config.recipes import OptimSection
 from pekoe.core.roofline import adapter_parameters
@@ -131,6 +134,10 @@ def _peak_bytes(
         trainer = Trainer(model, OptimSection(), tokens, 1, compute_dtype=dtype, activation_checkpointing=checkpointing)
         numbers = torch.arange(tokens)
         tracker = MemTracker()
+        handles: Any = vars(tracker)["_param_to_grad_hook_handles"]
+        for parameter in model.parameters():  # it hooks all of them, and those without a gradient take no hook
+            if not parameter.requires_grad:
+                handles[parameter] = RemovableHandle(OrderedDict()), RemovableHandle(OrderedDict())
         tracker.track_external(model, trainer.optimizer)
         with tracker:
             for parameter in model.parameters():
