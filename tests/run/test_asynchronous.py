@@ -101,10 +101,9 @@ def hold_third_batch(pool: Any, parts: RLParts) -> None:
 
 @pytest.mark.parametrize("lag", [1, 2, 4])
 def test_in_flight_no_token_is_older_than_the_bound_and_the_order_is_that_of_draws(
-    build: Build, train: Train, tmp_path: Path, lag: int
+    build: Build, train: Train, unbroken: Callable[..., RLConfig], lag: int
 ):
-    synchronous = build("num_steps=6", f"run.dir={tmp_path / 'synchronous'}")
-    train(synchronous)
+    synchronous = unbroken("num_steps=6")
     config = build("num_steps=6", f"rollout.max_lag={lag}", GO_ON)
     admitted: list[int] = []
 
@@ -141,11 +140,11 @@ def test_one_group_too_many_breaks_the_bound(build: Build, train: Train, monkeyp
     assert max(step["lag_max"] for step in events(config, "step")) > 1
 
 
-@pytest.mark.parametrize("words", [[], [GO_ON], [GO_ON, "rollout.window=6"], [GO_ON, "rollout.dynamic_rounds=2"]])
-@pytest.mark.parametrize("lag", [0, 2])
+@pytest.mark.parametrize(
+    ("lag", "words"),
+    [(0, []), (2, []), (2, [GO_ON]), (2, [GO_ON, "rollout.window=6"]), (2, [GO_ON, "rollout.dynamic_rounds=2"])],
+)
 def test_training_again_from_the_records_gives_the_same_weights(build: Build, train: Train, lag: int, words: list[str]):
-    if not lag and words:
-        words = []
     config = build("num_steps=4", f"rollout.max_lag={lag}", *words)
     train(config)
     again = replay_run(Path(config.run.dir), NoProgress())
@@ -207,21 +206,42 @@ def test_the_command_trains_the_whole_run_again(build: Build, train: Train):
     assert "other weights" in done.output
 
 
+@pytest.fixture(scope="module")
+def known() -> dict[str, RLConfig]:
+    return {}
+
+
+@pytest.fixture
+def unbroken(
+    build: Build, train: Train, known: dict[str, RLConfig], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., RLConfig]:
+    """unbroken(*words): the config of a run with these that ended, of which there is one for all tests."""
+
+    def make(*words: str) -> RLConfig:
+        key = " ".join(words)
+        if key not in known:
+            known[key] = build(*words, f"run.dir={tmp_path_factory.mktemp('unbroken') / 'run'}")
+            train(known[key])
+        return known[key]
+
+    return make
+
+
 @pytest.mark.parametrize("stop_after", [0, 10, 30, 50, 70])
 @pytest.mark.parametrize("lag", [1, 2])
 def test_a_pinned_run_that_was_stopped_goes_on_to_the_same_bits(
     build: Build, train: Train, tmp_path: Path, stop_after: int, lag: int
 ):
     words = "num_steps=6", f"rollout.max_lag={lag}", "train.save_every=2"
-    unbroken = build(*words, f"run.dir={tmp_path / 'unbroken'}")
-    train(unbroken)
+    whole = build(*words, f"run.dir={tmp_path / 'whole'}")
+    train(whole)
     broken = build(*words, f"run.dir={tmp_path / 'broken'}")
     with pytest.raises(Interrupted, match="run the same command again"):
         train(broken, stop_after_responses(stop_after))
     train(broken)
-    assert torch.equal(weights_of(broken), weights_of(unbroken))
-    assert order_of_draws(broken) == order_of_draws(unbroken)
-    assert versions_by_step(broken) == versions_by_step(unbroken)
+    assert torch.equal(weights_of(broken), weights_of(whole))
+    assert order_of_draws(broken) == order_of_draws(whole)
+    assert versions_by_step(broken) == versions_by_step(whole)
 
 
 @pytest.mark.parametrize("words", [[], [GO_ON]])
