@@ -127,8 +127,8 @@ def open_judges(
     """Judges as the recipe says. `log_dir`: for what rewards of the user's own print; without it, stderr. `columns`: of
     the rows that these will be given."""
     low, high = verify.score_range
-    how = {"low": low, "high": high, "correct_from": verify.correct_from, "columns": columns}
-    functions = {name: Options(verify.arguments.get(name, {}), **how) for name in verify.rewards}
+    right = verify.correct_from
+    functions = {n: Options(verify.arguments.get(n, {}), low, high, right, columns) for n in verify.rewards}
     memory_bytes = int(verify.memory_gib * 2**30)
     return JudgePool(num_workers, verify.time_limit_s, memory_bytes, functions=functions, log_dir=log_dir)
 
