@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import multiprocessing
 import os
 import sys
@@ -11,17 +12,13 @@ from typing import Any
 
 import torch.multiprocessing
 
-import pekoe.run.build
-import pekoe.run.curate
-import pekoe.run.evaluate
-import pekoe.run.rl
-import pekoe.run.sft
-import pekoe.train.parallel  # noqa: F401
 from pekoe import cli
 from pekoe.run.hardware import measure_ceilings
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload([__name__])
+for name in ("run.build", "run.curate", "run.evaluate", "run.rl", "run.sft", "train.parallel"):  # which commands import
+    importlib.import_module(f"pekoe.{name}")
 LIMIT_S = 120
 measure_ceilings(torch.device("cpu"), torch.float32)  # which children find done, too
 

@@ -64,7 +64,7 @@ def _change(before: Event, after: Event) -> tuple[float, tuple[float, float], bo
     pairs = [(a, b) for a, b in zip(*rates, strict=False) if a is not None and b is not None]
     if pairs and len(rates[0]) == len(rates[1]):
         samples = before.get("samples_per_problem", inf) * len(pairs)
-        result = paired(*zip(*pairs, strict=True), (samples, samples))
+        result = paired([a for a, _ in pairs], [b for _, b in pairs], (samples, samples))
         p = result["p_value"]
         test = f"paired over problems, p {'< 0.001' if p < 0.001 else f'= {p:.2g}'}"
         return result["difference"], result["ci95"], p < _LEVEL, test

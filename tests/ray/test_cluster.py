@@ -15,13 +15,14 @@ import pytest
 import ray
 
 from pekoe.config import RLConfig
+from pekoe.core.errors import UserError
 from pekoe.core.loop import StepStats
 from pekoe.core.progress import NoProgress
 from pekoe.core.records import read_records
 from pekoe.core.types import Draw, SamplingParams
 from pekoe.engine.base import requests_of
 from pekoe.model.peft import read_weights
-from pekoe.ray.run import build_cluster, run_with_restarts
+from pekoe.ray.run import build_cluster, run_cluster, run_with_restarts
 from pekoe.ray.trainer import RayTrainer
 from pekoe.report.findings import findings
 from pekoe.report.history import read_history
@@ -170,6 +171,24 @@ def test_a_store_that_is_killed_loses_the_step_alone(cluster: MakeConfig, monkey
     assert any("begins again" in text for text in messages.said)
     assert [event["step"] for event in events(config, "step")] == [1, 2, 3]
     assert len(set(ledger(config))) == len(ledger(config)) == 12
+
+
+def test_a_cluster_goes_back_from_a_damaged_checkpoint(cluster: MakeConfig, run: Run):
+    config = cluster("cluster.generation.engines=1", "train.save_every=1", "train.keep_checkpoints=9", "num_steps=2")
+    run(config)
+    shard = Path(config.run.dir) / "checkpoints" / "step-000002" / "trainer" / "__1_0.distcp"
+    data = bytearray(shard.read_bytes())
+    data[len(data) // 2] ^= 0xFF
+    shard.write_bytes(data)
+    with pytest.raises(UserError, match=r"__1_0\.distcp: .*checkpoint of step 2; .*--from 1 goes back") as caught:
+        run(config)
+    assert "\n" not in str(caught.value)
+    before = events(config, "step")
+    run_cluster(config, Messages(), Stop(), from_step=1)
+    assert [event["step"] for event in events(config, "resumed")] == [1]
+    for ours, theirs in zip(events(config, "step"), before, strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-4)
+    assert len(set(ledger(config))) == len(ledger(config)) == 8
 
 
 def test_an_engine_in_an_actor_is_an_engine(cluster: MakeConfig):

@@ -98,6 +98,28 @@ def test_two_processes_are_as_one_and_one_goes_on_where_they_stopped(recipe: Pat
     assert [json.loads(line)["step"] for line in journal.read_text().splitlines() if "resumed" in line] == [done]
 
 
+@pytest.mark.slow
+def test_several_processes_go_back(recipe: Path, tmp_path: Path):
+    """A shard that one of them wrote is damaged: one message, and --from goes back to the same bits."""
+    run, words = tmp_path / "run", ["sft", str(recipe), "train.save_every=1", "train.keep_checkpoints=9"]
+    outcomes: list[tuple[int, str, torch.Tensor]] = []
+    for more in ([], [], ["--from", "3"]):
+        process = torchrun(2, *words, *more)
+        _, stderr = process.communicate(timeout=LIMIT_S)
+        outcomes.append((process.returncode, stderr, weights(run)))
+        if len(outcomes) == 1:
+            shard = run / "checkpoints" / "step-000004" / "trainer" / "__1_0.distcp"
+            data = bytearray(shard.read_bytes())
+            data[len(data) // 2] ^= 0xFF
+            shard.write_bytes(data)
+    (first, _, whole), (second, message, _), (third, stderr, again) = outcomes
+    assert (first, second, third) == (0, 1, 0), message + stderr
+    assert "__1_0.distcp: " in message
+    assert "--from 3 goes back to the one before it" in message
+    assert torch.equal(again, whole)
+    assert [step["step"] for step in steps(run)] == [1, 2, 3, 4]
+
+
 def test_a_last_batch_of_one_trains_on_two_processes(recipe: Path, tmp_path: Path):
     alone, both = tmp_path / "alone", tmp_path / "both"
     words = ["sft.batch_size=15", "sft.epochs=1"]  # of 16 demonstrations
