@@ -1,4 +1,4 @@
-"""The sections of recipes on the model. Defaults of adapters (LoRA) and their sources: docs/how-to/lora.md."""
+"""The sections of recipes on the model. Where defaults of adapters (LoRA) come from is in the docs, under LoRA."""
 
 from __future__ import annotations
 

@@ -120,11 +120,16 @@ def run_with_costs(config: Any, costs: Costs, monkeypatch: pytest.MonkeyPatch) -
     """When each step of `run_rl` ended, and the order of what it did."""
     ends = list[float]()
     nothing: Any = SimpleNamespace(
-        has=lambda _: False, write=lambda *_, **__: None, settle=lambda *_, **__: None, fetch=list, adopt=list
+        has=lambda *_: False, write=lambda *_, **__: None, settle=lambda *_, **__: None, fetch=list, adopt=list
     )
     order = SimpleNamespace(state=lambda: None, restore=lambda _: None, draw=lambda n: [(0, i) for i in range(n)])
     run = SimpleNamespace(
-        resume=lambda _: None, journal=nothing, settle=lambda *_, **__: None, save=lambda *_: None, saved=0
+        resume=lambda _: None,
+        journal=nothing,
+        settle=lambda *_, **__: None,
+        save=lambda *_: None,
+        saved=0,
+        same_command="the same command",
     )
     monkeypatch.setattr(rl, "score", lambda groups, *_: Scored(tuple(Stub(i) for i in range(len(groups))), {}))
     monkeypatch.setattr(rl, "commit", lambda *_: ends.append(costs.now))

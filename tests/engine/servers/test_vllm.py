@@ -380,7 +380,7 @@ def test_a_server_without_the_extension_is_told_apart():
 
 def test_both_sides_compute_the_same_checksum(monkeypatch: pytest.MonkeyPatch):
     """The worker's file, loaded with stand-ins for vLLM's modules."""
-    names = ["config", "distributed.weight_transfer.base", "distributed.weight_transfer.factory"]
+    names = ["config", "lora.request", "distributed.weight_transfer.base", "distributed.weight_transfer.factory"]
     names += [f"model_executor.{name}" for name in ("layers.linear", "layers.vocab_parallel_embedding")]
     for name in ("", *names, "model_executor.model_loader.reload"):
         monkeypatch.setitem(sys.modules, f"vllm.{name}".rstrip("."), MagicMock())

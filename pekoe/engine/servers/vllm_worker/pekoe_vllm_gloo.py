@@ -1,13 +1,14 @@
 # pyright: basic, reportMissingImports=false, reportPrivateImportUsage=false, reportArgumentType=false, reportReturnType=false
 """What Pekoe adds to a vLLM server's workers. Runs in vLLM's environment: needs vLLM and torch, never Pekoe.
 
-Loaded through PYTHONPATH and `--worker-extension-cls pekoe_vllm_gloo.Extension`. Three things that vLLM lacks:
+Loaded through PYTHONPATH and `--worker-extension-cls pekoe_vllm_gloo.Extension`. Four things that vLLM lacks:
 
 1. A weight-transfer backend ("pekoe") over a `torch.distributed` group, gloo or NCCL. vLLM's own NCCL engine speaks
    raw NCCL with a handshake of its own, so that a trainer without vLLM could not join; and it has none for the CPU.
 2. On CPU a linear layer's weight is packed once, at loading. A head tied to the embedding has no weight of its own to
    load, so that an update leaves it packed from the old ones. Every update here packs it again.
 3. A checksum of each parameter as it acts, unpacked by letting the layer work on the identity.
+4. An adapter (LoRA) that is loaded again in place, while requests use it.
 """
 
 from __future__ import annotations
