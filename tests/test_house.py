@@ -40,7 +40,7 @@ BUDGETS = {
     "verify": 3705,
     # memory that is there, 17; stop tokens, 35; base, pool and sampling 970; embedded 1,710; servers 1,915: limits,
     # checks, keys
-    "engine": 4730,
+    "engine": 4740,
     "train": 1005,  # checkpoint.py: checksums of shards, and metadata that runs no code, 120
     "weights": 975,  # a publish that is not waited for after a stop request, 30
     # references.py, 80; signals, 15; inputs.py: what a run that goes on must have the same, 125; users' rewards, 95;

@@ -6,8 +6,8 @@ cut along the context, so that few rows too fill the device, and merged: which i
 shares the batch, so the last bits of its output do. The kernels read their items from one row of int32, which goes to
 the device in one copy. Nothing waits for the device.
 
-Numerics are tested in Triton's interpreter, and that the kernels compile for sm_80 and sm_90; the tiles' sizes are
-reasoned, not measured: no GPU has run this yet (`pytest -m gpu`).
+Numerics are tested in Triton's interpreter; `make test-kernels` compiles the kernels for each generation of devices, where
+no tile spills more than 16 bytes of registers. No GPU has run this yet (`pytest -m gpu`).
 """
 
 from __future__ import annotations
@@ -33,6 +33,19 @@ _PROGRAMS = 1024  # (item, key/value head) pairs that fill a large device; beyon
 _SHORTEST, _LONGEST = 64, 512  # tokens of an item; those of prefixes may be longer
 
 
+def tile_queries(dim: int, itemsize: int) -> int:
+    """Queries of a tile of several rows: as many as leave the registers room on every device (`make test-kernels`)."""
+    return 64 if itemsize == 2 and dim <= 128 else 32
+
+
+def launch(queries: int, dim: int, itemsize: int) -> dict[str, int]:
+    """What the kernel `attend` is compiled with, for tiles of `queries` queries [D] in numbers of `itemsize` bytes."""
+    wide = max(16, next_power_of_2(dim))
+    half = itemsize == 2
+    tokens = 64 if half and wide <= 128 else 16 if not half and queries > 16 else 32
+    return {"M": queries, "N": tokens, "ROOM": wide, "num_warps": 8 if queries > 32 else 4}
+
+
 class CUDACache(KVCache):
     """As `KVCache`, read and written by the Triton kernels."""
 
@@ -41,17 +54,16 @@ class CUDACache(KVCache):
     ) -> None:
         super().__init__(spec, num_blocks, block_tokens, dtype, device)
         self.spec, self.heads_per_kv = spec, spec.num_heads // spec.num_kv_heads
-        # Queries of a tile of several rows. On tensor cores a large tile is nearly free, until its registers spill.
-        tile_queries = 32 if dtype.itemsize > 2 else 128 if spec.head_dim <= 128 else 64
-        self.tile_queries = max(tile_queries, next_power_of_2(self.heads_per_kv))
+        self.tile_queries = tile_queries(spec.head_dim, dtype.itemsize)
         processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
         self.num_programs = 4 * processors
 
     @staticmethod
     def takes(spec: ModelSpec, block_tokens: int, dtype: torch.dtype, device: torch.device) -> bool:
         """Whether the kernels here can serve such a model."""
-        # Shared memory: 103 KB for head_dim 256 in float32 would be too much for most devices, half of it is not.
-        fits = spec.head_dim * dtype.itemsize <= 512 and spec.num_heads // spec.num_kv_heads <= 64
+        # Larger heads were not compiled for all devices (`make test-kernels`).
+        queries = tile_queries(spec.head_dim, dtype.itemsize)
+        fits = spec.head_dim * dtype.itemsize <= 512 and spec.num_heads // spec.num_kv_heads <= queries
         known = dtype in (torch.bfloat16, torch.float16, torch.float32)
         return device.type == "cuda" and known and fits and importlib.util.find_spec("triton") is not None
 
@@ -80,8 +92,6 @@ class CUDACache(KVCache):
         kv_heads, dim, per = self.spec.num_kv_heads, self.spec.head_dim, self.heads_per_kv
         outs = q.new_empty((shape.parts, q.shape[1], dim), dtype=torch.float32)
         maxima, sums = (q.new_empty((shape.parts, q.shape[1]), dtype=torch.float32) for _ in range(2))
-        wide = max(16, next_power_of_2(dim))
-        tokens = 64 if wide <= 128 and q.dtype.itemsize == 2 else 32
         where = (array["positions"], array["table_of"], array["tables"], array["base"])
         scale = 1 / math.sqrt(dim) / math.log(2)
         tiles = {"suffix": max(16, next_power_of_2(per)), "prefix": self.tile_queries}
@@ -90,12 +100,12 @@ class CUDACache(KVCache):
             if num_items:
                 _kernels().attend[(min(num_items * kv_heads, self.num_programs),)](
                     q, self.keys[layer], self.values[layer], *where, array[name], array["counts"][i:],
-                    outs, maxima, sums, shape.width, scale, kv_heads, self.block_tokens, per, dim, queries, tokens,
-                    wide, num_warps=8 if queries > 64 else 4,
+                    outs, maxima, sums, shape.width, scale, kv_heads, self.block_tokens, per, dim,
+                    **launch(queries, dim, q.dtype.itemsize),
                 )  # fmt: skip
         result = torch.empty_like(q)
-        _kernels().merge[(shape.paged, kv_heads)](outs, maxima, sums, array["base"], result, kv_heads, per, dim,
-                                            next_power_of_2(per), wide)  # fmt: skip
+        sizes = kv_heads, per, dim, next_power_of_2(per), max(16, next_power_of_2(dim))
+        _kernels().merge[(shape.paged, kv_heads)](outs, maxima, sums, array["base"], result, *sizes)
         return result
 
 

@@ -1,7 +1,7 @@
 """The GPU's attention against plain torch: in Triton's interpreter anywhere, on the device where there is one.
 
-The tests marked gpu have not been run: there was no GPU (`pytest -m gpu tests/engine/embedded`). The interpreted
-ones need triton and an environment variable; on a CPU build of torch:
+The tests marked gpu have not been run: there was no GPU (`pytest -m gpu tests/engine/embedded`). The interpreted and
+compiled ones need triton, the former an environment variable too; on a CPU build of torch:
 
     pip install --no-deps --target DIR triton
     PYTHONPATH=DIR TRITON_INTERPRET=1 pytest tests/engine/embedded/test_attention_cuda.py
@@ -9,9 +9,13 @@ ones need triton and an environment variable; on a CPU build of torch:
 
 from __future__ import annotations
 
+import json
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -193,6 +197,24 @@ def test_i1_of_an_engine_on_interpreted_kernels(
     params = SamplingParams(n=4, max_new_tokens=12, stop_token_ids=(7,))
     requests = [r for i, length in enumerate([1, 5, 30, 17]) for r in make_requests(f"p{i}", length, params)]
     assert worst_difference({0: model}, collect(engine, requests).values()) <= 1e-4
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_every_generation_of_devices_has_registers_and_shared_memory_enough(
+    repository: Path, tmp_path: Path, dtype: str
+):
+    """Compiled by the assembler that triton ships, which needs no device. All shapes: benchmarks/compile_kernels.py."""
+    pytest.importorskip("triton", reason="needs triton, which CPU builds of torch come without")
+    out, script = tmp_path / "kernels.json", str(repository / "benchmarks/compile_kernels.py")
+    env = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+    words = [sys.executable, script, "--quick", "--dtype", dtype, "--out", str(out)]
+    done = subprocess.run(words, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = json.loads(out.read_text())["rows"]
+    assert {row["sm"] for row in rows} == {80, 86, 89, 90, 100, 120}
+    assert {row["kernel"] for row in rows} == {"attend", "merge", "write"}
+    assert all(row["registers"] > 8 and row["spilled_bytes"] == 0 for row in rows)
+    assert all(row["shared_bytes"] <= row["shared_limit"] for row in rows)
 
 
 def test_every_token_of_a_row_is_in_one_piece():
