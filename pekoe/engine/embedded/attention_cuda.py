@@ -6,8 +6,8 @@ cut along the context, so that few rows too fill the device, and merged: which i
 shares the batch, so the last bits of its output do. The kernels read their items from one row of int32, which goes to
 the device in one copy. Nothing waits for the device.
 
-Numerics are tested in Triton's interpreter; `make test-kernels` compiles the kernels for each generation of devices, where
-no tile spills more than 16 bytes of registers. No GPU has run this yet (`pytest -m gpu`).
+Numerics are tested in Triton's interpreter; `make test-kernels` compiles the kernels for each generation of devices,
+where no tile spills more than 16 bytes of registers. No GPU has run this yet (`pytest -m gpu`).
 """
 
 from __future__ import annotations

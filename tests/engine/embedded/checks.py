@@ -20,7 +20,9 @@ _LIMIT_S = 240  # in Triton's interpreter, on a busy machine
 def collect(engine: EmbeddedEngine, requests: Sequence[Request]) -> Sampled:
     """Submit requests together, and wait for all."""
     futures = engine.submit(requests)
-    sampled = {(r.uid, r.draw, r.sample): (r, future.result(_LIMIT_S)) for r, future in zip(requests, futures, strict=True)}
+    sampled = {
+        (r.uid, r.draw, r.sample): (r, future.result(_LIMIT_S)) for r, future in zip(requests, futures, strict=True)
+    }
     assert len(sampled) == len(requests)
     engine.check_integrity()
     for request, completion in sampled.values():
