@@ -28,8 +28,8 @@ help: ## Show this list
 demo: $(VENV)/.stamp-demo ## Train a small model to reason, here and now: make demo ARGS="--seed 1"
 	$(BIN)/pekoe demo $(ARGS)
 
-demo-agent: $(VENV)/.stamp-demo ## A small model learns to use a calculator over two turns, beside a control
-	$(PY) -m pekoe.demo.agent
+demo-agent: $(VENV)/.stamp-demo ## A small model learns to use a calculator over two turns, beside a control: make demo-agent ARGS="--seed 1"
+	$(PY) -m pekoe.demo.agent $(ARGS)
 
 demo-cluster: $(VENV)/.stamp-cluster ## The demo, and its RL stage again on Ray: 2 engines, 2 training ranks
 	$(BIN)/pekoe demo --cluster $(ARGS)

@@ -354,7 +354,7 @@ class Session:
         key = context.tobytes()
         number, self._requests[key] = self._requests[key], self._requests[key] + 1
         first = number == 0 and self._prompt is not None and np.array_equal(context, self._prompt)
-        # By what is asked, not by when: turns of side by side come in any order (I8).
+        # By what is asked, not by when: turns that run side by side come in any order (I8).
         digest = hashlib.blake2b(key + number.to_bytes(4, "little"), digest_size=7).digest()
         turn = 0 if first else int.from_bytes(digest, "little") + 1
         request = Request(self.uid, self.draw, self.sample, context, params, int(later), turn)

@@ -1,18 +1,19 @@
 """The demo of agents: a small decoder from random weights learns to use a calculator, over two turns.
 
 SFT shows two ways to answer `37*84=`: some demonstrations ask the calculator (`?37*84`) and box what it says, others
-guess at once and are mostly wrong. RL on verified answers then teaches which is better. A control with verdicts drawn
-at random must not rise. `make demo-agent`.
+guess at once and are mostly wrong. RL on verified answers then teaches which is better. A control has verdicts drawn at
+random. `make demo-agent`.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 import shutil
-import sys
 import time
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +21,15 @@ import numpy as np
 
 from pekoe.agents.session import Message, Session
 from pekoe.config.recipes import RLConfig, SFTConfig, load_config
+from pekoe.core.errors import UserError
 from pekoe.core.journal import read_lines
 from pekoe.core.progress import NoProgress
 from pekoe.core.records import read_records
-from pekoe.core.spec import ModelSpec
 from pekoe.core.types import Problem
 from pekoe.data.problems import Demonstration, write_demonstrations, write_problems
 from pekoe.data.tokenizer import Tokenizer
 from pekoe.demo.char_tokenizer import CHAT_TEMPLATE, make_char_tokenizer
+from pekoe.demo.run import model_spec
 from pekoe.model import Decoder, save_model
 from pekoe.run.build import build_rl
 from pekoe.run.interrupt import Stop
@@ -37,6 +39,7 @@ from pekoe.run.sft import run_sft
 ALPHABET = "0123456789*=?\\{}boxed"
 NUM_HELD_OUT, NUM_ASKED, NUM_GUESSED = 128, 1536, 2048
 STEPS = 30
+MARK = "demo-agent"  # a file by which a directory is known as this demo's
 
 
 async def episode(problem: Problem, client: Session) -> None:
@@ -79,19 +82,8 @@ def make_data(out: Path, seed: int) -> None:
     files = make_char_tokenizer(ALPHABET)
     template = CHAT_TEMPLATE.replace("message['role'] == 'user'", "message['role'] in ('user', 'tool')")
     files["chat_template.jinja"] = template.encode()
-    spec = ModelSpec(
-        family="qwen3",
-        vocab_size=Tokenizer(files).vocab_size,
-        hidden_size=96,
-        num_layers=2,
-        num_heads=3,
-        num_kv_heads=1,
-        head_dim=32,
-        intermediate_size=288,
-        max_positions=64,
-        qk_norm=True,
-        tied_embeddings=True,
-    )
+    shape = {"hidden_size": 96, "num_layers": 2, "num_heads": 3, "intermediate_size": 288, "max_positions": 64}
+    spec = replace(model_spec(Tokenizer(files).vocab_size), **shape)
     model = Decoder(spec)
     model.init_weights(seed)
     model.assets = dict(files)
@@ -105,8 +97,12 @@ def recipe(out: Path, name: str, model: str, seed: int) -> dict[str, Any]:
         "model": {"path": str(out / model), "device": "cpu"},
         "data": {"train": str(out / "data" / "train.jsonl"), "max_prompt_tokens": 12},
         "rollout": {
-            **{"prompts_per_step": 16, "samples_per_prompt": 8, "max_new_tokens": 48, "turn_tokens": 16},
-            **{"episode": "pekoe.demo.agent:episode", "max_turns": 4},
+            "prompts_per_step": 16,
+            "samples_per_prompt": 8,
+            "max_new_tokens": 48,
+            "episode": "pekoe.demo.agent:episode",
+            "max_turns": 4,
+            "turn_tokens": 16,
         },
         "algo": {"minibatches": 2},
         "optim": {"lr": 2e-4, "warmup_fraction": 0.02},
@@ -140,9 +136,13 @@ def examples(run: Path, step: int) -> list[list[list[str]]]:
 
 
 def main(out: Path, seed: int = 0) -> None:
-    """Train, measure, and write summary.json."""
+    """Train, measure, and write summary.json. An earlier demo in `out` is removed; UserError for anything else."""
     if out.exists():
+        if not out.is_dir() or (any(out.iterdir()) and not (out / MARK).exists()):
+            raise UserError(f"{out}: expected a new directory or one of an earlier demo of agents, got something else")
         shutil.rmtree(out)
+    out.mkdir(parents=True)
+    (out / MARK).touch()
     start = time.perf_counter()
     make_data(out, seed)
     print("SFT ...", flush=True)
@@ -176,4 +176,10 @@ def main(out: Path, seed: int = 0) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1] if len(sys.argv) > 1 else "runs/demo-agent"))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("runs/demo-agent"))
+    parser.add_argument("--seed", type=int, default=0)
+    try:
+        main(**vars(parser.parse_args()))
+    except UserError as error:
+        parser.error(str(error))

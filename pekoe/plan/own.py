@@ -194,7 +194,7 @@ def _said(found: Forecast, steps: Sequence[Event]) -> Iterator[str]:
     yield f"{model}: {changes_of(options)}{memory}."
 
 
-def foretold(config: Mapping[str, Any], events: Sequence[Event], run_dir: Path) -> dict[str, Any] | None:
+def check_forecast(config: Mapping[str, Any], events: Sequence[Event], run_dir: Path) -> dict[str, Any] | None:
     """What the steps since the last change of a setting or of the fleet took, beside what those before it predict.
 
     None where there is no change, or where too few steps came before it or since, or where no model can be made.
@@ -248,7 +248,7 @@ def _tree_with(config: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str
     return tree
 
 
-def told(event: Event) -> str:
+def forecast_sentence(event: Event) -> str:
     """A sentence on an event "forecast"."""
     changes = ", ".join(f"{key} {was} → {now}" for key, (was, now) in event["changed"].items())
     error = event["predicted_s"] / event["measured_s"] - 1

@@ -32,7 +32,7 @@ def speed(history: History) -> list[str]:
     sentences = [
         _phases(steps),
         *own.sentences(history.config, history.events, history.path),
-        *map(own.told, history.of("forecast")),
+        *map(own.forecast_sentence, history.of("forecast")),
         *_bounds(history),
         _prefill(steps),
         _cluster(steps),

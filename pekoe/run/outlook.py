@@ -8,7 +8,7 @@ from typing import Any
 
 from pekoe.config.base import ConfigSection
 from pekoe.core.journal import read_lines
-from pekoe.plan.own import AFTER, foretold
+from pekoe.plan.own import AFTER, check_forecast
 
 
 @dataclass(slots=True)
@@ -31,4 +31,4 @@ class Outlook:
         if self.left:
             return None
         events = [event for event in read_lines(run_dir / "journal.jsonl") if "event" in event]
-        return foretold(config.model_dump(mode="json", exclude_none=True), events, run_dir)
+        return check_forecast(config.model_dump(mode="json", exclude_none=True), events, run_dir)

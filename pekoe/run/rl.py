@@ -19,7 +19,7 @@ from pekoe.core.errors import Interrupted, RunError
 from pekoe.core.loop import StepStats, SyncReport, Trainer
 from pekoe.core.progress import ProgressReporter, phase
 from pekoe.core.types import AnySample, Draw, JudgedGroup
-from pekoe.plan.own import told
+from pekoe.plan.own import forecast_sentence
 from pekoe.run.build import RLParts, eval_sampling
 from pekoe.run.checkpoints import Progress
 from pekoe.run.evaluate import evaluate, warn_truncation
@@ -237,7 +237,7 @@ def commit(
     parts.run.journal.write("step", **metrics, **synced.as_dict(), **counted)
     if outlook := parts.outlook.after_step(config, parts.run.path, counted.get("num_engines")):
         parts.run.journal.write("forecast", step=step, **outlook)
-        parts.view.say(told(outlook))
+        parts.view.say(forecast_sentence(outlook))
     collapse = collapse_of(metrics, config, parts.was_well)
     parts.was_well = parts.was_well or looks_well(metrics)
     if collapse and not parts.collapsed:

@@ -7,12 +7,15 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
+
 from pekoe.agents.episodes import check_episode
 from pekoe.config.recipes import RLConfig, load_config
+from pekoe.core.errors import UserError
 from pekoe.core.types import Problem
 from pekoe.data.problems import read_demonstrations, read_problems
 from pekoe.data.tokenizer import Tokenizer
-from pekoe.demo.agent import episode, make_data, recipe
+from pekoe.demo.agent import episode, main, make_data, recipe
 
 
 class Scripted:
@@ -47,3 +50,10 @@ def test_the_demo_s_sets_are_disjoint_and_its_recipe_loads(tmp_path: Path):
     check_episode(config.rollout.episode or "")
     longest = [*shown[0].messages, *shown[1].messages[1:]]
     assert len(Tokenizer.load(tmp_path / "start").encode_prompt(longest)) < 48
+
+
+def test_a_directory_of_something_else_is_not_removed(tmp_path: Path):
+    (tmp_path / "thesis.tex").touch()
+    with pytest.raises(UserError, match="expected a new directory or one of an earlier demo"):
+        main(tmp_path)
+    assert (tmp_path / "thesis.tex").exists()

@@ -11,7 +11,7 @@ import pytest
 from pekoe.config.recipes import RLConfig, load_config
 from pekoe.core.errors import UserError
 from pekoe.core.hardware import DEVICES
-from pekoe.plan.own import AFTER, LEAST, calibrated, foretold, ratio, sentences, told
+from pekoe.plan.own import AFTER, LEAST, calibrated, check_forecast, forecast_sentence, ratio, sentences
 from pekoe.plan.recipe import Asked, Own, read_plan
 from pekoe.plan.schedule import simulate
 from pekoe.plan.step import Pace
@@ -120,16 +120,16 @@ def test_lost_engines_are_foretold():
     asked = truth(*CLUSTER)
     fewer = journal_of(asked.changed(["cluster.generation.engines=2"]), AFTER + 1, 7)
     tree, events = told_of(asked)
-    assert foretold(tree, events, NOWHERE) is None
-    assert foretold(tree, [*events, *fewer[:-1]], NOWHERE) is None, "too few steps"
-    found = foretold(tree, [*events, *fewer], NOWHERE)
+    assert check_forecast(tree, events, NOWHERE) is None
+    assert check_forecast(tree, [*events, *fewer[:-1]], NOWHERE) is None, "too few steps"
+    found = check_forecast(tree, [*events, *fewer], NOWHERE)
     assert found is not None
     assert (found["since"], found["changed"]) == (7, {"engines": [4, 2]})
     assert found["measured_s"] == pytest.approx(fewer[0]["step_s"], abs=1e-3)
     assert found["before_s"] == pytest.approx(events[1]["step_s"], abs=1e-3)
     assert found["predicted_s"] == pytest.approx(found["measured_s"], rel=0.03)
     assert found["predicted_s"] > found["before_s"]
-    assert told(found).startswith("Since step 7 (engines 4 → 2) a step takes ")
+    assert forecast_sentence(found).startswith("Since step 7 (engines 4 → 2) a step takes ")
 
 
 @pytest.mark.parametrize(
@@ -141,12 +141,12 @@ def test_a_changed_setting_is_foretold(key: str, was: Any, now: Any):
     after = truth(*CLUSTER, f"{key}={str(now).lower()}")
     resumed = {"event": "resumed", "time": 70.0, "step": 6, "changed": {key: [was, now], "num_steps": [6, 20]}}
     events = [MACHINE, *journal_of(before), resumed, *journal_of(after, AFTER + 1, 7)]
-    found = foretold(_tree(after), events, NOWHERE)
+    found = check_forecast(_tree(after), events, NOWHERE)
     assert found is not None
     assert found["changed"] == {key: [was, now]}
     assert found["predicted_s"] == pytest.approx(found["measured_s"], rel=0.03)
     nothing = resumed | {"changed": {"num_steps": [6, 20]}}
-    assert foretold(_tree(after), [*events[:7], nothing, *events[8:]], NOWHERE) is None
+    assert check_forecast(_tree(after), [*events[:7], nothing, *events[8:]], NOWHERE) is None
 
 
 def _tree(asked: Asked) -> dict[str, Any]:
