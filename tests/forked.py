@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import multiprocessing
 import os
+import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -85,6 +86,7 @@ def _command(words: Sequence[str]) -> None:
 def _run(
     call: Callable[..., object], args: Sequence[Any], printed: Sequence[Path], environment: dict[str, str]
 ) -> None:
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # tests that nohup started would have it ignored
     for descriptor, file in enumerate(printed, 1):
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOCTTY), descriptor)
     os.environ.update(environment)

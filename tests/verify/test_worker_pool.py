@@ -121,6 +121,7 @@ def test_kills_from_outside_are_no_limit(bad_worker: BadWorker, tmp_path: Path, 
     source = (
         "seen = pathlib.Path(sys.argv[0]).with_name('seen'); n = len(seen.read_text()) if seen.exists() else 0\n"
         f"{READY}one = ask(); seen.write_text('x' * (n + 1))\n"
+        "import signal; signal.signal(signal.SIGHUP, signal.SIG_DFL)\n"  # nohup ignores it
         f"if n < 6: os.kill(os.getpid(), {int(number)})\n"
         "say({'id': one['id'], 'label': 'correct' if one['check'] == 'answer' else 'fault', 'why': ''}); time.sleep(60)"
     )
