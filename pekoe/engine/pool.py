@@ -209,6 +209,8 @@ class EnginePool(Sampler):
             except NoPlace as error:
                 member.unplaced, member.why = True, str(error)
             except Exception as error:
+                if self._closed.is_set():
+                    return  # what it starts in was closed, too
                 if lost is None:
                     self._start_error = error
                 with self._lock:

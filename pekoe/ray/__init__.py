@@ -11,9 +11,13 @@ run.py                builds the parts of the loop, and runs it
 import os
 import sys
 
-# Ray runs code for whoever reaches its ports, unless they must have a token. It reads this once, when it is imported.
+# Ray reads these once, when it is imported.
 if "ray" not in sys.modules:
+    # It runs code for whoever reaches its ports, unless they must have a token.
     os.environ.setdefault("RAY_AUTH_MODE", "token")
+    # Left alone, a call after the end of a run (an engine that still starts, say) starts a Ray of its own, and the next
+    # `ray.init` waits for the old one until Ray ends the process.
+    os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"
 
 from pekoe.ray.placement import plan
 from pekoe.ray.run import run_cluster

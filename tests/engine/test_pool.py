@@ -431,6 +431,25 @@ def test_the_first_that_cannot_start_raises_its_error_as_it_came():
     until(lambda: all(starter.engine.closed for starter in pool.starters[:1] if starter.engines))
 
 
+def test_an_engine_that_cannot_start_because_all_was_closed_is_no_event():
+    pool = Pool(None, None)
+    pool.wait_started()
+    starter = pool.starters[0]
+    starter.may_start.clear()
+    starter.errors = [RunError("Ray has not been started yet")]
+    futures, before = pool.submit(group("0")), pool.members[0].since
+    starter.engine.die()
+    until(lambda: pool.members[0].since > before)
+    (thread,) = [each for each in threading.enumerate() if each.name == "start engine 0"]
+    pool.close()
+    assert isinstance(futures[0].exception(), RunError)
+    starter.may_start.set()
+    thread.join(10)
+    assert not starter.errors
+    assert [text for text in pool.said if "did not start" in text] == []
+    assert pool.members[0].state == "gone"
+
+
 def test_an_engine_without_a_place_is_tried_until_the_limit():
     class Unplaced(FailingPool):
         error = NoPlace("its node is lost")
