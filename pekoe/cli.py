@@ -337,12 +337,13 @@ def demo(
         bool, typer.Option("--cluster", help="then RL again, on Ray: 2 engines and 2 training ranks")
     ] = False,
     lora: Annotated[bool, typer.Option("--lora", help="then RL again, with an adapter of low rank")] = False,
+    device: Annotated[str, typer.Option(help="cpu, or cuda: there in bfloat16")] = "cpu",
 ) -> None:
     """SFT and RL of a small model on a laptop, from random weights, on verified answers."""
     from pekoe.demo.run import run_demo
 
     with viewing() as view:
-        text = run_demo(Path(out), seed, control, fresh, quick, view, cluster, lora)
+        text = run_demo(Path(out), seed, control, fresh, quick, view, cluster, lora, device)
     Console().print(text, markup=False, highlight=False, soft_wrap=True)
 
 
@@ -376,13 +377,25 @@ def doctor(
     memory_gib: Annotated[float | None, typer.Option(min=0.1, max=1e6, help="memory of another machine or GPU")] = None,
     processes: Annotated[int, typer.Option(min=1, max=1e6, help="how many will train together (torchrun)")] = 1,
     measure: Annotated[str | None, typer.Option(metavar="FILE.toml", help="a profile for plan --hardware")] = None,
+    gpu: Annotated[
+        bool, typer.Option("--gpu", help="prove and measure what runs on a GPU: minutes, no network")
+    ] = False,
+    device: Annotated[str, typer.Option(help="of --gpu: cuda, or cpu at small sizes")] = "cuda",
+    parts: Annotated[str | None, typer.Option(metavar="A,B", help="of --gpu: some of its parts")] = None,
+    json_file: Annotated[str | None, typer.Option("--json", metavar="FILE", help="of --gpu: what was found")] = None,
 ) -> None:
     """This machine's hardware and optional packages; with a recipe, whether its training fits in memory.
 
     Describes a step: responses, tokens, micro-batches, and seconds if the run has begun. Predicts the peak memory of
     one training process from a step of the recipe's shapes on meta tensors, and prints the largest
     train.token_budget that fits. Exit status 2 if the recipe does not fit.
+
+    --gpu goes through numbers, weights, memory and speeds in parts of their own limits; exit status 1 if one failed.
     """
+    if gpu:
+        from pekoe.run.first_hour.command import prove
+
+        raise typer.Exit(0 if prove(device, parts, Path(json_file) if json_file else None, typer.echo) else 1)
     from pekoe.run.doctor import available_bytes, environment, examine
 
     if measure is not None:

@@ -14,7 +14,7 @@ import shutil
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from statistics import median
@@ -24,7 +24,7 @@ import numpy as np
 
 from pekoe.config.model import LORA_RATE
 from pekoe.config.recipes import EvalConfig, RLConfig, SFTConfig, load_config
-from pekoe.core.errors import UserError
+from pekoe.core.errors import UserError, nearest
 from pekoe.core.journal import read_lines
 from pekoe.core.progress import ProgressReporter
 from pekoe.core.spec import ModelSpec
@@ -108,6 +108,7 @@ _WEIGHTS = "adapter_model.safetensors", "model.safetensors"
 QUICK_SFT = ("sft.epochs=1", "sft.batch_size=512")
 QUICK_RL = ("num_steps=2", "rollout.prompts_per_step=8", "rollout.max_new_tokens=48", "eval.every=2", "eval.samples=2")
 QUICK_EVAL = ("eval.samples=2", "eval.max_new_tokens=48")
+ON_GPU = ("model.device=cuda", "model.dtype=bfloat16")
 
 
 def run_demo(
@@ -119,27 +120,32 @@ def run_demo(
     view: ProgressReporter,
     cluster: bool = False,
     lora: bool = False,
+    device: str = "cpu",
 ) -> str:
     """Run the stages that are not finished yet, write summary.json, and return the text to print.
 
     With `cluster`, the RL stage runs a second time, on Ray; with `lora`, with an adapter in place of all weights.
+    `device`: "cpu", or "cuda".
     """
+    if device not in ("cpu", "cuda"):
+        raise UserError(f"demo --device: expected 'cpu' or 'cuda', got {device!r}.{nearest(device, ('cpu', 'cuda'))}")
+    on = ON_GPU if device == "cuda" else ()
     if fresh and out.exists():
         if any(out.iterdir()) and not (out / STAGES).exists():
             raise UserError(f"{out}: --fresh removes an earlier demo; this directory holds something else")
         shutil.rmtree(out)
-    stages = Stages(out, {"seed": seed, "control": control, "quick": quick}, view)
+    stages = Stages(out, {"seed": seed, "control": control, "quick": quick} | ({"device": device} if on else {}), view)
     stages.run("data", lambda: make_data(out, seed))
-    stages.run("sft", lambda: _sft(out, seed, quick, view))
-    stages.run("measure_sft", lambda: _measure(out, "sft", seed, quick, view))
-    stages.run("rl", lambda: _rl(out, seed, control, quick, view))
-    stages.run("measure_rl", lambda: _measure(out, "rl", seed, quick, view))
+    stages.run("sft", lambda: _sft(out, seed, quick, view, on))
+    stages.run("measure_sft", lambda: _measure(out, "sft", seed, quick, view, on))
+    stages.run("rl", lambda: _rl(out, seed, control, quick, view, on))
+    stages.run("measure_rl", lambda: _measure(out, "rl", seed, quick, view, on))
     if lora:
-        stages.run("rl_lora", lambda: _rl(out, seed, control, quick, view, lora=LORA))
-        stages.run("measure_rl_lora", lambda: _measure(out, "rl_lora", seed, quick, view))
+        stages.run("rl_lora", lambda: _rl(out, seed, control, quick, view, on, lora=LORA))
+        stages.run("measure_rl_lora", lambda: _measure(out, "rl_lora", seed, quick, view, on))
     if cluster:
-        stages.run("rl_cluster", lambda: _rl(out, seed, control, quick, view, CLUSTER))
-        stages.run("measure_rl_cluster", lambda: _measure(out, "rl_cluster", seed, quick, view))
+        stages.run("rl_cluster", lambda: _rl(out, seed, control, quick, view, on, CLUSTER))
+        stages.run("measure_rl_cluster", lambda: _measure(out, "rl_cluster", seed, quick, view, on))
     measured = {"sft": stages.results["measure_sft"], "rl": stages.results["measure_rl"]}
     summary: dict[str, Any] = {
         name: {"pass_at_1": result["pass_at_1"], "ci95": list(result["ci95"])} for name, result in measured.items()
@@ -226,8 +232,8 @@ def _prompt(problem: Problem) -> str:
     return problem.messages[-1]["content"]
 
 
-def _sft(out: Path, seed: int, quick: bool, view: ProgressReporter) -> dict[str, Any]:
-    run_sft(load_config(sft_recipe(out, seed), QUICK_SFT if quick else (), SFTConfig), view)
+def _sft(out: Path, seed: int, quick: bool, view: ProgressReporter, on: Sequence[str]) -> dict[str, Any]:
+    run_sft(load_config(sft_recipe(out, seed), [*(QUICK_SFT if quick else ()), *on], SFTConfig), view)
     return {"loss": _steps(out / "sft")[-1]["loss"]}
 
 
@@ -237,10 +243,11 @@ def _rl(
     control: bool,
     quick: bool,
     view: ProgressReporter,
+    on: Sequence[str],
     cluster: dict[str, Any] | None = None,
     lora: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    overrides = [*(QUICK_RL if quick else ()), *(["verify.random=true"] if control else [])]
+    overrides = [*(QUICK_RL if quick else ()), *(["verify.random=true"] if control else []), *on]
     recipe = rl_recipe(out, seed)
     if control:  # its evaluations would be random, too
         del recipe["eval"]
@@ -277,8 +284,11 @@ def _rl(
     return result
 
 
-def _measure(out: Path, stage: str, seed: int, quick: bool, view: ProgressReporter) -> dict[str, Any]:
-    result = run_eval(load_config(eval_recipe(out, stage, seed), QUICK_EVAL if quick else (), EvalConfig), view)
+def _measure(
+    out: Path, stage: str, seed: int, quick: bool, view: ProgressReporter, on: Sequence[str]
+) -> dict[str, Any]:
+    overrides = [*(QUICK_EVAL if quick else ()), *on]
+    result = run_eval(load_config(eval_recipe(out, stage, seed), overrides, EvalConfig), view)
     return {**result.as_dict(), "examples": result.examples}
 
 
