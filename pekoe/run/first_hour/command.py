@@ -45,7 +45,7 @@ PARTS: dict[str, tuple[str, float, str]] = {
     "decode": ("speeds", 240, "tokens/s of decoding, and its share of what arithmetic and memory allow"),
     "prefix": ("speeds", 120, "a prompt that many samples share, beside as many prompts"),
     "mfu": ("speeds", 300, "training: share of the device's FLOP/s at sequences of 2K, 8K and 27K tokens"),
-    "demo": ("publish", 300, "the demo: SFT, then RL on verified answers, on the device"),
+    "demo": ("publish", 600, "the demo: SFT, then RL on verified answers, on the device"),
 }
 
 Status = Literal["PASS", "FAIL", "SKIP"]
