@@ -380,7 +380,7 @@ def doctor(
     gpu: Annotated[
         bool, typer.Option("--gpu", help="prove and measure what runs on a GPU: minutes, no network")
     ] = False,
-    device: Annotated[str, typer.Option(help="of --gpu: cuda, or cpu at small sizes")] = "cuda",
+    device: Annotated[str | None, typer.Option(help="a GPU that need not be here: h100; of --gpu: cpu")] = None,
     parts: Annotated[str | None, typer.Option(metavar="A,B", help="of --gpu: some of its parts")] = None,
     json_file: Annotated[str | None, typer.Option("--json", metavar="FILE", help="of --gpu: what was found")] = None,
 ) -> None:
@@ -388,14 +388,14 @@ def doctor(
 
     Describes a step: responses, tokens, micro-batches, and seconds if the run has begun. Predicts the peak memory of
     one training process from a step of the recipe's shapes on meta tensors, and prints the largest
-    train.token_budget that fits. Exit status 2 if the recipe does not fit.
+    train.token_budget that fits; --device h100: there. Exit status 2 if the recipe does not fit.
 
     --gpu goes through numbers, weights, memory and speeds in parts of their own limits; exit status 1 if one failed.
     """
     if gpu:
         from pekoe.run.first_hour.command import prove
 
-        raise typer.Exit(0 if prove(device, parts, Path(json_file) if json_file else None, typer.echo) else 1)
+        raise typer.Exit(0 if prove(device or "cuda", parts, Path(json_file) if json_file else None, typer.echo) else 1)
     from pekoe.run.doctor import available_bytes, environment, examine
 
     if measure is not None:
@@ -406,11 +406,15 @@ def doctor(
     fault: str | None = None
     memory_bytes = int(memory_gib * 2**30) if memory_gib else None
     if recipe is None:
+        if device is not None:
+            raise UserError(
+                "doctor --device: expected a recipe, whose memory is predicted there, or --gpu, got neither"
+            )
         rows = [*environment(), ("memory", f"{available_bytes('cpu') / 2**30:.1f} GiB available")]
         lines = [f"{name:<14} {value}" for name, value in rows]
     else:
         lines, fault = examine(
-            recipe, overrides or [], processes, memory_bytes, lambda section, view: _ray_package().plan(section, view)
+            recipe, overrides or [], processes, memory_bytes, lambda s, view: _ray_package().plan(s, view), device
         )
     for line in lines:
         Console().print(line, markup=False, highlight=False, soft_wrap=True)

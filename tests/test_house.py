@@ -19,12 +19,12 @@ BUDGETS = {
     # JudgedGroup.of, stop tokens, 30; hardware.py 105; statistics.py, 75; Verdict.score, 10; names of the hub, 11;
     # functions.py, 40; what is timed of a machine, 18; checksums, and messages on
     # files that are damaged, 95
-    "core": 1420,
+    "core": 1425,
     # keys.py, which lists every key, 205; names.py, what TRL and verl call them, 85; secrets.py, 40; the bounds of
     # settings, 70; rewards of the user's own, scores and lengths, 50; columns, 26; unread settings, 40; recipes that
     # are listed, copied and refused as data, 35; depth of values, 15; names by their last parts, 14;
     # model.template.variables, 14
-    "config": 1565,
+    "config": 1575,
     "kernels": 740,
     "algo": 585,  # own advantages, 20; by sequence, 25; log-prob differences by lag, 33; rewards by a formula, 19
     "model": 1280,  # lora.py, 165; peft.py, their files, and what a model directory of theirs is, 235
@@ -40,7 +40,7 @@ BUDGETS = {
     "verify": 3705,
     # memory that is there, 17; stop tokens, 35; base, pool and sampling 970; embedded 1,710; servers 1,915: limits,
     # checks, keys
-    "engine": 4745,
+    "engine": 4760,
     "train": 1005,  # checkpoint.py: checksums of shards, and metadata that runs no code, 120
     "weights": 975,  # a publish that is not waited for after a stop request, 30
     # references.py, 80; signals, 15; inputs.py: what a run that goes on must have the same, 125; users' rewards, 95;
@@ -48,17 +48,18 @@ BUDGETS = {
     # own metrics, 25
     # sample.py, 175; tables of eval, 50; responses.jsonl, 45; profile.py, 95; run directories that are
     # damaged, --from, a model beside its place, 240; verify.py, 73 (of cli.py)
-    # first_hour/: fifteen parts of doctor --gpu, and what runs them one by one, 1,130
-    "run": 5915,
+    # first_hour/: fifteen parts of doctor --gpu, and what runs them one by one, 1,130; doctor --device, what would fit,
+    # and turns on one device, 180
+    "run": 6095,
     # lag.py: who waits for whom, what a lag gave, 150; learning.py, 115; the time left, 20; page.js; what is damaged or
     # not finite, 50
     "report": 1490,
-    "ray": 1500,  # streams.py: many answers by one call, 100; who may connect, 20
+    "ray": 1510,  # streams.py: many answers by one call, 100; who may connect, 20
     "agents": 760,
     "demo": 715,  # on a GPU, 10
     # keys, recipe, keys in --help, 52; plan, 45; data, 26; verify --references, 20; sample, 35; sys.path of -m, 4;
-    # doctor --gpu, 10
-    "cli.py": 595,
+    # doctor --gpu, and --device, 13
+    "cli.py": 598,
     # formulas 840; memory, the simulated schedule, reading a recipe, tables, 1,180; other layouts and what-if, 230;
     # calibrate.py: constants of this machine, 115; page.py, 80;
     # own.py: a run's own model, 270; kernels.py: AIConfigurator, 105; experts, 15

@@ -74,14 +74,18 @@ class ServerSection(ConfigSection):
         return self
 
 
+KV_GIB = 2.0
+
+
 class EngineSection(ConfigSection):
     backend: Literal["embedded", "sglang", "vllm"] = "embedded"
     """embedded: in this process. sglang, vllm: servers, see `server`."""
     server: ServerSection = ServerSection()
     kv_tokens: int | None = Field(default=None, ge=16)
     """Tokens that the KV cache holds. Absent: enough for max_running sequences of full length, within kv_gib."""
-    kv_gib: GiB = 2.0
-    """The most memory that the KV cache takes when kv_tokens is absent."""
+    kv_gib: GiB | None = None
+    """The most memory that the KV cache takes when kv_tokens is absent. Absent: 2; on a GPU an embedded engine takes
+    what weights and training leave, but for a tenth."""
     block_tokens: int = Field(default=16, ge=1)
     """Tokens of a KV block; prefixes are shared by whole blocks."""
     max_running: int = Field(default=512, ge=1)
@@ -89,9 +93,15 @@ class EngineSection(ConfigSection):
     prefill_tokens: int = Field(default=8192, ge=1)
     """Tokens of one forward: what the running sequences leave of it goes to chunks of waiting prompts."""
 
-    def kv_room(self, longest: int, bytes_per_token: int) -> int:
-        """Tokens that the KV cache holds, for sequences of at most `longest` tokens."""
-        return self.kv_tokens or min(self.max_running * longest, int(self.kv_gib * 2**30 / bytes_per_token))
+    def kv_room(self, longest: int, bytes_per_token: int, left: int | None = None) -> int:
+        """Tokens that the KV cache holds, for sequences of at most `longest` tokens. `left`: as in `kv_bytes`."""
+        return self.kv_tokens or min(self.max_running * longest, self.kv_bytes(left) // bytes_per_token)
+
+    def kv_bytes(self, left: int | None = None) -> int:
+        """The most that the KV cache takes, where `kv_tokens` is absent. `left`: what a GPU has left for it."""
+        if self.kv_gib is None and left is not None:
+            return max(0, left)
+        return int((self.kv_gib or KV_GIB) * 2**30)
 
     def server_kv(self, longest: int, values_per_token: int, dtype: str, device: str) -> int | None:
         """As `kv_room`, for a server. None: servers on a GPU take a share of its memory, unless kv_tokens is set."""

@@ -10,6 +10,7 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
+from pekoe.core.errors import UserError, nearest
 from pekoe.core.spec import ModelSpec
 
 _GB, _TERA = 1e9, 1e12
@@ -81,6 +82,14 @@ def recognise(text: str) -> Device | None:
     if text in DEVICES:
         return DEVICES[text]
     return next((DEVICES[name] for pattern, name in _SPELT if re.search(pattern, text.lower())), None)
+
+
+def device_named(name: str, who: str) -> Device:
+    """The device that a user names, such as h100 or H100-80; UserError, which begins with `who`, for an unknown one."""
+    plain = name.lower().removesuffix("-sxm").removesuffix("-80")
+    if plain not in DEVICES:
+        raise UserError(f"{who}: expected a device, got {name!r}.{nearest(plain, DEVICES)}")
+    return DEVICES[plain]
 
 
 @dataclass(frozen=True, slots=True)

@@ -86,7 +86,14 @@ class EngineActor:
         # One group more than runs at once: free room is taken without asking the controller.
         most = config.engine.max_running + config.rollout.samples_per_prompt
         self._engine = EmbeddedEngine(
-            model, config.engine, max_sequence_tokens, dtype, owns_model=True, max_requests=most, receive=Receiver()
+            model,
+            config.engine,
+            max_sequence_tokens,
+            dtype,
+            owns_model=True,
+            max_requests=most,
+            receive=Receiver(),
+            reserve_bytes=None if colocate else 0,  # ranks that take turns with it may not be there yet
         )
 
     async def info(self) -> EngineInfo:

@@ -59,6 +59,7 @@ from pekoe.run.rollouts import Rollouts
 from pekoe.run.run_dir import RunDir, with_date
 from pekoe.train import Layout, Trainer
 from pekoe.train.memory import limit_malloc_cache
+from pekoe.train.memory_estimate import predict
 from pekoe.train.trainer import learning_rate
 from pekoe.weights import LocalSender, StagedSender, WeightChannel, forward_logprobs
 
@@ -222,11 +223,15 @@ class EmbeddedStarter:
     config: SamplingConfig
     longest: int
     view: ProgressReporter
+    reserve_bytes: int = 0
+    """Of a GPU, that training takes while the engine holds its KV."""
     name: str = "the embedded engine"
     kind: EngineKind = "embedded"
 
     def start(self) -> EmbeddedEngine:
-        engine = EmbeddedEngine(self.model, self.config.engine, self.longest, getattr(torch, self.config.model.dtype))
+        dtype: torch.dtype = getattr(torch, self.config.model.dtype)
+        reserve = self.reserve_bytes
+        engine = EmbeddedEngine(self.model, self.config.engine, self.longest, dtype, reserve_bytes=reserve)
         self.view.say(f"KV cache: {engine.kv_bytes / 2**20:.0f} MiB for {engine.num_kv_tokens:,} tokens")
         return engine
 
@@ -300,7 +305,8 @@ def open_pool(
     """
     section, server = config.engine, config.engine.server
     if section.backend == "embedded":
-        starters: list[Starter] = [EmbeddedStarter(model, config, longest, view)]
+        reserve = training_bytes(config, model, longest) if isinstance(config, RLConfig) else 0
+        starters: list[Starter] = [EmbeddedStarter(model, config, longest, view, reserve)]
     else:
         check_room(section.kv_tokens or longest, longest)  # before any is started
         number = len(server.urls) or server.count
@@ -333,6 +339,29 @@ def open_pool(
     for params in planned:
         pool.check(params)
     return pool
+
+
+def takes_turns(config: RLConfig, device: str) -> bool:
+    """Whether one process on one GPU samples and trains by turns: its engine gives KV and graphs back meanwhile."""
+    return (
+        device == "cuda"
+        and config.cluster is None
+        and config.engine.backend == "embedded"
+        and not config.rollout.max_lag
+    )
+
+
+def training_bytes(config: RLConfig, model: Decoder, longest: int) -> int:
+    """What a GPU must have free for a training step while the engine holds its KV."""
+    device = next(model.parameters()).device.type
+    if device != "cuda" or takes_turns(config, device):
+        return 0
+    train, dtype = config.train, getattr(torch, config.model.dtype)
+    longest = min(longest, train.token_budget)
+    step = predict(
+        model.spec, train.token_budget, longest, dtype, train.activation_checkpointing, device, lora=model.lora
+    )
+    return step.gradients + step.activations
 
 
 def make_trainer(config: RLConfig, model: Decoder, dtype: torch.dtype, layout: Layout | None = None) -> Trainer:
@@ -429,6 +458,7 @@ def build_rl(
     episodes, eval_episodes = (open_episodes(config, pool, tokenizer, stack) for _ in range(2))
     rollouts = Rollouts(
         *(*common, catch_up, catch_up if lag else lambda: None),
+        offloads=takes_turns(config, trainer.device.type),
         window=window,
         at_once=at_once,
         episodes=episodes,

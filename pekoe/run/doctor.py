@@ -19,14 +19,15 @@ from pekoe.config.base import MAX_COUNT, read_toml
 from pekoe.config.cluster import ClusterSection, ParallelSection
 from pekoe.config.recipes import RLConfig, SFTConfig, load_config
 from pekoe.core.errors import UserError
-from pekoe.core.hardware import PROCESS, USABLE
+from pekoe.core.hardware import PROCESS, USABLE, Device, device_named
 from pekoe.core.journal import read_lines
 from pekoe.core.progress import NoProgress, ProgressReporter
 from pekoe.core.roofline import sampling_flops, training_flops
-from pekoe.core.spec import ModelSpec
+from pekoe.core.spec import Family, ModelSpec
 from pekoe.core.words import counted
 from pekoe.model import LoRA, read_spec
-from pekoe.run.build import check_context
+from pekoe.plan.shapes import recognise_model
+from pekoe.run.build import check_context, takes_turns
 from pekoe.run.hardware import measure_ceilings
 from pekoe.train.memory_estimate import StepMemory, predict
 
@@ -50,6 +51,11 @@ PARTS = (
 SERVERS = (("SGLang", ".venv-sglang"), ("vLLM", ".venv-vllm"))
 
 
+# Where engine and trainer take turns, each part is held by one of them at a time.
+_TRAINING = ("gradients", "gathered by FSDP", "forward and backward")
+_SAMPLING = ("KV cache", "weights laid out for decoding")
+
+
 @dataclass(frozen=True, slots=True)
 class Forecast:
     """Whether a recipe fits: bytes of one training process at its peak."""
@@ -61,16 +67,47 @@ class Forecast:
     """The largest train.token_budget that fits; 0 where none does."""
     smallest_budget: int
     """What the longest sequence needs."""
-    advice: str
-    """What would make it fit where no budget does, if anything is known."""
+    longest: int
+    """Tokens of the longest sequence."""
+    turns: bool = False
+    """Whether the engine gives its memory back while the trainer works."""
+    kv_tokens: int | None = None
+    """That the engine's KV cache holds; None: no engine is in this process."""
 
     @property
     def total(self) -> int:
-        return sum(self.parts.values())
+        if not self.turns:
+            return sum(self.parts.values())
+        training, sampling = (sum(self.parts.get(name, 0) for name in names) for names in (_TRAINING, _SAMPLING))
+        return sum(self.parts.values()) - min(training, sampling)
 
     @property
     def fits(self) -> bool:
-        return self.total <= USABLE * self.available
+        return self.total <= USABLE * self.available and self.kv_fits
+
+    @property
+    def kv_fits(self) -> bool:
+        """Whether the KV cache holds the longest sequence."""
+        return self.kv_tokens is None or self.kv_tokens >= self.longest
+
+    @property
+    def could_fit(self) -> bool:
+        """Whether it does with a smaller train.token_budget."""
+        return self.kv_fits and self.largest_budget >= self.smallest_budget
+
+    def lines(self) -> list[str]:
+        """Its table."""
+        lines: list[str] = []
+        for name, size in self.parts.items():
+            when = ""
+            if self.turns and name in _TRAINING + _SAMPLING:
+                when = "  while it trains" if name in _TRAINING else "  while it samples"
+            if name == "KV cache" and self.kv_tokens:
+                when += f": {self.kv_tokens:,} tokens"
+            lines.append(f"{name:<29} {_size(size)}{when}")
+        lines.append(f"{'together, at the peak':<29} {_size(self.total)}")
+        lines.append(f"{f'{USABLE:.0%} of what is available':<29} {_size(USABLE * self.available)}")
+        return lines
 
 
 def environment() -> list[tuple[str, str]]:
@@ -104,40 +141,133 @@ def examine(
     processes: int,
     memory_bytes: int | None,
     place: Callable[[ClusterSection, ProgressReporter], list[str]] | None = None,
+    device: str | None = None,
 ) -> tuple[list[str], str | None]:
     """A recipe's forecast in words, and what is wrong with it, if anything is.
 
     Args:
         place: where a cluster's engines and ranks would be, a line a node (`pekoe.ray.plan`).
+        device: a GPU that need not be here, by its name; the model need not be either, if it is a known one.
     """
+    gpu = device_named(device, "doctor --device") if device else None
+    overrides = [*overrides, *(["model.device=cuda"] if gpu else [])]
     kind = RLConfig if "num_steps" in read_toml(Path(recipe)) else SFTConfig  # a recipe of `rl` must have it
     config = load_config(recipe, overrides, kind)
-    spec, _ = read_spec(Path(config.model.path))
+    spec, source = _spec(config)
     if isinstance(config, RLConfig):
         check_context(spec, config.data.max_prompt_tokens, config.rollout.max_new_tokens)
-    lines = step_summary(config, spec) if isinstance(config, RLConfig) else []
+    lines = [*([source] if source else []), *(step_summary(config, spec) if isinstance(config, RLConfig) else [])]
+    if gpu is not None:
+        memory_bytes = memory_bytes or int(gpu.memory_bytes)
+        lines.append(f"on one {gpu.name}: {memory_bytes / GIB:.1f} GiB ({gpu.source})")
     if isinstance(config, RLConfig) and config.cluster is not None:
         assert place is not None
         processes = config.cluster.training.ranks
-        lines += [*place(config.cluster, NoProgress()), f"of {processes} training ranks, each:"]
+        where = [] if gpu else place(config.cluster, NoProgress())  # the cluster is not here either
+        lines += [*where, f"of {processes} training ranks, each:"]
     memory = forecast(config, processes, memory_bytes)
-    if isinstance(config, RLConfig) and config.cluster is None and memory_bytes is None:
-        lines.append(min_step_time(config, spec))  # after the forecast, as measuring takes memory
-    lines += [f"{name:<29} {_size(size)}" for name, size in memory.parts.items()]
-    lines.append(f"{'together, at the peak':<29} {_size(memory.total)}")
-    lines.append(f"{f'{USABLE:.0%} of what is available':<29} {_size(USABLE * memory.available)}")
+    if isinstance(config, RLConfig) and config.cluster is None and (gpu or memory_bytes is None):
+        # After the forecast, as measuring takes memory.
+        lines.append(min_step_time(config, spec, gpu))
+    lines += memory.lines()
     if memory.fits:
         lines.append(f"it fits; the largest train.token_budget that does is about {memory.largest_budget:,}")
         return lines, None
-    if memory.largest_budget >= memory.smallest_budget:
+    if memory.could_fit:
         return lines, (
             f"train.token_budget: expected at most {memory.largest_budget}, which fits, got {memory.token_budget}"
         )
-    nearest = f"; nearest: {memory.advice}" if memory.advice else ""
+    if isinstance(config, RLConfig) and not memory.kv_fits and (config.engine.kv_tokens or config.engine.kv_gib):
+        key = "engine.kv_tokens" if config.engine.kv_tokens else "engine.kv_gib"
+        return lines, (
+            f"{key}: expected KV of the longest sequence, {memory.longest} tokens, got room for {memory.kv_tokens}; "
+            f"nearest: engine.kv_tokens={memory.longest}"
+        )
+    nearest = _nearest(recipe, overrides, kind, processes, memory_bytes, memory.smallest_budget)
+    if memory.largest_budget >= memory.smallest_budget:
+        return lines, (
+            f"memory: expected room for KV of the longest sequence, {memory.longest} tokens, got {memory.kv_tokens}"
+            f"{nearest}"
+        )
     return lines, (
         f"memory: expected {memory.total / GIB:.1f} GiB or more, got {USABLE * memory.available / GIB:.1f} GiB; "
         f"no train.token_budget fits the longest sequence, {memory.smallest_budget} tokens at each process{nearest}"
     )
+
+
+# What is tried, in this order, where a recipe does not fit: what costs least first.
+_CHANGES = (
+    ("train.activation_checkpointing=true",),
+    ("model.dtype='bfloat16'", "train.activation_checkpointing=true"),
+    ("model.lora.rank=32", "train.activation_checkpointing=true"),
+    ("model.lora.rank=32", "model.dtype='bfloat16'", "train.activation_checkpointing=true"),
+)
+
+
+def _nearest(
+    recipe: str,
+    overrides: Sequence[str],
+    kind: type[RLConfig] | type[SFTConfig],
+    processes: int,
+    memory: int | None,
+    smallest: int,
+) -> str:
+    """What would make a recipe fit, at the end of a message: changes of keys, or shorter sequences.
+
+    `smallest`: tokens of a micro-batch that the longest sequence needs; with so many it is predicted, which is quick.
+    """
+
+    def forecast_with(words: Sequence[str]) -> Forecast:
+        return forecast(load_config(recipe, [*overrides, *words], kind), processes, memory, refine=False)
+
+    given = load_config(recipe, overrides, kind)
+    found, new = None, list[str]()
+    for changes in _CHANGES:
+        words = [change for change in changes if _says_more(given, change)]
+        try:
+            changed = forecast_with([*words, f"train.token_budget={smallest}"])
+        except UserError:  # a rank above a dimension of the model
+            continue
+        if changed.fits:
+            budget = given.train.token_budget
+            enough = changed.largest_budget > 1.25 * budget  # extrapolated
+            return f"; nearest: {' '.join([*words, *([] if enough else [f'train.token_budget={smallest}'])])}"
+        found, new = changed, words
+    if found is None or not isinstance(given, RLConfig):
+        return ""
+    for _ in range(3):
+        most = min(found.largest_budget, found.kv_tokens or found.largest_budget)
+        if (new_tokens := most - given.data.max_prompt_tokens) < 1:
+            return ""
+        words = [*new, f"rollout.max_new_tokens={new_tokens}", f"train.token_budget={most}"]
+        found = forecast_with(words)
+        if found.fits:
+            return f"; nearest: {' '.join(words)}"
+    return ""
+
+
+def _says_more(config: RLConfig | SFTConfig, change: str) -> bool:
+    """Whether a change is one: of a recipe that has an adapter or bfloat16 it is not."""
+    if change.startswith("model.lora"):
+        return config.model.lora is None
+    return config.model.dtype != "bfloat16" if "dtype" in change else not config.train.activation_checkpointing
+
+
+def _spec(config: RLConfig | SFTConfig) -> tuple[ModelSpec, str]:
+    """The model's shape; of a known model that is not here, by its directory's name, which is then said."""
+    path = Path(config.model.path)
+    shape = None if (path / "config.json").is_file() else recognise_model(path.name)
+    if shape is None or shape.num_experts or shape.kv_width is not None or not shape.gated:
+        return read_spec(path)[0], ""
+    sizes = shape.vocab, shape.hidden, shape.num_layers, shape.num_heads, shape.num_kv_heads, shape.head_dim
+    family: Family = "llama"
+    if shape.name.startswith("qwen"):
+        family = "qwen3" if shape.name.startswith("qwen3") else "qwen2"
+    biases, norms = family == "qwen2", family == "qwen3"
+    spec = ModelSpec(
+        family, *sizes, shape.dense_width, 131_072, tied_embeddings=shape.tied, qkv_bias=biases, qk_norm=norms
+    )
+    return spec, f"{path} is not here: the shape is {shape.name}'s, by its name"
 
 
 def step_summary(config: RLConfig, spec: ModelSpec) -> list[str]:
@@ -173,19 +303,26 @@ def step_summary(config: RLConfig, spec: ModelSpec) -> list[str]:
     return lines
 
 
-def min_step_time(config: RLConfig, spec: ModelSpec) -> str:
-    """The least time of a step on this machine, from its floating-point operations alone."""
+def min_step_time(config: RLConfig, spec: ModelSpec, gpu: Device | None = None) -> str:
+    """The least time of a step on this machine, or on a GPU that is not here, from its floating-point operations."""
     rollout, prompt = config.rollout, config.data.max_prompt_tokens
     responses, new = rollout.prompts_per_step * rollout.samples_per_prompt, rollout.max_new_tokens
-    device = torch.device("cuda" if config.model.device != "cpu" and torch.cuda.is_available() else "cpu")
-    reached = measure_ceilings(device, getattr(torch, config.model.dtype)).flop_s
+    if gpu is None:
+        device = torch.device("cuda" if config.model.device != "cpu" and torch.cuda.is_available() else "cpu")
+        reached, where, whose = (
+            measure_ceilings(device, getattr(torch, config.model.dtype)).flop_s,
+            "here",
+            "a matrix product's",
+        )
+    else:
+        reached, where, whose = gpu.flop_s, "there", "the data sheet's"
     group = sampling_flops(spec, [(prompt, [new] * rollout.samples_per_prompt)]).total
     sampling = rollout.prompts_per_step * group / reached
     adapter = config.model.adapter_parameters(spec)
     training = training_flops(spec, [prompt + new] * responses, responses * new, adapter).total / reached
     return (
-        f"were every response as long as it may be, a step would take at least {sampling + training:.2g} s here: "
-        f"arithmetic alone ({sampling:.2g} s to sample, {training:.2g} s to train), at a matrix product's "
+        f"were every response as long as it may be, a step would take at least {sampling + training:.2g} s {where}: "
+        f"arithmetic alone ({sampling:.2g} s to sample, {training:.2g} s to train), at {whose} "
         f"{reached / 1e9:,.0f} GFLOP/s"
     )
 
@@ -202,20 +339,24 @@ def available_bytes(device: str) -> int:
     return free
 
 
-def forecast(config: RLConfig | SFTConfig, processes: int = 1, memory_bytes: int | None = None) -> Forecast:
+def forecast(
+    config: RLConfig | SFTConfig, processes: int = 1, memory_bytes: int | None = None, refine: bool = True
+) -> Forecast:
     """Whether a recipe's training fits.
 
     Args:
         processes: how many train together; those on one machine share its memory, on a GPU each has its own.
         memory_bytes: for a machine other than this one.
+        refine: predict the largest budget from a step of about that size, too.
     """
-    spec, _ = read_spec(Path(config.model.path))
+    spec, _ = _spec(config)
     cuda = config.model.device == "cuda" or (config.model.device == "auto" and torch.cuda.is_available())
     device = "cuda" if cuda else "cpu"
     available = memory_bytes or available_bytes(device) // (1 if cuda else processes)
+    turns = isinstance(config, RLConfig) and takes_turns(config, device)
     step = _step(config, spec, processes, device, config.train.token_budget)
     beside = _beside(config, spec, cuda, step.weights, step.gradients)
-    room = int(USABLE * available) - sum(beside.values())
+    room = int(USABLE * available) - sum(size for name, size in beside.items() if not (turns and name in _SAMPLING))
     parts = {
         "weights": step.weights,
         "gradients": step.gradients,
@@ -228,18 +369,27 @@ def forecast(config: RLConfig | SFTConfig, processes: int = 1, memory_bytes: int
         room -= held
         if not config.train.activation_checkpointing:
             parts["gaps of the allocator"] = round(GAPS * step.activations)
-    largest, advice = _largest(step, room, parts), ""
-    if largest:  # chunks and padding make it less than linear: once more, where it matters
-        largest = _largest(_step(config, spec, processes, device, largest), room, parts)
     parallel = _parallel(config)
-    smallest = -(-_longest(config, spec) // (parallel.cp if parallel else 1))
-    if largest < smallest and not config.train.activation_checkpointing:
-        less = config.train.model_copy(update={"activation_checkpointing": True})
-        again = config.model_copy(update={"train": less})
-        if _largest(_step(again, spec, processes, device, smallest), room, {}) >= smallest:
-            advice = "train.activation_checkpointing = true"
+    longest = _longest(config, spec)
+    smallest = -(-longest // (parallel.cp if parallel else 1))
+    kv_tokens = None
+    if isinstance(config, RLConfig) and config.cluster is None and config.engine.backend == "embedded":
+        per_token = spec.kv_values_per_token * _kv_item(config, cuda)
+        left = int(USABLE * available) - sum(size for name, size in parts.items() if not (turns and name in _TRAINING))
+        kv_tokens = config.engine.kv_room(longest, per_token, left if cuda else None)
+        parts["KV cache"] = kv_tokens * per_token
+        if not turns:  # what is left for it is what training does not need, down to one sequence
+            least = (
+                min(kv_tokens, smallest)
+                if cuda and not (config.engine.kv_gib or config.engine.kv_tokens)
+                else kv_tokens
+            )
+            room -= least * per_token
+    largest = _largest(step, room, parts)
+    if largest and refine:  # chunks and padding make it less than linear: once more, where it matters
+        largest = _largest(_step(config, spec, processes, device, largest), room, parts)
     parts = {name: size for name, size in parts.items() if size}
-    return Forecast(parts, available, config.train.token_budget, largest, smallest, advice)
+    return Forecast(parts, available, config.train.token_budget, largest, smallest, longest, turns, kv_tokens)
 
 
 def _largest(step: StepMemory, room: int, parts: dict[str, int]) -> int:
@@ -288,13 +438,14 @@ def _beside(config: RLConfig | SFTConfig, spec: ModelSpec, cuda: bool, weights: 
     engine = config.engine
     if config.rollout.max_lag:
         beside["copies of the weights"] = trained * (2 if engine.backend == "embedded" else 1)
-    if engine.backend == "embedded":
-        half = cuda and config.model.dtype == "bfloat16"
-        per_token = spec.kv_values_per_token * (2 if half else 4)
-        beside["KV cache"] = engine.kv_room(_longest(config, spec), per_token) * per_token
-        if config.model.lora is None or config.model.dtype == "float32":  # else the base is used as it is
-            beside["weights laid out for decoding"] = (2 if half else 4) * spec.num_parameters
+    if engine.backend == "embedded" and (config.model.lora is None or config.model.dtype == "float32"):
+        beside["weights laid out for decoding"] = _kv_item(config, cuda) * spec.num_parameters  # else as they are
     return beside
+
+
+def _kv_item(config: RLConfig, cuda: bool) -> int:
+    """Bytes of a number of KV, and of the weights that the engine in this process decodes with."""
+    return 2 if cuda and config.model.dtype == "bfloat16" else 4
 
 
 def _size(num_bytes: float) -> str:

@@ -27,7 +27,7 @@ from pekoe.model.lora import add_lora
 from pekoe.train.trainer import Trainer
 
 _FLOAT = 4  # bytes of a weight, a gradient, each of Adam's moments
-_MOST_TOKENS = 1 << 18  # that are tracked; memory is linear beyond
+_MOST_TOKENS = 1 << 14  # that are tracked; memory is linear beyond
 
 
 @dataclass(frozen=True, slots=True)

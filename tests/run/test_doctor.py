@@ -13,6 +13,7 @@ import torch
 
 from pekoe.config import RLConfig, SFTConfig, dump_config, load_config
 from pekoe.core import UserError
+from pekoe.core.hardware import DEVICES
 from pekoe.core.roofline import Ceilings, sampling_flops
 from pekoe.model import read_spec
 from pekoe.run import doctor, hardware
@@ -200,3 +201,105 @@ def test_fewer_processes_than_replicas(tree: dict[str, Any]):
     sft = {key: tree[key] for key in ("run", "model", "train")} | {"data": {"train": "demos.jsonl"}}
     with pytest.raises(UserError, match=r"expected at least .*, 2, got 1; nearest: --processes 2"):
         forecast(load_config(sft, ["parallel.replicas=2"], SFTConfig), memory_bytes=GIB)
+
+
+GPU = ["model.device='cuda'", "model.dtype='bfloat16'"]
+
+
+def test_on_a_gpu_engine_and_trainer_take_turns(tree: dict[str, Any]):
+    """KV fills what weights and moments leave, and counts beside training only where both go on at once."""
+    del tree["engine"]
+    alone = forecast(load_config(tree, [*GPU, "engine.max_running=1000000"]), memory_bytes=2 * GIB)
+    assert alone.turns
+    kv, copies = alone.parts["KV cache"], alone.parts["weights laid out for decoding"]
+    kept = alone.parts["weights"] + alone.parts["Adam's moments"] + alone.parts["Python and torch"]
+    assert kept + kv + copies == pytest.approx(USABLE * 2 * GIB, rel=0.01)
+    assert alone.total == kept + max(kv + copies, alone.parts["gradients"] + alone.parts["forward and backward"])
+    assert alone.fits
+    both = forecast(load_config(tree, [*GPU, "engine.max_running=1000000", "rollout.max_lag=1"]), memory_bytes=2 * GIB)
+    assert not both.turns
+    assert both.total == sum(both.parts.values()) <= USABLE * 2 * GIB
+    assert both.parts["KV cache"] < kv - both.parts["forward and backward"]
+    given = forecast(load_config(tree, [*GPU, "engine.kv_gib=0.25"]), memory_bytes=2 * GIB)
+    assert given.parts["KV cache"] <= GIB // 4
+    assert forecast(load_config(tree), memory_bytes=2 * GIB).parts["KV cache"] == 512 * 64 * 256  # a CPU's is as it was
+
+
+def test_kv_that_holds_no_sequence_is_refused_with_what_would(tree: dict[str, Any], tmp_path: Path):
+    tree["engine"] = {"kv_tokens": 32}
+    file = tmp_path / "rl.toml"
+    file.write_text(tomli_w.dumps(tree))
+    _, fault = examine(str(file), [], 1, 2 * GIB)
+    assert fault == (
+        "engine.kv_tokens: expected KV of the longest sequence, 64 tokens, got room for 32; "
+        "nearest: engine.kv_tokens=64"
+    )
+    assert examine(str(file), ["engine.kv_tokens=64"], 1, 2 * GIB)[1] is None
+
+
+@pytest.fixture
+def known(tmp_path: Path) -> Path:
+    """A recipe of a known model that is not here."""
+    tree: dict[str, Any] = {
+        "num_steps": 1,
+        "run": {"dir": str(tmp_path / "run")},
+        "model": {"path": str(tmp_path / "llama-7b")},
+        "data": {"train": "none.jsonl", "max_prompt_tokens": 128},
+        "rollout": {"max_new_tokens": 128},
+        "train": {"token_budget": 256},
+    }
+    file = tmp_path / "rl.toml"
+    file.write_text(tomli_w.dumps(tree))
+    return file
+
+
+def test_a_device_and_a_model_that_are_not_here(known: Path):
+    lines, fault = examine(str(known), ["model.lora.rank=8", "model.dtype=bfloat16"], 1, None, device="H100")
+    assert fault is None
+    assert lines[0].endswith("llama-7b is not here: the shape is llama-7b's, by its name")
+    assert lines[1].startswith("llama of 6,738.4M parameters")  # as its makers say: 6.7B
+    assert any(line == "on one h100: 74.5 GiB (NVIDIA H100 data sheet (2023), SXM)" for line in lines)
+    assert any("at the data sheet's 989,500 GFLOP/s" in line for line in lines)
+    assert any(line.startswith("KV cache") and "while it samples: " in line for line in lines)
+
+
+def test_what_would_fit_a_device_is_named_and_does(known: Path):
+    """12 bytes of weights and moments for each of 6.7B parameters are beyond 20 GiB; an adapter on bfloat16 is not."""
+    _, fault = examine(str(known), [], 1, 20 * GIB, device="h100")
+    assert fault is not None
+    changes = fault.partition("; nearest: ")[2].split()
+    assert "model.lora.rank=32" in changes
+    assert examine(str(known), changes, 1, 20 * GIB, device="h100")[1] is None
+    longer = [*changes, "rollout.max_new_tokens=8000", "train.token_budget=8192"]
+    _, fault = examine(str(known), longer, 1, 20 * GIB, device="h100")
+    assert fault is not None
+    changes = [*changes, *fault.partition("; nearest: ")[2].split()]
+    assert any(change.startswith("rollout.max_new_tokens=") for change in changes)
+    assert examine(str(known), changes, 1, 20 * GIB, device="h100")[1] is None
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["laptop", "--device", "h10"], "doctor --device: expected a device, got 'h10'. Did you mean 'h100'"),
+        (["--device", "h100"], "doctor --device: expected a recipe, whose memory is predicted there, or --gpu"),
+    ],
+)
+def test_devices_that_are_not_known(words: list[str], message: str):
+    status, said = command(["doctor", *words])
+    assert status == 2
+    assert message in " ".join(said.split())
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(
+    ("recipe", "device"), [("one-gpu-1.5b", "h100"), ("one-gpu-7b-lora", "h100"), ("one-gpu-7b-lora", "l40s"),
+    ("one-gpu-7b-lora", "rtx-4090"), ("eight-gpu-7b", "h100")]
+)  # fmt: skip
+def test_recipes_of_few_gpus_fit_as_their_heads_say(recipe: str, device: str, repository: Path):
+    head = (repository / "recipes" / f"{recipe}.toml").read_text().partition("\n\n")[0]
+    size = round(DEVICES[device].memory_bytes / 1e9)
+    changes = re.findall(rf"^#   {size} GB: (.*)$", head, re.MULTILINE)
+    _, fault = examine(recipe, changes[0].split() if changes else [], 1, None, device=device)
+    assert fault is None

@@ -17,6 +17,7 @@ from pekoe.core import Interrupted, RunError, UserError
 from pekoe.core.journal import read_lines
 from pekoe.core.records import read_records
 from pekoe.core.types import Draw, SamplingParams, Verdict
+from pekoe.engine import EmbeddedEngine
 from pekoe.model import load_model
 from pekoe.run.build import RLParts
 from tests.run.conftest import Messages, stop_after_responses
@@ -409,3 +410,24 @@ def test_a_run_directory_may_be_moved(build: Build, train: Train, tmp_path: Path
     moved = build("num_steps=2", f"run.dir={tmp_path / 'there'}")
     train(moved)
     assert [s["step"] for s in steps_of(moved)] == [1, 2]
+
+
+def test_taking_turns_on_a_device_changes_no_bit(build: Build, train: Train, monkeypatch: pytest.MonkeyPatch):
+    """As on a GPU: before each step of training the engine gives KV and copies of weights back."""
+    train(build("num_steps=3", "run.dir='{}'".format(build().run.dir + "-plain")))
+    given_back: list[int] = []
+
+    def offload(engine: EmbeddedEngine) -> None:
+        before = engine.kv_bytes
+        plain(engine)
+        given_back.append(before - engine.kv_bytes)
+
+    plain = EmbeddedEngine.offload
+    monkeypatch.setattr(EmbeddedEngine, "offload", offload)
+    monkeypatch.setattr("pekoe.run.build.takes_turns", lambda *_: True)
+    config = build("num_steps=3")
+    train(config)
+    assert len(given_back) == 3
+    assert min(given_back) > 0
+    ours, theirs = (Path(path) / "model" / "model.safetensors" for path in (config.run.dir, f"{config.run.dir}-plain"))
+    assert ours.read_bytes() == theirs.read_bytes()

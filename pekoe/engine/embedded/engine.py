@@ -25,6 +25,7 @@ import torch
 
 from pekoe.config.engine import EngineSection
 from pekoe.core.errors import RunError, UserError
+from pekoe.core.hardware import USABLE
 from pekoe.core.types import BoolArray, Completion, FinishReason, IntArray, Request, SamplingParams
 from pekoe.engine.base import (
     Broadcast,
@@ -68,6 +69,8 @@ class EmbeddedEngine(Engine):
         owns_model: nobody else uses `model`: a broadcast may overwrite it, and `offload` frees its memory too.
         max_requests: see `Engine.max_requests`.
         receive: how to take a `Broadcast`.
+        reserve_bytes: of a GPU, for others while KV is held. With it, where the config has no size, KV takes what else
+            is left; None: 2 GiB.
     """
 
     kind: EngineKind = "embedded"
@@ -82,6 +85,7 @@ class EmbeddedEngine(Engine):
         owns_model: bool = False,
         max_requests: int | None = None,
         receive: Receive | None = None,
+        reserve_bytes: int | None = None,
     ) -> None:
         config, spec = config or EngineSection(), model.spec
         self._longest = min(max_sequence_tokens or spec.max_positions, spec.max_positions)
@@ -91,7 +95,10 @@ class EmbeddedEngine(Engine):
         if config.kv_tokens:
             num_blocks = max(1, config.kv_tokens // size)
         else:
-            affordable = int(config.kv_gib * 2**30 / (spec.kv_values_per_token * kv_dtype.itemsize * size))
+            cast = weights is torch.float32 and compute_dtype is not torch.float32
+            copies = spec.num_parameters * compute_dtype.itemsize if cast else 0  # of weights, see `ModelRunner`
+            left = _left(next(model.parameters()).device, reserve_bytes, copies)
+            affordable = config.kv_bytes(left) // (spec.kv_values_per_token * kv_dtype.itemsize * size)
             num_blocks = max(1, min(config.max_running * -(-self._longest // size), affordable))
         self.num_kv_tokens = num_blocks * size  # that the KV cache holds
         row_bytes = 1_000 + 4 * -(-self._longest // size)  # of the scheduler's table
@@ -443,6 +450,15 @@ def _resize(model: Decoder, whole: bool) -> None:
         parameter.untyped_storage().resize_(parameter.nbytes if whole else 0)
     if torch.cuda.is_available():
         torch.cuda.empty_cache()  # to the other processes of this GPU
+
+
+def _left(device: torch.device, reserve: int | None, copies: int) -> int | None:
+    """Bytes of a GPU that KV may take beside `copies` of weights and what others take; None where nobody asks."""
+    if device.type != "cuda" or reserve is None:
+        return None
+    free, total = torch.cuda.mem_get_info(device)
+    idle = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # that torch keeps for later
+    return int(free + idle - (1 - USABLE) * total) - copies - reserve
 
 
 def _check_memory(key: str, num_bytes: int, device: torch.device) -> None:

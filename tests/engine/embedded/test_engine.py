@@ -23,6 +23,7 @@ from pekoe.core.types import Completion, Request, SamplingParams
 from pekoe.engine import EmbeddedEngine
 from pekoe.engine.base import Broadcast, BroadcastGroup, requests_of
 from pekoe.engine.embedded import model_runner
+from pekoe.engine.embedded.engine import _left
 from pekoe.kernels import packed_linear
 from pekoe.kernels.packed_linear import available
 from pekoe.model import Decoder, PackedAttention, save_model
@@ -626,3 +627,17 @@ def test_the_reference_is_not_the_engine(make_model: MakeModel, make_requests: M
 def test_more_memory_than_there_is_is_refused(make_model: MakeModel, changes: dict[str, Any]):
     with pytest.raises(UserError, match=f"engine.{next(iter(changes))}: expected what the memory of cpu holds"):
         EmbeddedEngine(make_model(hidden_size=64, num_heads=8, num_kv_heads=8), EngineSection(**changes))
+
+
+def test_kv_takes_what_a_gpu_has_left(monkeypatch: pytest.MonkeyPatch):
+    """A tenth is kept free; what torch keeps for later counts as free, and what others will take does not."""
+    gpu = torch.device("cuda")
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda _: (60 << 30, 80 << 30))
+    monkeypatch.setattr("torch.cuda.memory_reserved", lambda _: 8 << 30)
+    monkeypatch.setattr("torch.cuda.memory_allocated", lambda _: 6 << 30)
+    assert _left(gpu, 10 << 30, 3 << 30) == pytest.approx((60 + 2 - 8 - 3 - 10) * 2**30, abs=1)
+    assert _left(gpu, None, 0) is None
+    assert _left(torch.device("cpu"), 0, 0) is None
+    section = EngineSection()
+    assert (section.kv_bytes(), section.kv_bytes(5 << 30), section.kv_bytes(-1)) == (2 << 30, 5 << 30, 0)
+    assert EngineSection(kv_gib=1.5).kv_bytes(5 << 30) == 3 << 29
