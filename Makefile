@@ -7,6 +7,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 ARGS   ?=
 TRITON ?= build/triton
 TOKENIZERS ?= build/tokenizers
+SMOLLM2 ?= build/smollm2
 
 BIN := $(VENV)/bin
 PY  := $(BIN)/python
@@ -17,13 +18,13 @@ export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 export PYRIGHT_PYTHON_GLOBAL_NODE := 0
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-agent demo-cluster test test-cluster test-kernels test-slow test-servers test-tokenizers gpu check docs pages format clean FORCE
+.PHONY: help demo demo-agent demo-cluster test test-cluster test-kernels test-slow test-servers test-tokenizers test-smollm2 example-smollm2 gpu check docs pages format clean FORCE
 
 # Environments of the servers that tests and benchmarks start, and what else has a target of its own.
 -include tests/servers/sglang.mk tests/servers/vllm.mk benchmarks/bench.mk
 
 help: ## Show this list
-	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(wildcard $(MAKEFILE_LIST)) | column -t -s '|'
+	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/  make \1|\2/p' $(wildcard $(MAKEFILE_LIST)) | column -t -s '|'
 
 demo: $(VENV)/.stamp-demo ## Train a small model to reason, here and now: make demo ARGS="--seed 1"
 	$(BIN)/pekoe demo $(ARGS)
@@ -34,6 +35,9 @@ demo-agent: $(VENV)/.stamp-demo ## A small model learns to use a calculator over
 demo-cluster: $(VENV)/.stamp-cluster ## The demo, and its RL stage again on Ray: 2 engines, 2 training ranks
 	$(BIN)/pekoe demo --cluster $(ARGS)
 
+example-smollm2: $(VENV)/.stamp-demo ## SFT and RL of SmolLM2-135M-Instruct on countdown (hours; ARGS=--quick: minutes)
+	$(PY) examples/smollm2/run.py $(ARGS)
+
 test: $(VENV)/.stamp-test ## Run the tests: make test ARGS="tests/data -x"
 	$(PY) -m pytest -n 2 $(ARGS)
 
@@ -42,7 +46,7 @@ test-slow: $(VENV)/.stamp-test ## Run the tests that take long
 
 test-servers: $(VENV)/.stamp-test $(VENV_SGLANG)/.stamp $(VENV_VLLM)/.stamp ## Run the tests with real SGLang and vLLM servers (6 GB more)
 	PEKOE_SGLANG_PYTHON=$(abspath $(VENV_SGLANG))/bin/python PEKOE_VLLM_PYTHON=$(abspath $(VENV_VLLM))/bin/python \
-	  $(PY) -m pytest -m server --timeout 900 $(ARGS)
+	  PEKOE_SMOLLM2=$(wildcard $(abspath $(SMOLLM2))/model) $(PY) -m pytest -m server --timeout 900 $(ARGS)
 
 test-cluster: $(VENV)/.stamp-test ## Run the tests that start Ray
 	$(PY) -m pytest -m "cluster and not server" --timeout 600 $(ARGS)
@@ -58,6 +62,11 @@ test-tokenizers: $(VENV)/.stamp-test $(TOKENIZERS)/.stamp ## Run the tests with 
 gpu: $(VENV)/.stamp-demo ## Prove and measure what runs on a GPU, in minutes: make gpu ARGS="--parts decode,mfu"
 	@mkdir -p build
 	$(BIN)/pekoe doctor --gpu --json build/gpu.json $(ARGS)
+
+# With the model there, test-servers takes a step of it, too.
+test-smollm2: $(VENV)/.stamp-test ## Hold SmolLM2-135M-Instruct against transformers: logits, greedy decoding, tokens (90 MB to fetch)
+	$(PY) examples/smollm2/get_model.py $(SMOLLM2)/model
+	PEKOE_SMOLLM2=$(abspath $(SMOLLM2))/model $(PY) -m pytest tests/examples $(ARGS)
 
 check: $(VENV)/.stamp-dev ## Check format, lint, types and floors
 	@failed=; \

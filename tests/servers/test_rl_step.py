@@ -160,6 +160,28 @@ def test_vllm_launched_by_broadcast(lay_out: Callable[..., Path]):
     assert_nothing_left()
 
 
+@pytest.mark.parametrize("backend", ["sglang", "vllm"])
+def test_a_step_of_a_real_model(lay_out: Callable[..., Path], request: pytest.FixtureRequest, backend: str):
+    """SmolLM2-135M-Instruct: larger logits than random weights give."""
+    real = os.environ.get("PEKOE_SMOLLM2")
+    if not real:
+        pytest.skip("PEKOE_SMOLLM2 names no directory of SmolLM2-135M-Instruct: make test-smollm2 makes one")
+    if backend == "sglang":
+        engine = request.getfixturevalue("sglang_section")(sync="shm")
+    else:
+        server = {"python": vllm_python(), "start_limit_s": START_LIMIT_S, "sync": "shm"}
+        engine = EngineSection.model_validate({"backend": "vllm", "server": server, "kv_tokens": 4096})
+    recipe = lay_out(engine, SHAPE, num_steps=1, train={"token_budget": 128}, optim={"lr": 1e-5})
+    pekoe("rl", str(recipe), f"model.path={real}", "data.max_prompt_tokens=64")
+    events = read_lines(recipe.parent / "run" / "journal.jsonl")
+    (step,) = (event for event in events if event["event"] == "step")
+    assert step["logprob_diff_max"] <= 5e-4  # I1
+    assert step["sync_canary_diff"] <= 5e-4  # I4
+    assert step["sync_checksum"] == "equal"
+    assert step["sync_bytes"] > 500_000_000
+    assert_nothing_left()
+
+
 SIZES = {"prompts_per_step": 8, "samples_per_prompt": 8, "max_new_tokens": 64}
 LAGGING: dict[str, Any] = {
     "num_steps": 5,
