@@ -57,7 +57,7 @@ test-kernels: $(VENV)/.stamp-test $(TRITON)/.stamp ## Run the GPU's kernels in T
 
 test-tokenizers: $(VENV)/.stamp-test $(TOKENIZERS)/.stamp ## Run the tests with tokenizers of known models (needs npm; 140 MB)
 	PEKOE_TOKENIZERS=$(abspath $(TOKENIZERS)) PYTHONPATH=$(abspath $(TOKENIZERS))/gguf \
-	  $(PY) -m pytest tests/data/test_real_tokenizers.py $(ARGS)
+	  $(PY) -m pytest tests/data/test_real_tokenizers.py tests/agents/test_tools.py $(ARGS)
 
 gpu: $(VENV)/.stamp-demo ## Prove and measure what runs on a GPU, in minutes: make gpu ARGS="--parts decode,mfu"
 	@mkdir -p build

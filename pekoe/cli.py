@@ -15,7 +15,7 @@ import json
 import os
 import re
 import textwrap
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Annotated, Any, TypeVar
@@ -25,7 +25,7 @@ from rich.console import Console
 from typer.core import TyperCommand
 
 from pekoe import __version__
-from pekoe.config.base import copy_recipe, heads_of_recipes, read_toml, refuse_recipe
+from pekoe.config.base import copy_recipe, heads_of_recipes, refuse_recipe
 from pekoe.config.keys import describe, keys_of, show_config
 from pekoe.config.recipes import (
     COMMANDS,
@@ -251,6 +251,20 @@ def sample(
         return
     problems = [prompt_problem(prompts[0])] if prompts not in ([], ["-"]) else read_prompts(data or "-")
     show_responses(config, problems, view, typer.echo, as_json)
+
+
+@app.command()
+def serve(
+    model: Annotated[str, typer.Argument(metavar="MODEL_DIR", help="model directory")],
+    overrides: Overrides = None,
+    host: Annotated[str, typer.Option(help="0.0.0.0: whoever reaches this machine and has the key")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free")] = 8000,
+) -> None:
+    """An OpenAI-compatible endpoint, until Ctrl-C. Its key: the variable PEKOE_SERVE_KEY, or a new one, printed."""
+    config = load_config({"model": {"path": model}, "eval": {"data": "-"}}, overrides or (), EvalConfig)
+    from pekoe.run.serve import run_serve
+
+    run_serve(config, host, port, PlainProgress(Console(stderr=True)), typer.echo)
 
 
 @app.command(cls=RecipeCommand)
@@ -513,13 +527,14 @@ def report(
         from pekoe.report.page import render
     except ModuleNotFoundError as error:
         raise UserError(f"pekoe report: expected the extra `report` ({error}): pip install 'pekoe[report]'") from None
+    from pekoe.data.tokenizer import decoder_of
     from pekoe.report.history import read_history
     from pekoe.report.live import LiveReport
 
     paths = [Path(run) for run in runs]
 
     def page() -> str:
-        return render([read_history(path, _decoder(path)) for path in paths], live)
+        return render([read_history(path, decoder_of(path)) for path in paths], live)
 
     if not live:
         file = Path(out) if out else paths[0] / "report.html"
@@ -538,20 +553,6 @@ def report(
     typer.echo(f"{server.url} (Ctrl-C ends)")
     with contextlib.suppress(KeyboardInterrupt):
         server.serve()
-
-
-def _decoder(run: Path) -> Callable[[Sequence[int]], str] | None:
-    """The tokenizer's decoding, if the run's model or the one that it started from is there."""
-    from pekoe.data.tokenizer import Tokenizer
-
-    folders = [run / "model"]
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        folders.append(Path(read_toml(run / "config.toml")["model"]["path"]))
-    for folder in folders:
-        if (folder / "tokenizer.json").is_file():
-            tokenizer = Tokenizer.load(folder)
-            return lambda tokens: tokenizer.decode(tokens, skip_special_tokens=False)
-    return None
 
 
 def _version(wanted: bool) -> None:

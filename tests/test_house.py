@@ -32,34 +32,35 @@ BUDGETS = {
     # references that are refused, 55; sources.py: CSV, arrays, compression and its bounds, 180; columns by name, 90;
     # layouts of demonstrations, 60; values of Parquet, directories of `datasets`, 70; bad rows in a message, 40;
     # columns that JSON has not, 22; ARC, 9; Ctrl-C in a template, 6
-    # chat with tools and template variables, 48
-    "data": 2225,
+    # chat with tools and template variables, 48; the decoder of a run, 18 (of cli.py)
+    "data": 2245,
     # normalize.py and units.py: what users' answers look like, 230; references.py, 90; function.py and sources.py: how
     # a user's reward is called, and its source, 205; what it prints, 35; a budget for heavy answers, 20;
     # powers beyond all values, 30
     "verify": 3705,
     # memory that is there, 17; stop tokens, 35; base, pool and sampling 970; embedded 1,710; servers 1,915: limits,
-    # checks, keys
-    "engine": 4760,
+    # checks, keys; requests that their callers cancel, 30
+    "engine": 4795,
     "train": 1005,  # checkpoint.py: checksums of shards, and metadata that runs no code, 120
     "weights": 975,  # a publish that is not waited for after a stop request, 30
     # references.py, 80; signals, 15; inputs.py: what a run that goes on must have the same, 125; users' rewards, 95;
     # look.py, 120; judges that are started first, the step that is kept at an error, rows by their places, 60;
     # own metrics, 25
     # sample.py, 175; tables of eval, 50; responses.jsonl, 45; profile.py, 95; run directories that are
-    # damaged, --from, a model beside its place, 240; verify.py, 73 (of cli.py)
+    # damaged, --from, a model beside its place, 240; verify.py, 73 (of cli.py); serve.py, 105
     # first_hour/: fifteen parts of doctor --gpu, and what runs them one by one, 1,130; doctor --device, what would fit,
     # and turns on one device, 180
-    "run": 6095,
+    "run": 6200,
     # lag.py: who waits for whom, what a lag gave, 150; learning.py, 115; the time left, 20; page.js; what is damaged or
     # not finite, 50
     "report": 1490,
     "ray": 1510,  # streams.py: many answers by one call, 100; who may connect, 20
-    "agents": 760,
+    # wire.py, openai_chat.py, endpoint.py: an HTTP endpoint in the form that programs expect, 740; tools.py, 200
+    "agents": 1745,
     "demo": 715,  # on a GPU, 10
     # keys, recipe, keys in --help, 52; plan, 45; data, 26; verify --references, 20; sample, 35; sys.path of -m, 4;
-    # doctor --gpu, and --device, 13
-    "cli.py": 598,
+    # doctor --gpu, and --device, 13; serve, 17
+    "cli.py": 600,
     # formulas 840; memory, the simulated schedule, reading a recipe, tables, 1,180; other layouts and what-if, 230;
     # calibrate.py: constants of this machine, 115; page.py, 80;
     # own.py: a run's own model, 270; kernels.py: AIConfigurator, 105; experts, 15

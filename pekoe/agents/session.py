@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import takewhile
 from typing import Any
 
@@ -38,6 +39,7 @@ from pekoe.core.types import (
 from pekoe.data.tokenizer import Tokenizer
 from pekoe.engine.base import Sampler
 
+_LONG = 200_000  # characters of a conversation that takes a tokenizer a tenth of a second and more
 Message = Mapping[str, Any]
 Tools = Sequence[Mapping[str, Any]]
 
@@ -73,11 +75,11 @@ class Parsed:
     malformed: str = ""
 
 
-Parser = Callable[[str, Tools | None], Parsed]
-"""Reads an answer's text, special tokens spelt out and its stop token left out."""
+Parser = Callable[[str, Tools | None, bool], Parsed]
+"""Reads an answer's text: special tokens spelt out, no stop token. True: it goes on from an open <think>."""
 
 
-def plain(text: str, tools: Tools | None = None) -> Parsed:
+def plain(text: str, tools: Tools | None = None, in_thought: bool = False) -> Parsed:
     """An answer is its text."""
     return Parsed(text)
 
@@ -125,6 +127,7 @@ class _Recorded:
     turn: Turn
     messages: Sequence[Message]  # that it answers
     before: tuple[str, ...]  # their keys
+    key: str  # of the answer
     raw: str  # what the template is given as the answer's content
     texts: tuple[str, ...]  # of context and answer: as sampled, and as templates trim it
 
@@ -178,6 +181,7 @@ class Dispatcher:
         except Exception as error:
             inner = [_failed(error) for _ in waiting]
         for future, (_, outer) in zip(inner, waiting, strict=True):
+            outer.add_done_callback(partial(_drop, future))
             asyncio.ensure_future(_pass_on(future, outer))  # noqa: RUF006  # the loop's until it is done
 
     def _alone(self, request: Request) -> Future[Completion]:
@@ -191,6 +195,11 @@ def _failed(error: Exception) -> Future[Completion]:
     future: Future[Completion] = Future()
     future.set_exception(error)
     return future
+
+
+def _drop(inner: Future[Completion], outer: asyncio.Future[Completion]) -> None:
+    if outer.cancelled():
+        inner.cancel()  # it need not be sampled to its end
 
 
 async def _pass_on(inner: Future[Completion], outer: asyncio.Future[Completion]) -> None:
@@ -237,6 +246,7 @@ class Session:
             temperature, top_p and seed.
         prompt: the messages of the problem, whose answer has the random numbers of a single answer.
         parse: reads reasoning and calls of tools from answers.
+        keep: how many turns are remembered, the last ones; None: all.
     """
 
     def __init__(
@@ -252,11 +262,12 @@ class Session:
         prompt: Sequence[Message] = (),
         parse: Parser = plain,
         may_choose: bool = False,
+        keep: int | None = None,
     ) -> None:
-        self.uid, self.draw, self.sample = uid, draw, sample
+        self.uid, self.draw, self.sample, self.may_choose = uid, draw, sample, may_choose
         self.error: BaseException | None = None  # of the engines: it ends the run, whatever the episode does
         self._dispatcher, self._tokenizer, self._params = dispatcher, tokenizer, params
-        self._limits, self._parse, self._may_choose = limits or Limits(), parse, may_choose
+        self._limits, self._parse, self._keep = limits or Limits(), parse, keep
         self._prompt = tokenizer.encode_prompt(prompt) if prompt else None
         self._first = None if self._prompt is None else len(self._prompt)  # tokens of the first context
         self._recorded: list[_Recorded] = []
@@ -279,14 +290,17 @@ class Session:
         temperature: float | None = None,
         top_p: float | None = None,
         seed: int | None = None,
+        number: int = 0,
     ) -> Reply:
         """Sample the assistant's answer to a conversation, and record the turn.
 
         Args:
-            messages: as of the chat completions API; answers of before stand as `Reply.message` gave them.
+            messages: as of the chat completions API; answers of before stand as `Reply.message` gave them. Text that
+                no template writes is one message of role "raw", whose content may be token ids.
             tools: functions that the model may call, as of the chat completions API.
             variables: of the template (Qwen3's enable_thinking).
             stop: texts; an answer ends before the first that it has, and the tokens after it are dropped.
+            seed: of a session that may choose; the same seed and `number` give the same answer again.
 
         Raises EpisodeLimit where the episode may take no more, and UserError for messages that the template refuses.
         """
@@ -297,17 +311,22 @@ class Session:
             raise EpisodeLimit(f"rollout.max_turns = {limits.max_turns}: the episode asks for more answers")
         self._num_begun += 1
         messages = list(messages)
-        text, opening, context = self._context(messages, tools, variables)
+        if sum(len(message.get("content") or ()) for message in messages) < _LONG:
+            text, opening, context = self._context(messages, tools, variables)
+        else:  # the others are not to wait for it
+            text, opening, context = await asyncio.to_thread(self._context, messages, tools, variables)
         room = self._room(len(context), max_tokens)
         params = self._sampling(room, temperature, top_p, seed)
-        completion = await self._sample(context, params)
+        seeded = self.may_choose and seed is not None
+        completion = await self._sample(context, params, number if seeded else None)
         record = completion.handle.resolve() if isinstance(completion.handle, Record) else None
         if record is None:
             record = await asyncio.to_thread(completion.handle.resolve)
         turn = Turn(context, replace(completion, handle=record))
         stops = (stop,) if isinstance(stop, str) else tuple(stop or ())
         turn, answer = self._until(turn, stops)
-        parsed = self._parse(answer, tools)
+        parsed = self._parse(answer, tools, text.rstrip().endswith("<think>"))
+        parsed = replace(parsed, tool_calls=_named(parsed.tool_calls, context))
         self._num_tool_calls += len(list(takewhile(lambda m: m["role"] == "tool", reversed(messages))))
         self._num_malformed += bool(parsed.malformed)
         completion = turn.completion
@@ -323,6 +342,8 @@ class Session:
         limits = self._limits
         self._first = size if self._first is None else self._first
         room: list[int] = [] if max_tokens is None else [max_tokens]
+        if not room and self.may_choose:
+            room.append(self._params.max_new_tokens)
         if limits.turn_tokens is not None:
             room.append(limits.turn_tokens)
         if limits.max_new_tokens is not None:
@@ -343,27 +364,34 @@ class Session:
         params = self._params
         fewest = min(params.min_new_tokens, room)
         params = replace(params, n=1, max_new_tokens=room, min_new_tokens=fewest)
-        if not self._may_choose:
+        if not self.may_choose:
             return params
         given = {"temperature": temperature, "top_p": top_p, "seed": seed}
         return replace(params, **{name: value for name, value in given.items() if value is not None})
 
-    async def _sample(self, context: IntArray, params: SamplingParams) -> Completion:
-        """RunError, which is kept, where the engines fail or the run stops."""
+    async def _sample(self, context: IntArray, params: SamplingParams, number: int | None) -> Completion:
+        """RunError, which is kept, where the engines fail or the run stops. With a `number` the answer depends on it,
+        the seed and the context alone."""
         later = bool(self._recorded)
-        key = context.tobytes()
-        number, self._requests[key] = self._requests[key], self._requests[key] + 1
+        key, uid = context.tobytes(), self.uid if number is None else "seeded"
+        if number is None and self._keep is None:
+            number, self._requests[key] = self._requests[key], self._requests[key] + 1
+        elif number is None:
+            number = self._num_begun  # what was asked before is not remembered
         first = number == 0 and self._prompt is not None and np.array_equal(context, self._prompt)
         # By what is asked, not by when: turns that run side by side come in any order (I8).
         digest = hashlib.blake2b(key + number.to_bytes(4, "little"), digest_size=7).digest()
         turn = 0 if first else int.from_bytes(digest, "little") + 1
-        request = Request(self.uid, self.draw, self.sample, context, params, int(later), turn)
+        request = Request(uid, self.draw, self.sample, context, params, int(later), turn)
         future = self._dispatcher.submit(request)
         self._pending.add(future)
         future.add_done_callback(self._finished)
         self._clock.start()
         try:
             completion = await asyncio.shield(future)
+        except asyncio.CancelledError:  # who asked has gone
+            future.cancel()
+            raise
         except UserError:  # wrong tokens: of this request
             raise
         except Exception as error:
@@ -411,9 +439,12 @@ class Session:
         self, messages: Sequence[Message], tools: Tools | None, variables: Mapping[str, Any] | None
     ) -> tuple[str, str, IntArray]:
         """The text, what of it opens the answer, and ids, which begin with a recorded turn's where the text does."""
+        if not isinstance(messages[0].get("content"), str | None):  # ids
+            context = np.array(messages[0]["content"], np.int64)
+            return self._tokenizer.decode(context), "", context
         body, opening = self._tokenizer.conversation(self._as_sampled(messages), tools, variables)
         text = body + opening
-        known = [(len(start), r) for r in self._recorded for start in r.texts if text.startswith(start)]
+        known = [(len(start), r) for r in list(self._recorded) for start in r.texts if text.startswith(start)]
         if not known:
             return text, opening, self._tokenizer.encode_conversation(text, messages)
         size, recorded = max(known, key=lambda pair: pair[0])
@@ -439,10 +470,18 @@ class Session:
         sampled = self._tokenizer.decode(turn.completion.tokens)
         end = sampled[len(written) :] if sampled.startswith(written) else ""
         texts = dict.fromkeys((context + sampled, context + written.strip() + end))
-        before = tuple(_key(message) for message in messages)
-        recorded = _Recorded(turn, messages, before, opening + written, tuple(texts))
+        before, key = tuple(_key(message) for message in messages), _key(answer)
+        recorded = _Recorded(turn, messages, before, key, opening + written, tuple(texts))
         self._recorded.append(recorded)
-        self._answers.setdefault(_key(answer), []).append(recorded)
+        self._answers.setdefault(key, []).append(recorded)
+        if self._keep is not None and len(self._recorded) > self._keep:
+            self._forget(self._recorded.pop(0))
+
+    def _forget(self, oldest: _Recorded) -> None:
+        same = self._answers[oldest.key]
+        del same[0]
+        if not same:
+            del self._answers[oldest.key]
 
     # The record
 
@@ -487,6 +526,14 @@ class Session:
             finish=finish or self.answer().finish,
             episode=self.stats,
         )
+
+
+def _named(calls: tuple[ToolCall, ...], context: IntArray) -> tuple[ToolCall, ...]:
+    """With ids that are others in each turn of a conversation, and the same when the run is repeated."""
+    if not calls:
+        return calls
+    digest = hashlib.blake2b(context.tobytes(), digest_size=8).hexdigest()
+    return tuple(replace(call, id=f"call_{digest}_{number}") for number, call in enumerate(calls))
 
 
 def _key(message: Message) -> str:

@@ -37,7 +37,7 @@ class ChatTemplate:
 
     def __init__(self, source: str, special_tokens: Mapping[str, str], origin: str) -> None:
         """`origin` names the template in messages. Raises UserError for a syntax error."""
-        self._origin = origin
+        self._origin, self.source = origin, source
         self._start_line = json.dumps({"source": source, "special_tokens": dict(special_tokens)}) + "\n"
         self._process: subprocess.Popen[str] | None = None
         self._end: Callable[[], int | None] | None = None

@@ -6,7 +6,7 @@ import contextlib
 import copy
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import tokenizers
 
+from pekoe.config.base import read_toml
 from pekoe.config.data import TemplateSection
 from pekoe.core.errors import UserError
 from pekoe.core.io import TOKENIZER_FILES
@@ -127,6 +128,11 @@ class Tokenizer:
     def has_chat_template(self) -> bool:
         """Whether conversations can be rendered."""
         return self._template is not None
+
+    @property
+    def template_source(self) -> str:
+        """The chat template's Jinja text; empty where there is none."""
+        return "" if self._template is None else self._template.source
 
     @property
     def eos_token_id(self) -> int:
@@ -269,6 +275,18 @@ class Tokenizer:
                 f"{self._origin}: chat_template: expected a text, or a list of name and template, got {got}"
             ) from None
         return None if source is None else ChatTemplate(source, self._special, self._origin)
+
+
+def decoder_of(run: Path) -> Callable[[Sequence[int]], str] | None:
+    """Decodes with the tokenizer of a run's model, or of the one that the run started from, if one is there."""
+    folders = [run / "model"]
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        folders.append(Path(read_toml(run / "config.toml")["model"]["path"]))
+    for folder in folders:
+        if (folder / "tokenizer.json").is_file():
+            tokenizer = Tokenizer.load(folder)
+            return lambda tokens: tokenizer.decode(tokens, skip_special_tokens=False)
+    return None
 
 
 def _growth(part: Any) -> float:

@@ -235,12 +235,13 @@ class EnginePool(Sampler):
     # Sampling
 
     def submit(self, requests: Sequence[Request]) -> list[Future[Completion]]:
-        """See `Engine.submit`. Requests of one group that are submitted together stay together."""
+        """See `Engine.submit`. Requests of one group that are submitted together stay together.
+
+        A future that its caller cancels ends its request, as far as its engine can: some sample it to its end.
+        """
         with self._lock:
             self._check_open()
             items = [_Item(request, next(self._orders)) for request in requests]
-            for item in items:
-                item.future.set_running_or_notify_cancel()  # only `abort` ends it early
             self._enqueue(items)
         self._dispatch()
         for item in items:
@@ -251,7 +252,19 @@ class EnginePool(Sampler):
                 for future in others:
                     future.cancel()
                 raise error
+        for item in items:
+            item.future.add_done_callback(partial(self._drop, item))
         return [item.future for item in items]
+
+    def _drop(self, item: _Item, future: Future[Completion]) -> None:
+        """Its caller may have cancelled it, anywhere on its way."""
+        if not future.cancelled():
+            return
+        with self._lock:
+            inner = self._remove([item])
+        for one in inner:
+            one.cancel()
+        self._dispatch()  # its place is free
 
     def abort(self, uids: Iterable[str] | None = None) -> None:
         """See `Engine.abort`; also of what waits for an engine."""
@@ -351,9 +364,9 @@ class EnginePool(Sampler):
         if isinstance(error, EngineLost):
             self.lose(member, str(error), engine)
         elif error is not None:
-            item.future.set_exception(error)  # many may fail in a row: the supervisor dispatches
+            _settle(item, error)  # many may fail in a row: the supervisor dispatches
         else:
-            item.future.set_result(future.result())
+            _settle(item, future.result())
             self._dispatch()
 
     # Watching
@@ -497,11 +510,18 @@ def _entry(unit: list[_Item]) -> tuple[int, int, list[_Item]]:
 def _end(items: Iterable[_Item], error: Exception | None = None) -> None:
     """End the futures of removed items, with an error or as aborted before an engine sampled anything that counts."""
     for item in items:
-        if error is not None:
-            item.future.set_exception(error)
-        else:
-            record = Record.of(item.request.tokens, np.empty(0, np.int64), np.empty(0, np.float32))
-            item.future.set_result(Completion(0, "abort", (), record))
+        record = Record.of(item.request.tokens, np.empty(0, np.int64), np.empty(0, np.float32))
+        _settle(item, error or Completion(0, "abort", (), record))
+
+
+def _settle(item: _Item, outcome: Completion | BaseException) -> None:
+    """End its future, unless its caller has cancelled it."""
+    if item.future.cancelled() or not item.future.set_running_or_notify_cancel():
+        return
+    if isinstance(outcome, BaseException):
+        item.future.set_exception(outcome)
+    else:
+        item.future.set_result(outcome)
 
 
 def _in_thread(name: str, work: Callable[..., None], *args: object) -> threading.Thread:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -15,6 +16,9 @@ from pekoe.engine.embedded import EmbeddedEngine
 from pekoe.model import Decoder
 from pekoe.model.attention import PackedAttention
 from tests.agents.sampling import ALPHABET, TEMPLATES
+
+# In an environment older than the extras `serve` and `test` that bring them.
+collect_ignore = [] if find_spec("openai") and find_spec("uvicorn") else ["test_endpoint.py"]
 
 
 @pytest.fixture(scope="session")

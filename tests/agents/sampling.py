@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from concurrent.futures import Future
 
 from pekoe.core.types import Completion, Request
+from pekoe.data.tokenizer import Tokenizer
+from pekoe.demo.char_tokenizer import make_char_tokenizer
 from pekoe.engine.base import Sampler
 
 ALPHABET = "0123456789+=\n abcdefghijklmnopqrstuvwxyz<>/|"
@@ -20,6 +22,21 @@ TEMPLATES = {
     "forget": _LOOP.replace("ANSWER", "{{ message.content if loop.last else message.content.split('=')[-1] }}"),
     "none": None,
 }
+
+
+TEXT = "".join(map(chr, range(32, 127))) + "\n｜▁éü"
+# In the manner of Hermes: tools first, calls between tags, results as tool messages.
+HERMES = """{%- if tools %}<|user|>{% for tool in tools %}{{ tool.function.name }}{% endfor %}{% endif -%}
+{%- for message in messages -%}
+{%- if message.role == "assistant" -%}<|assistant|>{{ message.content }}
+{%- for call in message.tool_calls or [] %}<tool_call>{{ call.function | tojson }}</tool_call>{% endfor %}<|end|>
+{%- else -%}<|user|>{{ message.role[0] }}{{ message.content }}{%- endif -%}
+{%- endfor -%}{%- if add_generation_prompt %}<|assistant|>{% endif %}"""
+
+
+def text_tokenizer(template: str = HERMES) -> Tokenizer:
+    """Of all printable ASCII, character by character."""
+    return Tokenizer(make_char_tokenizer(TEXT) | {"chat_template.jinja": template.encode()})
 
 
 class RecordingSampler(Sampler):

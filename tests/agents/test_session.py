@@ -125,7 +125,7 @@ def test_the_same_question_again_is_another_sample_and_a_later_run_draws_the_sam
 
 
 def test_an_answer_that_was_read_is_known_again_and_its_own_ids_stand(sampler, tokenizers, logprobs_of):
-    def parse(text: str, tools: Any) -> Parsed:
+    def parse(text: str, tools: Any, in_thought: bool) -> Parsed:
         return Parsed("", "", (ToolCall("call-1", "add", '{"a": 1, "b": 2}'),))
 
     session = make(sampler, tokenizers["append"], parse=parse)

@@ -517,6 +517,23 @@ def test_abort_ends_what_waits_and_what_runs(make: Make):
     assert {future.result(10).finish for future in futures} == {"abort"}
 
 
+def test_a_future_that_is_cancelled_ends_its_request_wherever_it_is(make: Make):
+    pool = make(2)
+    engine = pool.engines[0]
+    at_engine, waiting = pool.submit(group("a", 2)), pool.submit(group("b", 2))
+    assert [waiting[0].cancel(), at_engine[0].cancel()] == [True, True]
+    assert [future.cancelled() for future in engine.held] == [True, False, False]
+    assert names(engine.calls[-1]) == ["b1"]  # it has the place
+    engine.end()  # what was cancelled is nobody's
+    assert [future.result(10).finish for future in (at_engine[1], waiting[1])] == ["stop", "stop"]
+    assert not pool._unfinished()
+    gone = pool.submit(group("c"))[0]
+    gone.cancel()
+    engine.die()
+    pool.close()
+    assert gone.cancelled()
+
+
 def test_abort_holds_for_what_is_on_its_way_and_sent_again(make: Make):
     pool = make(None)
     engine = pool.engines[0]

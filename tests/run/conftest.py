@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import ExitStack
+from importlib.util import find_spec
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ from pekoe.run.build import RLParts, build_rl
 from pekoe.run.interrupt import Stop
 from pekoe.run.rl import run_rl
 
+# In an environment older than the extras `serve` and `test` that bring them.
+collect_ignore = [] if find_spec("openai") and find_spec("uvicorn") else ["test_serve.py"]
 ALPHABET = "0123456789+=\\{}boxed"
 
 

@@ -19,7 +19,7 @@ from collections import Counter
 from collections.abc import Coroutine, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 from urllib.parse import urlsplit
@@ -233,7 +233,8 @@ class ServerEngine(Engine):
 
     def submit(self, requests: Sequence[Request]) -> list[Future[Completion]]:
         """See `Engine.submit`. At most `max_requests` are at the server at once, plus those of a priority above 0; the
-        others wait here. Requests submitted during an update are sampled after it."""
+        others wait here. Requests submitted during an update are sampled after it. A future that its caller cancels
+        ends its request."""
         self._check_open()
         requests = with_stops(requests, lambda: self._end_tokens)
         validate(requests, self._spec.vocab_size, self._limit, "the server's context")
@@ -243,7 +244,7 @@ class ServerEngine(Engine):
         groups = {key: _Group(size) for key, size in sizes.items()}
         flights = [_Flight(request, groups[request.uid, request.draw], Future()) for request in requests]
         for flight in flights:
-            flight.future.set_running_or_notify_cancel()  # only `abort` ends it early
+            flight.future.add_done_callback(partial(self._drop, flight))
         self._thread.soon(self._send, flights)
         return [flight.future for flight in flights]
 
@@ -255,6 +256,11 @@ class ServerEngine(Engine):
             self._flights[task] = flight
             task.add_done_callback(self._settle)
 
+    def _drop(self, flight: _Flight, future: Future[Completion]) -> None:
+        if future.cancelled():
+            with contextlib.suppress(RunError):  # closed: all requests have ended
+                self._thread.soon(self._begin_abort, {flight})
+
     def _settle(self, task: asyncio.Task[Completion]) -> None:
         """Settle a request's future. A callback runs for every outcome, including cancellation before the task's first
         line, which a `finally` in the task would miss."""
@@ -262,7 +268,10 @@ class ServerEngine(Engine):
         if not self._flights and self._busy_since is not None:
             self._stats = self._stats.plus(busy_s=time.monotonic() - self._busy_since)
             self._busy_since = None
-        if not task.cancelled() and (error := task.exception()) is not None:
+        error = None if task.cancelled() else task.exception()
+        if flight.future.cancelled() or not flight.future.set_running_or_notify_cancel():
+            return  # its caller has cancelled it
+        if error is not None:
             flight.future.set_exception(error)
         elif not task.cancelled():
             flight.future.set_result(task.result())
@@ -381,9 +390,10 @@ class ServerEngine(Engine):
         with contextlib.suppress(RunError):  # closed: all requests have ended
             self._thread.soon(self._begin_abort, None if uids is None else set(uids))
 
-    def _begin_abort(self, uids: set[str] | None) -> None:
+    def _begin_abort(self, chosen: set[str] | set[_Flight] | None) -> None:
+        """Of these uids, or these requests."""
         for task, flight in self._flights.items():
-            if uids is None or flight.request.uid in uids:
+            if chosen is None or flight.request.uid in chosen or flight in chosen:
                 flight.aborted = True
                 if not flight.rid:
                     task.cancel()

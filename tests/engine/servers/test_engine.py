@@ -169,6 +169,18 @@ def test_abort_of_one_and_of_all(house: House, make_requests: MakeRequests):
         assert completion.num_tokens == 0 or request.uid != "d"
 
 
+def test_a_future_that_is_cancelled_ends_its_request_at_the_server(house: House, make_requests: MakeRequests):
+    server, engine = house.pair({"token_s": 0.05}, max_requests=2)
+    requests = make_requests("a", 5, SamplingParams(n=4, max_new_tokens=90))
+    futures = engine.submit(requests)
+    until(lambda: len(server.running) == 2 and all(server.started.values()))
+    for future in (futures[0], futures[1], futures[2]):  # two at the server, one waits here
+        assert future.cancel()
+    until(lambda: len(server.running) == 1 and len(engine._flights) == 1)
+    engine.abort()
+    assert futures[3].result(20).finish == "abort"
+
+
 def test_an_abort_ends_what_is_still_on_its_way_and_nothing_else(house: House, make_requests: MakeRequests):
     server, engine = house.pair({"token_s": 0.02})
     server.late_s = 0.4
