@@ -244,6 +244,8 @@ def main() -> None:
     if os.geteuid() or not shutil.which("ip"):
         raise SystemExit("hosts: needs root and the command ip (Debian: apt-get install iproute2)")
     folder: Path = options.folder.resolve()
+    if folder.exists():
+        parser.error(f"--folder: expected a new directory, got {folder}")
     folder.mkdir(parents=True)
     recipe = make_inputs(folder, "hosts:slow_parity") | {"num_steps": STEPS}
     recipe["cluster"] = {

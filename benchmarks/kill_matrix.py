@@ -181,6 +181,8 @@ def main() -> None:
         life(recipe | {"run": {"dir": f"{folder}/{name}", "threads": 1}}, kind, phase)
         return
     folder: Path = options.folder.resolve()
+    if folder.exists():
+        parser.error(f"--folder: expected a new directory, got {folder}")
     folder.mkdir(parents=True)
     (folder / "recipe.json").write_text(json.dumps(make_inputs(folder)))
     status, said, _ = attempt(folder, "unbroken", "nobody", "never")

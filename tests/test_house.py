@@ -42,7 +42,7 @@ BUDGETS = {
     # checks, keys; requests that their callers cancel, 30
     "engine": 4795,
     "train": 1005,  # checkpoint.py: checksums of shards, and metadata that runs no code, 120
-    "weights": 975,  # a publish that is not waited for after a stop request, 30
+    "weights": 1010,  # a publish that is not waited for after a stop request, 30; copies that ranks send, 35
     # references.py, 80; signals, 15; inputs.py: what a run that goes on must have the same, 125; users' rewards, 95;
     # look.py, 120; judges that are started first, the step that is kept at an error, rows by their places, 60;
     # own metrics, 25
@@ -54,7 +54,8 @@ BUDGETS = {
     # lag.py: who waits for whom, what a lag gave, 150; learning.py, 115; the time left, 20; page.js; what is damaged or
     # not finite, 50
     "report": 1490,
-    "ray": 1510,  # streams.py: many answers by one call, 100; who may connect, 20
+    # ranks that train on while they send, 30; streams.py: many answers by one call, 100; who may connect, 20
+    "ray": 1535,
     # wire.py, openai_chat.py, endpoint.py: an HTTP endpoint in the form that programs expect, 740; tools.py, 200
     "agents": 1745,
     "demo": 715,  # on a GPU, 10

@@ -86,7 +86,7 @@ def run_with_restarts(cluster: Cluster) -> None:
             parts.eval_rollouts.cancel()
             parts.run.forget_writing()
             cluster.records.forget()
-            cluster.channel.forget_groups()
+            cluster.channel.forget()
             parts.order = DataOrder([p.uid for p in parts.problems], parts.config.run.seed)  # if there is no checkpoint
 
 

@@ -16,7 +16,7 @@ from functools import partial
 from itertools import chain
 from operator import attrgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import ray
 import torch
@@ -35,10 +35,11 @@ from pekoe.run.build import make_trainer, open_model
 from pekoe.run.distributed import make_layout, process_group
 from pekoe.run.hardware import describe
 from pekoe.train.trainer import Objective, RankBatch, pack_minibatch
-from pekoe.weights import LocalSender
+from pekoe.weights import LocalSender, StagedSender
 from pekoe.weights.groups import free_port, use_interface
 
 _ADDRESS_LIMIT_S = 60.0
+Thread = Literal["write", "publish"]  # of a rank, beside that in which it trains
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,9 +83,13 @@ class RankActor:
         self._process_group.__enter__()
         section = self._config.model.model_copy(update={"device": device_of(self._config)})
         model, _, dtype = open_model(section, self._config.run.seed)
-        layout = make_layout(model.spec, self._section, next(model.parameters()).device)
+        device, staged = next(model.parameters()).device, None
+        if stages(self._config):  # before the trainer prepares the model
+            apart = make_layout(model.spec, self._section, device, apart=True)
+            staged = StagedSender(model, dtype, self._config.rollout.temperature, False, self._address, apart)
+        layout = make_layout(model.spec, self._section, device)
         self.trainer = make_trainer(self._config, model, dtype, layout)
-        self.sender = LocalSender(model, dtype, self._canary_logprobs, self._address)
+        self.sender = staged or LocalSender(model, dtype, self._canary_logprobs, self._address)
         return os.getpid(), ",".join(map(str, ray.get_gpu_ids()))
 
     def call(self, path: str, *args: Any) -> Any:
@@ -165,7 +170,7 @@ class RayTrainer:
         # A rank without a GPU of its own must not see those of others.
         env = {} if device_of(self._config) == "cuda" else {"CUDA_VISIBLE_DEVICES": ""}
         make: Any = ray.remote
-        actor = make(concurrency_groups={"beside": 1})(RankActor)
+        actor = make(concurrency_groups={"write": 1, "publish": 1})(RankActor)
         for rank in range(section.ranks):
             bundle = rank // each
             options = actor.options(
@@ -194,13 +199,20 @@ class RayTrainer:
         total = {name: sum(rank[name] for rank in ranks) for name in ("flop_s", "byte_s")}
         return describe() | {"device": f"{len(ranks)} x {ranks[0]['device']}", "dtype": ranks[0]["dtype"], **total}
 
-    def call(self, method: str, what: str, *args: Any, limit_s: float | None = None) -> list[Any]:
-        """Call all ranks with the same arguments; `what` and `limit_s` (by default that of a step) as in `ray_get`."""
-        return self._get([rank.call.remote(method, *args) for rank in self.ranks], what, limit_s)
+    def call(
+        self, method: str, what: str, *args: Any, limit_s: float | None = None, thread: Thread | None = None
+    ) -> list[Any]:
+        """Call all ranks with the same arguments; `what` and `limit_s` (by default that of a step) as in `ray_get`.
+        `thread`: beside training."""
+        calls = [rank.call.options(concurrency_group=thread) for rank in self.ranks]
+        return self._get([call.remote(method, *args) for call in calls], what, limit_s)
 
-    def first(self, method: str, what: str, *args: Any, limit_s: float | None = None) -> Any:
+    def first(
+        self, method: str, what: str, *args: Any, limit_s: float | None = None, thread: Thread | None = None
+    ) -> Any:
         """Call the first rank alone."""
-        return self._get(self.ranks[0].call.remote(method, *args), what, limit_s)
+        call = self.ranks[0].call.options(concurrency_group=thread)
+        return self._get(call.remote(method, *args), what, limit_s)
 
     def _get(self, refs: Any, what: str, limit_s: float | None = None) -> Any:
         if self._lost is not None:
@@ -294,7 +306,7 @@ class RaySnapshot:
 
     def _call(self, ranks: list[Any], method: str, path: Path, what: str) -> None:
         """Runs beside training."""
-        beside = [rank.call.options(concurrency_group="beside") for rank in ranks]
+        beside = [rank.call.options(concurrency_group="write") for rank in ranks]
         ray_get([call.remote(method, path.resolve()) for call in beside], self.limit_s, what)
 
 
@@ -307,11 +319,13 @@ class RaySender:
         assert config.cluster is not None
         self.compute_dtype: torch.dtype = getattr(torch, config.model.dtype)
         limit_s = config.cluster.sync_limit_s + _ADDRESS_LIMIT_S
-        self._trainer, self._all = trainer, partial(trainer.call, limit_s=limit_s)
-        self._first = partial(trainer.first, limit_s=limit_s)
+        self._stages = stages(config)
+        thread: Thread | None = "publish" if self._stages else None
+        self._trainer, self._all = trainer, partial(trainer.call, limit_s=limit_s, thread=thread)
+        self._first = partial(trainer.first, limit_s=limit_s, thread=thread)
 
     def stage(self) -> bool:
-        return False  # the ranks keep no copy: a publish is over before they train on
+        return self._stages and all(self._trainer.call("sender.stage", "the ranks to copy their weights"))
 
     def address(self) -> tuple[str, int]:
         # Answered when the ranks are done with log-probs that they were asked for before: the limit is a step's.
@@ -331,6 +345,12 @@ class RaySender:
 
     def logprobs(self, samples: Sequence[Sample]) -> list[FloatArray]:
         return self._all("sender.logprobs", "the canary's log-probs", list(samples))[0]
+
+
+def stages(config: RLConfig) -> bool:
+    """Whether the ranks send a copy of their weights while they train on. Not on GPUs: collectives of two NCCL groups
+    at once, in an order that differs between ranks, may wait for one another without end."""
+    return config.rollout.max_lag > 0 and device_of(config) == "cpu"
 
 
 def device_of(config: RLConfig) -> str:

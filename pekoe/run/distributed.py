@@ -53,10 +53,10 @@ def require_single_process(command: str) -> None:
         raise UserError(f"{command}: expected one process, got torchrun with {num_processes()}; torchrun is for sft")
 
 
-def make_layout(spec: ModelSpec, parallel: ParallelSection, device: torch.device) -> Layout | None:
-    """The layout that the recipe asks for; None for one process."""
+def make_layout(spec: ModelSpec, parallel: ParallelSection, device: torch.device, apart: bool = False) -> Layout | None:
+    """The layout that the recipe asks for; None for one process. `apart`: see `Layout`."""
     if num_processes() > 1:
-        return Layout(spec, parallel.tp, parallel.cp, parallel.replicas, device.type)
+        return Layout(spec, parallel.tp, parallel.cp, parallel.replicas, device.type, apart)
     asked = parallel.tp * parallel.cp * parallel.replicas
     if asked > 1:
         raise UserError(

@@ -37,12 +37,16 @@ class Layout:
         cp: processes that share the tokens of each micro-batch.
         replicas: groups of processes that each hold all weights, sharded over the group.
         device: "cpu" or "cuda".
+        apart: in groups of its own, for a copy of the model that is sent while the model itself is trained in another
+            thread: the two would mix their messages in one group.
 
     Raises:
         UserError: sizes that do not divide the processes, or the model.
     """
 
-    def __init__(self, spec: ModelSpec, tp: int = 1, cp: int = 1, replicas: int = 1, device: str = "cpu") -> None:
+    def __init__(
+        self, spec: ModelSpec, tp: int = 1, cp: int = 1, replicas: int = 1, device: str = "cpu", apart: bool = False
+    ) -> None:
         world = dist.get_world_size()
         if world % (tp * cp * replicas):
             raise UserError(
@@ -60,7 +64,10 @@ class Layout:
         shards = world // (tp * cp * replicas)
         # Weights are also sharded over the processes that share a micro-batch: gradients of its shards are summed, too.
         weights, work = (replicas, shards * cp, tp), (replicas * shards, cp, tp)
-        self._weights: DeviceMesh = init_device_mesh(device, weights, mesh_dim_names=("replicas", "shards", "tp"))
+        names = ("replicas", "shards", "tp")
+        # Where a dimension has all processes torch takes the default group, unless it is asked for a backend.
+        own = dict.fromkeys(names, dist.get_backend()) if apart else None
+        self._weights: DeviceMesh = init_device_mesh(device, weights, mesh_dim_names=names, backend_override=own)
         self._work: DeviceMesh = init_device_mesh(device, work, mesh_dim_names=("ranks", "cp", "tp"))
         self._device = device
         self.num_ranks, self.rank = replicas * shards, self._work["ranks"].get_local_rank()

@@ -196,8 +196,11 @@ class WeightChannel:
         with contextlib.suppress(_Stopped):
             self._prove(self._targets("serving"), True)
 
-    def forget_groups(self) -> None:
-        """The trainer's processes are others."""
+    def forget(self) -> None:
+        """The trainer's processes are others, and a publish by those before has failed."""
+        sending, self._sending = self._sending, None
+        if sending is not None:
+            wait_futures([sending])  # each part of it has its limit
         self._groups = {}
 
     def counters(self) -> Counters:

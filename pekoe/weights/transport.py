@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from pekoe.core.errors import RunError
@@ -26,6 +27,7 @@ from pekoe.engine.base import Broadcast, BroadcastGroup, Checksums, EngineKind
 from pekoe.engine.buckets import buckets
 from pekoe.model import Decoder, save_adapter, save_model
 from pekoe.model.lora import is_factor, merged
+from pekoe.train import Layout
 from pekoe.train.checkpoint import whole_weights
 from pekoe.weights.checksums import ChecksumBuilder, checksum_builder_for, checksums_of
 from pekoe.weights.groups import close_group, free_port, open_group, wait_for
@@ -237,25 +239,51 @@ class StagedSender(LocalSender):
         temperature: of sampling.
         alternate: whether an engine in this process samples from the copy: then two take turns, and one is filled while
             the engine samples from the other.
+        host: where engines reach this process.
+        layout: shards the copy as the trainer shards the model; in groups of its own (`apart`).
     """
 
-    def __init__(self, trained: Decoder, compute_dtype: torch.dtype, temperature: float, alternate: bool) -> None:
+    def __init__(
+        self,
+        trained: Decoder,
+        compute_dtype: torch.dtype,
+        temperature: float,
+        alternate: bool,
+        host: str = "127.0.0.1",
+        layout: Layout | None = None,
+    ) -> None:
         self._trained = trained
         frozen = [p for p in trained.parameters() if not p.requires_grad]  # of an adapter's base there is one
         shared: list[dict[int, Any]] = [{id(p): p for p in frozen} for _ in range(1 + alternate)]
         self._copies = [deepcopy(trained, memo).requires_grad_(False) for memo in shared]
+        if layout is not None:
+            for copy in self._copies:
+                layout.apply(copy)
         self._temperature = temperature
-        super().__init__(self._copies[0], compute_dtype, self._logprobs)
+        super().__init__(self._copies[0], compute_dtype, self._logprobs, host)
 
     def stage(self) -> bool:
         self._copies.reverse()
         self.model = self._copies[0]
+        _reshard(self._trained)
         copies = dict(self.model.named_parameters())
         with torch.no_grad():
             for name, parameter in self._trained.named_parameters():
                 if parameter.requires_grad:
-                    copies[name].copy_(parameter)
+                    _local(copies[name]).copy_(_local(parameter))
         return True
 
     def _logprobs(self, samples: Sequence[Sample]) -> list[FloatArray]:
-        return forward_logprobs(self.model, self._temperature, self.compute_dtype, samples)
+        values = forward_logprobs(self.model, self._temperature, self.compute_dtype, samples)
+        _reshard(self.model)
+        return values
+
+
+def _reshard(model: Decoder) -> None:
+    """Give back the whole embeddings and head after a forward without a backward, which would do it."""
+    if isinstance(model, FSDPModule):
+        model.reshard()
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -21,7 +22,7 @@ from pekoe.core.types import Draw, JudgedGroup, SamplingParams
 from pekoe.model import Decoder, load_model
 from pekoe.ray.run import Cluster, build_cluster, run_with_restarts
 from pekoe.ray.store import RayRecords
-from pekoe.ray.trainer import RayTrainer
+from pekoe.ray.trainer import RaySender, RayTrainer
 from pekoe.run import replay
 from pekoe.run.interrupt import Stop
 from pekoe.run.replay import replay_run
@@ -95,6 +96,35 @@ def test_a_pinned_batch_is_sampled_by_one_version_also_after_an_interrupt(
     run(config)
     assert adopted == [0, 4], "the groups of step 4 are not sampled again"
     assert ledger(config) == ledger(unbroken)
+    assert versions(config) == pinned(config)
+    assert_trained_again(config, monkeypatch)
+
+
+def test_ranks_train_on_while_engines_are_given_weights(cluster: MakeConfig, run: Run, monkeypatch: pytest.MonkeyPatch):
+    """The ranks send a copy: the first version that training made is held up until the step after it is trained on."""
+    step, begun, sent, overlapped = RayTrainer.step, threading.Event(), list[str](), list[bool]()
+
+    def stepping(self: RayTrainer, *args: Any, **more: Any) -> StepStats:
+        if sent:
+            begun.set()
+        return step(self, *args, **more)
+
+    def held_up(send: Callable[..., int]) -> Callable[..., int]:
+        def sending(self: RaySender, *args: Any) -> int:
+            begun.clear()
+            sent.append(send.__name__)
+            if len(sent) == 2:
+                overlapped.append(begun.wait(60))
+            return send(self, *args)
+
+        return sending
+
+    monkeypatch.setattr(RayTrainer, "step", stepping)
+    for name in ("broadcast", "write"):
+        monkeypatch.setattr(RaySender, name, held_up(getattr(RaySender, name)))
+    config = cluster("num_steps=3", "rollout.max_lag=1", "cluster.training.tp=2")
+    run(config)
+    assert overlapped == [True]
     assert versions(config) == pinned(config)
     assert_trained_again(config, monkeypatch)
 

@@ -77,7 +77,7 @@ def test_a_group_stays_open_while_its_engines_are_the_same(make_bench: MakeBench
         bench.channel.publish(version)
     assert len(opened) == 1
     assert opened[0].world_size == 3
-    bench.channel.forget_groups()
+    bench.channel.forget()
     bench.channel.publish(3)
     assert len(opened) == 2
 
