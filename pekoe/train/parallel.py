@@ -7,7 +7,7 @@ FSDP2 (with replicas: HSDP), context parallelism (`context_parallel.py`) and ten
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -64,10 +64,11 @@ class Layout:
         shards = world // (tp * cp * replicas)
         # Weights are also sharded over the processes that share a micro-batch: gradients of its shards are summed, too.
         weights, work = (replicas, shards * cp, tp), (replicas * shards, cp, tp)
-        names = ("replicas", "shards", "tp")
-        # Where a dimension has all processes torch takes the default group, unless it is asked for a backend.
-        own = dict.fromkeys(names, dist.get_backend()) if apart else None
-        self._weights: DeviceMesh = init_device_mesh(device, weights, mesh_dim_names=names, backend_override=own)
+        # Where a dimension has all processes torch takes the default group, unless it is asked for a backend. DTensor
+        # keeps what it knows of an operation by its mesh: of two with the same names it takes the first one's groups.
+        self._names = ("sent_replicas", "sent_shards", "sent_tp") if apart else ("replicas", "shards", "tp")
+        own: dict[int | str, Any] | None = dict.fromkeys(self._names, dist.get_backend()) if apart else None
+        self._weights = init_device_mesh(device, weights, mesh_dim_names=self._names, backend_override=own)
         self._work: DeviceMesh = init_device_mesh(device, work, mesh_dim_names=("ranks", "cp", "tp"))
         self._device = device
         self.num_ranks, self.rank = replicas * shards, self._work["ranks"].get_local_rank()
@@ -80,8 +81,9 @@ class Layout:
 
     def apply(self, model: Decoder) -> None:
         """Shard the model's parameters in place (DTensors, on the mesh's device). Gradients are sums over all ranks."""
-        tp, replicated = self._weights["tp"], self._weights["replicas"].size() > 1
-        data = self._weights["replicas", "shards"] if replicated else self._weights["shards"]
+        replicas, shards, split = self._names
+        tp, replicated = self._weights[split], self._weights[replicas].size() > 1
+        data = self._weights[replicas, shards] if replicated else self._weights[shards]
         for layer in model.model.layers:
             if tp.size() > 1:
                 parallelize_module(layer, tp, _plan(layer))
