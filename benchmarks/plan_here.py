@@ -3,9 +3,11 @@
     python benchmarks/plan_here.py --all DIR [--demo runs/demo] [--steps 12] [--json OUT.json]
     python benchmarks/plan_here.py --hardware here.toml [--lengths RUN_DIR] [--json OUT.json] RUN_DIR ...
 
-`--all` needs a finished demo and a machine that does nothing else. It measures the profile of the machine and that of
-one core, then runs the recipe laptop as it is and with four settings changed, and on a cluster (2 engines, 2 ranks) at
-lag 0 and 1; the demo's own RL stage is compared, too. Lengths are those of the demo's RL stage.
+`--all` needs a finished demo and a machine that does nothing else. It measures the profile of the machine, and those of
+a process of a cluster: what each of two has while both work (engines or ranks, which take turns at lag 0), and each of
+four (both at once, at lag 1), as two cores are here for all of them. Then it runs the recipe laptop as it is and with
+four settings changed, and on a cluster (2 engines, 2 ranks) at lag 0 and 1; the demo's own RL stage is compared, too.
+Lengths are those of the demo's RL stage.
 
 Otherwise a run's own config.toml is planned on the profile. Lengths are those of `--lengths`, an earlier run; without
 it those of each run itself: then lengths are not predicted. Measured: the median step, without the first and last.
@@ -19,6 +21,7 @@ import os
 import subprocess
 import sys
 import tomllib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -78,18 +81,29 @@ def run_all(folder: Path, demo: Path, steps: int) -> list[tuple[Path, str, str]]
     if not (seen / "journal.jsonl").is_file():
         raise SystemExit(f"--demo: expected a finished demo, got {demo}; next: pekoe demo --out {demo}")
     folder.mkdir(parents=True, exist_ok=True)
-    here, core = str(folder / "here.toml"), str(folder / "core.toml")
+    here = str(folder / "here.toml")
     if not Path(here).exists():
         _pekoe("doctor", "--measure", here)
-        _pekoe("doctor", "--measure", core, OMP_NUM_THREADS="1")
     found = [(seen, here, str(seen))]
     for name, keys in RUNS.items():
-        place, profile = folder / name, core if any(key.startswith("cluster.") for key in keys) else here
+        at_once = (4 if "rollout.max_lag=1" in keys else 2) if name.startswith("cluster") else 0
+        place, profile = folder / name, _profile_of_one(folder, at_once) if at_once else here
         data = f"data.train={demo}/data/train.jsonl", f"eval.data={demo}/data/held_out.jsonl"
         own = f"run.dir={place}", f"num_steps={steps}", f"model.path={demo}/sft/model", f"eval.every={10 * steps}"
         _pekoe("rl", "laptop", *data, *own, *keys)
         found.append((place, profile, str(seen)))
     return found
+
+
+def _profile_of_one(folder: Path, number: int) -> str:
+    """The profile that one of `number` processes measures, on a thread each, while the others measure theirs."""
+    files = [folder / f"one-of-{number}-{i}.toml" for i in range(number)]
+    if not files[0].exists():
+        with ThreadPoolExecutor(number) as threads:
+            measures = [threads.submit(_pekoe, "doctor", "--measure", str(file), OMP_NUM_THREADS="1") for file in files]
+        for measure in measures:
+            measure.result()
+    return str(files[0])
 
 
 def _pekoe(*arguments: str, **env: str) -> None:

@@ -30,7 +30,7 @@ from pekoe.run.rollouts import Rollouts
 from tests.ray.conftest import events, ledger
 from tests.run.conftest import Messages
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 MakeConfig = Callable[..., RLConfig]
 Run = Callable[[RLConfig], list[str]]
 PINNED = "num_steps=5", "rollout.max_lag=1", "train.save_every=1"
