@@ -41,7 +41,7 @@ BUDGETS = {
     # memory that is there, 17; stop tokens, 35; base, pool and sampling 970; embedded 1,710; servers 1,915: limits,
     # checks, keys; requests that their callers cancel, 30
     "engine": 4795,
-    "train": 1005,  # checkpoint.py: checksums of shards, and metadata that runs no code, 120
+    "train": 1015,  # checkpoint.py: checksums of shards, and metadata that runs no code, 120; groups apart, 10
     "weights": 1010,  # a publish that is not waited for after a stop request, 30; copies that ranks send, 35
     # references.py, 80; signals, 15; inputs.py: what a run that goes on must have the same, 125; users' rewards, 95;
     # look.py, 120; judges that are started first, the step that is kept at an error, rows by their places, 60;
