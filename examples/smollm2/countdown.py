@@ -121,7 +121,7 @@ def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("folder", type=Path, help="where the three files are written")
     made.add_argument("--demonstrations", type=int, default=1152)
-    made.add_argument("--problems", type=int, default=960, help="for RL")
+    made.add_argument("--problems", type=int, default=768, help="for RL")
     made.add_argument("--held-out", type=int, default=128)
     made.add_argument("--seed", type=int, default=0)
     return made

@@ -44,7 +44,7 @@ class Sizes:
     demonstrations: int = 1152
     epochs: int = 2
     batch: int = 16  # demonstrations of an SFT step
-    steps: int = 60  # of RL
+    steps: int = 48  # of RL
     prompts: int = 16  # problems of an RL step
     samples: int = 8  # responses to each
     held_out: int = 128
