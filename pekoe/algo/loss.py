@@ -6,7 +6,7 @@ The trainer divides by one denominator for the whole optimizer step, summed over
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import count, takewhile
 
 import numpy as np
@@ -23,20 +23,29 @@ Sums = dict[str, Tensor]  # statistic -> its sum over the N tokens (`*_max`: its
 CHUNK_VALUES = 1 << 24  # logits held at once: 64 MiB in float32
 
 
-def chosen_logprobs(hidden: Tensor, head: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+def chosen_logprobs(
+    hidden: Tensor,
+    head: Tensor | Callable[[Tensor], Tensor],
+    targets: Tensor,
+    temperature: float,
+    vocab_size: int | None = None,
+) -> tuple[Tensor, Tensor]:
     """Log-probability of each target at the sampling temperature, as engines return it (I1), and the entropy.
 
     Where the logits are too many to hold, they are computed in chunks of tokens and recomputed in backward.
 
     Args:
-        hidden: [N, C] at the positions that predict; head: [V, C] the output embedding; targets: [N].
+        hidden: [N, C] at the positions that predict.
+        head: [V, C] the output embedding, or a function from hidden states to logits [N, V].
+        targets: [N].
+        vocab_size: V, where the head is a function.
 
     Returns:
         log-probs [N] in the head's dtype or float32, whichever is wider; entropies [N], without gradient.
     """
 
     def piece(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        logits = hidden @ head.T
+        logits = hidden @ head.T if isinstance(head, Tensor) else head(hidden)
         if logits.dtype in (torch.bfloat16, torch.float16):
             logits = logits.float()
         logprobs = torch.log_softmax(logits / temperature, dim=-1)
@@ -44,7 +53,7 @@ def chosen_logprobs(hidden: Tensor, head: Tensor, targets: Tensor, temperature: 
             entropy = -(logprobs.exp() * logprobs).sum(-1)
         return logprobs.gather(-1, targets[:, None])[:, 0], entropy
 
-    chunk = max(1, CHUNK_VALUES // head.shape[0])
+    chunk = max(1, CHUNK_VALUES // (head.shape[0] if isinstance(head, Tensor) else vocab_size or 1))
     if len(targets) <= chunk:
         return piece(hidden, targets)
     parts = [

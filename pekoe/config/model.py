@@ -31,6 +31,10 @@ class ModelSection(ConfigSection):
     """Where to train and sample; auto takes a GPU where there is one."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype of the matrix products. Weights and optimizer state are float32 always."""
+    implementation: Literal["auto", "pekoe", "transformers"] = "auto"
+    """What computes the model: our decoder (pekoe), which has the families qwen2, qwen3 and llama and is faster on
+    them, or the modules of the library transformers (extra models), which have most others; auto: our decoder where it
+    has the family."""
     template: TemplateSection = TemplateSection()
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from pekoe.core.spec import ModelSpec
+from pekoe.core.spec import FamilySpec, ModelSpec
 
 ITEM_BYTES = {"float32": 4, "bfloat16": 2}
 _OPTIMIZER_BYTES = 7 * 4  # a parameter: itself, its gradient and two moments read, all but the gradient written
@@ -69,6 +69,9 @@ def training_bytes(spec: ModelSpec, num_microbatches: int, num_steps: int, dtype
 
 def adapter_parameters(spec: ModelSpec, rank: int, targets: Sequence[str] = ()) -> int:
     """Parameters of an adapter (LoRA) on layers whose names end so; none: on all linear layers but the head."""
+    if isinstance(spec, FamilySpec):
+        ends = tuple(f".{target}" for target in targets)
+        return rank * sum(size for name, size in spec.linears if not targets or f".{name}".endswith(ends))
     c, m, q, kv = spec.hidden_size, spec.intermediate_size, spec.num_heads, spec.num_kv_heads
     sizes = {
         "self_attn.q_proj": c + q * spec.head_dim,
@@ -108,11 +111,10 @@ def sampling_bytes(
 
 
 def _flops(spec: ModelSpec, lengths: Sequence[int], num_targets: int, passes: int) -> Flops:
-    c, d, m = spec.hidden_size, spec.head_dim, spec.intermediate_size
-    weights = c * d * (2 * spec.num_heads + 2 * spec.num_kv_heads) + 3 * c * m
+    c, d = spec.hidden_size, spec.head_dim
     pairs = sum(length * (length + 1) // 2 for length in lengths)
     return Flops(
-        linear=2.0 * passes * spec.num_layers * weights * sum(lengths),
+        linear=2.0 * passes * spec.num_matrix_values * sum(lengths),
         head=2.0 * passes * c * spec.vocab_size * num_targets,
         attention=4.0 * passes * spec.num_layers * spec.num_heads * d * pairs,  # scores and values
     )

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
-Family = Literal["qwen2", "qwen3", "llama"]
+Family = Literal["qwen2", "qwen3", "llama"]  # of our own decoder
 RopeKind = Literal["default", "linear", "dynamic", "llama3", "yarn"]
 
 
@@ -28,10 +28,29 @@ class RopeSpec:
 
 
 @dataclass(frozen=True, slots=True)
+class LayerShape:
+    """What one call of attention has. Example: LayerShape(32, 4, 128, 128, window=4096)."""
+
+    num_heads: int  # H
+    num_kv_heads: int  # K
+    key_dim: int  # D of queries and keys
+    value_dim: int  # D of values
+    window: int | None = None
+    """Tokens that a token sees, itself the last of them; None: its whole document."""
+    plain: bool = True
+    """No window, no soft cap, no sinks, and scores divided by sqrt(D)."""
+
+    @property
+    def usual(self) -> bool:
+        """Whether every kernel computes it."""
+        return self.plain and self.key_dim == self.value_dim
+
+
+@dataclass(frozen=True, slots=True)
 class ModelSpec:
     """The shape of a decoder. Letters beside shapes: V vocabulary, C hidden, H heads, K key/value heads, D head."""
 
-    family: Family
+    family: str
     vocab_size: int  # V
     hidden_size: int  # C
     num_layers: int
@@ -64,6 +83,17 @@ class ModelSpec:
         return matrices + biases + 2 * c + 2 * self.head_dim * self.qk_norm
 
     @property
+    def num_matrix_values(self) -> int:
+        """Numbers that a token is multiplied by in all layers."""
+        c, d = self.hidden_size, self.head_dim
+        return self.num_layers * (c * d * (2 * self.num_heads + 2 * self.num_kv_heads) + 3 * c * self.intermediate_size)
+
+    @property
+    def attention_layers(self) -> tuple[LayerShape, ...]:
+        """One for each call of attention in a forward, in order."""
+        return (LayerShape(self.num_heads, self.num_kv_heads, self.head_dim, self.head_dim),) * self.num_layers
+
+    @property
     def num_parameters(self) -> int:
         embeddings = self.vocab_size * self.hidden_size * (1 if self.tied_embeddings else 2)
         return embeddings + self.num_layers * self.num_layer_parameters + self.hidden_size
@@ -72,3 +102,48 @@ class ModelSpec:
     def kv_values_per_token(self) -> int:
         """Numbers (not bytes) that one token leaves in the KV cache, over all layers."""
         return 2 * self.num_layers * self.num_kv_heads * self.head_dim
+
+
+@dataclass(frozen=True, slots=True)
+class FamilySpec(ModelSpec):
+    """The shape of a model that `transformers` computes. Fields of `ModelSpec` are as near as its config has them."""
+
+    total: int = 0  # parameters
+    active: int = 0  # of them, what a token meets: experts that its router leaves out are not among them
+    num_experts: int = 0
+    experts_per_token: int = 0
+    shapes: tuple[LayerShape, ...] = field(default=(), repr=False)
+    linears: tuple[tuple[str, int], ...] = field(default=(), repr=False)
+    """Names of linear layers but the head, with the sum of their two dimensions."""
+
+    def __post_init__(self) -> None:
+        """Heads are as the family has them."""
+
+    @property
+    def num_parameters(self) -> int:
+        return self.total
+
+    @property
+    def num_layer_parameters(self) -> int:
+        embeddings = self.vocab_size * self.hidden_size * (1 if self.tied_embeddings else 2)
+        return max(1, (self.total - embeddings) // self.num_layers)
+
+    @property
+    def num_matrix_values(self) -> int:
+        return max(1, self.active - self.vocab_size * self.hidden_size * (1 if self.tied_embeddings else 2))
+
+    def dense(self) -> ModelSpec:
+        """A dense decoder of about its active size and activations, for estimates."""
+        c, d = self.hidden_size, self.head_dim + self.head_dim % 2
+        rest = self.num_matrix_values // self.num_layers - c * d * (2 * self.num_heads + 2 * self.num_kv_heads)
+        kv_heads = self.num_kv_heads if self.num_heads % self.num_kv_heads == 0 else self.num_heads
+        sizes = self.vocab_size, c, self.num_layers, self.num_heads, kv_heads, d, max(1, rest // (3 * c))
+        return ModelSpec("llama", *sizes, self.max_positions, tied_embeddings=self.tied_embeddings)
+
+    @property
+    def attention_layers(self) -> tuple[LayerShape, ...]:
+        return self.shapes
+
+    @property
+    def kv_values_per_token(self) -> int:
+        return sum(shape.num_kv_heads * (shape.key_dim + shape.value_dim) for shape in self.shapes)

@@ -14,7 +14,7 @@ import numpy as np
 from pekoe.core.errors import RunError, UserError
 from pekoe.core.types import Completion, IntArray, Request, SamplingParams
 from pekoe.data.tokenizer import Tokenizer
-from pekoe.model import Decoder
+from pekoe.model import LanguageModel
 
 EngineKind = Literal["embedded", "sglang", "vllm"]
 Checksums = Mapping[str, str | int]
@@ -46,7 +46,7 @@ class Broadcast:
     bucket_bytes: int
 
 
-WeightSource = Decoder | Path | Broadcast
+WeightSource = LanguageModel | Path | Broadcast
 """Weights to sample from: a model in this process, a Hugging Face directory, or a broadcast."""
 
 
@@ -101,7 +101,7 @@ def validate(requests: Iterable[Request], vocab_size: int, limit: int, limit_nam
             raise UserError(f"prompt {request.uid}: expected token ids in [0, {vocab_size}), got {bad}")
 
 
-def end_tokens(model: Decoder | Path) -> tuple[int, ...]:
+def end_tokens(model: LanguageModel | Path) -> tuple[int, ...]:
     """The ids that end a response, as a model's tokenizer files name them; none for a model that has no such files."""
     if isinstance(model, Path):
         return Tokenizer.load(model).stop_token_ids if (model / "tokenizer.json").is_file() else ()

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from pekoe.model import Decoder
+from pekoe.model import LanguageModel
 from pekoe.model.lora import is_factor
 
 BUCKET_BYTES = 512 * 2**20
@@ -17,7 +17,7 @@ Tensors = Sequence[tuple[str, Tensor]]
 
 
 def buckets(
-    model: Decoder, max_bytes: int = BUCKET_BYTES, dtype: torch.dtype | None = None
+    model: LanguageModel, max_bytes: int = BUCKET_BYTES, dtype: torch.dtype | None = None
 ) -> Iterator[list[tuple[str, Tensor]]]:
     """A model's parameters by name, in order, in lists of about `max_bytes`: what a receiver holds beside its weights.
 

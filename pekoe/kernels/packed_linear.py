@@ -86,8 +86,8 @@ def _twin(model: M, least: int, make: Callable[[Tensor, Tensor | None], nn.Linea
     twin: Any = copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
     for module in list(twin.modules()):
         for name, child in module.named_children():
-            if isinstance(child, nn.Linear) and child.weight.numel() >= least:
+            if type(child) is nn.Linear and child.weight.numel() >= least:
                 setattr(module, name, make(child.weight, child.bias))
-    if twin.lm_head is None and decoder.head_weight.numel() >= least:
+    if getattr(twin, "lm_head", twin) is None and decoder.head_weight.numel() >= least:
         twin.lm_head = make(twin.model.embed_tokens.weight, None)
     return twin

@@ -1,7 +1,7 @@
-"""Causal attention within each packed document, and the protocol by which engines replace it.
+"""Causal attention within each packed document.
 
 Shapes: [T] packed tokens, [B] documents, [L] one document's padded length, [H] query heads, [K] key/value heads,
-[D] head dimension.
+[D] head dimension of queries and keys, [E] that of values.
 """
 
 from __future__ import annotations
@@ -10,28 +10,25 @@ import inspect
 from collections import defaultdict
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention.varlen import varlen_attn
+from torch.utils.checkpoint import checkpoint
+
+from pekoe.model.protocol import Scores
 
 # Documents are padded to a multiple of this and batched with others of that length. A larger multiple wastes work,
 # a smaller one makes more calls. As the padded length depends on the document's length alone, the CPU kernel computes
 # the same bits whatever is packed beside it.
 _LENGTH_STEP = 8
 
+_ROWS = 512  # queries whose scores are held at once, where no kernel of torch computes them
+
 # Later versions of varlen_attn than torch 2.11's need this flag for fewer key/value heads.
 _VARLEN_GQA: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
-
-
-class Attention(Protocol):
-    """The attention of one forward, called once per layer, in order. It may keep a cache (an engine's paged KV)."""
-
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Attend with q [T, H, D], already rotated, over k and v [T, K, D]. Returns [T, H, D]."""
-        ...
 
 
 class PackedAttention:
@@ -53,10 +50,12 @@ class PackedAttention:
         self._batches, self._slots = _plan_batches(lengths)  # [(B, L)], [T]
         self._cu_seqlens: Tensor | None = None  # [B + 1] int32, on the device of the last flash call
 
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """q [T, H, D], k and v [T, K, D] -> [T, H, D]."""
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scores: Scores | None = None) -> Tensor:
+        """q [T, H, D], k [T, K, D], v [T, K, E] -> [T, H, E]."""
         if q.shape[0] != self.num_tokens:
             raise ValueError(f"attention: expected {self.num_tokens} tokens (cu_seqlens[-1]), got {q.shape[0]}")
+        if scores is not None:
+            return self._other(q, k, v, scores)
         kernel = kernel_of(q.device.type, q.dtype)
         if kernel == "flash":
             return self._flash(q, k, v)
@@ -64,6 +63,20 @@ class PackedAttention:
             times = q.shape[1] // k.shape[1]
             k, v = k.repeat_interleave(times, dim=1), v.repeat_interleave(times, dim=1)
         return self._sdpa(q, k, v, enable_gqa=kernel == "sdpa")
+
+    def _other(self, q: Tensor, k: Tensor, v: Tensor, scores: Scores) -> Tensor:
+        """As `attend` computes them, documents of similar length at once."""
+        self._slots = self._slots.to(q.device)
+        sizes = [num_docs * length for num_docs, length in self._batches]
+
+        def padded(x: Tensor) -> tuple[Tensor, ...]:
+            return x.new_zeros(sum(sizes), *x.shape[1:]).index_copy_(0, self._slots, x).split(sizes)
+
+        outs: list[Tensor] = []
+        for shape, *qkv in zip(self._batches, padded(q), padded(k), padded(v), strict=True):
+            qs, ks, vs = (x.unflatten(0, shape).transpose(1, 2) for x in qkv)  # [B, H or K, L, D or E]
+            outs.append(attend(qs, ks, vs, scores).transpose(1, 2).flatten(0, 1))
+        return torch.cat(outs).index_select(0, self._slots)
 
     def _flash(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if self._cu_seqlens is None or self._cu_seqlens.device != q.device:
@@ -88,6 +101,52 @@ class PackedAttention:
             out = F.scaled_dot_product_attention(qs, ks, vs, is_causal=True, enable_gqa=enable_gqa)
             outs.append(out.transpose(1, 2).flatten(0, 1))
         return torch.cat(outs).index_select(0, self._slots)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, scores: Scores) -> Tensor:
+    """Causal attention with such scores: q [B, H, L, D], k [B, K, L, D], v [B, K, L, E] -> [B, H, L, E].
+
+    A window, a soft cap and sinks are computed for `_ROWS` queries at a time, over the keys that these see; what is
+    held for backward is the queries, keys and values alone.
+    """
+    length, window = q.shape[2], scores.window
+    windowed = window is not None and window < length
+    if not windowed and scores.softcap is None and scores.sinks is None:
+        times = q.shape[1] // k.shape[1]
+        if q.device.type == "cuda" and times > 1:  # as `kernel_of` says of float32
+            k, v, times = k.repeat_interleave(times, dim=1), v.repeat_interleave(times, dim=1), 1
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scores.scale, enable_gqa=times > 1)
+    again = torch.is_grad_enabled() and length > _ROWS
+    outs: list[Tensor] = []
+    for start in range(0, length, _ROWS):
+        stop = min(start + _ROWS, length)
+        first = max(0, start - window + 1) if windowed and window is not None else 0
+        at, seen = torch.arange(start, stop, device=q.device), torch.arange(first, stop, device=q.device)
+        mask = seen <= at[:, None]  # [rows, keys]
+        if windowed and window is not None:
+            mask &= seen > at[:, None] - window
+        piece = (q[:, :, start:stop], k[:, :, first:stop], v[:, :, first:stop], mask, scores)
+        outs.append(checkpoint(masked, *piece, use_reentrant=False) if again else masked(*piece))
+    return torch.cat(outs, dim=2)
+
+
+def masked(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scores: Scores) -> Tensor:
+    """Attention of queries over the keys that `mask` allows, softmax in float32 or wider.
+
+    q [B, H, R, D], k [B, K, L, D], v [B, K, L, E]; mask broadcasts to [B, 1, R, L], with a key for each query.
+    """
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    wide = torch.promote_types(q.dtype, torch.float32)
+    logits = (q @ k.transpose(-1, -2)).to(wide) * (q.shape[-1] ** -0.5 if scores.scale is None else scores.scale)
+    if scores.softcap is not None:
+        logits = scores.softcap * torch.tanh(logits / scores.softcap)
+    logits = logits.masked_fill(~mask, float("-inf"))
+    if scores.sinks is not None:
+        sinks = scores.sinks.to(wide)[:, None, None].expand(*logits.shape[:-1], 1)
+        weights = torch.cat([logits, sinks], dim=-1).softmax(-1)[..., :-1]
+    else:
+        weights = logits.softmax(-1)
+    return weights.to(v.dtype) @ v
 
 
 def kernel_of(device: str, dtype: torch.dtype) -> Literal["flash", "sdpa", "sdpa_without_gqa"]:

@@ -9,7 +9,7 @@ Shapes: [T] packed tokens, [C] hidden size, [H] query heads, [K] key/value heads
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -18,8 +18,8 @@ from torch.nn import functional as F
 
 from pekoe.core.spec import ModelSpec
 from pekoe.kernels import decoder_ops
-from pekoe.model.attention import Attention
 from pekoe.model.lora import LoRA
+from pekoe.model.protocol import Attention, Implementation, LanguageModel
 from pekoe.model.rope import apply_rope, cos_sin, inverse_frequencies
 
 _INIT_STD = 0.02
@@ -108,19 +108,17 @@ class Backbone(nn.Module):
         self.norm = RMSNorm(spec.hidden_size, spec.norm_eps)
 
 
-class Decoder(nn.Module):
-    """A decoder-only language model. `load_model` makes one from a checkpoint; `init_weights` fills a fresh one.
+class Decoder(LanguageModel):
+    """Our own model. `load_model` makes one from a checkpoint; `init_weights` fills a fresh one."""
 
-    `hf_config` is the checkpoint's config.json, `assets` its tokenizer and generation files by name; `save_model`
-    writes both back.
-    """
+    implementation: Implementation = "pekoe"
 
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
         self.spec = spec
         self.hf_config: dict[str, Any] = {}
         self.assets: dict[str, bytes] = {}
-        self.lora: LoRA | None = None  # where layers have adapters (`model.lora`)
+        self.lora: LoRA | None = None
         self.model = Backbone(spec)
         self.lm_head = None if spec.tied_embeddings else nn.Linear(spec.hidden_size, spec.vocab_size, bias=False)
         # Plain attributes, not buffers: `.to(torch.bfloat16)` must not round the frequencies.
@@ -143,8 +141,20 @@ class Decoder(nn.Module):
         return self.model.norm(x)
 
     @property
-    def layers(self) -> list[Layer]:
-        return [layer for layer in self.model.layers if isinstance(layer, Layer)]
+    def blocks(self) -> list[nn.Module]:
+        return list(self.model.layers)
+
+    def wrap_blocks(self, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+        for layer in self.model.layers:
+            assert isinstance(layer, Layer)
+            layer.with_gradient = wrap(layer.with_gradient)
+
+    def file_tensors(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return dict(weights)
+
+    @property
+    def head(self) -> Tensor:
+        return self.head_weight
 
     @property
     def head_weight(self) -> Tensor:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -23,8 +23,10 @@ from torch import Tensor
 
 from pekoe.core.errors import UserError, hub_hint, nearest
 from pekoe.core.io import TOKENIZER_FILES, fsync
-from pekoe.core.spec import ModelSpec
+from pekoe.core.spec import Family, FamilySpec, ModelSpec
 from pekoe.model.decoder import Decoder
+from pekoe.model.families import FamilyModel
+from pekoe.model.family_files import check_packing, file_state, load_family, read_family_spec
 from pekoe.model.hf_config import hf_config_to_spec, spec_to_hf_config
 from pekoe.model.lora import LoRA, add_lora, fold, is_factor
 from pekoe.model.peft import (
@@ -36,6 +38,7 @@ from pekoe.model.peft import (
     read_weights,
     write_adapter,
 )
+from pekoe.model.protocol import Implementation, LanguageModel
 
 _CONFIG, _WEIGHTS, _INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 _EMBED, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -57,21 +60,31 @@ class _Stored:
 
 
 def load_model(
-    path: str | os.PathLike[str], dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
-) -> Decoder:
+    path: str | os.PathLike[str],
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    implementation: Implementation | Literal["auto"] = "auto",
+) -> LanguageModel:
     """Load the checkpoint directory `path`, one tensor at a time, converting to `dtype` on `device`.
 
     Of a directory of PEFT's with an adapter (plain LoRA), the base that it names is loaded, and the adapter added.
     Raises UserError for whatever is missing, malformed, mismatched or not supported.
+
+    Args:
+        implementation: our decoder, or transformers' own modules; auto: ours for the families that it has.
     """
     directory = Path(path)
     if is_adapter(directory):
-        model = load_model(read_lora(directory).base, dtype, device)
+        model = load_model(read_lora(directory).base, dtype, device, implementation)
         add_adapter(model, directory)
         fold(model)
         return model
-    spec, config = read_spec(directory)
+    spec, config = read_spec(directory, implementation)
     stored = _headers(_weight_files(directory))
+    if isinstance(spec, FamilySpec):
+        other = load_family(directory, config, {name: tensor.shape for name, tensor in stored.items()}, dtype, device)
+        other.assets = _read_assets(directory)
+        return other
     last_layer = f"model.layers.{spec.num_layers - 1}.input_layernorm.weight"
     if last_layer not in stored:  # before a config's absurd depth costs memory
         raise UserError(f"{directory}: lacks tensor {last_layer} (num_hidden_layers = {spec.num_layers})")
@@ -86,8 +99,12 @@ def load_model(
         for name, parameter in model.named_parameters():
             parameter.copy_(stored[name].read())
     model.hf_config = config
-    model.assets = {name: (directory / name).read_bytes() for name in TOKENIZER_FILES if (directory / name).is_file()}
+    model.assets = _read_assets(directory)
     return model
+
+
+def _read_assets(directory: Path) -> dict[str, bytes]:
+    return {name: (directory / name).read_bytes() for name in TOKENIZER_FILES if (directory / name).is_file()}
 
 
 def base_of(path: str | os.PathLike[str]) -> tuple[str, str]:
@@ -104,7 +121,7 @@ def base_of(path: str | os.PathLike[str]) -> tuple[str, str]:
     return str(directory), digest_of(_weight_files(directory))
 
 
-def add_adapter(model: Decoder, directory: Path) -> None:
+def add_adapter(model: LanguageModel, directory: Path) -> None:
     """Give `model`, the base that is named there, the adapter of a directory of PEFT's. UserError for another base."""
     lora, (weights, recorded) = read_lora(directory), read_weights(directory)
     if recorded:
@@ -138,7 +155,7 @@ def merge_adapter(adapter: Path, target: Path, float32: bool = False) -> torch.d
     return dtype
 
 
-def with_adapter(model: Decoder, directory: Path) -> Decoder:
+def with_adapter(model: LanguageModel, directory: Path) -> LanguageModel:
     """The same base, on the same memory, with the factors of a directory of PEFT's in place of the model's own."""
     weights, _ = read_weights(directory)
     frozen = {id(p): p for name, p in model.named_parameters() if not is_factor(name)}
@@ -150,7 +167,15 @@ def with_adapter(model: Decoder, directory: Path) -> Decoder:
     return twin
 
 
-def save_adapter(model: Decoder, path: str | os.PathLike[str], weights: Mapping[str, Tensor] | None = None) -> None:
+def check_model(model: LanguageModel) -> None:
+    """UserError for a family of transformers whose packed documents are not what each is alone."""
+    if isinstance(model, FamilyModel):
+        check_packing(model)
+
+
+def save_adapter(
+    model: LanguageModel, path: str | os.PathLike[str], weights: Mapping[str, Tensor] | None = None
+) -> None:
     """Write the adapter of `model` as a directory of PEFT's with the tokenizer's files, whole or not at all, as
     `save_model`. `weights`: A and B of each layer in place of the model's own."""
     lora = model.lora
@@ -164,7 +189,9 @@ def save_adapter(model: Decoder, path: str | os.PathLike[str], weights: Mapping[
     _replace_directory(Path(os.path.abspath(path)), write)
 
 
-def read_spec(directory: Path) -> tuple[ModelSpec, dict[str, Any]]:
+def read_spec(
+    directory: Path, implementation: Implementation | Literal["auto"] = "auto"
+) -> tuple[ModelSpec, dict[str, Any]]:
     """The shape of a checkpoint directory's model, and its config.json. Raises UserError as `load_model`."""
     if not directory.is_dir():
         parent = directory.parent
@@ -173,13 +200,16 @@ def read_spec(directory: Path) -> tuple[ModelSpec, dict[str, Any]]:
         hint = nearest(directory.name, siblings) + hub_hint(str(directory))
         raise UserError(f"{directory}: expected a model directory, got {got}.{hint}")
     if is_adapter(directory):
-        return read_spec(Path(read_lora(directory).base))
+        return read_spec(Path(read_lora(directory).base), implementation)
     config = _read_json(directory / _CONFIG)
+    ours = config.get("model_type") in (None, *get_args(Family)) or implementation == "pekoe"
+    if implementation == "transformers" or not ours:
+        return read_family_spec(config, str(directory / _CONFIG)), config
     return hf_config_to_spec(config, str(directory / _CONFIG)), config
 
 
 def save_model(
-    model: Decoder,
+    model: LanguageModel,
     path: str | os.PathLike[str],
     max_shard_bytes: int = 5_000_000_000,
     dtype: torch.dtype | None = None,
@@ -194,7 +224,7 @@ def save_model(
         weights: written in place of the model's own (a copy, or the whole of sharded ones).
     """
     dtype = dtype or next(model.parameters()).dtype
-    state = weights or model.state_dict()
+    state = file_state(model, weights) if isinstance(model, FamilyModel) else weights or model.state_dict()
     _replace_directory(
         Path(os.path.abspath(path)), lambda partial: _write_directory(model, state, partial, max_shard_bytes, dtype)
     )
@@ -328,10 +358,11 @@ def _check_replaceable(target: Path) -> None:
 
 
 def _write_directory(
-    model: Decoder, state: Mapping[str, Tensor], directory: Path, max_shard_bytes: int, dtype: torch.dtype
+    model: LanguageModel, state: Mapping[str, Tensor], directory: Path, max_shard_bytes: int, dtype: torch.dtype
 ) -> None:
     dtype_name = str(dtype).removeprefix("torch.")
-    config = {**model.hf_config, **spec_to_hf_config(model.spec), "dtype": dtype_name, "torch_dtype": dtype_name}
+    own = {} if isinstance(model, FamilyModel) else spec_to_hf_config(model.spec)
+    config = {**model.hf_config, **own, "dtype": dtype_name, "torch_dtype": dtype_name}
     (directory / _CONFIG).write_text(json.dumps(config, indent=2) + "\n")
     _write_assets(model, directory)
     shards = _shards(state, max_shard_bytes)
@@ -350,7 +381,7 @@ def _write_directory(
         (directory / _INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
-def _write_assets(model: Decoder, directory: Path) -> None:
+def _write_assets(model: LanguageModel, directory: Path) -> None:
     for name, content in model.assets.items():
         (directory / name).write_bytes(content)
 

@@ -13,7 +13,7 @@ from typing import Any, cast, get_args
 from pekoe.core.errors import UserError, nearest
 from pekoe.core.spec import Family, ModelSpec, RopeKind, RopeSpec
 
-_ARCHITECTURES: dict[Family, str] = {
+_ARCHITECTURES: dict[str, str] = {
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
     "llama": "LlamaForCausalLM",

@@ -50,6 +50,16 @@ class LoRALinear(nn.Module):
         self.lora_A, self.lora_B = factor(base.in_features, lora.rank), factor(lora.rank, base.out_features)
         self.scale, self.active = lora.scale, True
 
+    @property
+    def weight(self) -> Tensor:
+        """The sum, for families that multiply by a layer's weight themselves (routers)."""
+        weight = self.base_layer.weight
+        return _sum(weight, self.lora_A.weight, self.lora_B.weight, self.scale).to(weight) if self.active else weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.base_layer.bias
+
     def forward(self, x: Tensor) -> Tensor:
         out = self.base_layer(x)
         if not self.active:
@@ -79,6 +89,8 @@ def add_lora(model: nn.Module, lora: LoRA, seed: int) -> LoRA:
                 f"{nearest(target, leaves if '.' not in target else layers)}"
             )
     chosen = {name: module for name, module in layers.items() if _meant(name, targets)}
+    if not chosen:
+        raise UserError("model.lora: expected a model with linear layers, got one that has none of torch's")
     least, narrow = min((min(module.in_features, module.out_features), name) for name, module in chosen.items())
     if lora.rank > least:
         raise UserError(

@@ -72,7 +72,7 @@ class EngineActor:
         use_interface(ray.util.get_node_ip_address())
         self._incarnation, self._node, self._store = incarnation, node, store
         self._numbers = count()  # of the requests
-        spec, _ = read_spec(Path(config.model.path))
+        spec, _ = read_spec(Path(config.model.path), config.model.implementation)
         self._vocab_size = spec.vocab_size
         device = "cuda" if generation.gpus_per_engine else "cpu"
         config = config.engine_config(number)

@@ -97,7 +97,7 @@ def build_cluster(
     config = with_date(config)
     assert config.cluster is not None
     section = config.cluster
-    spec, _ = read_spec(Path(config.model.path))
+    spec, _ = read_spec(Path(config.model.path), config.model.implementation)
     tokenizer = open_tokenizer(config.model, spec)
     task = open_task(config, spec, tokenizer, view)
     one_judge = config.verify.model_copy(update={"workers": 1})  # do they start at all? Before anything else does

@@ -27,7 +27,7 @@ from pekoe.core.loop import Counters, Snapshot, StepStats
 from pekoe.core.spec import ModelSpec
 from pekoe.core.types import AnySample, FloatArray, Sample
 from pekoe.engine.base import BroadcastGroup, Checksums, EngineKind
-from pekoe.model import Decoder
+from pekoe.model import LanguageModel
 from pekoe.ray.logprob_prefetch import LogprobPrefetcher, LogprobRefs, PendingLogprobs
 from pekoe.ray.placement import WorkerLost, bundles, nodes_of, place, ray_get
 from pekoe.ray.store import StoreRef, StoreRegistry, bytes_of, fetch, ref_of
@@ -313,7 +313,7 @@ class RaySnapshot:
 class RaySender:
     """The ranks' side of the weight channel (implements `weights.Sender`): the first sends what all gather."""
 
-    model: Decoder | None = None  # it is in other processes
+    model: LanguageModel | None = None  # it is in other processes
 
     def __init__(self, trainer: RayTrainer, config: RLConfig) -> None:
         assert config.cluster is not None

@@ -43,7 +43,7 @@ from pekoe.engine.base import EngineKind
 from pekoe.engine.embedded import EmbeddedEngine
 from pekoe.engine.pool import EnginePool, Starter
 from pekoe.engine.servers import ServerEngine, SGLangEngine, VLLMEngine
-from pekoe.model import Decoder, LoRA, is_adapter, load_model
+from pekoe.model import LanguageModel, LoRA, check_model, is_adapter, load_model
 from pekoe.model.hf import base_of
 from pekoe.model.lora import add_lora
 from pekoe.run.checkpoints import checkpoints, step_of
@@ -120,7 +120,7 @@ def open_tokenizer(model: ModelSection, spec: ModelSpec) -> Tokenizer:
     return tokenizer
 
 
-def open_model(model: ModelSection, seed: int = 0) -> tuple[Decoder, Tokenizer, torch.dtype]:
+def open_model(model: ModelSection, seed: int = 0) -> tuple[LanguageModel, Tokenizer, torch.dtype]:
     """Load weights and tokenizer; returns them with the dtype of the matrix products. `seed`: of a new adapter, where
     the recipe asks for one."""
     name = ("cuda" if torch.cuda.is_available() else "cpu") if model.device == "auto" else model.device
@@ -130,13 +130,16 @@ def open_model(model: ModelSection, seed: int = 0) -> tuple[Decoder, Tokenizer, 
     return decoder, open_tokenizer(model, decoder.spec), dtype
 
 
-def load_trained(model: ModelSection, device: str, seed: int) -> Decoder:
+def load_trained(model: ModelSection, device: str, seed: int) -> LanguageModel:
     """The weights in float32; with a section `lora` frozen, in the dtype of the matrix products, with a new adapter."""
     section = model.lora if isinstance(model, TrainedModelSection) else None
     if section is None:
-        return load_model(model.path, torch.float32, device)
+        decoder = load_model(model.path, torch.float32, device, model.implementation)
+        check_model(decoder)
+        return decoder
     base, digest = base_of(model.path)
-    decoder = load_model(model.path, getattr(torch, model.dtype), device)
+    decoder = load_model(model.path, getattr(torch, model.dtype), device, model.implementation)
+    check_model(decoder)
     lora = LoRA(section.rank, section.alpha, section.targets or (), base, digest)
     decoder.lora = add_lora(decoder, lora, seed)
     return decoder
@@ -220,7 +223,7 @@ SamplingConfig = RLConfig | EvalConfig | CurateConfig
 class EmbeddedStarter:
     """Starts the engine of this process on a model that the trainer may share (implements `engine.Starter`)."""
 
-    model: Decoder
+    model: LanguageModel
     config: SamplingConfig
     longest: int
     view: ProgressReporter
@@ -288,7 +291,7 @@ _SERVERS: dict[str, type[ServerEngine]] = {"sglang": SGLangEngine, "vllm": VLLME
 
 def open_pool(
     config: SamplingConfig,
-    model: Decoder,
+    model: LanguageModel,
     longest: int,
     planned: Sequence[SamplingParams],
     log_dir: Path,
@@ -352,7 +355,7 @@ def takes_turns(config: RLConfig, device: str) -> bool:
     )
 
 
-def training_bytes(config: RLConfig, model: Decoder, longest: int) -> int:
+def training_bytes(config: RLConfig, model: LanguageModel, longest: int) -> int:
     """What a GPU must have free for a training step while the engine holds its KV."""
     device = next(model.parameters()).device.type
     if device != "cuda" or takes_turns(config, device):
@@ -365,13 +368,13 @@ def training_bytes(config: RLConfig, model: Decoder, longest: int) -> int:
     return step.gradients + step.activations
 
 
-def make_trainer(config: RLConfig, model: Decoder, dtype: torch.dtype, layout: Layout | None = None) -> Trainer:
+def make_trainer(config: RLConfig, model: LanguageModel, dtype: torch.dtype, layout: Layout | None = None) -> Trainer:
     updates, train = config.num_steps * config.algo.minibatches, config.train
     reference = None
     if config.algo.kl and model.lora is None:  # a model with an adapter has its reference: itself without it
         # Where processes share it, it goes to the device layer by layer: no device ever holds it whole.
         device = "cpu" if layout is not None else str(next(model.parameters()).device)
-        reference = load_model(config.model.path, dtype, device).requires_grad_(False)
+        reference = load_model(config.model.path, dtype, device, config.model.implementation).requires_grad_(False)
     return Trainer(
         model,
         config.optim,
@@ -567,7 +570,7 @@ def open_channel(
 def attach_weights(
     config: SamplingConfig,
     pool: EnginePool,
-    model: Decoder,
+    model: LanguageModel,
     tokenizer: Tokenizer,
     problem: Problem,
     params: SamplingParams,

@@ -258,7 +258,7 @@ def _spec(config: RLConfig | SFTConfig) -> tuple[ModelSpec, str]:
     path = Path(config.model.path)
     shape = None if (path / "config.json").is_file() else recognise_model(path.name)
     if shape is None or shape.num_experts or shape.kv_width is not None or not shape.gated:
-        return read_spec(path)[0], ""
+        return read_spec(path, config.model.implementation)[0], ""
     sizes = shape.vocab, shape.hidden, shape.num_layers, shape.num_heads, shape.num_kv_heads, shape.head_dim
     family: Family = "llama"
     if shape.name.startswith("qwen"):

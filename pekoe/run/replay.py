@@ -177,7 +177,11 @@ def replay_run(run_dir: Path, view: ProgressReporter) -> ReplayedRun:
     if saved and step_of(saved[-1]) == steps[-1]:
         folder, model = exported_model(run_dir)[0], run.model
         adapter = model.lora is not None
-        written = read_weights(folder)[0] if adapter else dict(load_model(folder).named_parameters())
+        written = (
+            read_weights(folder)[0]
+            if adapter
+            else dict(load_model(folder, implementation=model.implementation).named_parameters())
+        )
         trained = [(name, tensor) for name, tensor in model.named_parameters() if tensor.requires_grad]
         same = all(torch.equal(tensor.cpu(), written[name]) for name, tensor in trained)
     return ReplayedRun(len(steps), differing, same, diffs)

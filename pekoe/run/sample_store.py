@@ -22,7 +22,7 @@ from pekoe.core.journal import JsonLines, read_lines
 from pekoe.core.progress import ProgressReporter
 from pekoe.core.types import Draw, JudgedGroup, Label, Problem, SamplingParams, Verdict
 from pekoe.data.tokenizer import Tokenizer
-from pekoe.model import Decoder
+from pekoe.model import LanguageModel
 from pekoe.run.build import attach_weights, open_pool
 from pekoe.run.inputs import digest, reward_sources
 from pekoe.run.interrupt import StepTimer, Stop, StopRequested
@@ -239,7 +239,7 @@ class ResumableSamples:
 
 def sample_problems(
     config: EvalConfig | CurateConfig,
-    model: Decoder,
+    model: LanguageModel,
     tokenizer: Tokenizer,
     problems: Sequence[Problem],
     params: SamplingParams,

@@ -25,7 +25,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 
 from pekoe.core.errors import UserError
 from pekoe.core.io import SUMS, check_sums, read_sums, sha256, write_sums
-from pekoe.model import Decoder, save_adapter, save_model
+from pekoe.model import LanguageModel, save_adapter, save_model
 
 T = TypeVar("T")
 _PLAIN_COPY = (False, False, False, False)  # no pinned, no shared memory, no thread, no stream
@@ -37,7 +37,7 @@ class Snapshot:
 
     state: dict[str, Any]  # this process's part of `Trainer.state_dict`
     weights: Mapping[str, Tensor]  # as `whole_weights`, of those that are trained
-    model: Decoder  # for its shape and its files beside the weights
+    model: LanguageModel  # for its shape and its files beside the weights
     group: dist.ProcessGroup | None  # of all processes that train
 
     def write(self, path: Path) -> None:
@@ -47,7 +47,7 @@ class Snapshot:
         (save_model if self.model.lora is None else save_adapter)(self.model, path, weights=self.weights)
 
 
-def snapshot(model: Decoder, state: dict[str, Any], group: dist.ProcessGroup | None) -> Snapshot:
+def snapshot(model: LanguageModel, state: dict[str, Any], group: dist.ProcessGroup | None) -> Snapshot:
     """Copy `Trainer.state_dict` to host memory. All processes call it together."""
     stager = DefaultStager(StagingOptions(*_PLAIN_COPY))
     copied = cast(dict[str, Any], stager.stage(state))
@@ -55,11 +55,13 @@ def snapshot(model: Decoder, state: dict[str, Any], group: dist.ProcessGroup | N
     return Snapshot(copied, copied["model"] if group is None else whole_weights(model, trained=True), model, group)
 
 
-def whole_weights(model: Decoder, trained: bool = False) -> Mapping[str, Tensor]:
+def whole_weights(model: LanguageModel, trained: bool = False) -> Mapping[str, Tensor]:
     """A copy of the weights in host memory, or of those that are trained, by their names in the model; empty on all
     processes but the first, which all call it together."""
     options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=trained)
-    return cast(dict[str, Tensor], get_model_state_dict(model, options=options))
+    state = cast(dict[str, Tensor], get_model_state_dict(model, options=options))
+    names = {name for name, _ in model.named_parameters()}  # tied ones once, no fixed tensors
+    return {name: tensor for name, tensor in state.items() if name in names}
 
 
 def write(state: dict[str, Any], path: Path, group: dist.ProcessGroup | None) -> None:

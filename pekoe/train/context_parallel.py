@@ -15,8 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pekoe.algo.packing import MicroBatch
-from pekoe.model import PackedAttention
-from pekoe.model.attention import Attention
+from pekoe.model import Attention, PackedAttention, Scores
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,8 +64,9 @@ class _Ulysses:
     def __init__(self, whole: PackedAttention, group: dist.ProcessGroup) -> None:
         self._whole, self._group, self._size = whole, group, group.size()
 
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scores: Scores | None = None) -> Tensor:
         """q [t, H, D], k and v [t, K, D] -> [t, H, D]."""
+        assert scores is None, "refused by the layout: sinks are of heads, which are exchanged here"
         if k.shape[1] % self._size:  # fewer key/value heads than processes: each has a copy of the one it needs
             times = self._size // k.shape[1]
             k, v = k.repeat_interleave(times, dim=1), v.repeat_interleave(times, dim=1)

@@ -20,9 +20,8 @@ from torch.utils.hooks import RemovableHandle
 
 from pekoe.config.recipes import OptimSection
 from pekoe.core.roofline import adapter_parameters
-from pekoe.core.spec import ModelSpec
-from pekoe.model import Decoder, LoRA, PackedAttention
-from pekoe.model.attention import Attention
+from pekoe.core.spec import FamilySpec, ModelSpec
+from pekoe.model import Attention, Decoder, LoRA, PackedAttention, Scores
 from pekoe.model.lora import add_lora
 from pekoe.train.trainer import Trainer
 
@@ -69,7 +68,8 @@ def predict(
     shards: int = 1,
     lora: LoRA | None = None,
 ) -> StepMemory:
-    """The memory of an optimizer step of several micro-batches.
+    """The memory of an optimizer step of several micro-batches. Activations of a family that transformers computes are
+    those of a dense decoder of about its active size.
 
     Args:
         longest: tokens of the longest sequence.
@@ -77,11 +77,12 @@ def predict(
         tp, shards: processes that split each layer, and processes over which FSDP shards the weights.
         lora: of an adapter, beside a base in `compute_dtype`.
     """
+    dense = spec.dense() if isinstance(spec, FamilySpec) else spec
     own = replace(
-        spec,
-        num_heads=spec.num_heads // tp,
-        num_kv_heads=spec.num_kv_heads // tp,
-        intermediate_size=spec.intermediate_size // tp,
+        dense,
+        num_heads=dense.num_heads // tp,
+        num_kv_heads=dense.num_kv_heads // tp,
+        intermediate_size=dense.intermediate_size // tp,
     )
     many = min(max(3, token_budget), _MOST_TOKENS)
     few = max(2, many // 4)
@@ -93,10 +94,11 @@ def predict(
 
     full = peak(many)
     per_token = (full - peak(few)) / (many - few)
-    trained = adapter_parameters(own, lora.rank, lora.targets) if lora else own.num_parameters
+    sized = spec if isinstance(spec, FamilySpec) else own  # experts that no token meets have weights too
+    trained = adapter_parameters(sized, lora.rank, lora.targets) if lora else sized.num_parameters
     weights, item = trained * _FLOAT, compute_dtype.itemsize if lora else _FLOAT
-    base = own.num_parameters * item if lora else 0
-    whole = own.num_parameters - max(0, own.num_layers - 2) * own.num_layer_parameters
+    base = sized.num_parameters * item if lora else 0
+    whole = sized.num_parameters - max(0, sized.num_layers - 2) * sized.num_layer_parameters
     return StepMemory(
         weights=(base + weights) // shards,
         gradients=weights // shards,
@@ -149,7 +151,7 @@ def _peak_bytes(
     return peak - state
 
 
-def _flash(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def _flash(layer: int, q: Tensor, k: Tensor, v: Tensor, scores: Scores | None = None) -> Tensor:
     """Saves the same for backward as torch's variable-length kernel on a GPU, and pads nothing."""
     q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)[0].transpose(0, 1)

@@ -18,8 +18,8 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
 
 from pekoe.core.errors import UserError
-from pekoe.core.spec import ModelSpec
-from pekoe.model import Decoder
+from pekoe.core.spec import FamilySpec, ModelSpec
+from pekoe.model import LanguageModel
 from pekoe.model.lora import BASE, A, B, LoRALinear
 
 # Heads and intermediate channels are split, the residual stream, embeddings and norms are not.
@@ -52,6 +52,11 @@ class Layout:
             raise UserError(
                 f"parallel: expected tp x cp x replicas to divide {world} processes, got {tp} x {cp} x {replicas}"
             )
+        if isinstance(spec, FamilySpec) and (tp > 1 or cp > 1):
+            raise UserError(
+                f"parallel: expected tp and cp = 1 for {spec.family}, got {tp} and {cp}: only our own decoder's layers "
+                "are split; a family of transformers is sharded whole (FSDP)"
+            )
         for name, size in (("num_key_value_heads", spec.num_kv_heads), ("intermediate_size", spec.intermediate_size)):
             if size % tp:
                 raise UserError(f"parallel.tp: expected a divisor of the model's {name} = {size}, got {tp}")
@@ -79,12 +84,12 @@ class Layout:
         self.writers = cast(dist.ProcessGroup, dist.new_group(backend="gloo"))
         """All processes, for checkpoints, which are written while training goes on in the other groups."""
 
-    def apply(self, model: Decoder) -> None:
+    def apply(self, model: LanguageModel) -> None:
         """Shard the model's parameters in place (DTensors, on the mesh's device). Gradients are sums over all ranks."""
         replicas, shards, split = self._names
         tp, replicated = self._weights[split], self._weights[replicas].size() > 1
         data = self._weights[replicas, shards] if replicated else self._weights[shards]
-        for layer in model.model.layers:
+        for layer in model.blocks:
             if tp.size() > 1:
                 parallelize_module(layer, tp, _plan(layer))
             fully_shard(layer, mesh=data)

@@ -22,10 +22,11 @@ from torch.utils.checkpoint import checkpoint as recompute
 from pekoe.algo.loss import Sums, chosen_logprobs
 from pekoe.algo.packing import MicroBatch, allocate, assign, pack
 from pekoe.config.recipes import OptimSection
+from pekoe.core.errors import UserError
 from pekoe.core.loop import StepStats
 from pekoe.core.spec import ModelSpec
 from pekoe.core.types import AnySample, FloatArray
-from pekoe.model import Attention, Decoder, PackedAttention
+from pekoe.model import Attention, LanguageModel, PackedAttention
 from pekoe.model.lora import adapters_off
 from pekoe.model.peft import check_base
 from pekoe.train import checkpoint
@@ -86,7 +87,7 @@ class Trainer:
 
     def __init__(
         self,
-        model: Decoder,
+        model: LanguageModel,
         optim: OptimSection,
         token_budget: int,
         total_updates: int,
@@ -95,18 +96,19 @@ class Trainer:
         layout: Layout | None = None,
         activation_checkpointing: bool = False,
         compile: bool = False,
-        reference: Decoder | None = None,
+        reference: LanguageModel | None = None,
     ) -> None:
         self.reference = reference
         self.model, self._layout, self._compile = model, layout, compile
-        for layer in model.layers:
-            if compile:
-                layer.with_gradient = torch.compile(layer.with_gradient, dynamic=True)
-            if activation_checkpointing:
-                # Layers draw no random numbers, so there is no generator state to restore.
-                layer.with_gradient = partial(
-                    recompute, layer.with_gradient, use_reentrant=False, preserve_rng_state=False
-                )
+        if compile and model.implementation == "transformers":
+            raise UserError(
+                f"train.compile: expected false for {model.spec.family}, which transformers computes, got true"
+            )
+        if compile:
+            model.wrap_blocks(partial(torch.compile, dynamic=True))
+        if activation_checkpointing:
+            # Layers draw no random numbers, so there is no generator state to restore.
+            model.wrap_blocks(_recomputed)
         if layout is not None:
             for decoder in [model] if reference is None else [model, reference]:
                 layout.apply(decoder)
@@ -237,7 +239,7 @@ class Trainer:
             return float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), self._optim.grad_clip))
         return self._layout.clip(self.model, self._optim.grad_clip)
 
-    def _logprobs(self, batch: MicroBatch, model: Decoder | None = None) -> tuple[Tensor, Tensor]:
+    def _logprobs(self, batch: MicroBatch, model: LanguageModel | None = None) -> tuple[Tensor, Tensor]:
         """Log-probs and entropies [N] of the batch's targets."""
         group = self._layout.context if self._layout is not None else None
         model = model or self.model
@@ -249,7 +251,13 @@ class Trainer:
         return part.gather(logprobs), part.gather(entropy)
 
     def forward(
-        self, model: Decoder, tokens: Tensor, positions: Tensor, attention: Attention, rows: Tensor, targets: Tensor
+        self,
+        model: LanguageModel,
+        tokens: Tensor,
+        positions: Tensor,
+        attention: Attention,
+        rows: Tensor,
+        targets: Tensor,
     ) -> tuple[Tensor, Tensor]:
         """Log-probs and entropies [N] of `targets` [N], predicted at `rows` [N] of the tokens [T]."""
         mixed = self.compute_dtype is not torch.float32
@@ -257,7 +265,7 @@ class Trainer:
             # Attention differs by micro-batch, and would be compiled again for each.
             plain = torch.compiler.disable(attention) if self._compile else attention
             hidden = model(tokens, positions, plain)
-            return chosen_logprobs(hidden[rows], model.head_weight, targets, self.temperature)
+            return chosen_logprobs(hidden[rows], model.head, targets, self.temperature, model.spec.vocab_size)
 
     def snapshot(self) -> checkpoint.Snapshot:
         return checkpoint.snapshot(self.model, self.state_dict(), self.group)
@@ -293,7 +301,11 @@ class Trainer:
         self.num_updates, self.num_not_finite = state["num_updates"], state["num_not_finite"]
 
 
-def _make_optimizer(model: Decoder, optim: OptimSection) -> torch.optim.AdamW:
+def _recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:
+    return partial(recompute, forward, use_reentrant=False, preserve_rng_state=False)
+
+
+def _make_optimizer(model: LanguageModel, optim: OptimSection) -> torch.optim.AdamW:
     """AdamW; weight decay on matrices only, none on biases and norms (the vectors)."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     groups = [

@@ -21,7 +21,7 @@ from pekoe.core.types import Completion, FloatArray, IntArray, Sample
 from pekoe.engine.base import Broadcast, BroadcastGroup, Checksums, Engine, EngineKind, EngineLost, requests_of
 from pekoe.engine.embedded import EmbeddedEngine
 from pekoe.engine.pool import EnginePool, Member, State
-from pekoe.model import Decoder
+from pekoe.model import LanguageModel
 from pekoe.weights.checksums import differing
 from pekoe.weights.groups import new_group
 from pekoe.weights.proof import TOLERANCE, TOLERANCE_BF16, Canary, History, canary_params, sample_of
@@ -55,7 +55,7 @@ class Sender(Protocol):
     """The trainer's side of the channel. `model` is None where it is in other processes."""
 
     @property
-    def model(self) -> Decoder | None: ...
+    def model(self) -> LanguageModel | None: ...
 
     @property
     def compute_dtype(self) -> torch.dtype: ...
@@ -299,7 +299,7 @@ class WeightChannel:
             self._num_bytes += self._sender.write(place, _kinds(targets), checksum)
             return self._load(targets, place)
 
-    def _load(self, targets: list[_Target], source: Decoder | Path) -> str:
+    def _load(self, targets: list[_Target], source: LanguageModel | Path) -> str:
         version = self._version
         return self._settle(self._begin(targets, lambda target: target.engine.update_weights(source, version)))[1]
 

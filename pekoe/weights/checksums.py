@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pekoe.core.spec import ModelSpec
+from pekoe.core.spec import FamilySpec, ModelSpec
 from pekoe.engine.base import Checksums, EngineKind
 from pekoe.engine.checksum import checksum
-from pekoe.model import Decoder
+from pekoe.model import LanguageModel
 from pekoe.model.lora import base_name, is_factor
 
 _PADDED_TO = 64  # by SGLang, on a CPU
@@ -71,15 +71,18 @@ def checksum_builder_for(
     """For engines of this kind that hold weights in `dtype` on `device`.
 
     None where theirs are not comparable: SGLang on a GPU (another hash), and where it pads (a vocabulary or
-    intermediate size that is no multiple of 64).
+    intermediate size that is no multiple of 64); servers with a family of transformers, whose layers they join in ways
+    of their own.
     """
+    if kind != "embedded" and isinstance(spec, FamilySpec):
+        return None
     if kind != "sglang":
         return PlainChecksums(dtype, kind == "vllm", kind == "vllm" and spec.tied_embeddings)
     padded = spec.vocab_size % _PADDED_TO or spec.intermediate_size % _PADDED_TO
     return None if dtype is None or device != "cpu" or padded else SGLangChecksums(dtype)
 
 
-def checksums_of(model: Decoder, builder: ChecksumBuilder) -> Checksums:
+def checksums_of(model: LanguageModel, builder: ChecksumBuilder) -> Checksums:
     """All of a model that is whole in this process."""
     for name, parameter in model.named_parameters():
         builder.add(name, parameter)

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from pekoe.algo.loss import chosen_logprobs
 from pekoe.algo.packing import pack
 from pekoe.core.types import Completion, FloatArray, IntArray, Sample, SamplingParams
-from pekoe.model import Decoder, PackedAttention
+from pekoe.model import LanguageModel, PackedAttention
 
 CANARY_TOKENS, CANARIES_BF16 = 8, 8
 TOLERANCE, TOLERANCE_BF16 = 1e-3, 0.5  # max abs difference of log-probs; a stale cache is off by 0.7 to 2 nats
@@ -113,7 +113,7 @@ def _rms(values: NDArray[Any]) -> float:
 
 @torch.no_grad()
 def forward_logprobs(
-    model: Decoder, temperature: float, dtype: torch.dtype, samples: Sequence[Sample]
+    model: LanguageModel, temperature: float, dtype: torch.dtype, samples: Sequence[Sample]
 ) -> list[FloatArray]:
     """As `Trainer.logprobs`, of a model that nobody trains."""
     device = next(model.parameters()).device
@@ -121,7 +121,11 @@ def forward_logprobs(
     with torch.autocast(device.type, dtype, enabled=dtype is not torch.float32):
         hidden = model(batch.tokens, batch.positions, PackedAttention(batch.cu_seqlens))
         logprobs, _ = chosen_logprobs(
-            hidden[batch.targets - 1], model.head_weight, batch.tokens[batch.targets], temperature
+            hidden[batch.targets - 1],
+            model.head,
+            batch.tokens[batch.targets],
+            temperature,
+            model.spec.vocab_size,
         )
     flat = np.zeros(len(batch.tokens), np.float32)
     flat[batch.targets.cpu().numpy()] = logprobs.float().cpu().numpy()

@@ -25,7 +25,7 @@ from pekoe.core.errors import RunError
 from pekoe.core.types import FloatArray, Sample
 from pekoe.engine.base import Broadcast, BroadcastGroup, Checksums, EngineKind
 from pekoe.engine.buckets import buckets
-from pekoe.model import Decoder, save_adapter, save_model
+from pekoe.model import LanguageModel, save_adapter, save_model
 from pekoe.model.lora import is_factor, merged
 from pekoe.train import Layout
 from pekoe.train.checkpoint import whole_weights
@@ -86,7 +86,7 @@ class Receiver:
         self._group: BroadcastGroup | None = None
         self._handle: Any = None
 
-    def __call__(self, model: Decoder, broadcast: Broadcast) -> None:
+    def __call__(self, model: LanguageModel, broadcast: Broadcast) -> None:
         """Take what `send` sends into `model`'s parameters, after joining the group where it is a new one."""
         if broadcast.group != self._group:
             close_group(self._handle)
@@ -157,7 +157,7 @@ class LocalSender:
 
     def __init__(
         self,
-        model: Decoder,
+        model: LanguageModel,
         compute_dtype: torch.dtype,
         logprobs: Callable[[Sequence[Sample]], Sequence[FloatArray]],
         host: str = "127.0.0.1",
@@ -245,7 +245,7 @@ class StagedSender(LocalSender):
 
     def __init__(
         self,
-        trained: Decoder,
+        trained: LanguageModel,
         compute_dtype: torch.dtype,
         temperature: float,
         alternate: bool,
@@ -279,7 +279,7 @@ class StagedSender(LocalSender):
         return values
 
 
-def _reshard(model: Decoder) -> None:
+def _reshard(model: LanguageModel) -> None:
     """Give back the whole embeddings and head after a forward without a backward, which would do it."""
     if isinstance(model, FSDPModule):
         model.reshard()

@@ -13,14 +13,14 @@ from pekoe.core.types import IntArray
 from pekoe.engine.embedded.attention import ForwardBatch, paged_attention
 from pekoe.kernels import attention as kernels
 from pekoe.kernels.jit import num_threads, run
-from pekoe.model import Attention
+from pekoe.model import Attention, Scores
 
 
 class CPUCache:
     """Keys and values of every layer by blocks, and attention that reads them. Memory is taken once, here."""
 
     def __init__(self, spec: ModelSpec, num_blocks: int, block_tokens: int) -> None:
-        shape = (spec.num_layers, num_blocks, 2, spec.num_kv_heads, spec.head_dim * block_tokens)
+        shape = (len(spec.attention_layers), num_blocks, 2, spec.num_kv_heads, spec.head_dim * block_tokens)
         self._memory = np.zeros(shape, np.float32)  # numpy asks Linux for huge pages; torch does not
         self._layers = [layer.reshape(-1) for layer in self._memory]
         self._spec, self._size = spec, block_tokens
@@ -28,7 +28,8 @@ class CPUCache:
     @staticmethod
     def takes(spec: ModelSpec, block_tokens: int, dtype: torch.dtype, device: torch.device) -> bool:
         """Whether the kernels here can serve such a model."""
-        fits = spec.head_dim % 8 == 0 and block_tokens % 8 == 0
+        shapes = set(spec.attention_layers)
+        fits = spec.head_dim % 8 == 0 and block_tokens % 8 == 0 and len(shapes) == 1 and shapes.pop().usual
         return device.type == "cpu" and dtype is torch.float32 and fits
 
     @property
@@ -54,7 +55,8 @@ class CPUCache:
             keys, values = (x.contiguous().numpy().reshape(-1) for x in (k, v))
             run(kernels.write_kv, write_bounds, keys, values, self._layers[layer], *place, *shape[1:])
 
-        def attend(layer: int, q: Tensor) -> Tensor:
+        def attend(layer: int, q: Tensor, scores: Scores | None) -> Tensor:
+            assert scores is None, "a model whose layers are not plain has another cache"
             out = torch.empty_like(q)
             queries, results = (x.numpy().reshape(-1) for x in (q.contiguous(), out))
             run(kernels.attend, bounds, queries, self._layers[layer], *place, first_rows, shared, results, *shape)

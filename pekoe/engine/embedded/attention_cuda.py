@@ -63,7 +63,9 @@ class CUDACache(KVCache):
         """Whether the kernels here can serve such a model."""
         # Larger heads were not compiled for all devices (`make test-kernels`).
         queries = tile_queries(spec.head_dim, dtype.itemsize)
-        fits = spec.head_dim * dtype.itemsize <= 512 and spec.num_heads // spec.num_kv_heads <= queries
+        shapes = set(spec.attention_layers)
+        usual = len(shapes) == 1 and shapes.pop().usual
+        fits = usual and spec.head_dim * dtype.itemsize <= 512 and spec.num_heads // spec.num_kv_heads <= queries
         known = dtype in (torch.bfloat16, torch.float16, torch.float32)
         return device.type == "cuda" and known and fits and importlib.util.find_spec("triton") is not None
 
@@ -86,7 +88,7 @@ class CUDACache(KVCache):
             new = (k.contiguous(), v.contiguous())
             _kernels().write[(len(k),)](*new, *memory, *place, size, next_power_of_2(size))
 
-        return paged_attention(fresh, write, lambda layer, q: self._attend(shape, array, layer, q.contiguous()))
+        return paged_attention(fresh, write, lambda layer, q, _: self._attend(shape, array, layer, q.contiguous()))
 
     def _attend(self, shape: PlanShape, array: dict[str, Tensor], layer: int, q: Tensor) -> Tensor:
         kv_heads, dim, per = self.spec.num_kv_heads, self.spec.head_dim, self.heads_per_kv

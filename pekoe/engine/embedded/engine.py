@@ -44,10 +44,10 @@ from pekoe.engine.embedded.scheduler import Scheduler, Sequence, Work
 from pekoe.engine.sampling import key_of, sample, uniforms
 from pekoe.kernels.jit import adopt_num_threads
 from pekoe.kernels.packed_linear import intact
-from pekoe.model import Decoder, is_adapter, load_model
+from pekoe.model import LanguageModel, is_adapter, load_model
 from pekoe.model.hf import with_adapter
 
-Receive = Callable[[Decoder, Broadcast], None]
+Receive = Callable[[LanguageModel, Broadcast], None]
 """Overwrites a model's parameters with those that rank 0 of the group sends."""
 _Ended = list[tuple[Sequence, FinishReason | RunError]]
 
@@ -77,7 +77,7 @@ class EmbeddedEngine(Engine):
 
     def __init__(
         self,
-        model: Decoder,
+        model: LanguageModel,
         config: EngineSection | None = None,
         max_sequence_tokens: int | None = None,
         compute_dtype: torch.dtype = torch.float32,
@@ -126,7 +126,7 @@ class EmbeddedEngine(Engine):
         self._cancelled = threading.Event()  # some future has been
 
     @property
-    def model(self) -> Decoder:
+    def model(self) -> LanguageModel:
         """The model whose parameters are sampled from."""
         return self._runner.model
 
@@ -226,7 +226,9 @@ class EmbeddedEngine(Engine):
                 source = with_adapter(self.model, source)
             else:
                 dtype = next(self.model.parameters()).dtype
-                source = load_model(source, dtype, str(self._runner.device)).requires_grad_(False)
+                source = load_model(source, dtype, str(self._runner.device), self.model.implementation).requires_grad_(
+                    False
+                )
         if source.spec != self.model.spec:
             raise UserError(f"weight update: expected a model of shape {self.model.spec}, got {source.spec}")
         with self._turn():
@@ -246,7 +248,7 @@ class EmbeddedEngine(Engine):
                 raise RunError(f"weight update: the broadcast broke off: {error}") from error
             self._use(self.model, version)
 
-    def _use(self, model: Decoder, version: int) -> None:
+    def _use(self, model: LanguageModel, version: int) -> None:
         """Within a turn: sample from this model, whose parameters may have changed."""
         self._scheduler.preempt_all()
         self._scheduler.cache.flush()
@@ -259,7 +261,7 @@ class EmbeddedEngine(Engine):
             raise RunError("the engine's packed copies of the weights differ from them")
         return {name: checksum(parameter) for name, parameter in self.model.named_parameters()}
 
-    def holds(self, model: Decoder) -> bool:
+    def holds(self, model: LanguageModel) -> bool:
         """Whether every parameter sampled from equals that of `model`, bit by bit."""
         with self._turn():
             return self._runner.holds(model)
@@ -444,7 +446,7 @@ def _resolve(sequence: Sequence, how: FinishReason | RunError) -> None:
         sequence.future.set_result(outcome)
 
 
-def _resize(model: Decoder, whole: bool) -> None:
+def _resize(model: LanguageModel, whole: bool) -> None:
     """The parameters stay, and get or lose their memory."""
     for parameter in model.parameters():
         parameter.untyped_storage().resize_(parameter.nbytes if whole else 0)

@@ -20,7 +20,7 @@ from torch import Tensor
 from pekoe.core.types import IntArray
 from pekoe.engine.embedded.attention import ForwardBatch
 from pekoe.engine.embedded.attention_cuda import CUDACache, PlanShape, next_power_of_2, to_buffer
-from pekoe.model import Decoder
+from pekoe.model import LanguageModel
 
 _MAX_GRAPHS = 64  # graphs kept: the earliest recorded goes first
 
@@ -35,7 +35,7 @@ class _Graph:
 class DecodeGraphs:
     """Hidden states of decoding forwards, by replayed graphs that read `model`'s weights where they lie now."""
 
-    def __init__(self, model: Decoder, cache: CUDACache, compute_dtype: torch.dtype) -> None:
+    def __init__(self, model: LanguageModel, cache: CUDACache, compute_dtype: torch.dtype) -> None:
         self._cache, self._dtype = cache, compute_dtype
         self._graphs: dict[PlanShape, _Graph] = {}
         self._pool: object = None  # memory that all graphs share: they never run at the same time
@@ -45,7 +45,7 @@ class DecodeGraphs:
     def __len__(self) -> int:
         return len(self._graphs)
 
-    def follow(self, model: Decoder) -> None:
+    def follow(self, model: LanguageModel) -> None:
         """Use this model from now on. Graphs are kept where its weights lie in the same memory as before."""
         addresses = [parameter.data_ptr() for parameter in model.parameters()]
         if model is not self._model or addresses != self._addresses:

@@ -13,7 +13,7 @@ from pekoe.engine.embedded.graphs import DecodeGraphs
 from pekoe.engine.embedded.scheduler import Chunk, RequestTable
 from pekoe.kernels.jit import each
 from pekoe.kernels.packed_linear import available, cast_once, intact, pack, refresh
-from pekoe.model import Decoder
+from pekoe.model import LanguageModel
 
 _SHARE_ROWS = 16  # rows worth a thread of their own
 _LITTLE = 8e7  # multiplications of a forward that are faster on one thread than waking another up
@@ -30,7 +30,12 @@ class ModelRunner:
     """
 
     def __init__(
-        self, model: Decoder, num_blocks: int, block_tokens: int, kv_dtype: torch.dtype, compute_dtype: torch.dtype
+        self,
+        model: LanguageModel,
+        num_blocks: int,
+        block_tokens: int,
+        kv_dtype: torch.dtype,
+        compute_dtype: torch.dtype,
     ) -> None:
         self._num_blocks, self._block_tokens, self._kv_dtype = num_blocks, block_tokens, kv_dtype
         self._dtype, self.device = compute_dtype, next(model.parameters()).device
@@ -46,7 +51,8 @@ class ModelRunner:
             self.cache: CPUCache | KVCache | None = CPUCache(spec, self._num_blocks, size)
         elif CUDACache.takes(spec, size, dtype, device):
             self.cache = cache = CUDACache(spec, self._num_blocks, size, dtype, device)
-            self._graphs = DecodeGraphs(self.model, cache, self._dtype)
+            if self.model.implementation == "pekoe":  # what a family computes may wait for the device
+                self._graphs = DecodeGraphs(self.model, cache, self._dtype)
         else:
             self.cache = KVCache(spec, self._num_blocks, size, dtype, device)
 
@@ -54,7 +60,7 @@ class ModelRunner:
         """Give up KV, graphs and copies of weights."""
         self._graphs, self.sampled, self.cache = None, self.model, None
 
-    def use(self, model: Decoder) -> None:
+    def use(self, model: LanguageModel) -> None:
         """Compute with this model from now on, whose parameters may have changed."""
         cast = next(model.parameters()).dtype is torch.float32 and self._dtype is not torch.float32
         if cast and model is self.model and self.sampled is not model:
@@ -68,7 +74,7 @@ class ModelRunner:
         if self._graphs is not None:
             self._graphs.follow(self.sampled)
 
-    def holds(self, model: Decoder) -> bool:
+    def holds(self, model: LanguageModel) -> bool:
         """Whether every parameter sampled from equals that of `model`, bit by bit."""
         ours, theirs = dict(self.model.named_parameters()), dict(model.named_parameters())
         same = ours.keys() == theirs.keys() and all(

@@ -145,7 +145,7 @@ def varlen(site: Site) -> Iterator[Figure]:
             )
             ours = [x.clone().requires_grad_() for x in (q, k, v)]
             wide = [x.double().requires_grad_() for x in (q, k, v)]
-            out = PackedAttention(np.cumsum([0, *lengths]).tolist())(0, *ours)
+            out = PackedAttention(np.cumsum([0, *lengths]).tolist())(0, ours[0], ours[1], ours[2])
             expected = _defined(lengths, *wide)
             forward = max(forward, relative([out], [expected]))
             grads = torch.autograd.grad((out * weights).sum(), ours)
