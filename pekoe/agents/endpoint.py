@@ -23,7 +23,9 @@ from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import Message, Receive, Scope, Send
 
+from pekoe.agents.anthropic_messages import MESSAGES
 from pekoe.agents.openai_chat import OpenAIChat, openai_error
+from pekoe.agents.openai_responses import RESPONSES
 from pekoe.agents.session import EpisodeLimit, EpisodeOver, Reply, Session
 from pekoe.agents.tools import family_of
 from pekoe.agents.wire import Api, Asked, Event, Fields, Refused, parse_object
@@ -74,6 +76,9 @@ class Endpoint:
         routes = [
             Route("/v1/chat/completions", self._answering(openai.chat), methods=["POST"]),
             Route("/v1/completions", self._answering(openai.completions), methods=["POST"]),
+            Route("/v1/responses", self._answering(RESPONSES), methods=["POST"]),
+            Route("/v1/messages", self._answering(MESSAGES), methods=["POST"]),
+            Route("/v1/v1/messages", self._answering(MESSAGES), methods=["POST"]),  # Anthropic's clients add /v1
             Route("/v1/models", self._models),
             Route("/v1/session", self._record),
             Route("/health", self._health),
@@ -88,6 +93,15 @@ class Endpoint:
 
     def start(self, thread: AsyncThread, host: str = "127.0.0.1", port: int = 0) -> None:
         """Listen; requests are served in the thread's loop. UserError where the port is taken."""
+        self.listen(host, port)
+
+        async def serve() -> None:
+            self.serve()
+
+        thread.run(serve())
+
+    def listen(self, host: str = "127.0.0.1", port: int = 0) -> None:
+        """Let clients connect; `serve` answers them. UserError where the port is taken."""
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         try:
             self._socket = socket.create_server((host, port), family=family, backlog=2048)
@@ -107,9 +121,9 @@ class Endpoint:
             timeout_graceful_shutdown=_STOP_LIMIT_S,
         )
         self._server = uvicorn.Server(config)
-        thread.run(self._serve())
 
-    async def _serve(self) -> None:
+    def serve(self) -> None:
+        """Serve in the event loop that runs."""
         assert self._server is not None
         assert self._socket is not None
         self._serving = asyncio.ensure_future(self._server.serve([self._socket]))
@@ -205,7 +219,9 @@ class Endpoint:
                     for number in range(asked.n)
                 ]
         except BaseExceptionGroup as errors:
-            raise _first(errors) from None
+            error = _first(errors)
+            session.refused = error if isinstance(error, EpisodeLimit) else session.refused
+            raise error from None
         finally:
             self.num_sampling -= asked.num_answers
         return [task.result() for task in tasks]

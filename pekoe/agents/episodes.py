@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import json
+import secrets
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future
@@ -74,6 +75,8 @@ class Episodes:
         self._random = verify.random  # a control: the judge tosses a coin, whatever the episode says
         self._options = Options({}, *verify.score_range, verify.correct_from)
         self._dispatcher, self._thread = Dispatcher(sampler, rollout.lockstep), AsyncThread("episodes")
+        self._endpoint: Any = None  # opened when the first program wants its address
+        self._keys: dict[str, Session] = {}  # of episodes that have its address
         self._tasks: set[asyncio.Task[None]] = set()
         self._asked: float | None = None  # when the loop was asked whether it runs
 
@@ -115,6 +118,7 @@ class Episodes:
             prompt=problem.messages,
             parse=self._parse,
         )
+        session.open_endpoint = self._open_endpoint
         asked: Any = replace(problem, messages=tuple(self._tokenizer.with_directive(problem.messages)))
         verdict: Verdict | None = None
         finish: FinishReason | None = None
@@ -128,6 +132,10 @@ class Episodes:
             verdict = Verdict("fault", None, why)
         except (Exception, SystemExit) as error:
             verdict = Verdict("fault", None, f"the episode failed: {describe(error)}")
+            if session.refused is not None:  # as its client's error, or its program's exit status
+                verdict, finish = Verdict("unparsed", None, f"limit: {session.refused}"), "length"
+        finally:
+            self._keys = {key: one for key, one in self._keys.items() if one is not session}
         await session.close()
         if session.error is not None:
             raise session.error
@@ -156,6 +164,24 @@ class Episodes:
                 task.cancel()
                 await asyncio.wait([task], timeout=_END_S)
 
+    def _open_endpoint(self, session: Session) -> tuple[str, str]:
+        """Its address, and a key for the session; in the loop of the episodes."""
+        if self._endpoint is None:
+            try:
+                from pekoe.agents.endpoint import Bounds, Endpoint
+            except ModuleNotFoundError as error:
+                raise UserError(
+                    f"client.base_url: expected the extra `serve` ({error}): pip install 'pekoe[serve]'"
+                ) from None
+            bounds = Bounds(at_once=1 << 20)  # of episodes that run: the recipe says how many do
+            endpoint = Endpoint(self._tokenizer, lambda key: self._keys.get(key), "policy", bounds)
+            endpoint.listen()
+            endpoint.serve()
+            self._endpoint = endpoint
+        key = secrets.token_urlsafe(24)
+        self._keys[key] = session
+        return f"http://127.0.0.1:{self._endpoint.port}/v1", key
+
     def check(self) -> None:
         """RunError where an episode has kept the event loop for itself longer than its limit."""
         now = time.monotonic()
@@ -176,4 +202,6 @@ class Episodes:
         self._thread.soon(lambda: [task.cancel() for task in list(self._tasks)])
 
     def close(self) -> None:
+        if self._endpoint is not None:
+            self._endpoint.stop(self._thread)
         self._thread.stop()

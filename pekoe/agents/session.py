@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from itertools import takewhile
 from typing import Any
 
@@ -266,6 +266,8 @@ class Session:
     ) -> None:
         self.uid, self.draw, self.sample, self.may_choose = uid, draw, sample, may_choose
         self.error: BaseException | None = None  # of the engines: it ends the run, whatever the episode does
+        self.refused: EpisodeLimit | None = None  # what a program was told that asks through the endpoint
+        self.open_endpoint: Callable[[Session], tuple[str, str]] | None = None
         self._dispatcher, self._tokenizer, self._params = dispatcher, tokenizer, params
         self._limits, self._parse, self._keep = limits or Limits(), parse, keep
         self._prompt = tokenizer.encode_prompt(prompt) if prompt else None
@@ -276,6 +278,22 @@ class Session:
         self._pending: set[asyncio.Future[Completion]] = set()
         self._num_begun = self._num_tool_calls = self._num_malformed = 0
         self._clock, self._closed = _Clock(), False
+
+    @property
+    def base_url(self) -> str:
+        """The address, on this machine, at which a program that exists talks with the model as this session."""
+        return self._address[0]
+
+    @property
+    def api_key(self) -> str:
+        """The key by which the endpoint knows the session."""
+        return self._address[1]
+
+    @cached_property
+    def _address(self) -> tuple[str, str]:
+        if self.open_endpoint is None:
+            raise UserError("base_url: expected the client of an episode, got a session that has no endpoint")
+        return self.open_endpoint(self)
 
     # Sampling
 

@@ -18,7 +18,7 @@ from pekoe.model.attention import PackedAttention
 from tests.agents.sampling import ALPHABET, TEMPLATES
 
 # In an environment older than the extras `serve` and `test` that bring them.
-collect_ignore = [] if find_spec("openai") and find_spec("uvicorn") else ["test_endpoint.py"]
+collect_ignore = [] if find_spec("openai") and find_spec("uvicorn") else ["test_endpoint.py", "test_programs.py"]
 
 
 @pytest.fixture(scope="session")

@@ -25,7 +25,7 @@ from pekoe.run.interrupt import Stop
 from pekoe.run.rl import run_rl
 
 # In an environment older than the extras `serve` and `test` that bring them.
-collect_ignore = [] if find_spec("openai") and find_spec("uvicorn") else ["test_serve.py"]
+collect_ignore = [] if find_spec("openai") and find_spec("uvicorn") else ["test_serve.py", "test_programs.py"]
 ALPHABET = "0123456789+=\\{}boxed"
 
 
