@@ -25,7 +25,7 @@ from rich.console import Console
 from typer.core import TyperCommand
 
 from pekoe import __version__
-from pekoe.config.base import copy_recipe, heads_of_recipes, refuse_recipe
+from pekoe.config.base import copy_recipe, heads_of_recipes, refuse_recipe, start_of_recipe
 from pekoe.config.keys import describe, keys_of, show_config
 from pekoe.config.recipes import (
     COMMANDS,
@@ -240,7 +240,8 @@ def sample(
     overrides = [word for word in words or [] if _OVERRIDE.match(word)]
     prompts = [word for word in words or [] if not _OVERRIDE.match(word)]
     if not model or len(prompts) + (data is not None) > 1:
-        raise UserError(f'sample: expected --model DIR, and "PROMPT" or --data FILE or neither, got {words or []}')
+        usage = 'expected --model DIR, and "PROMPT" or --data FILE or neither, and keys such as eval.temperature=0.6'
+        raise UserError(f"sample: {usage}, got {words or []}")
     tree = {"model": {"path": model}, "eval": {"data": data or "-", "samples": n}}
     config = load_config(tree, overrides, EvalConfig)
     from pekoe.run.sample import chat, prompt_problem, read_prompts, show_responses, typed
@@ -305,8 +306,7 @@ def recipe(
         for known, head in heads_of_recipes().items():
             typer.echo(f"{known:<16} {textwrap.shorten(head, 100, placeholder=' …')}")
         return
-    file = copy_recipe(name, out)
-    typer.echo(f"{file}: change it, and start it with: pekoe COMMAND {file}")
+    typer.echo(f"{(file := copy_recipe(name, out))}: change it, and start it with: {start_of_recipe(name, file)}")
 
 
 @app.command()
@@ -476,7 +476,7 @@ def verify(
     summary: Annotated[
         bool, typer.Option("--summary", help="a table of error rates, for lines that carry labels (true, false)")
     ] = False,
-    kind: Annotated[str, typer.Option(help="of lines without one, such as math, math-unboxed, choice")] = "math",
+    kind: Annotated[str, typer.Option(help="of lines without one; by default of one --function, or math")] = "",
     function: Annotated[
         list[str] | None,
         typer.Option(metavar="MODULE:NAME", help="a reward of your own that lines may name; repeatable"),
@@ -497,6 +497,7 @@ def verify(
     from pekoe.run.verify import check_references, judge_files, read_files
 
     functions = function or []
+    kind = kind or (f"function:{functions[0]}" if len(functions) == 1 else "math")
     by_file = [] if references else read_files(files, kind, functions)
     with viewing(results=True) as view:
         if references:

@@ -340,3 +340,6 @@ def test_a_function_that_is_named_is_found_in_the_current_directory(tmp_path: Pa
     done = pekoe("verify", "cases.jsonl", "--function", "own:short", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["label"] == "correct"
+    (tmp_path / "plain.jsonl").write_text('{"response": "x", "gold": 2}\n')  # no kind: that of the one function
+    done = pekoe("verify", "plain.jsonl", "--function", "own:short", cwd=tmp_path)
+    assert json.loads(done.stdout)["label"] == "correct", done.stderr

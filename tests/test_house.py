@@ -24,8 +24,8 @@ BUDGETS = {
     # keys.py, which lists every key, 205; names.py, what TRL and verl call them, 85; secrets.py, 40; the bounds of
     # settings, 70; rewards of the user's own, scores and lengths, 50; columns, 26; unread settings, 40; recipes that
     # are listed, copied and refused as data, 35; depth of values, 15; names by their last parts, 14;
-    # model.template.variables, 14
-    "config": 1575,
+    # model.template.variables, 14; settings of theirs without a key here, 25; an algorithm alone, recipes' commands, 12
+    "config": 1620,
     "kernels": 740,
     # heads that are no product, 12
     "algo": 600,  # own advantages, 20; by sequence, 25; log-prob differences by lag, 33; rewards by a formula, 19
@@ -35,12 +35,12 @@ BUDGETS = {
     # references that are refused, 55; sources.py: CSV, arrays, compression and its bounds, 180; columns by name, 90;
     # layouts of demonstrations, 60; values of Parquet, directories of `datasets`, 70; bad rows in a message, 40;
     # columns that JSON has not, 22; ARC, 9; Ctrl-C in a template, 6
-    # chat with tools and template variables, 48; the decoder of a run, 18 (of cli.py)
-    "data": 2245,
+    # chat with tools and template variables, 48; the decoder of a run, 18 (of cli.py); rows of sft among problems, 2
+    "data": 2247,
     # normalize.py and units.py: what users' answers look like, 230; references.py, 90; function.py and sources.py: how
     # a user's reward is called, and its source, 205; what it prints, 35; a budget for heavy answers, 20;
-    # powers beyond all values, 30
-    "verify": 3705,
+    # powers beyond all values, 30; a reward's module that is not found, 19
+    "verify": 3724,
     # memory that is there, 17; stop tokens, 35; base, pool and sampling 970; embedded 1,710; servers 1,915: limits,
     # checks, keys; requests that their callers cancel, 30
     # layers of unequal shapes, windows, soft caps, sinks, 45
@@ -67,7 +67,7 @@ BUDGETS = {
     "agents": 2140,
     "demo": 715,  # on a GPU, 10
     # keys, recipe, keys in --help, 52; plan, 45; data, 26; verify --references, 20; sample, 35; sys.path of -m, 4;
-    # doctor --gpu, and --device, 13; serve, 17
+    # doctor --gpu, and --device, 13; serve, 17; verify's kind of one function, 1
     "cli.py": 600,
     # formulas 840; memory, the simulated schedule, reading a recipe, tables, 1,180; other layouts and what-if, 230;
     # calibrate.py: constants of this machine, 115; page.py, 80;

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -117,6 +118,13 @@ def heads_of_recipes() -> dict[str, str]:
     """What each recipe that comes with Pekoe is: the first paragraph of its head."""
     texts = {name: path.read_text(encoding="utf-8") for name, path in shipped_recipes().items()}
     return {name: text.removeprefix("# ").partition("\n#\n")[0].replace("\n# ", " ") for name, text in texts.items()}
+
+
+def start_of_recipe(name: str, file: Path) -> str:
+    """The command of the head of a recipe that comes with Pekoe, with the recipe's `file` in place of its name."""
+    text = shipped_recipes()[name].read_text(encoding="utf-8")
+    found = re.search(rf"^# +(.* ){re.escape(name)} *(#.*)?$", text, re.MULTILINE)
+    return f"{found[1] if found else 'pekoe rl '}{file}"
 
 
 def copy_recipe(name: str, out: str | None) -> Path:

@@ -14,7 +14,7 @@ from pydantic import AfterValidator, ValidationError
 from pydantic.fields import FieldInfo
 
 from pekoe.config.base import ConfigSection, OneOrOwn, cut, flatten
-from pekoe.config.names import NAMES
+from pekoe.config.names import NAMES, without_key
 from pekoe.core.errors import UserError, nearest
 
 MAX_MISTAKES, MAX_LINE_CHARS = 20, 1_500  # of one message
@@ -139,7 +139,7 @@ def explain(error: ValidationError, kind: type[ConfigSection], where: str) -> st
     """A line for each mistake, of the first MAX_MISTAKES: where, expected, got, and the nearest valid name."""
     lines: list[str] = []
     for problem in error.errors():
-        path = [str(part) for part in problem["loc"]]
+        path = [str(part) for part in problem["loc"] if part != "[key]"]
         name, got = ".".join(path), problem.get("input")
         match problem["type"]:
             case "extra_forbidden":
@@ -160,7 +160,7 @@ def unknown(kind: type[ConfigSection], path: list[str], got: Any = None) -> Iter
     """Of a key that is none, and of each key in it where it holds others: its name, and what may be meant.
 
     In this order: a sibling that is spelt nearly so; what TRL or verl call so (`names`); a key of this name in another
-    section; the nearest sibling.
+    section; what is done in its place; the nearest sibling.
     """
     siblings = _siblings(kind, path[:-1])
     near = difflib.get_close_matches(path[-1], siblings, n=1, cutoff=0.75)
@@ -169,7 +169,8 @@ def unknown(kind: type[ConfigSection], path: list[str], got: Any = None) -> Iter
         leaves = [name for name in leaves if any(row.shares(name) > 1 for row in NAMES)]
     for name in leaves or [".".join(path)]:
         known = [] if near and not leaves else _elsewhere(kind, name)
-        yield name, f" Did you mean {' or '.join(known)}?" if known else nearest(path[-1], siblings)
+        instead = "" if near else without_key(name)
+        yield name, f" Did you mean {' or '.join(known)}?" if known else instead or nearest(path[-1], siblings)
 
 
 def _elsewhere(kind: type[ConfigSection], name: str) -> list[str]:

@@ -34,13 +34,13 @@ NAMES = (
     Names("run.seed", "seed, data_seed", "data.seed"),
     Names("model.path", "model_name_or_path, model", "actor_rollout_ref.model.path", "a directory, not a name"),
     Names("model.dtype", "bf16, fp16", "actor.fsdp_config.model_dtype"),
-    Names("model.lora.rank", "lora_r, use_peft", "actor_rollout_ref.model.lora_rank"),
+    Names("model.lora.rank", "lora_r, use_peft", "actor_rollout_ref.model.lora_rank", also="peft_config"),
     Names("model.lora.alpha", "lora_alpha", "actor_rollout_ref.model.lora_alpha"),
     Names("model.lora.targets", "lora_target_modules", "actor_rollout_ref.model.target_modules", "absent: all-linear"),
-    Names("data.train", "dataset_name, train_dataset", "data.train_files"),
+    Names("data.train", "dataset_name, train_dataset", "data.train_files", also="dataset, data.path, data.file"),
     Names("data.max_prompt_tokens", "max_prompt_length", "data.max_prompt_length"),
     Names("rollout.prompts_per_step", "generation_batch_size, per_device_train_batch_size", "data.train_batch_size",
-          "prompts; TRL counts responses"),
+          "prompts; TRL counts responses", also="batch_size"),
     Names("rollout.samples_per_prompt", "num_generations", "rollout.n"),
     Names("rollout.max_new_tokens", "max_completion_length", "data.max_response_length", also="max_tokens"),
     Names("rollout.temperature", "temperature", "rollout.temperature"),
@@ -61,7 +61,8 @@ NAMES = (
     Names("algo.clip_high", "epsilon_high", "actor.clip_ratio_high"),
     Names("algo.normalise", "loss_type", "actor.loss_agg_mode",
           "token: dapo, token-mean. sequence: grpo, seq-mean-token-mean. max_length: dr_grpo"),
-    Names("algo.kl", "beta", "actor.kl_loss_coef, kl_coef", "k3, verl's low_var_kl"),
+    Names("algo.kl", "beta", "actor.kl_loss_coef, kl_coef", "k3, verl's low_var_kl",
+          also="use_kl_loss, use_kl_in_reward, kl_loss_type"),
     Names("algo.correction", "vllm_importance_sampling_correction, vllm_importance_sampling_mode",
           "algorithm.rollout_correction.rollout_is"),
     Names("algo.correction_limit", "vllm_importance_sampling_cap", "rollout_is_threshold"),
@@ -77,7 +78,7 @@ NAMES = (
     Names("optim.eps", "adam_epsilon", also="epsilon"),
     Names("optim.grad_clip", "max_grad_norm", "actor.grad_clip, clip_grad"),
     Names("train.token_budget", "", "actor.ppo_max_token_len_per_gpu, ppo_micro_batch_size_per_gpu",
-          "tokens, not sequences"),
+          "tokens, not sequences", also="log_prob_micro_batch_size_per_gpu"),
     Names("train.activation_checkpointing", "gradient_checkpointing", "model.enable_gradient_checkpointing"),
     Names("train.compile", "torch_compile", "actor.use_torch_compile"),
     Names("train.save_every", "save_steps", "trainer.save_freq"),
@@ -99,3 +100,24 @@ NAMES = (
     Names("sft.eval_every", "eval_steps", "trainer.test_freq"),
     Names("parallel.cp", "context_parallel_size", "ulysses_sequence_parallel_size"),
 )  # fmt: skip
+
+# Names of theirs that have no key here, and what is done in its place.
+WITHOUT_KEY = {
+    ("logging_steps", "log_level"): "every step is printed, and in journal.jsonl",
+    ("log_completions", "num_completions_to_print"): "every response is kept; pekoe report shows them",
+    ("packing", "padding_free", "use_remove_padding"): "responses are always packed, without padding",
+    ("num_iterations", "ppo_epochs"): "a response is trained on once, in one of algo.minibatches optimizer steps",
+    ("reward_weights",): "the function that verify.reward names may add rewards up",
+    ("entropy_coeff", "entropy_coef"): "the loss has no entropy bonus",
+    ("gamma", "lam"): "both are 1, as there is no critic",
+    ("min_p", "repetition_penalty"): "tokens are sampled by temperature, top_p and top_k alone",
+    ("importance_sampling_level",): "ratios are of tokens; algo.correction has a mask of sequences",
+    ("truncation", "filter_overlong_prompts"): "data.skip_malformed leaves out prompts beyond data.max_prompt_tokens",
+    ("val_before_train", "eval_on_start"): "with eval.every, held-out problems are measured before the first step, too",
+}  # fmt: skip
+
+
+def without_key(name: str) -> str:
+    """What is done in place of a setting of theirs that has no key here, as a hint; "" for other names."""
+    last = name.replace("-", "_").lower().rpartition(".")[2]
+    return next((f" There is none: {why}." for names, why in WITHOUT_KEY.items() if last in names), "")

@@ -576,7 +576,12 @@ def load_config(source: str | Path | Mapping[str, Any], overrides: Sequence[str]
         own = next((name for name, each in COMMANDS.items() if each is kind), None)
         if own and any(each["type"] == "extra_forbidden" for each in error.errors()) and (other := _command_of(tree)):
             raise UserError(f"{where}: expected a recipe of `pekoe {own}`, got one of `pekoe {other}`") from None
-        raise UserError(explain(error, kind, where)) from None
+        message = explain(error, kind, where)
+        if tree and not mapping and not tree.keys() & {"model", "data", "run", "num_steps"}:
+            message += (
+                f"\n{where} sets keys of another recipe, and stands behind it: pekoe {own or 'rl'} laptop {where}"
+            )
+        raise UserError(message) from None
 
 
 def _command_of(tree: Mapping[str, Any]) -> str | None:

@@ -31,7 +31,7 @@ ANSWERS = (
 _WORKED = {"solution": None, "completion": None, "response": None, "output": None, "answer": "question"}
 MAX_UID_CHARS = 500
 MAX_PLAIN_CHARS = 300  # of an answer in such a column; longer texts, and sentences, must mark theirs
-_SENTENCE = re.compile(r"[^\W\d_]{2}\.(\s|$)")
+_SENTENCE = re.compile(r"[^\W\d_]{2}\.(\s|$)|([^\W\d_]+ ){3}.*\.\s*$")
 # DAPO's prompts begin and end so, and ask for `Answer: x`; every judge here reads the box.
 _DAPO = (
     "Solve the following math problem step by step. The last line of your response should be of the form "
@@ -110,7 +110,7 @@ def pair_of(row: Row, prompts: Sequence[str], answers: Sequence[str]) -> tuple[s
         hints = [f" For {key!r}:{hint}" for key in unknown if "Did" in (hint := nearest(key, {*prompts, *answers}))]
         raise Malformed(
             f"expected {' and '.join(expected)}, got the columns {row.shown}.{''.join(hints)} `columns` in the recipe "
-            "says which columns have other names"
+            "says which columns have other names, such as data.columns.prompt=NAME"
         )
     return prompt, answer
 

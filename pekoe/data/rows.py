@@ -243,6 +243,8 @@ def answer_text(value: Any) -> str:
         return str(value)
     if isinstance(value, float) and math.isfinite(value):
         return str(int(value)) if value.is_integer() else repr(value)
+    if isinstance(value, dict) and {"role", "content"} <= value.keys():
+        raise Malformed("answer: expected a string, got a message, as rows of pekoe sft have (pekoe data FILE --sft)")
     return expect(value, str, "answer").strip()
 
 

@@ -146,7 +146,8 @@ def merge_adapter(adapter: Path, target: Path, float32: bool = False) -> torch.d
     """Write the sum of an adapter and its base as a model directory. It is computed in float32, and rounded to the
     dtype that the base's config.json names unless `float32`. Returns the dtype."""
     if not is_adapter(adapter):
-        raise UserError(f"{adapter}: expected a directory with {ADAPTER_CONFIG} and no config.json, got none")
+        whole = " a whole model, which needs no merge" if (adapter / "config.json").is_file() else " none"
+        raise UserError(f"{adapter}: expected a directory with {ADAPTER_CONFIG} and no config.json, got{whole}")
     model = load_model(adapter)
     named = model.hf_config.get("dtype") or model.hf_config.get("torch_dtype")
     half = {"bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -255,7 +256,9 @@ def _replace_directory(target: Path, write: Callable[[Path], None]) -> None:
 
 def _read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
-        raise UserError(f"{path}: missing; a model directory holds config.json and *.safetensors")
+        inside = path.parent / "model"  # of a run directory
+        hint = f". Did you mean {str(inside)!r}?" if inside.is_dir() else ""
+        raise UserError(f"{path}: missing; a model directory holds config.json and *.safetensors{hint}")
     try:
         value = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:

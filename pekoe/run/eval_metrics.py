@@ -41,8 +41,8 @@ def pass_at_k(rows: Sequence[ProblemResult], k: int) -> float:
 def majority_at_k(rows: Sequence[ProblemResult], k: int) -> float:
     """How often the commonest answer among k responses is right (Wang et al. 2022, arXiv:2203.11171), the mean over
     problems. Answers are one where their texts are, spaces aside; a response without an answer has no vote; answers
-    that tie share. A problem with a right response in which no answer was found is left out. k < n: the mean of 64
-    seeded draws without replacement."""
+    that tie share. A problem with a right response in which no answer was found is left out. 1 < k < n: the
+    mean of 64 seeded draws without replacement."""
     rng = np.random.default_rng(0)
     rates: list[float] = []
     for row in rows:
@@ -56,6 +56,7 @@ def majority_at_k(rows: Sequence[ProblemResult], k: int) -> float:
         if len(votes) >= k:
             draws = 1 if len(votes) == k else MAJORITY_DRAWS
             shares = [_majority([votes[i] for i in rng.permutation(len(votes))[:k]]) for _ in range(draws)]
+            shares = [_majority([vote]) for vote in votes] if k == 1 else shares  # every draw there is
             rates.append(float(np.mean(shares)))
     return float(np.mean(rates)) if rates else float("nan")
 

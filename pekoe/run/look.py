@@ -127,6 +127,6 @@ def _sizes(what: str, sizes: Sequence[int], tokenizer: Tokenizer | None) -> str:
     """For example: prompts: 12 to 345 tokens, median 56, 95 % at most 210."""
     if not sizes:
         return ""
-    unit = "tokens" if tokenizer is not None else "characters (model.path=DIR counts tokens)"
+    unit = "tokens" if tokenizer is not None else "characters (--model DIR counts tokens)"
     low, median, most, high = np.quantile(sizes, [0, 0.5, 0.95, 1], method="higher")
     return f"{what}: {low:,} to {high:,} {unit}, median {median:,}, 95 % at most {most:,}"

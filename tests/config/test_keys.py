@@ -10,7 +10,7 @@ import pytest
 from pekoe.config import EvalConfig, RLConfig, SFTConfig, load_config
 from pekoe.config.base import flatten
 from pekoe.config.keys import describe, keys_of, show_config
-from pekoe.config.names import NAMES
+from pekoe.config.names import NAMES, WITHOUT_KEY
 from pekoe.config.recipes import COMMANDS, Config
 from pekoe.core import UserError
 
@@ -119,6 +119,14 @@ def test_a_dry_run_shows_what_is_absent_and_reads_back():
         ("trainer.save_freq=3", "unknown key 'trainer.save_freq'. Did you mean 'train.save_every'?"),
         ("trainer={save_every=3}", "unknown key 'trainer'. Did you mean 'train'?"),
         ("max_tokens=3", "Did you mean 'rollout.max_new_tokens'?"),
+        ("actor_rollout_ref.actor.use_kl_loss=true", "Did you mean 'algo.kl'"),
+        ("data.path=x", "Did you mean 'data.train'?"),
+        ("batch_size=8", "Did you mean 'rollout.prompts_per_step' (prompts"),
+        ("packing=true", "unknown key 'packing'. There is none: responses are always packed"),
+        ("logging_steps=1", "unknown key 'logging_steps'. There is none: every step is printed"),
+        ("actor_rollout_ref.actor.ppo_epochs=1", "There is none: a response is trained on once"),
+        ("algorithm.gamma=1", "There is none: both are 1"),
+        ("data.columns.question=x", "recipe: data.columns.question: expected 'prompt', 'answer', 'uid' or 'kind', got"),
         ("xyz.q=1", "unknown key 'xyz.q'. Valid: "),
         ("xyz={" + "a." * 3000 + "a=1}", "expected a value that TOML can have: tables and arrays nested more than 16"),
     ],
@@ -133,6 +141,12 @@ def test_another_command_has_another_key_for_it():
     evaluation = {"model": {"path": "m"}, "eval": {"data": "d"}}
     with pytest.raises(UserError, match=r"Did you mean 'eval.samples'\?"):
         load_config(evaluation, ["num_generations=8"], EvalConfig)
+
+
+def test_a_setting_without_a_key_is_none_of_ours():
+    ours = {key.name.rpartition(".")[2] for kind in COMMANDS.values() for key in keys_of(kind)}
+    theirs = {name for row in NAMES for name in f"{row.trl}, {row.verl}, {row.also}".split(", ")}
+    assert {name for names in WITHOUT_KEY for name in names} & (ours | theirs) == set()
 
 
 def test_the_table_of_names_names_keys():

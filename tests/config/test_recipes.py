@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from pekoe.config import EvalConfig, RLConfig, SFTConfig, dump_config, load_config
-from pekoe.config.base import flatten, read_toml, shipped_recipes
+from pekoe.config.base import flatten, read_toml, shipped_recipes, start_of_recipe
 from pekoe.config.recipes import COMMANDS
 from pekoe.core import UserError
 from pekoe.engine.servers.vllm import check_args
@@ -28,6 +28,16 @@ def test_a_recipe_loads_as_the_command_that_its_head_says(name: str, tmp_path: P
     again = tmp_path / "again.toml"
     again.write_text(dump_config(config))
     assert load_config(again, kind=kind) == config
+    said = start_of_recipe(name, Path("own.toml")).split()
+    assert said[said.index(words[0]) :] == [*words[:-1], "own.toml"]
+
+
+def test_an_algorithm_alone_is_no_recipe(tmp_path: Path):
+    with pytest.raises(UserError, match=r"grpo sets keys of another recipe, .*: pekoe rl laptop grpo$"):
+        load_config("grpo")
+    (tmp_path / "own.toml").write_text("num_steps = 3\n")
+    with pytest.raises(UserError, match=r"missing key 'data'\.$"):
+        load_config(tmp_path / "own.toml")
 
 
 @pytest.mark.parametrize("name", ALGORITHMS)

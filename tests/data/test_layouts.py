@@ -249,6 +249,9 @@ def test_a_sentence_is_an_answer_where_its_column_may_be_one():
     assert parse_problem({"Prompt": "q", "Answers": ["1", "2"]}).gold == ["1", "2"]
     with pytest.raises(ValueError, match="expected a short answer"):
         parse_problem({"Question": "q", "Solution": "Mr. Smith"})
+    with pytest.raises(ValueError, match="expected a short answer"):
+        parse_problem({"problem": "q", "solution": "Three and four make seven, so it is 7."})
+    assert parse_problem({"problem": "q", "solution": "about 7.5 km"}).gold == "about 7.5 km"
 
 
 def test_the_choices_of_arc():
@@ -295,7 +298,11 @@ MISTAKES: dict[str, tuple[str, bytes | str, str]] = {
     ),
     "pretty objects": ("a.jsonl", '{\n"a": 1\n}\n{\n"b": 1\n}', r"several values over many lines: jq -c \. .*a\.jsonl"),
     "unfinished array": ("a.json", '[\n{"prompt": "p"},\n', r"a\.json:3: expected a JSON array, got: Expecting value"),
-    "no columns": ("a.csv", "q,a\n1,2\n", r"a\.csv:2: expected a prompt \(prompt, question.* the columns 'q', 'a'"),
+    "no columns": (
+        "a.csv",
+        "q,a\n1,2\n",
+        r"a\.csv:2: expected a prompt \(prompt, question.* the columns 'q', 'a'.*data\.columns\.prompt=NAME",
+    ),
     "cells": ("a.csv", "prompt,answer\np,1\nq,2,3\n", r"a\.csv:3: expected at most 2 cells, as in the first line"),
     "lines": ("a.csv", 'prompt,answer\n"p\nq",1\n\n"r\n",\n', r"a\.csv:5: expected an answer .* the columns 'prompt'"),
     "twice": ("a.csv", "prompt,prompt\np,1\n", r"a\.csv:1: expected columns of different names"),
@@ -309,6 +316,11 @@ MISTAKES: dict[str, tuple[str, bytes | str, str]] = {
         "a.jsonl",
         f'{{"prompt": "p", "answer": "1", "x": {DEEP}}}',
         r"a\.jsonl:1: expected (values nested|JSON, got va)",
+    ),
+    "worked solutions": (
+        "a.jsonl",
+        '{"prompt": "p", "completion": [{"role": "assistant", "content": "1"}]}',
+        r"answer: expected a string, got a message, as rows of pekoe sft have",
     ),
     "deep enough": ("a.jsonl", f'{{"prompt": "p", "answer": {"[" * 200}{"]" * 200}}}', "nested at most 100 deep"),
     "deep inside": (

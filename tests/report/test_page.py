@@ -96,7 +96,13 @@ def test_a_run_of_sft_has_no_responses(tmp_path: Path):
 
 
 def test_a_run_without_a_step_says_so(tmp_path: Path):
-    assert "No step is finished yet." in render([read_history(write_run(tmp_path / "run", [], {}))])
+    assert "No step is finished yet.</li>" in render([read_history(write_run(tmp_path / "run", [], {}))])
+
+
+def test_a_run_that_its_reward_stopped_says_why(run_dir: Path):
+    (run_dir / "journal.jsonl").write_text("")
+    page = render([read_history(run_dir)])
+    assert "No step is finished yet. Rewards failed: " in page
 
 
 def test_the_sentences_say_where_time_goes_and_what_would_help(run_dir: Path):

@@ -40,7 +40,7 @@ def test_problems_as_they_are_read():
         "own.jsonl: 7 rows; layout: question, answer (6)",
         "own.jsonl: columns that are not read: 'level'",
         "kinds: math (5)",
-        "prompts: 3 to 4 characters (model.path=DIR counts tokens), median 4, 95 % at most 4",
+        "prompts: 3 to 4 characters (--model DIR counts tokens), median 4, 95 % at most 4",
     ]
     assert [example.splitlines()[1:] for example in examples] == [
         [f"{n}+1=", f"--- answer: '{n + 1}'"] for n in range(3)

@@ -158,7 +158,7 @@ def test_an_engine_with_weights_of_its_own_takes_the_adapter(build: Build, tmp_p
 
 
 def test_sft_then_rl_on_its_merged_model(
-    tree: dict[str, Any], build: Build, train: Train, tmp_path: Path, recipe: dict[str, Any]
+    tree: dict[str, Any], build: Build, train: Train, tmp_path: Path, recipe: dict[str, Any], tiny_dir: Path
 ):
     tree["model"] |= {"lora": {"rank": 8}}
     config = load_config(tree, ["sft.epochs=15"], SFTConfig)
@@ -166,6 +166,8 @@ def test_sft_then_rl_on_its_merged_model(
     steps = [e for e in read_lines(Path(config.run.dir) / "journal.jsonl") if e["event"] == "step"]
     assert steps[-1]["loss"] < 0.5 * steps[0]["loss"]
     adapter = Path(config.run.dir) / "model"
+    done = CliRunner().invoke(app, ["merge", str(tiny_dir / "model"), str(tmp_path / "whole")])
+    assert "got a whole model, which needs no merge" in str(done.exception)
     done = CliRunner().invoke(app, ["merge", str(adapter), str(tmp_path / "whole")])
     assert done.exit_code == 0, done.output
     for a, b in zip(load_model(tmp_path / "whole").parameters(), load_model(adapter).parameters(), strict=True):

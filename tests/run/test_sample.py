@@ -78,6 +78,7 @@ def test_a_chat_goes_on_after_a_question_that_is_too_long(tiny_dir: Path):
     [
         (["1+2="], 'expected --model DIR, and "PROMPT" or --data FILE or neither'),
         (["--model", "m", "1+2=", "1+3="], "expected --model DIR"),
+        (["--model", "m", "1+2=", "temperature=1"], "and keys such as eval.temperature=0.6"),
         (["--model", "m", "1+2=", "--data", "f"], "expected --model DIR"),
         (["--model", "nowhere", "1+2=", "eval.temprature=1"], "Did you mean 'temperature'"),
     ],
@@ -86,6 +87,12 @@ def test_a_wrong_call_is_one_message(words: list[str], message: str):
     answer = CliRunner().invoke(app, ["sample", *words])
     assert isinstance(answer.exception, UserError)
     assert message in str(answer.exception)
+
+
+def test_a_run_directory_has_its_model_inside(tmp_path: Path):
+    (tmp_path / "model").mkdir()
+    answer = CliRunner().invoke(app, ["sample", "--model", str(tmp_path), "1+2="])
+    assert str(answer.exception).endswith(f"Did you mean {str(tmp_path / 'model')!r}?")
 
 
 def test_the_command(tiny_dir: Path):

@@ -19,6 +19,9 @@ def check_functions(functions: Collection[str]) -> None:
     for path in functions:
         if not FUNCTION.fullmatch(path):
             raise UserError(f"verify.functions: expected PACKAGE.MODULE:NAME, got {path!r:.200}")
+        file, _, name = path.partition(":")
+        if file.endswith(".py"):
+            raise UserError(f"verify.functions: expected a module, not its file: {file[:-3]}:{name}, got {path!r:.200}")
 
 
 def find_verifier(kind: str, functions: Collection[str] | Mapping[str, function.Options] = ()) -> Verifier:

@@ -23,6 +23,7 @@ import traceback
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any, get_args
 
 from pekoe.core.errors import nearest
@@ -71,6 +72,19 @@ def _is_users(file: str) -> bool:
     return not ours and "site-packages" not in file
 
 
+def _import(module: str) -> ModuleType:
+    """The module, from where Python looks and then the current directory; ModuleNotFoundError names what is there."""
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name not in (module, module.partition(".")[0]):  # something that it imports
+            raise
+        here = [path.stem for path in Path().glob("*.py")]
+        raise ModuleNotFoundError(
+            f"expected a module that Python finds, or a file in {os.getcwd()}, got {module!r}.{nearest(module, here)}"
+        ) from None
+
+
 class _Reward:
     """A function that is imported, and how it is called."""
 
@@ -78,7 +92,7 @@ class _Reward:
         module, _, name = path.partition(":")
         sys.path.append(os.getcwd())  # in these workers alone, and last: no other code may come from there
         self.path, self.options = path, options
-        imported = importlib.import_module(module)
+        imported = _import(module)
         if not hasattr(imported, name):
             valid = (other for other, value in vars(imported).items() if callable(value))
             raise AttributeError(f"expected a function of {module}, got {name!r}.{nearest(name, valid)}")

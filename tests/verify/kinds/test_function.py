@@ -94,6 +94,8 @@ def test_a_row_cannot_run_a_function_that_the_recipe_does_not_list(tmp_path: Pat
     assert not target.exists()
     with pytest.raises(UserError, match=r"verify\.functions: expected PACKAGE\.MODULE:NAME, got 'rewards'"):
         JudgePool(functions=["rewards"])
+    with pytest.raises(UserError, match=r"expected a module, not its file: rewards:f, got 'rewards\.py:f'"):
+        JudgePool(functions=["rewards.py:f"])
 
 
 BIG = """
@@ -255,6 +257,19 @@ def test_an_argument_that_the_function_does_not_take_is_refused_before_anything_
 def test_a_name_that_the_module_lacks_is_said_with_the_nearest(decide: Any):
     with pytest.raises(AttributeError, match=r"expected a function of calls, got 'sined'\. Did you mean 'signed'"):
         decide("sined")
+
+
+def test_a_module_that_is_not_there_is_said_with_the_nearest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "near_rewards.py").write_text("import no_such_module\n")
+    monkeypatch.setattr(sys, "path", [*sys.path])  # which the function's own worker extends
+    decide, importing = (make_verifier(f"{name}:f").decide for name in ("near_reward", "near_rewards"))
+    assert decide is not None
+    assert importing is not None
+    with pytest.raises(ModuleNotFoundError, match=r"or a file in .*, got 'near_reward'\. Did you mean 'near_rewards'"):
+        decide("x", 1, None)
+    with pytest.raises(ModuleNotFoundError, match="No module named 'no_such_module'"):  # what it imports
+        importing("x", 1, None)
 
 
 def test_what_was_read_reaches_the_verdict(decide: Callable[..., Verdict]):
