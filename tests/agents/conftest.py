@@ -18,7 +18,11 @@ from pekoe.model.attention import PackedAttention
 from tests.agents.sampling import ALPHABET, TEMPLATES
 
 # In an environment older than the extras `serve` and `test` that bring them.
-collect_ignore = [] if find_spec("openai") and find_spec("uvicorn") else ["test_endpoint.py", "test_programs.py"]
+collect_ignore = (
+    []
+    if find_spec("openai") and find_spec("uvicorn")
+    else ["test_endpoint.py", "test_programs.py", "test_conformance.py"]
+)
 
 
 @pytest.fixture(scope="session")
