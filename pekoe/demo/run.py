@@ -153,7 +153,8 @@ def run_demo(
     summary |= {"seconds": stages.seconds, "seed": seed, "control": control}
     summary |= {name: measured["sft"][name] for name in ("num_problems", "samples_per_problem")}
     (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-    return describe(out, summary, stages.results, control)
+    note = "\n\nThis was the quick form: a test of every stage, which learns nothing. Without --quick it learns."
+    return describe(out, summary, stages.results, control) + (note if quick else "")
 
 
 class Stages:

@@ -36,6 +36,7 @@ from pekoe.core.functions import load_function
 from pekoe.core.progress import ProgressReporter, phase
 from pekoe.core.spec import ModelSpec
 from pekoe.core.types import IntArray, Problem, SamplingParams
+from pekoe.core.words import counted
 from pekoe.data.mix import DataReport, RefusedReferences, gather_problems
 from pekoe.data.order import DataOrder
 from pekoe.data.tokenizer import Tokenizer
@@ -538,8 +539,8 @@ def say_changes(run: RunDir, optim: OptimSection, view: ProgressReporter, per_st
     if expected != rate and done < now:
         last = learning_rate(optim, done * per_step - 1, was * per_step)
         view.say(
-            f"optim.schedule = {optim.schedule!r} now spans {now} steps in place of {was}: the rate of step {done + 1} "
-            f"begins at {rate:.3g} (that of step {done} ended at {last:.3g})"
+            f"optim.schedule = {optim.schedule!r} now spans {counted(now, 'step')} in place of {was}: the rate of "
+            f"step {done + 1} begins at {rate:.3g} (that of step {done} ended at {last:.3g})"
         )
 
 

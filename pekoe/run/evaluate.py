@@ -275,8 +275,10 @@ def _rows_of(path: Path) -> dict[str, dict[str, Any]]:
                 raise ValueError(f"a problem with {counts}")
         return {one["uid"]: one for one in problems}
     except FileNotFoundError:
-        siblings = [p.name for p in path.parent.glob("*.json")] if path.parent.is_dir() else []
-        raise UserError(f"{path}: expected results of pekoe eval, found none.{nearest(path.name, siblings)}") from None
+        place = path.parent if path.name == "results.json" else path  # the `out` that was meant, or a file
+        files = [p for p in place.parent.glob("*.json") if p.is_file()]
+        near = [p.name for p in (*files, *(p.parent for p in place.parent.glob("*/results.json")))]
+        raise UserError(f"{path}: expected results of pekoe eval, found none.{nearest(place.name, near)}") from None
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{path}: expected results of pekoe eval, got something else: {error}") from None
 

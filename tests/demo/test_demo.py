@@ -44,6 +44,7 @@ def test_held_out_problems_are_nowhere_else(tmp_path: Path):
 def test_every_stage_runs_and_a_finished_demo_is_not_run_again(tmp_path: Path):
     out = tmp_path / "demo"
     story = run_demo(out, 0, control=False, fresh=False, quick=True, view=NoProgress())
+    assert story.endswith("Without --quick it learns.")
     assert "after RL" in story
     summary = json.loads((out / "summary.json").read_text())
     assert set(summary) >= {"sft", "rl", "seconds", "seed", "num_problems", "samples_per_problem"}

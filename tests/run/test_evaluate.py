@@ -164,6 +164,11 @@ def test_several_sets_and_a_comparison(tiny_dir: Path, tmp_path: Path):
     (tmp_path / "damaged.json").unlink()
     with pytest.raises(UserError, match=r"found none. Did you mean 'c.json'"):
         compare(tmp_path / "a", tmp_path / "d.json")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "results.json").write_text(json.dumps(results))
+    for given in ("othr", "othr/results.json"):
+        with pytest.raises(UserError, match=r"found none. Did you mean 'other'"):
+            compare(tmp_path / "a", tmp_path / given)
 
 
 @pytest.fixture(scope="module")
