@@ -21,7 +21,7 @@ from tests.agents.sampling import ALPHABET, TEMPLATES
 collect_ignore = (
     []
     if find_spec("openai") and find_spec("uvicorn")
-    else ["test_endpoint.py", "test_programs.py", "test_conformance.py"]
+    else ["test_endpoint.py", "test_programs.py", "test_conformance.py", "test_environments.py"]
 )
 
 
