@@ -171,6 +171,10 @@ def _experts(module: Any, hidden: Tensor, chosen: Tensor, weights: Tensor) -> Te
     if isinstance(current, _Probe):
         current.experts = (module.num_experts, chosen.shape[-1])
         return torch.zeros_like(hidden)
+    if torch.is_grad_enabled():
+        load: Tensor = vars(module).setdefault("pekoe_load", hidden.new_zeros(module.num_experts, dtype=torch.float64))
+        flat = chosen.detach().reshape(-1)
+        load.index_add_(0, flat, torch.ones_like(flat, dtype=torch.float64))
     if torch.is_autocast_enabled(device):
         module = _Cast(module, torch.get_autocast_dtype(device))
     return grouped_mm_experts_forward(module, hidden, chosen, weights)
@@ -342,6 +346,10 @@ class FamilyModel(LanguageModel):
     @property
     def blocks(self) -> list[nn.Module]:
         return list(self.get_submodule(self._blocks_name).children())
+
+    def take_expert_loads(self) -> Tensor | None:
+        loads = [vars(module).pop("pekoe_load") for module in self.modules() if "pekoe_load" in vars(module)]
+        return torch.stack(loads) if loads else None
 
     def wrap_blocks(self, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
         for block in self.blocks:

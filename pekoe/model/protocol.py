@@ -73,6 +73,11 @@ class LanguageModel(nn.Module, ABC):
     def wrap_blocks(self, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
         """Replace each layer's forward where gradients are enabled: by its compiled or recomputed version."""
 
+    def take_expert_loads(self) -> Tensor | None:
+        """Tokens [layers, experts] that each expert was given in forwards with gradient since the last call; None for a
+        model without experts. No token is dropped: each has the experts that its router chose."""
+        return None
+
     @abstractmethod
     def file_tensors(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Whole parameters by their names in memory -> tensors by their names in files."""

@@ -23,7 +23,7 @@ from pekoe.core.hardware import PROCESS, USABLE, Device, device_named
 from pekoe.core.journal import read_lines
 from pekoe.core.progress import NoProgress, ProgressReporter
 from pekoe.core.roofline import sampling_flops, training_flops
-from pekoe.core.spec import Family, ModelSpec
+from pekoe.core.spec import Family, FamilySpec, ModelSpec
 from pekoe.core.words import counted
 from pekoe.model import LoRA, read_spec
 from pekoe.plan.shapes import recognise_model
@@ -277,8 +277,11 @@ def step_summary(config: RLConfig, spec: ModelSpec) -> list[str]:
     longest = config.data.max_prompt_tokens + rollout.max_new_tokens
     minibatch = ceil(responses / algo.minibatches)
     together = min(minibatch, max(1, config.train.token_budget // longest))
+    active = ""
+    if isinstance(spec, FamilySpec) and spec.num_experts:
+        active = f" ({spec.active / 1e6:,.1f}M for a token: {spec.experts_per_token} of {spec.num_experts} experts)"
     lines = [
-        f"{spec.family} of {spec.num_parameters / 1e6:,.1f}M parameters, context {spec.max_positions:,}",
+        f"{spec.family} of {spec.num_parameters / 1e6:,.1f}M parameters{active}, context {spec.max_positions:,}",
         f"a step: {rollout.prompts_per_step} prompts x {rollout.samples_per_prompt} = {responses:,} responses of at "
         f"most {rollout.max_new_tokens:,} tokens: at most {responses * rollout.max_new_tokens:,} are sampled",
         f"trained in {counted(algo.minibatches, 'optimizer step')} of at most {minibatch * longest:,} tokens, "

@@ -172,6 +172,8 @@ class Trainer:
             for name in sorted(sums):
                 self._layout.sum(sums[name], largest=name.endswith("_max"))
         means = {k: float(v) if k.endswith("_max") else float(v) / rank_batch.num_targets for k, v in sums.items()}
+        if (loads := self.model.take_expert_loads()) is not None:
+            means |= expert_balance(loads if self._layout is None else self._layout.sum(loads))
         lr = learning_rate(self._optim, self.num_updates, self._total)
         grad_norm = self._clip()
         loss_mean = float(loss_sum) / divisor
@@ -299,6 +301,16 @@ class Trainer:
             options=self._options,
         )
         self.num_updates, self.num_not_finite = state["num_updates"], state["num_not_finite"]
+
+
+def expert_balance(loads: Tensor) -> dict[str, float]:
+    """How evenly experts were used, of tokens [layers, E] that each had: the entropy of a layer's shares, as a part of
+    log E, and the smallest and largest share times E (1: even); the mean over layers."""
+    number = loads.shape[1]
+    shares = loads / loads.sum(-1, keepdim=True)
+    entropy = torch.special.entr(shares).sum(-1) / math.log(max(2, number))
+    least, most = (shares.amin(-1) * number).mean(), (shares.amax(-1) * number).mean()
+    return {"expert_entropy": float(entropy.mean()), "expert_load_min": float(least), "expert_load_max": float(most)}
 
 
 def _recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:

@@ -22,6 +22,7 @@ from pekoe.model.attention import attend
 from pekoe.model.families import FamilyModel
 from pekoe.model.lora import add_lora
 from pekoe.train import Trainer
+from pekoe.train.trainer import expert_balance
 from tests.families.configs import FAMILIES, RECURRENT, VOCAB, config_of, make, save
 from tests.train.test_trainer import make_samples
 
@@ -228,6 +229,23 @@ def test_the_trainer_trains_it_whatever_the_split(family: str, tmp_path: Path):
     assert whole == pytest.approx(split, rel=1e-4)
     assert split == recomputed
     assert all(torch.equal(weights[name], same[name]) for name in weights)
+
+
+def test_how_evenly_experts_were_used_is_of_all_tokens(tmp_path: Path):
+    place = save("qwen3_moe", tmp_path / "model")
+    found = []
+    for budget, again in ((1000, False), (40, True)):
+        trainer = Trainer(load_model(place), OPTIM, budget, 10, activation_checkpointing=again)
+        trainer.logprobs(make_samples())  # without gradient: not counted
+        found.append({n: v for n, v in trainer.step(make_samples(), cross_entropy).means.items() if "expert" in n})
+    assert found[0] == pytest.approx(found[1])
+    assert 0.5 < found[0]["expert_entropy"] < 1
+    assert 0 < found[0]["expert_load_min"] < 1 < found[0]["expert_load_max"] < 4
+    assert expert_balance(torch.tensor([[1.0, 1.0], [3.0, 1.0]])) == pytest.approx(
+        {"expert_entropy": (1 + 0.811278) / 2, "expert_load_min": 0.75, "expert_load_max": 1.25}
+    )
+    dense = Trainer(load_model(save("mistral", tmp_path / "dense")), OPTIM, 40, 10)
+    assert "expert_entropy" not in dense.step(make_samples(), cross_entropy).means
 
 
 def test_a_state_resumes_to_the_bit(tmp_path: Path):

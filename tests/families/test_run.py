@@ -15,7 +15,8 @@ from pekoe.core.errors import Interrupted
 from pekoe.core.progress import NoProgress
 from pekoe.data.tokenizer import Tokenizer
 from pekoe.demo.char_tokenizer import make_char_tokenizer
-from pekoe.model import load_model, save_model
+from pekoe.model import load_model, read_spec, save_model
+from pekoe.run.doctor import forecast, step_summary
 from pekoe.run.replay import replay_run
 from tests.families.configs import make
 from tests.run.conftest import ALPHABET, stop_after_responses
@@ -51,11 +52,15 @@ def family_run(recipe: dict[str, Any], tmp_path: Path) -> Callable[[str], Path]:
 def test_a_run_holds_its_invariants(family: str, family_run: Callable[[str], Path], build: Build, train: Train):
     start = family_run(family)
     config = build("algo.kl=0.1")
+    said = step_summary(config, read_spec(start, "transformers")[0])
+    assert ("2 of 4 experts" in said[0]) == (family in ("qwen3_moe", "gpt_oss"))
+    assert forecast(config).fits
     train(config)
     for step in steps_of(config):  # I1 and I4
         assert step["logprob_diff_max"] <= 1e-4
         assert step["sync_canary_diff"] <= 1e-4
         assert step["reference_kl"] >= 0
+        assert ("expert_entropy" in step) == (family in ("qwen3_moe", "gpt_oss"))
     again = replay_run(Path(config.run.dir), NoProgress())
     assert again.same
     assert again.same_weights
