@@ -4,7 +4,7 @@
 VENV_VLLM ?= .venv-vllm
 VENV_SGLANG ?= .venv-sglang
 
-.PHONY: bench-plan bench-rollout bench-train bench-verify bench-sync kill-matrix hosts chain bench-async learn-async
+.PHONY: bench-endpoint bench-plan bench-rollout bench-train bench-verify bench-sync kill-matrix hosts chain bench-async learn-async
 
 bench-rollout: $(VENV)/.stamp-test ## Measure rollouts beside vLLM and transformers: make bench-rollout ARGS=--quick
 	@[ -x $(VENV_VLLM)/bin/python ] || echo "Without vLLM: $(VENV_VLLM) is not there (make $(VENV_VLLM)/.stamp builds it)"
@@ -72,5 +72,8 @@ learn-async: $(VENV)/.stamp-test ## Whether RL learns with lag: the demo's RL st
 
 # The planner against published figures, which a file of yours has: --fit fits its constants; beside each error stands that
 # with the constants of the other groups alone.
+bench-endpoint: $(VENV)/.stamp-test ## Load on the HTTP endpoint: 256 sessions for ten minutes: make bench-endpoint ARGS="--seconds 40"
+	$(PY) benchmarks/bench_endpoint.py $(ARGS)
+
 bench-plan: $(VENV)/.stamp-test ## Score the planner: make bench-plan ARGS="--figures FILE.json --json OUT.json"
 	$(PY) benchmarks/bench_plan.py --leave-out $(ARGS)
