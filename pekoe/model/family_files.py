@@ -257,7 +257,7 @@ def _spec(causal: Any, family: str, shapes: tuple[Any, ...], experts: tuple[int,
         linears=tuple(
             (name, module.in_features + module.out_features)
             for name, module in causal.named_modules()
-            if isinstance(module, nn.Linear) and name.rpartition(".")[2] != "lm_head"
+            if type(module) is nn.Linear and name.rpartition(".")[2] != "lm_head"
         ),
     )
 

@@ -78,7 +78,8 @@ def add_lora(model: nn.Module, lora: LoRA, seed: int) -> LoRA:
     Returns `lora` with the targets that were meant. UserError for a target that is no layer, and for a rank above a
     dimension of a layer.
     """
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    # Not of a class derived from it: some routers are, and return more than a product.
+    layers = {n: module for n, module in model.named_modules() if type(module) is nn.Linear}
     layers = {name: module for name, module in layers.items() if name.rpartition(".")[2] != _HEAD}
     leaves = tuple(dict.fromkeys(name.rpartition(".")[2] for name in layers))
     targets = lora.targets or leaves
