@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
 
@@ -84,16 +84,22 @@ class Layout:
         self.writers = cast(dist.ProcessGroup, dist.new_group(backend="gloo"))
         """All processes, for checkpoints, which are written while training goes on in the other groups."""
 
-    def apply(self, model: LanguageModel) -> None:
-        """Shard the model's parameters in place (DTensors, on the mesh's device). Gradients are sums over all ranks."""
+    def apply(self, model: LanguageModel, compute_dtype: torch.dtype | None = None) -> None:
+        """Shard the model's parameters in place (DTensors, on the mesh's device). Gradients are sums over all ranks.
+
+        Args:
+            compute_dtype: of gathered weights and of what is computed with them; gradients are summed in float32.
+                None: the weights' own.
+        """
+        policy = MixedPrecisionPolicy(compute_dtype, torch.float32) if compute_dtype else MixedPrecisionPolicy()
         replicas, shards, split = self._names
         tp, replicated = self._weights[split], self._weights[replicas].size() > 1
         data = self._weights[replicas, shards] if replicated else self._weights[shards]
         for layer in model.blocks:
             if tp.size() > 1:
                 parallelize_module(layer, tp, _plan(layer))
-            fully_shard(layer, mesh=data)
-        fully_shard(model, mesh=data)
+            fully_shard(layer, mesh=data, mp_policy=policy)
+        fully_shard(model, mesh=data, mp_policy=policy)
         for module in model.modules():
             if isinstance(module, FSDPModule):
                 module.set_gradient_divide_factor(1.0)  # losses are divided by the one denominator already (I3)

@@ -26,7 +26,7 @@ from pekoe.core.errors import UserError
 from pekoe.core.loop import StepStats
 from pekoe.core.spec import ModelSpec
 from pekoe.core.types import AnySample, FloatArray
-from pekoe.model import Attention, LanguageModel, PackedAttention
+from pekoe.model import Attention, Decoder, LanguageModel, PackedAttention
 from pekoe.model.lora import adapters_off
 from pekoe.model.peft import check_base
 from pekoe.train import checkpoint
@@ -75,7 +75,9 @@ class Trainer:
         token_budget: the most tokens of a micro-batch at one process.
         total_updates: optimizer steps of the whole run (the schedule's length).
         temperature: log-probs are of the distribution at this temperature.
-        compute_dtype: dtype of the matrix products (autocast); weights stay as they are.
+        compute_dtype: dtype of the matrix products; weights stay as they are. In one process by autocast; where weights
+            of a `Decoder` are sharded they are gathered in it, and all is computed in it but norms, logits and sums of
+            gradients.
         activation_checkpointing: compute each layer again in backward: a third more compute, a fraction of the memory,
             the same numbers.
         compile: run layers through torch.compile. Numbers change in their last bits.
@@ -109,9 +111,12 @@ class Trainer:
         if activation_checkpointing:
             # Layers draw no random numbers, so there is no generator state to restore.
             model.wrap_blocks(_recomputed)
+        # Of other families we do not know what they compute in float32 by themselves.
+        self._autocast = compute_dtype is not torch.float32 and (layout is None or not isinstance(model, Decoder))
         if layout is not None:
+            low = None if self._autocast or compute_dtype is torch.float32 else compute_dtype
             for decoder in [model] if reference is None else [model, reference]:
-                layout.apply(decoder)
+                layout.apply(decoder, low)
         self.optimizer = _make_optimizer(model, optim)
         self.num_updates = 0
         self.num_not_finite = 0
@@ -262,8 +267,7 @@ class Trainer:
         targets: Tensor,
     ) -> tuple[Tensor, Tensor]:
         """Log-probs and entropies [N] of `targets` [N], predicted at `rows` [N] of the tokens [T]."""
-        mixed = self.compute_dtype is not torch.float32
-        with torch.autocast(self.device.type, self.compute_dtype, enabled=mixed):
+        with torch.autocast(self.device.type, self.compute_dtype, enabled=self._autocast):
             # Attention differs by micro-batch, and would be compiled again for each.
             plain = torch.compiler.disable(attention) if self._compile else attention
             hidden = model(tokens, positions, plain)

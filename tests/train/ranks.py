@@ -38,6 +38,7 @@ def make_trainer(
     dtype: torch.dtype = torch.float64,
     reference: bool = False,
     lora: bool = False,
+    compute_dtype: torch.dtype = torch.float32,
 ) -> Trainer:
     sizes: dict[str, Any] = {
         "vocab_size": 50,
@@ -61,7 +62,8 @@ def make_trainer(
         frozen = Decoder(model.spec).to(dtype).requires_grad_(False)
         frozen.init_weights(7)
     where = None if layout is None else Layout(model.spec, **layout)
-    return Trainer(model, OPTIM, 40, STEPS, layout=where, activation_checkpointing=recompute, reference=frozen)
+    options: dict[str, Any] = {"activation_checkpointing": recompute, "reference": frozen, "layout": where}
+    return Trainer(model, OPTIM, 40, STEPS, compute_dtype=compute_dtype, **options)
 
 
 def make_samples() -> list[Sample]:
@@ -128,6 +130,36 @@ def lora_main(rank: int, world: int, folder: str, layouts: list[dict[str, int]],
         dist.barrier()
     finally:
         dist.destroy_process_group()
+
+
+def low_main(rank: int, world: int, folder: str, layouts: list[dict[str, int]]) -> None:
+    """Float32 weights that are gathered and computed with in bfloat16."""
+    torch.set_num_threads(1)
+    os.environ["MASTER_ADDR"] = "127.0.0.1"
+    dist.init_process_group("gloo", init_method=f"file://{folder}/low-{world}", rank=rank, world_size=world)
+    try:
+        for place, layout in enumerate(layouts):
+            for lora in (False, True):
+                options: dict[str, Any] = {"dtype": torch.float32, "compute_dtype": torch.bfloat16, "lora": lora}
+                trainer, dtypes = make_trainer("qwen2, tied", layout, recompute=True, **options), set[str]()
+
+                def look(module: Any, args: Any, out: torch.Tensor, found: set[str] = dtypes) -> None:
+                    found.add(str(out.dtype))
+
+                trainer.model.model.layers[0].register_forward_hook(look)
+                trainer.optimizer.register_step_pre_hook(partial(_keep_dtypes, dtypes))
+                found = train(trainer) | {"dtypes": dtypes}
+                found["weights"] = {str(p.dtype) for p in trainer.model.parameters()}
+                if rank == 0:
+                    torch.save(found, f"{folder}/low-{world}-{place}-{lora}.pt")
+        dist.barrier()
+    finally:
+        dist.destroy_process_group()
+
+
+def _keep_dtypes(found: set[str], optimizer: torch.optim.Optimizer, *_: object) -> None:
+    for group in optimizer.param_groups:
+        found |= {f"gradients {p.grad.dtype}" for p in group["params"] if p.grad is not None}
 
 
 def few_main(rank: int, world: int, folder: str, layouts: list[dict[str, int]], numbers: list[int]) -> None:

@@ -21,6 +21,7 @@ from tests.train.ranks import (
     few_main,
     kernels_main,
     lora_main,
+    low_main,
     make_trainer,
     rank_main,
     resume_main,
@@ -90,6 +91,29 @@ def test_a_forward_on_kernels_leaves_fsdp_its_weights(tmp_path: Path):
     found: dict[str, Any] = torch.load(tmp_path / "kernels.pt", weights_only=False)
     np.testing.assert_allclose(found["logprobs"], expected["logprobs"], atol=1e-5)
     np.testing.assert_allclose(found["loss"], expected["loss"], rtol=1e-4)
+
+
+@pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_sharded_weights_are_computed_with_in_bfloat16(world: int, tmp_path: Path):
+    """As one process by autocast, within bfloat16's rounding; weights and gradients stay in float32."""
+    layouts = [{}, {"tp": 2}, {"cp": 2}]
+    spawn(low_main, world, world, str(tmp_path), layouts)
+    for lora in (False, True):
+        options: dict[str, Any] = {"dtype": torch.float32, "lora": lora}
+        wide, alone = (
+            train(make_trainer("qwen2, tied", compute_dtype=d, **options)) for d in (torch.float32, torch.bfloat16)
+        )
+        for place in range(len(layouts)):
+            found: dict[str, Any] = torch.load(f"{tmp_path}/low-{world}-{place}-{lora}.pt", weights_only=False)
+            assert found["dtypes"] == {"torch.bfloat16", "gradients torch.float32"}
+            assert found["weights"] == {"torch.float32"}
+            for expected in (wide, alone):
+                np.testing.assert_allclose(found["logprobs"], expected["logprobs"], atol=0.05)
+                assert np.abs(found["logprobs"] - expected["logprobs"]).mean() < 0.01
+                np.testing.assert_allclose(found["loss"], expected["loss"], rtol=0.05, atol=0.02)
+                np.testing.assert_allclose(found["grad_norm"], expected["grad_norm"], rtol=0.05)
+                assert found["num_targets"] == expected["num_targets"]
+            assert np.abs(found["logprobs"] - wide["logprobs"]).max() > 1e-4, "nothing was rounded"
 
 
 @pytest.mark.slow
