@@ -179,6 +179,10 @@ class TrainSection(ConfigSection):
     same numbers."""
     compile: bool = False
     """Run layers through torch.compile; on a CPU it needs a C++ compiler. Numbers move in their last bits."""
+    moments: Literal["float32", "bfloat16"] = "float32"
+    """Dtype of AdamW's two moments: 8 bytes a trained parameter, or 4."""
+    moments_on_host: bool = False
+    """Keep the moments in the host's memory, from where they come at each optimizer step; in one process."""
     max_not_finite: int = Field(default=3, ge=1)
     """The run stops after so many optimizer steps in a row whose loss or gradient was not finite; each is skipped."""
     save_every: int = Field(default=10, ge=1)

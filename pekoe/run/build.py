@@ -385,6 +385,8 @@ def make_trainer(config: RLConfig, model: LanguageModel, dtype: torch.dtype, lay
         dtype,
         activation_checkpointing=train.activation_checkpointing,
         compile=train.compile,
+        moments=getattr(torch, train.moments),
+        moments_on_host=train.moments_on_host,
         layout=layout,
         reference=reference,
     )

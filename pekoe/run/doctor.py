@@ -414,7 +414,9 @@ def _step(config: RLConfig | SFTConfig, spec: ModelSpec, processes: int, device:
     dtype, again = getattr(torch, config.model.dtype), config.train.activation_checkpointing
     section = config.model.lora
     lora = LoRA(section.rank, section.alpha, section.targets or ()) if section else None
-    return predict(spec, budget, longest, dtype, again, device, tp, processes // (tp * replicas), lora)
+    shards, train = processes // (tp * replicas), config.train
+    moment = 0 if train.moments_on_host and device == "cuda" else 2 if train.moments == "bfloat16" else 4
+    return predict(spec, budget, longest, dtype, again, device, tp, shards, lora, moment)
 
 
 def _parallel(config: RLConfig | SFTConfig) -> ParallelSection | None:

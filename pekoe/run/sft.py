@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from pekoe.algo.loss import cross_entropy
 from pekoe.config.recipes import SFTConfig
@@ -60,6 +61,8 @@ def _run(config: SFTConfig, view: ProgressReporter, leader: bool, from_step: int
         layout=make_layout(model.spec, config.parallel, next(model.parameters()).device),
         activation_checkpointing=config.train.activation_checkpointing,
         compile=config.train.compile,
+        moments=getattr(torch, config.train.moments),
+        moments_on_host=config.train.moments_on_host,
     )
     if saved := checkpoints(Path(config.run.dir), from_step):
         epochs = -(-step_of(saved[-1]) // per_epoch)

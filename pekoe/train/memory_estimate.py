@@ -67,6 +67,7 @@ def predict(
     tp: int = 1,
     shards: int = 1,
     lora: LoRA | None = None,
+    moment_bytes: int = _FLOAT,
 ) -> StepMemory:
     """The memory of an optimizer step of several micro-batches. Activations of a family that transformers computes are
     those of a dense decoder of about its active size.
@@ -76,6 +77,7 @@ def predict(
         device: "cpu" or "cuda", as their attention differs; the device need not exist.
         tp, shards: processes that split each layer, and processes over which FSDP shards the weights.
         lora: of an adapter, beside a base in `compute_dtype`.
+        moment_bytes: of each of AdamW's two moments of a number; 0: they are elsewhere.
     """
     dense = spec.dense() if isinstance(spec, FamilySpec) else spec
     own = replace(
@@ -102,7 +104,7 @@ def predict(
     return StepMemory(
         weights=(base + weights) // shards,
         gradients=weights // shards,
-        moments=2 * weights // shards,
+        moments=2 * moment_bytes * trained // shards,
         gathered=(1 if lora else 2) * whole * item if shards > 1 else 0,
         fixed=round(full - per_token * many),
         per_token=per_token,

@@ -30,6 +30,7 @@ from pekoe.model import Attention, Decoder, LanguageModel, PackedAttention
 from pekoe.model.lora import adapters_off
 from pekoe.model.peft import check_base
 from pekoe.train import checkpoint
+from pekoe.train.adamw import MAX_BETA2, LeanAdamW
 from pekoe.train.context_parallel import CPShard
 from pekoe.train.memory import PeakMemory
 from pekoe.train.parallel import Layout, compute_of
@@ -85,6 +86,8 @@ class Trainer:
             (a `RankBatch` aside), and get the same results.
         reference: a model that is not trained, for `logprobs`; sharded like the model. A model with adapters has its
             own: itself without them.
+        moments: dtype of AdamW's two moments; `moments_on_host`: whether they are in the host's memory, which one
+            process can have.
     """
 
     def __init__(
@@ -99,6 +102,8 @@ class Trainer:
         activation_checkpointing: bool = False,
         compile: bool = False,
         reference: LanguageModel | None = None,
+        moments: torch.dtype = torch.float32,
+        moments_on_host: bool = False,
     ) -> None:
         self.reference = reference
         self.model, self._layout, self._compile = model, layout, compile
@@ -117,7 +122,9 @@ class Trainer:
             low = None if self._autocast or compute_dtype is torch.float32 else compute_dtype
             for decoder in [model] if reference is None else [model, reference]:
                 layout.apply(decoder, low)
-        self.optimizer = _make_optimizer(model, optim)
+        if moments_on_host and layout is not None:
+            raise UserError("train.moments_on_host: expected one process (several share the moments), got several")
+        self.optimizer = _make_optimizer(model, optim, moments, moments_on_host)
         self.num_updates = 0
         self.num_not_finite = 0
         self._optim, self._total = optim, total_updates
@@ -321,14 +328,24 @@ def _recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:
     return partial(recompute, forward, use_reentrant=False, preserve_rng_state=False)
 
 
-def _make_optimizer(model: LanguageModel, optim: OptimSection) -> torch.optim.AdamW:
+def _make_optimizer(
+    model: LanguageModel, optim: OptimSection, moments: torch.dtype, on_host: bool
+) -> torch.optim.AdamW | LeanAdamW:
     """AdamW; weight decay on matrices only, none on biases and norms (the vectors)."""
+    if moments is torch.bfloat16 and optim.beta2 > MAX_BETA2:
+        raise UserError(
+            f"train.moments: expected 'float32' with optim.beta2 = {optim.beta2:g}, got 'bfloat16', which rounds such "
+            f"small updates away; nearest: optim.beta2 = {MAX_BETA2:g}"
+        )
     parameters = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": optim.weight_decay},
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
+    if moments is torch.bfloat16 or on_host:
+        low = moments if moments is torch.bfloat16 else None
+        return LeanAdamW(groups, optim.lr, (optim.beta1, optim.beta2), optim.eps, low, on_host)
     adamw = torch.optim.AdamW(groups, lr=optim.lr, betas=(optim.beta1, optim.beta2), eps=optim.eps, fused=True)
     for parameter in parameters:
         # AdamW's initial state, before the first step: a checkpoint loads into existing state alone, silently.
