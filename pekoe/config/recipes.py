@@ -172,11 +172,9 @@ class OptimSection(ConfigSection):
 
 class TrainSection(ConfigSection):
     token_budget: int = Field(default=30720, ge=1)
-    """Tokens of a micro-batch at one process; no sequence may be longer (times cp where it is set). `pekoe doctor`
-    says what fits."""
+    """Tokens of a micro-batch at one process (times cp); no sequence may be longer. `pekoe doctor` says what fits."""
     activation_checkpointing: bool = False
-    """Compute each layer again in backward in place of keeping it: a fraction of the memory, a third more compute, the
-    same numbers."""
+    """Compute each layer again in backward: a fraction of the memory, a third more compute, the same numbers."""
     compile: bool = False
     """Run layers through torch.compile; on a CPU it needs a C++ compiler. Numbers move in their last bits."""
     moments: Literal["float32", "bfloat16"] = "float32"

@@ -59,7 +59,7 @@ def trainer_memory(
     Args:
         budget: tokens of a micro-batch at one rank.
         shards: ranks over which FSDP shards the weights.
-        half: whether products are in bfloat16 (autocast); weights and optimizer state are float32 always.
+        half: whether products are in bfloat16; weights and optimizer state are float32 always.
         reference: whether a model that is not trained is held too.
         beside: bytes that other things hold on this device, by name.
     """
@@ -69,23 +69,29 @@ def trainer_memory(
     queries, keys = (n * shape.head_dim / tp for n in (shape.num_heads, shape.num_kv_heads))
     one_layer = (shape.num_parameters - head * (1 if shape.tied else 2)) / layers / tp
     own = layers * one_layer + head * (1 if shape.tied else 2)  # tensor parallelism leaves embeddings whole
-    if half:
+    low = half and shards > 1  # as FSDP gathers weights, in bfloat16; in one process by autocast
+    if low:
+        layer, again = 16 * width + 8 * inner + 4 * (queries + keys + shape.num_heads / tp), 4 * inner
+    elif half:
         layer, again = 26 * width + 8 * inner + 4 * (queries + keys + shape.num_heads / tp), 4 * inner
     else:
         layer, again = 24 * width + 16 * (inner + queries + keys), 8 * inner
-    ends = 16 * width + 8 * shape.head_dim
-    copies = layers * (2 * one_layer if half else 0.0)  # that autocast keeps until the pass ends
+    ends = 10 * width + 4 * shape.head_dim if low else 16 * width + 8 * shape.head_dim
+    copies = layers * (2 * one_layer if half and not low else 0.0)  # that autocast keeps until the pass ends
+    head_gradients = (2 if low else 4) * head
     logits = 16 * min(LOGIT_VALUES, budget * shape.vocab)
     if training.recompute:  # the peak is at the head, or where the last layer is computed again
-        at_head, at_layer = budget * ends + 4 * head, budget * (layer + again) - logits
-        activations = budget * 4 * width * layers + copies + max(at_head, at_layer)
+        at_head, at_layer = budget * ends + head_gradients, budget * (layer + again) - logits
+        activations = budget * (2 if low else 4) * width * layers + copies + max(at_head, at_layer)
     else:
-        activations, logits = budget * (layers * layer + ends) + copies, logits + 12 * head
+        activations, logits = budget * (layers * layer + ends) + copies, logits + (2 if low else 12) * head
+    item = 2 if half else 4
+    gathered = item * (own - (layers - 2) * one_layer) + (item + 4) * one_layer  # and gradients, summed in float32
     parts = {
         "parameters": 4 * own / shards,
         "gradients": 4 * own / shards,
         "Adam's moments": 8 * own / shards,
-        "gathered by FSDP": 8 * (2 * one_layer + own - layers * one_layer) if shards > 1 else 0.0,
+        "gathered by FSDP": gathered if shards > 1 else 0.0,
         "activations of a micro-batch": max(0.0, activations),
         "logits and the head's gradients": logits,
         "the reference model": reference * (2 if half else 4) * own / shards,

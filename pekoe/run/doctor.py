@@ -29,6 +29,7 @@ from pekoe.model import LoRA, read_spec
 from pekoe.plan.shapes import recognise_model
 from pekoe.run.build import check_context, takes_turns
 from pekoe.run.hardware import measure_ceilings
+from pekoe.train.adamw import MAX_BETA2
 from pekoe.train.memory_estimate import StepMemory, predict
 
 GIB = 2**30
@@ -199,6 +200,7 @@ def examine(
 _CHANGES = (
     ("train.activation_checkpointing=true",),
     ("model.dtype='bfloat16'", "train.activation_checkpointing=true"),
+    ("train.moments='bfloat16'", "model.dtype='bfloat16'", "train.activation_checkpointing=true"),
     ("model.lora.rank=32", "train.activation_checkpointing=true"),
     ("model.lora.rank=32", "model.dtype='bfloat16'", "train.activation_checkpointing=true"),
 )
@@ -250,6 +252,8 @@ def _says_more(config: RLConfig | SFTConfig, change: str) -> bool:
     """Whether a change is one: of a recipe that has an adapter or bfloat16 it is not."""
     if change.startswith("model.lora"):
         return config.model.lora is None
+    if change.startswith("train.moments"):
+        return config.train.moments == "float32" and config.optim.beta2 <= MAX_BETA2
     return config.model.dtype != "bfloat16" if "dtype" in change else not config.train.activation_checkpointing
 
 

@@ -59,9 +59,9 @@ class LeanAdamW(torch.optim.Optimizer):
                     state = self.state[parameter]
                     state["step"] += 1
                     tensors = parameter, parameter.grad, *(state[name] for name in MOMENTS)
-                    pieces = (_local(tensor).view(-1).split(_CHUNK) for tensor in tensors)
-                    for piece in zip(*pieces, strict=True):
-                        _update(*piece, int(state["step"]), group)
+                    weights, grads, *moments = (_local(tensor).view(-1).split(_CHUNK) for tensor in tensors)
+                    for weight, grad, first, second in zip(weights, grads, *moments, strict=True):
+                        _update(weight, grad, first, second, int(state["step"]), group)
 
 
 def _update(weight: Tensor, grad: Tensor, first: Tensor, second: Tensor, step: int, group: dict[str, Any]) -> None:

@@ -37,7 +37,8 @@ class StepMemory:
     gradients: int
     moments: int
     gathered: int
-    """Weights and gradients that FSDP holds unsharded for a time: those of two layers, embeddings and head."""
+    """What FSDP holds whole for a time, in the dtype of the products: weights of two layers, embeddings and head, and
+    gradients of a layer, which are summed in float32."""
     fixed: int
     """Of forward and backward, independent of tokens: chunks of logits, low-precision copies of weights."""
     per_token: float
@@ -86,11 +87,12 @@ def predict(
         num_kv_heads=dense.num_kv_heads // tp,
         intermediate_size=dense.intermediate_size // tp,
     )
+    low = shards > 1 and not isinstance(spec, FamilySpec)  # computed with as they are gathered, see `Trainer`
     many = min(max(3, token_budget), _MOST_TOKENS)
     few = max(2, many // 4)
 
     def peak(tokens: int) -> int:
-        settings = tokens, longest, compute_dtype, activation_checkpointing, device == "cuda", lora
+        settings = tokens, longest, compute_dtype, activation_checkpointing, device == "cuda", lora, low
         one, two = (_peak_bytes(own, layers, *settings) for layers in (1, 2))
         return one + (spec.num_layers - 1) * (two - one)
 
@@ -100,12 +102,14 @@ def predict(
     trained = adapter_parameters(sized, lora.rank, lora.targets) if lora else sized.num_parameters
     weights, item = trained * _FLOAT, compute_dtype.itemsize if lora else _FLOAT
     base = sized.num_parameters * item if lora else 0
-    whole = sized.num_parameters - max(0, sized.num_layers - 2) * sized.num_layer_parameters
+    layer = sized.num_layer_parameters
+    root, whole = sized.num_parameters - sized.num_layers * layer, compute_dtype.itemsize if low else item
+    gathered = whole * (root + 2 * layer) + (0 if lora else (whole + _FLOAT) * layer)
     return StepMemory(
         weights=(base + weights) // shards,
         gradients=weights // shards,
         moments=2 * moment_bytes * trained // shards,
-        gathered=(1 if lora else 2) * whole * item if shards > 1 else 0,
+        gathered=gathered if shards > 1 else 0,
         fixed=round(full - per_token * many),
         per_token=per_token,
         token_budget=token_budget,
@@ -122,8 +126,12 @@ def _peak_bytes(
     checkpointing: bool,
     cuda: bool,
     lora: LoRA | None,
+    sharded: bool,
 ) -> int:
-    """Peak of forward and backward, without weights, gradients and moments, of a model with this many layers."""
+    """Peak of forward and backward, without weights, gradients and moments, of a model with this many layers.
+
+    Sharded weights are computed with as FSDP gathers them, in `dtype`; others by autocast.
+    """
     attention: Attention = _flash
     if not cuda or dtype == torch.float32:
         attention = PackedAttention([*range(0, tokens, longest), tokens])
@@ -131,11 +139,14 @@ def _peak_bytes(
         model = Decoder(replace(spec, num_layers=layers))
         if lora is not None:  # of names with a layer's number, their ends: the model has fewer layers
             ends = tuple(dict.fromkeys(target.rpartition(".")[2] for target in lora.targets))
-            for module in model.modules():
-                for name, parameter in list(module.named_parameters(recurse=False)):
-                    setattr(module, name, torch.nn.Parameter(parameter.detach().to(dtype)))  # fakes take no `Module.to`
+            _cast(model, dtype)
             model.lora = add_lora(model, replace(lora, targets=ends), 0)
-        trainer = Trainer(model, OptimSection(), tokens, 1, compute_dtype=dtype, activation_checkpointing=checkpointing)
+        if sharded:
+            _cast(model, dtype)
+        autocast = torch.float32 if sharded else dtype
+        trainer = Trainer(
+            model, OptimSection(), tokens, 1, compute_dtype=autocast, activation_checkpointing=checkpointing
+        )
         numbers = torch.arange(tokens)
         tracker = MemTracker()
         handles: Any = vars(tracker)["_param_to_grad_hook_handles"]
@@ -151,6 +162,14 @@ def _peak_bytes(
         peak = sum(kinds["Total"] for kinds in tracker.get_tracker_snapshot("peak").values())
         state = sum(p.numel() * p.element_size() * (4 if p.requires_grad else 1) for p in model.parameters())
     return peak - state
+
+
+def _cast(model: Decoder, dtype: torch.dtype) -> None:
+    """As `Module.to`, which fake tensors do not take."""
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            cast = torch.nn.Parameter(parameter.detach().to(dtype), requires_grad=parameter.requires_grad)
+            setattr(module, name, cast)
 
 
 def _flash(layer: int, q: Tensor, k: Tensor, v: Tensor, scores: Scores | None = None) -> Tensor:

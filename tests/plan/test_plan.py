@@ -84,11 +84,12 @@ def test_the_keys_that_are_printed_are_a_recipe():
 
 
 def test_what_does_not_fit_says_what_would(capsys: pytest.CaptureFixture[str]):
+    large = "train.token_budget=131072"
     with pytest.raises(UserError, match=r"memory of a training rank: expected .* nearest: .*train.token_budget="):
-        printed(capsys, asked("boba-32b.toml", gpus=64))
+        printed(capsys, asked("boba-32b.toml", large, gpus=64))
     assert "together, of what there is" in capsys.readouterr().out
-    plan = plan_of("boba-32b.toml", gpus=64)
-    changed = plan_of("boba-32b.toml", *plan.changes, *forecast(asked("boba-32b.toml", gpus=64)).changes)
+    plan = plan_of("boba-32b.toml", large, gpus=64)
+    changed = plan_of("boba-32b.toml", large, *plan.changes, *forecast(asked("boba-32b.toml", large, gpus=64)).changes)
     assert rank_memory(changed).fits
 
 
@@ -98,10 +99,10 @@ def test_what_does_not_fit_says_what_would(capsys: pytest.CaptureFixture[str]):
         ("boba-7b.toml", (), {}),
         ("boba-7b-cluster.toml", (), {"gpus": 2}),
         ("boba-7b-cluster.toml", ("cluster.training.ranks=8", "cluster.training.replicas=8"), {}),
-        ("boba-7b-cluster.toml", ("cluster.colocate=true",), {"hardware": "l40s"}),
+        ("boba-7b-cluster.toml", ("cluster.colocate=true",), {"hardware": "rtx-4090"}),
         ("boba-7b-cluster.toml", ("model.path=Qwen2.5-32B",), {}),
         ("boba-32b.toml", (), {}),
-        ("boba-32b.toml", (), {"gpus": 64}),
+        ("boba-32b.toml", ("train.token_budget=131072",), {"gpus": 64}),
         ("laptop.toml", ("model.path=Qwen2.5-7B",), {"hardware": "a6000"}),
     ],
 )
@@ -240,7 +241,7 @@ def test_what_if_and_the_one_change(capsys: pytest.CaptureFixture[str]):
     out = printed(capsys, question, what_if=["rollout.max_lag=1", "gpus=64 hardware=h200", "model.path=Qwen2.5-72B"])
     assert "what if (projected)" in out
     assert re.search(r"gpus=64 hardware=h200 +│ +[\d,.]+ │", out)
-    assert re.search(r"model.path=Qwen2.5-72B +│ does not fit", out)
+    assert re.search(r"model.path=Qwen2.5-72B +│ +does not fit: ", out)
     assert re.search(r"the one change that gives most steps a second: rollout.max_lag=\d", out)
     with pytest.raises(UserError, match="gpus: expected a number"):
         question.changed(["gpus=many"])

@@ -146,7 +146,7 @@ def low_main(rank: int, world: int, folder: str, layouts: list[dict[str, int]]) 
                 def look(module: Any, args: Any, out: torch.Tensor, found: set[str] = dtypes) -> None:
                     found.add(str(out.dtype))
 
-                trainer.model.model.layers[0].register_forward_hook(look)
+                trainer.model.blocks[0].register_forward_hook(look)
                 trainer.optimizer.register_step_pre_hook(partial(_keep_dtypes, dtypes))
                 found = train(trainer) | {"dtypes": dtypes}
                 found["weights"] = {str(p.dtype) for p in trainer.model.parameters()}
