@@ -310,7 +310,7 @@ class FamilyModel(LanguageModel):
         causal.eval()
         outer = copy.copy(causal)
         vars(outer)["_modules"] = {**causal._modules, self._base_name: _Given()}
-        self.__dict__["_outer"] = outer  # not a child: its children are ours
+        object.__setattr__(self, "_outer", outer)  # not a child: its children are ours
 
     def train(self, mode: bool = True) -> FamilyModel:
         self.training = mode

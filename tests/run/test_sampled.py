@@ -17,7 +17,7 @@ from pekoe.core.types import Verdict
 from pekoe.engine.base import EngineLost
 from pekoe.engine.embedded import EmbeddedEngine
 from pekoe.engine.pool import EnginePool
-from pekoe.model import load_model, save_model
+from pekoe.model import Decoder, load_model, save_model
 from pekoe.run import judging, sample_store
 from pekoe.run.curate import run_curate
 from pekoe.run.evaluate import run_eval
@@ -99,6 +99,7 @@ def test_another_model_of_the_same_path_is_refused(tiny_dir, tmp_path, command):
     run(load_config(t, kind=kind), NoProgress())
     run(load_config(t, kind=kind), NoProgress())
     model = load_model(path)
+    assert isinstance(model, Decoder)
     model.init_weights(1)
     save_model(model, path)
     with pytest.raises(UserError, match=r"expected responses sampled with model.weights = '\w+', got '\w+'"):
