@@ -83,7 +83,7 @@ def test_columns_of_a_mix_and_of_its_sources():
     assert report.summary() == ["a: kept 1 of 1 problems", "b: kept 1 of 1 problems"]
     save("c.jsonl", [row("c", "q") | {"level": 1, "source": "x"}])
     assert gather(train="c.jsonl")[1].summary() == ["c.jsonl: columns that are not read: 'level', 'source'"]
-    with pytest.raises(UserError, match=r"data\.columns\.promt\.\[key\]: expected 'prompt', 'answer', 'uid' or 'kind'"):
+    with pytest.raises(UserError, match=r"data\.columns\.promt: expected 'prompt', 'answer', 'uid' or 'kind'"):
         load_config({**RECIPE, "data": {"train": "a", "columns": {"promt": "q"}}}, kind=RLConfig)
 
 

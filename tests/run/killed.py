@@ -80,7 +80,7 @@ def torn_tensors(function: Callable[..., Any], *args: Any) -> NoReturn:
 
 def in_backward(function: Callable[..., Any], *args: Any, **more: Any) -> Any:
     """Gradients of the last layers are there, those of the first are not."""
-    args[0].model.layers[0].mlp.down_proj.weight.register_hook(lambda _: kill())
+    args[0].model.blocks[0].mlp.down_proj.weight.register_hook(lambda _: kill())
     return function(*args, **more)
 
 
