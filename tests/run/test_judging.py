@@ -75,7 +75,10 @@ def test_the_recipe_sets_the_judges_memory(tiny_dir: Path, build: Any, monkeypat
             r"cannot start: TypeError: broken:score: expected a column of the row or an argument in verify.arguments "
             r"for its parameter 'limit', got none\. Valid: .*uid",
         ),
-        (None, r"cannot start: ModuleNotFoundError: expected a module that Python finds, or a file in .*, got 'broken'"),
+        (
+            None,
+            r"cannot start: ModuleNotFoundError: expected a module that Python finds, or a file in .*, got 'broken'",
+        ),
     ],
 )
 def test_a_reward_that_cannot_be_imported_is_found_before_the_first_response(
