@@ -77,14 +77,14 @@ def trainer_memory(
     else:
         layer, again = 24 * width + 16 * (inner + queries + keys), 8 * inner
     ends = 10 * width + 4 * shape.head_dim if low else 16 * width + 8 * shape.head_dim
-    copies = layers * (2 * one_layer if half and not low else 0.0)  # that autocast keeps until the pass ends
+    copies = 2 * one_layer if half and not low else 0.0  # of a layer's weights, by autocast, while they are needed
     head_gradients = (2 if low else 4) * head
     logits = 16 * min(LOGIT_VALUES, budget * shape.vocab)
     if training.recompute:  # the peak is at the head, or where the last layer is computed again
-        at_head, at_layer = budget * ends + head_gradients, budget * (layer + again) - logits
-        activations = budget * (2 if low else 4) * width * layers + copies + max(at_head, at_layer)
+        at_head, at_layer = budget * ends + head_gradients, budget * (layer + again) + copies - logits
+        activations = budget * (2 if low else 4) * width * layers + max(at_head, at_layer)
     else:
-        activations, logits = budget * (layers * layer + ends) + copies, logits + (2 if low else 12) * head
+        activations, logits = budget * (layers * layer + ends) + layers * copies, logits + (2 if low else 12) * head
     item = 2 if half else 4
     gathered = item * (own - (layers - 2) * one_layer) + (item + 4) * one_layer  # and gradients, summed in float32
     parts = {

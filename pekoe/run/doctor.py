@@ -162,10 +162,11 @@ def examine(
         memory_bytes = memory_bytes or int(gpu.memory_bytes)
         lines.append(f"on one {gpu.name}: {memory_bytes / GIB:.1f} GiB ({gpu.source})")
     if isinstance(config, RLConfig) and config.cluster is not None:
-        assert place is not None
         processes = config.cluster.training.ranks
-        where = [] if gpu else place(config.cluster, NoProgress())  # the cluster is not here either
-        lines += [*where, f"of {processes} training ranks, each:"]
+        if gpu is None:  # else the cluster is not here either
+            assert place is not None
+            lines += place(config.cluster, NoProgress())
+        lines.append(f"of {processes} training ranks, each:")
     memory = forecast(config, processes, memory_bytes)
     if isinstance(config, RLConfig) and config.cluster is None and (gpu or memory_bytes is None):
         # After the forecast, as measuring takes memory.

@@ -274,7 +274,8 @@ class Trainer:
         targets: Tensor,
     ) -> tuple[Tensor, Tensor]:
         """Log-probs and entropies [N] of `targets` [N], predicted at `rows` [N] of the tokens [T]."""
-        with torch.autocast(self.device.type, self.compute_dtype, enabled=self._autocast):
+        # A weight's copy in the lower dtype goes with its product: autocast's cache would hold those of all layers.
+        with torch.autocast(self.device.type, self.compute_dtype, enabled=self._autocast, cache_enabled=False):
             # Attention differs by micro-batch, and would be compiled again for each.
             plain = torch.compiler.disable(attention) if self._compile else attention
             hidden = model(tokens, positions, plain)

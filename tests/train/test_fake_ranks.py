@@ -30,4 +30,5 @@ def test_a_rank_of_eight(repository: Path):
 @pytest.mark.parametrize("model", ["1.5b", "7b", "32b"])
 def test_memory_of_a_rank_is_predicted(repository: Path, model: str, ranks: int):
     found = rank(repository, "--model", model, "--ranks", str(ranks))
-    assert 0.98 < found["ratio"] < 1.3  # too high by a layer's gradients where the head is the peak
+    # Of sharded weights too high by a layer's gradients where the head is the peak.
+    assert 0.98 < found["ratio"] < (1.1 if ranks == 1 else 1.3)

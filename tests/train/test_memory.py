@@ -18,7 +18,7 @@ from pekoe.model import Decoder, LoRA
 from pekoe.model.lora import add_lora
 from pekoe.train import Trainer
 from pekoe.train.memory import PeakMemory, limit_malloc_cache, resident
-from pekoe.train.memory_estimate import predict
+from pekoe.train.memory_estimate import _peak_bytes, predict  # pyright: ignore[reportPrivateUsage]
 
 SPEC = ModelSpec("qwen2", 2048, 192, 4, 6, 2, 32, 512, 4096, tied_embeddings=True, qkv_bias=True)
 LARGE_VOCAB = replace(SPEC, vocab_size=32_768, num_layers=1)
@@ -93,6 +93,15 @@ def test_what_takes_less():
     assert shared.gathered > 0
     flash = of(torch.bfloat16, device="cuda")
     assert flash.activations < of(torch.bfloat16).activations
+
+
+def test_copies_in_bfloat16_are_of_one_layer_at_a_time():
+    """With activation checkpointing; without it backward needs them all."""
+    few, many = (
+        _peak_bytes(SPEC, layers, 32, 32, torch.bfloat16, True, cuda=True, lora=None, sharded=False)
+        for layers in (1, 7)
+    )
+    assert many - few < 0.1 * (6 * 2 * SPEC.num_layer_parameters)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak of a step is told by Linux alone")
