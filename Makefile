@@ -42,7 +42,7 @@ test: $(VENV)/.stamp-test ## Run the tests: make test ARGS="tests/data -x"
 	$(PY) -m pytest -n 2 $(ARGS)
 
 test-slow: $(VENV)/.stamp-test ## Run the tests that take long
-	$(PY) -m pytest -m slow --timeout 3600 $(ARGS)
+	$(PY) -m pytest -m slow -n 2 --timeout 3600 --durations 20 --durations-min 20 $(ARGS)
 
 test-servers: $(VENV)/.stamp-test $(VENV_SGLANG)/.stamp $(VENV_VLLM)/.stamp ## Run the tests with real SGLang and vLLM servers (6 GB more)
 	PEKOE_SGLANG_PYTHON=$(abspath $(VENV_SGLANG))/bin/python PEKOE_VLLM_PYTHON=$(abspath $(VENV_VLLM))/bin/python \
