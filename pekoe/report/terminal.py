@@ -117,10 +117,13 @@ class _Phase:
             return None
         in_work = min(self.at_once, self.num_left)
         waiting = self.num_left - in_work
+        harmonic = sum(1 / i for i in range(1, in_work + 1))
+        since = time.monotonic() - self.seen
         each = min(self.longest, self.exposure / self.done)
         end = self.longest if waiting else self.longest - (self.seen - self.begun)
-        tail = min(end, each * sum(1 / i for i in range(1, in_work + 1)))
-        left = waiting * each / self.at_once + tail - (time.monotonic() - self.seen)
+        left = waiting * each / self.at_once + min(end, each * harmonic) - since
+        if left <= 0 and in_work:  # slower than it was: the longest possible item takes longer than it seemed
+            left = (self.exposure + in_work * since) / self.done * (waiting / self.at_once + harmonic)
         return timedelta(seconds=max(0, round(left)))
 
     def line(self) -> str:

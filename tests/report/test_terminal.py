@@ -119,6 +119,19 @@ def test_the_time_left_knows_how_engines_finish(
     assert str(state.left()) == "0:00:00"
 
 
+def test_the_time_left_of_work_that_slowed_down_is_not_none(monkeypatch: pytest.MonkeyPatch):
+    now = [0.0]
+    monkeypatch.setattr("pekoe.report.terminal.time.monotonic", lambda: now[0])
+    state = _Phase("rollout", 100, 0, 100)
+    for end in range(50, 60):  # the longest would take 100 s, if the speed stayed
+        now[0] = float(end)
+        state.advance(1, end / 100)
+    now[0] = 300.0  # and none has ended since
+    left = state.left()
+    assert left is not None
+    assert left.total_seconds() > 300
+
+
 def test_a_terminal_shows_the_time_left_of_the_whole_run(monkeypatch: pytest.MonkeyPatch):
     now = [0.0]
     monkeypatch.setattr("pekoe.report.terminal.time.monotonic", lambda: now[0])
