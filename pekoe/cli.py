@@ -345,7 +345,7 @@ def demo(
     ] = False,
     fresh: Annotated[bool, typer.Option("--fresh", help="remove what an earlier demo left in the directory")] = False,
     quick: Annotated[
-        bool, typer.Option("--quick", help="a minute's smoke test of every stage; learns nothing")
+        bool, typer.Option("--quick", help="a smoke test of every stage in minutes; learns nothing")
     ] = False,
     cluster: Annotated[
         bool, typer.Option("--cluster", help="then RL again, on Ray: 2 engines and 2 training ranks")

@@ -117,8 +117,7 @@ class _Phase:
             return None
         in_work = min(self.at_once, self.num_left)
         waiting = self.num_left - in_work
-        harmonic = sum(1 / i for i in range(1, in_work + 1))
-        since = time.monotonic() - self.seen
+        harmonic, since = sum(1 / i for i in range(1, in_work + 1)), time.monotonic() - self.seen
         each = min(self.longest, self.exposure / self.done)
         end = self.longest if waiting else self.longest - (self.seen - self.begun)
         left = waiting * each / self.at_once + min(end, each * harmonic) - since
