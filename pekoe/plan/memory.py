@@ -69,6 +69,7 @@ def trainer_memory(
     queries, keys = (n * shape.head_dim / tp for n in (shape.num_heads, shape.num_kv_heads))
     one_layer = (shape.num_parameters - head * (1 if shape.tied else 2)) / layers / tp
     own = layers * one_layer + head * (1 if shape.tied else 2)  # tensor parallelism leaves embeddings whole
+    root = own - layers * one_layer
     low = half and shards > 1  # as FSDP gathers weights, in bfloat16; in one process by autocast
     if low:
         layer, again = 16 * width + 8 * inner + 4 * (queries + keys + shape.num_heads / tp), 4 * inner
@@ -77,22 +78,31 @@ def trainer_memory(
     else:
         layer, again = 24 * width + 16 * (inner + queries + keys), 8 * inner
     ends = 10 * width + 4 * shape.head_dim if low else 16 * width + 8 * shape.head_dim
+    kept, item = 2 if low else 4, 2 if half else 4  # bytes of the residual stream and of gradients; of gathered weights
     copies = 2 * one_layer if half and not low else 0.0  # of a layer's weights, by autocast, while they are needed
-    head_gradients = (2 if low else 4) * head
-    logits = 16 * min(LOGIT_VALUES, budget * shape.vocab)
-    if training.recompute:  # the peak is at the head, or where the last layer is computed again
-        at_head, at_layer = budget * ends + head_gradients, budget * (layer + again) + copies - logits
-        activations = budget * (2 if low else 4) * width * layers + max(at_head, at_layer)
+    values, many = min(LOGIT_VALUES, budget * shape.vocab), budget * shape.vocab > LOGIT_VALUES
+    # Of several chunks of logits each has a gradient of the head: the sum, the new one and their sum.
+    logits = max(16 * values + kept * head + (2 * head if half and not low else 0), many * 3 * kept * head)
+    if training.recompute:
+        stored, backward = budget * layers * kept * width, budget * (layer + again) + copies
     else:
-        activations, logits = budget * (layers * layer + ends) + layers * copies, logits + (2 if low else 12) * head
-    item = 2 if half else 4
-    gathered = item * (own - (layers - 2) * one_layer) + (item + 4) * one_layer  # and gradients, summed in float32
+        stored, backward = layers * (budget * layer + copies), budget * again
+    # The peak is in one of these phases, as in `train.memory_estimate`: what is gathered, activations, logits.
+    phases = (
+        (2 * item * (root + one_layer), 2 * kept * width * budget, 0.0),
+        (item * (root + 3 * one_layer), stored + budget * again, 0.0),
+        (item * root, stored + budget * ends, logits),
+        (item * (root + 2 * one_layer + head) + (item + 4) * one_layer, stored + backward, 0.0),
+        ((item + 4) * root, 0.0, 0.0) if shards > 1 else (0.0, 4.0 * head, 0.0),
+    )
+    peaks = [(gathered if shards > 1 else 0.0, activations, logits) for gathered, activations, logits in phases]
+    gathered, activations, logits = max(peaks, key=sum)
     parts = {
         "parameters": 4 * own / shards,
         "gradients": 4 * own / shards,
         "Adam's moments": 8 * own / shards,
-        "gathered by FSDP": gathered if shards > 1 else 0.0,
-        "activations of a micro-batch": max(0.0, activations),
+        "gathered by FSDP": gathered,
+        "activations of a micro-batch": activations,
         "logits and the head's gradients": logits,
         "the reference model": reference * (2 if half else 4) * own / shards,
         "torch": PROCESS,

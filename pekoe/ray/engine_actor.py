@@ -23,6 +23,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from pekoe.config.recipes import RLConfig
 from pekoe.core.errors import RunError, UserError
+from pekoe.core.spec import FamilySpec, ModelSpec
 from pekoe.core.types import Completion, Record, Request, SamplingParams
 from pekoe.engine.base import Checksums, EngineKind, EngineLost, EngineStats, NoPlace, Sampler, WeightSource, validate
 from pekoe.engine.embedded import EmbeddedEngine
@@ -81,7 +82,8 @@ class EngineActor:
             starter = ServerStarter(config, spec, device, threads, max_sequence_tokens, logs, offloads=colocate)
             self._engine = starter.start()
             return
-        model = load_trained(config.model, device, config.run.seed).requires_grad_(False)
+        own = weights_dtype(config, spec)
+        model = load_trained(config.model, device, config.run.seed, own).requires_grad_(False)
         dtype: torch.dtype = getattr(torch, config.model.dtype)
         # One group more than runs at once: free room is taken without asking the controller.
         most = config.engine.max_running + config.rollout.samples_per_prompt
@@ -122,6 +124,12 @@ class EngineActor:
     async def call(self, method: str, *args: Any) -> Any:
         """Call a method of the engine in a thread of its own, so that other calls are answered meanwhile."""
         return await asyncio.to_thread(getattr(self._engine, method), *args)
+
+
+def weights_dtype(config: RLConfig, spec: ModelSpec) -> torch.dtype:
+    """Of the weights of a cluster's embedded engine: that of the products, as ranks gather theirs (see `Trainer`). A
+    family that transformers computes has float32 weights here and there: it may compute more in them than products."""
+    return torch.float32 if isinstance(spec, FamilySpec) else getattr(torch, config.model.dtype)
 
 
 class RayEngine(Sampler):

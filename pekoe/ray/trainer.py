@@ -28,6 +28,7 @@ from pekoe.core.spec import ModelSpec
 from pekoe.core.types import AnySample, FloatArray, Sample
 from pekoe.engine.base import BroadcastGroup, Checksums, EngineKind
 from pekoe.model import LanguageModel
+from pekoe.ray.engine_actor import weights_dtype
 from pekoe.ray.logprob_prefetch import LogprobPrefetcher, LogprobRefs, PendingLogprobs
 from pekoe.ray.placement import WorkerLost, bundles, nodes_of, place, ray_get
 from pekoe.ray.store import StoreRef, StoreRegistry, bytes_of, fetch, ref_of
@@ -83,13 +84,14 @@ class RankActor:
         self._process_group.__enter__()
         section = self._config.model.model_copy(update={"device": device_of(self._config)})
         model, _, dtype = open_model(section, self._config.run.seed)
-        device, staged = next(model.parameters()).device, None
+        device, staged, engine_dtype = next(model.parameters()).device, None, weights_dtype(self._config, model.spec)
         if stages(self._config):  # before the trainer prepares the model
             apart = make_layout(model.spec, self._section, device, apart=True)
-            staged = StagedSender(model, dtype, self._config.rollout.temperature, False, self._address, apart)
+            temperature = self._config.rollout.temperature
+            staged = StagedSender(model, dtype, temperature, False, self._address, apart, engine_dtype)
         layout = make_layout(model.spec, self._section, device)
         self.trainer = make_trainer(self._config, model, dtype, layout)
-        self.sender = staged or LocalSender(model, dtype, self._canary_logprobs, self._address)
+        self.sender = staged or LocalSender(model, dtype, self._canary_logprobs, self._address, engine_dtype)
         return os.getpid(), ",".join(map(str, ray.get_gpu_ids()))
 
     def call(self, path: str, *args: Any) -> Any:

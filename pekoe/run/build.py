@@ -131,11 +131,11 @@ def open_model(model: ModelSection, seed: int = 0) -> tuple[LanguageModel, Token
     return decoder, open_tokenizer(model, decoder.spec), dtype
 
 
-def load_trained(model: ModelSection, device: str, seed: int) -> LanguageModel:
-    """The weights in float32; with a section `lora` frozen, in the dtype of the matrix products, with a new adapter."""
+def load_trained(model: ModelSection, device: str, seed: int, own: torch.dtype = torch.float32) -> LanguageModel:
+    """The weights in `own`; with a section `lora` frozen, in the dtype of the matrix products, with a new adapter."""
     section = model.lora if isinstance(model, TrainedModelSection) else None
     if section is None:
-        decoder = load_model(model.path, torch.float32, device, model.implementation)
+        decoder = load_model(model.path, own, device, model.implementation)
         check_model(decoder)
         return decoder
     base, digest = base_of(model.path)

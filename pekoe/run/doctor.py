@@ -35,6 +35,7 @@ from pekoe.train.memory_estimate import StepMemory, predict
 GIB = 2**30
 JUDGE = int(0.15 * GIB)  # a judge process
 GAPS = 0.5  # on a CPU, of forward and backward: the most seen; activation checkpointing calls `limit_malloc_cache`
+GAPS_OF_ADAPTERS = 0.2  # then, too: their blocks may be smaller than its limit
 
 _LIMIT, _USED = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
 
@@ -375,8 +376,9 @@ def forecast(
     if not cuda:  # on a GPU the copy goes to the host, and the allocator is torch's
         held = parts["copy for checkpoints"] = step.gradients + step.moments  # of weights that are trained
         room -= held
-        if not config.train.activation_checkpointing:
-            parts["gaps of the allocator"] = round(GAPS * step.activations)
+        gaps = GAPS_OF_ADAPTERS if config.model.lora else 0.0
+        gaps = gaps if config.train.activation_checkpointing else GAPS
+        parts["gaps of the allocator"] = round(gaps * step.activations)
     parallel = _parallel(config)
     longest = _longest(config, spec)
     smallest = -(-longest // (parallel.cp if parallel else 1))
@@ -403,7 +405,7 @@ def forecast(
 def _largest(step: StepMemory, room: int, parts: dict[str, int]) -> int:
     """The largest budget within `room`, of which state has its bytes once and the rest, where it does, gaps."""
     state = step.total - step.activations
-    gaps = GAPS if "gaps of the allocator" in parts else 0.0
+    gaps = parts.get("gaps of the allocator", 0) / max(1, parts["forward and backward"])
     return min(MAX_COUNT, step.largest_budget(state + int((room - state) / (1 + gaps))))
 
 

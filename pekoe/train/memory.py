@@ -12,8 +12,8 @@ _LARGE = 1 << 20
 _M_MMAP_THRESHOLD = -3  # malloc.h
 
 
-def limit_malloc_cache() -> None:
-    """Make glibc allocate blocks above 1 MiB by mmap, so that they return to the system when they are freed.
+def limit_malloc_cache(least: int = _LARGE) -> None:
+    """Make glibc allocate blocks of `least` bytes and more by mmap, so that they return to the system when they are freed.
 
     By default glibc keeps freed blocks of up to 32 MiB, whose gaps fit no request: a step of 8,192 tokens with
     activation checkpointing held twice the memory in use. Allocation gets slower. Does nothing but on Linux.
@@ -21,7 +21,7 @@ def limit_malloc_cache() -> None:
     if sys.platform == "linux":
         mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl has none
         if mallopt is not None:
-            mallopt(_M_MMAP_THRESHOLD, _LARGE)
+            mallopt(_M_MMAP_THRESHOLD, least)
 
 
 class PeakMemory:

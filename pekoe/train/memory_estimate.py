@@ -6,10 +6,11 @@ layers and in tokens, so models of one and of two layers suffice.
 
 from __future__ import annotations
 
+import sys
 from collections import OrderedDict
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -30,24 +31,42 @@ _MOST_TOKENS = 1 << 14  # that are tracked; memory is linear beyond
 
 
 @dataclass(frozen=True, slots=True)
+class Phase:
+    """Bytes at the most, beside weights, gradients and moments, of one part of a micro-batch's forward and backward."""
+
+    gathered: int
+    fixed: int
+    per_token: float
+
+    def bytes(self, tokens: int) -> int:
+        return self.gathered + self.fixed + round(self.per_token * tokens)
+
+
+@dataclass(frozen=True, slots=True)
 class StepMemory:
     """Bytes of one process at the peak of a training step."""
 
     weights: int
     gradients: int
     moments: int
-    gathered: int
-    """What FSDP holds whole for a time, in the dtype of the products: weights of two layers, embeddings and head, and
-    gradients of a layer, which are summed in float32."""
-    fixed: int
-    """Of forward and backward, independent of tokens: chunks of logits, low-precision copies of weights."""
-    per_token: float
-    """Of forward and backward, per token of a micro-batch."""
+    phases: tuple[Phase, ...]
+    """Of the layers' forward, of the head, of the layers' backward, and of what comes after it: the peak is in one."""
     token_budget: int
 
     @property
+    def peak(self) -> Phase:
+        return max(self.phases, key=lambda phase: phase.bytes(self.token_budget))
+
+    @property
+    def gathered(self) -> int:
+        """What FSDP holds whole at the peak, in the dtype of the products: weights of embeddings, head and two layers,
+        and gradients, which are summed in float32."""
+        return self.peak.gathered
+
+    @property
     def activations(self) -> int:
-        return self.fixed + round(self.per_token * self.token_budget)
+        """Of forward and backward: activations, chunks of logits, low-precision copies of weights."""
+        return self.peak.bytes(self.token_budget) - self.peak.gathered
 
     @property
     def total(self) -> int:
@@ -55,7 +74,15 @@ class StepMemory:
 
     def largest_budget(self, available: int) -> int:
         """The most tokens of a micro-batch within `available` bytes; 0 where none fit."""
-        return max(0, int((available - self.total + self.activations - self.fixed) / self.per_token))
+        room = available - self.weights - self.gradients - self.moments
+        return max(0, min(_tokens(phase, room) for phase in self.phases))
+
+
+def _tokens(phase: Phase, room: int) -> int:
+    left = room - phase.gathered - phase.fixed
+    if phase.per_token > 0:
+        return int(left / phase.per_token)
+    return sys.maxsize if left >= 0 else 0
 
 
 def predict(
@@ -91,29 +118,37 @@ def predict(
     many = min(max(3, token_budget), _MOST_TOKENS)
     few = max(2, many // 4)
 
-    def peak(tokens: int) -> int:
+    def peaks(tokens: int) -> list[tuple[int, int]]:
+        """Of each phase, with one layer and with all."""
         settings = tokens, longest, compute_dtype, activation_checkpointing, device == "cuda", lora, low
         one, two = (_peak_bytes(own, layers, *settings) for layers in (1, 2))
-        return one + (spec.num_layers - 1) * (two - one)
+        return [(a, a + (spec.num_layers - 1) * (b - a)) for a, b in zip(one, two, strict=True)]
 
-    full = peak(many)
-    per_token = (full - peak(few)) / (many - few)
+    full, part = peaks(many), peaks(few)
     sized = spec if isinstance(spec, FamilySpec) else own  # experts that no token meets have weights too
     trained = adapter_parameters(sized, lora.rank, lora.targets) if lora else sized.num_parameters
     weights, item = trained * _FLOAT, compute_dtype.itemsize if lora else _FLOAT
     base = sized.num_parameters * item if lora else 0
-    layer = sized.num_layer_parameters
-    root, whole = sized.num_parameters - sized.num_layers * layer, compute_dtype.itemsize if low else item
-    gathered = whole * (root + 2 * layer) + (0 if lora else (whole + _FLOAT) * layer)
-    return StepMemory(
-        weights=(base + weights) // shards,
-        gradients=weights // shards,
-        moments=2 * moment_bytes * trained // shards,
-        gathered=gathered if shards > 1 else 0,
-        fixed=round(full - per_token * many),
-        per_token=per_token,
-        token_budget=token_budget,
+
+    def phase(gathered: int, place: int, layers: Literal["one", "all"] = "all") -> Phase:
+        most, less = (values[place][layers == "all"] for values in (full, part))
+        per_token = (most - less) / (many - few)
+        return Phase(gathered if shards > 1 else 0, round(most - per_token * many), per_token)
+
+    layer, whole = sized.num_layer_parameters, compute_dtype.itemsize if low else item
+    root, head = sized.num_parameters - sized.num_layers * layer, sized.vocab_size * sized.hidden_size
+    grown, head = (trained // sized.num_layers, 0) if lora else (layer, head)  # what has gradients
+    after = Phase((whole + _FLOAT) * root, 0, 0.0) if shards > 1 and lora is None else phase(0, 3)
+    phases = (
+        # Embeddings and head stay gathered; of what is gathered last the buffer that it came in is there, too.
+        phase(2 * whole * (root + layer), 0, "one"),
+        phase(whole * (root + 3 * layer), 0),
+        phase(whole * root, 1),
+        phase(whole * (root + 2 * layer + head) + (whole + _FLOAT) * grown, 2),
+        after,  # gradients of embeddings and head are summed
     )
+    state = (base + weights) // shards, weights // shards, 2 * moment_bytes * trained // shards
+    return StepMemory(*state, phases, token_budget)
 
 
 @cache
@@ -127,8 +162,9 @@ def _peak_bytes(
     cuda: bool,
     lora: LoRA | None,
     sharded: bool,
-) -> int:
-    """Peak of forward and backward, without weights, gradients and moments, of a model with this many layers.
+) -> tuple[int, int, int, int]:
+    """The peaks of the layers' forward, of the head, of the layers' backward and of what comes after it, without
+    weights, gradients and moments, of a model with this many layers.
 
     Sharded weights are computed with as FSDP gathers them, in `dtype`; others by autocast.
     """
@@ -154,14 +190,32 @@ def _peak_bytes(
             if not parameter.requires_grad:
                 handles[parameter] = RemovableHandle(OrderedDict()), RemovableHandle(OrderedDict())
         tracker.track_external(model, trainer.optimizer)
+        peaks: list[int] = []
+
+        def ends(*_: Any) -> None:
+            """A phase ends: the peak from now on is another one."""
+            known: tuple[dict[Any, int], dict[Any, dict[str, int]]]
+            known = vars(tracker)["_peak_mem"], vars(tracker)["_peak_mem_snap"]
+            peaks.append(sum(known[0].values()))
+            for values in known:
+                values.clear()
+
+        def follows(_module: Any, _given: Any, output: Tensor) -> None:
+            if output.requires_grad:  # embeddings beside an adapter do not
+                output.register_hook(ends)
+
+        model.register_forward_hook(ends)
+        model.register_forward_hook(follows)
+        model.model.embed_tokens.register_forward_hook(follows)
         with tracker:
             for parameter in model.parameters():
                 if parameter.requires_grad:
                     parameter.grad = torch.zeros_like(parameter)  # of the micro-batches before
             trainer.forward(model, numbers, numbers, attention, numbers[:-1], numbers[1:])[0].sum().backward()
-        peak = sum(kinds["Total"] for kinds in tracker.get_tracker_snapshot("peak").values())
+            ends()
         state = sum(p.numel() * p.element_size() * (4 if p.requires_grad else 1) for p in model.parameters())
-    return peak - state
+    forward, head, backward, after = (max(0, peak - state) for peak in (*peaks, 0)[:4])
+    return forward, head, backward, after
 
 
 def _cast(model: Decoder, dtype: torch.dtype) -> None:

@@ -153,6 +153,7 @@ class LocalSender:
         compute_dtype: of servers' weights.
         logprobs: the trainer's, of the canary.
         host: where engines reach this process.
+        engine_dtype: of the weights of embedded engines; None: the model's. An adapter is sent in its own.
     """
 
     def __init__(
@@ -161,8 +162,10 @@ class LocalSender:
         compute_dtype: torch.dtype,
         logprobs: Callable[[Sequence[Sample]], Sequence[FloatArray]],
         host: str = "127.0.0.1",
+        engine_dtype: torch.dtype | None = None,
     ) -> None:
         self.model, self.compute_dtype, self.logprobs, self._host = model, compute_dtype, logprobs, host
+        self._engine_dtype = engine_dtype if model.lora is None else None
         self._handles: dict[EngineKind, tuple[Any, float]] = {}
         self._builders: dict[EngineKind, ChecksumBuilder | None] = {}
 
@@ -182,7 +185,7 @@ class LocalSender:
         self._builders = {kind: self._builder(kind)} if checksum else {}
         builder = self._builders.get(kind)
         embedded = kind == "embedded"
-        parts = buckets(self.model, bucket_bytes, None if embedded else self.compute_dtype)
+        parts = buckets(self.model, bucket_bytes, self._engine_dtype if embedded else self.compute_dtype)
         return send(handle, parts, limit_s, builder.add if builder else None, one_by_one=not embedded)
 
     def write(self, place: Path, kinds: Sequence[EngineKind], checksum: bool) -> int:
@@ -197,7 +200,7 @@ class LocalSender:
                 return 0
         if lora is not None and not alone:
             whole = merged(whole, lora.scale)
-        dtype = torch.float32 if "embedded" in kinds else self.compute_dtype
+        dtype = (self._engine_dtype or torch.float32) if "embedded" in kinds else self.compute_dtype
         try:
             if alone:
                 save_adapter(self.model, place, {name: t for name, t in whole.items() if is_factor(name)})
@@ -222,7 +225,7 @@ class LocalSender:
         device = next(self.model.parameters()).device.type
         dtype: torch.dtype | None = self.compute_dtype
         if kind == "embedded":  # beside an adapter the base may be in bfloat16, here as there
-            dtype = torch.float32 if self.model.lora is None else None
+            dtype = (self._engine_dtype or torch.float32) if self.model.lora is None else None
         return checksum_builder_for(kind, self.model.spec, dtype, device)
 
     def close(self) -> None:
@@ -241,6 +244,7 @@ class StagedSender(LocalSender):
             the engine samples from the other.
         host: where engines reach this process.
         layout: shards the copy as the trainer shards the model; in groups of its own (`apart`).
+        engine_dtype: see `LocalSender`.
     """
 
     def __init__(
@@ -251,6 +255,7 @@ class StagedSender(LocalSender):
         alternate: bool,
         host: str = "127.0.0.1",
         layout: Layout | None = None,
+        engine_dtype: torch.dtype | None = None,
     ) -> None:
         self._trained = trained
         frozen = [p for p in trained.parameters() if not p.requires_grad]  # of an adapter's base there is one
@@ -260,7 +265,7 @@ class StagedSender(LocalSender):
             for copy in self._copies:
                 layout.apply(copy)
         self._temperature = temperature
-        super().__init__(self._copies[0], compute_dtype, self._logprobs, host)
+        super().__init__(self._copies[0], compute_dtype, self._logprobs, host, engine_dtype)
 
     def stage(self) -> bool:
         self._copies.reverse()

@@ -29,8 +29,9 @@ def test_a_rank_takes_what_doctor_says(half: bool, checkpointing: bool, shards: 
     parts = dict(trainer_memory(training, budget, shards, half).parts)
     state = known.weights, known.gradients, known.moments
     assert [parts[name] for name in ("parameters", "gradients", "Adam's moments")] == pytest.approx(state, rel=0.01)
-    assert parts.get("gathered by FSDP", 0.0) == pytest.approx(known.gathered, rel=0.01)
-    assert sum(parts.values()) - parts["torch"] == pytest.approx(known.total, rel=0.12)
+    gathered = parts.get("gathered by FSDP", 0.0)  # in whichever phase the peak is: two may be as high
+    assert any(gathered == pytest.approx(phase.gathered, rel=0.01) for phase in known.phases)
+    assert sum(parts.values()) - parts["torch"] == pytest.approx(known.total, rel=0.06)
 
 
 def test_more_ranks_and_split_layers_take_less():

@@ -21,6 +21,7 @@ from pekoe.core.progress import NoProgress
 from pekoe.core.records import read_records
 from pekoe.core.types import Draw, SamplingParams
 from pekoe.engine.base import requests_of
+from pekoe.model import load_model
 from pekoe.model.peft import read_weights
 from pekoe.ray.run import build_cluster, run_cluster, run_with_restarts
 from pekoe.ray.trainer import RayTrainer
@@ -85,6 +86,18 @@ def test_weights_may_go_over_the_disk(cluster: MakeConfig, run: Run):
     assert [(step["sync_route"], step["sync_checksum"]) for step in steps] == [("disk", "equal"), ("disk", "skipped")]
     assert all(0 < step["sync_canary_diff"] < 1e-4 for step in steps)
     assert not any((Path(config.run.dir) / "logs" / "weights").iterdir())
+
+
+def test_engines_hold_weights_in_bfloat16(cluster: MakeConfig, run: Run):
+    """And are sent those: two bytes a parameter. They compute as ranks do, which gather theirs in it."""
+    config = cluster("model.dtype=bfloat16", "num_steps=2", "optim.lr=1e-2")
+    run(config)
+    parameters = load_model(Path(config.model.path)).spec.num_parameters
+    for step in events(config, "step"):
+        assert step["sync_bytes"] == 2 * parameters
+        assert step["logprob_diff"] < 2e-2  # I1
+        assert 0 < step["sync_canary_diff"] < 0.5  # I4
+    assert events(config, "step")[0]["sync_checksum"] == "equal"
 
 
 @pytest.mark.parametrize("sync", ["broadcast", "disk"])

@@ -19,16 +19,15 @@ def rank(repository: Path, *words: str) -> dict[str, Any]:
 
 
 def test_a_rank_of_eight(repository: Path):
-    """Of fewer layers than the model's, to be quick: the head is more of the peak, which is predicted too high."""
     found = rank(repository, "--model", "1.5b", "--ranks", "8", "--layers", "3", "--tokens", "1024")
-    assert 0.98 < found["ratio"] < 1.15
+    assert 0.95 < found["ratio"] < 1.1
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1800)
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize("ranks", [1, 8, 64])
 @pytest.mark.parametrize("model", ["1.5b", "7b", "32b"])
 def test_memory_of_a_rank_is_predicted(repository: Path, model: str, ranks: int):
-    found = rank(repository, "--model", model, "--ranks", str(ranks))
-    # Of sharded weights too high by a layer's gradients where the head is the peak.
-    assert 0.98 < found["ratio"] < (1.1 if ranks == 1 else 1.3)
+    """Of fewer layers than the models have, for time's sake; `benchmarks/fake_ranks.py` has them all."""
+    found = rank(repository, "--model", model, "--ranks", str(ranks), "--layers", "4", "--tokens", "2048")
+    assert 0.95 < found["ratio"] < 1.1

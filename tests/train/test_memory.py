@@ -41,7 +41,8 @@ def samples(number: int, length: int) -> list[Sample]:
 
 def measure(spec: ModelSpec, dtype: str, again: bool, lora: LoRA | None, answer: Any) -> None:
     torch.set_num_threads(1)
-    limit_malloc_cache()
+    # Beside adapters many blocks of this small model are below 1 MiB, and leave gaps: 15 % more than the tensors take.
+    limit_malloc_cache(1 << (20 if lora is None else 16))
     before = resident()
     model = Decoder(spec)
     model.init_weights(0)
@@ -68,14 +69,13 @@ def test_what_is_predicted_is_measured(spec: ModelSpec, dtype: str, again: bool,
     measured = answer.get(timeout=120)
     process.join()
     predicted = predict(spec, BUDGET, LONGEST, getattr(torch, dtype), again, lora=lora)
-    # Beside adapters 17 and 19 % too little was predicted, on a busy machine; why is not known.
-    least = 0.85 if lora is None else 0.75
-    assert least * measured < predicted.total < 1.15 * measured
+    within = 0.15 if lora is None else 0.1
+    assert (1 - within) * measured < predicted.total < (1 + within) * measured
 
 
 def test_largest_budget_is_what_fits():
     memory = predict(SPEC, BUDGET, LONGEST)
-    assert memory.total == pytest.approx(16 * SPEC.num_parameters + memory.fixed + BUDGET * memory.per_token, rel=1e-6)
+    assert memory.total == 16 * SPEC.num_parameters + max(phase.bytes(BUDGET) for phase in memory.phases)
     room = memory.total + 2**30
     larger = predict(SPEC, memory.largest_budget(room), LONGEST)  # by now with logits in several chunks
     assert larger.token_budget > BUDGET
@@ -98,7 +98,7 @@ def test_what_takes_less():
 def test_copies_in_bfloat16_are_of_one_layer_at_a_time():
     """With activation checkpointing; without it backward needs them all."""
     few, many = (
-        _peak_bytes(SPEC, layers, 32, 32, torch.bfloat16, True, cuda=True, lora=None, sharded=False)
+        max(_peak_bytes(SPEC, layers, 32, 32, torch.bfloat16, True, cuda=True, lora=None, sharded=False))
         for layers in (1, 7)
     )
     assert many - few < 0.1 * (6 * 2 * SPEC.num_layer_parameters)

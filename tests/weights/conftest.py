@@ -29,7 +29,8 @@ class Reference(EmbeddedEngine):
 
     def __init__(self, model: Decoder, dtype: torch.dtype, member: Member) -> None:
         config = EngineSection.model_validate({"block_tokens": 4})  # the canary fills some
-        super().__init__(copy.deepcopy(model), config, 120, dtype, owns_model=True, receive=Receiver())
+        own = copy.deepcopy(model).to(member.weights)
+        super().__init__(own, config, 120, dtype, owns_model=True, receive=Receiver())
         self.member, self.dead = member, False
 
     def update_weights(self, source: WeightSource, version: int) -> None:
@@ -60,6 +61,7 @@ class Member:
     dies_at: int = -1  # which update, over all engines of this member
     updates: int = 0
     engines: list[Reference] = field(default_factory=list[Reference])
+    weights: torch.dtype = torch.float32  # of its own weights
 
     @property
     def name(self) -> str:
@@ -112,14 +114,15 @@ def make_bench(
             dtype: torch.dtype = torch.float32,
             checksum_every: int = 1,
             limit_s: float = 20.0,
+            weights: torch.dtype = torch.float32,
             **shape: Any,
         ) -> Bench:
             model = make_model(**shape)
-            members = [Member(model, dtype, number, route == "alias") for number in range(num)]
+            members = [Member(model, dtype, number, route == "alias", weights=weights) for number in range(num)]
             starters: Sequence[Starter] = members
             pool = EnginePool(starters, start_limit_s=60)
             stack.callback(pool.close)
-            sender = LocalSender(model, dtype, partial(forward_logprobs, model, 1.0, dtype))
+            sender = LocalSender(model, dtype, partial(forward_logprobs, model, 1.0, dtype), engine_dtype=weights)
             stack.callback(sender.close)
             channel = WeightChannel(
                 pool,

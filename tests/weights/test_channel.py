@@ -172,6 +172,25 @@ def test_the_version_before_is_told_from_this_one(make_bench: MakeBench, dtype: 
         bench.channel.publish(6)
 
 
+@pytest.mark.parametrize("route", ["broadcast", "disk"])
+def test_engines_may_hold_bfloat16_alone(make_bench: MakeBench, route: Route):
+    """Half of the bytes, of which no second copy is made; sent into the same memory, which graphs may read."""
+    bench, wide = (make_bench(route, dtype=torch.bfloat16, weights=w) for w in (torch.bfloat16, torch.float32))
+    sizes = [each.channel.publish(0).copied_bytes for each in (bench, wide)]
+    assert sizes[0] < 0.55 * sizes[1]
+    engines = [member.engines[0] for member in bench.members]
+    before = [[p.data_ptr() for p in engine.model.parameters()] for engine in engines]
+    bench.learn()
+    assert bench.channel.publish(1).checksum == "equal"
+    for engine, pointers in zip(engines, before, strict=True):
+        for ours, theirs in zip(engine.model.parameters(), bench.model.parameters(), strict=True):
+            assert ours.dtype is torch.bfloat16
+            assert torch.equal(ours, theirs.to(torch.bfloat16))
+        assert engine._runner.sampled is engine.model  # pyright: ignore[reportPrivateUsage]
+        if route == "broadcast":
+            assert [p.data_ptr() for p in engine.model.parameters()] == pointers
+
+
 def test_unchanged_weights_are_no_fault(make_bench: MakeBench):
     """A step without an update publishes the same weights again."""
     bench = make_bench(dtype=torch.bfloat16)
