@@ -13,7 +13,7 @@ _M_MMAP_THRESHOLD = -3  # malloc.h
 
 
 def limit_malloc_cache(least: int = _LARGE) -> None:
-    """Make glibc allocate blocks of `least` bytes and more by mmap, so that they return to the system when they are freed.
+    """Make glibc allocate blocks of `least` bytes and more by mmap: they return to the system when they are freed.
 
     By default glibc keeps freed blocks of up to 32 MiB, whose gaps fit no request: a step of 8,192 tokens with
     activation checkpointing held twice the memory in use. Allocation gets slower. Does nothing but on Linux.

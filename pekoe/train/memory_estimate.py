@@ -192,7 +192,7 @@ def _peak_bytes(
         tracker.track_external(model, trainer.optimizer)
         peaks: list[int] = []
 
-        def ends(*_: Any) -> None:
+        def phase_ends(*_: Any) -> None:
             """A phase ends: the peak from now on is another one."""
             known: tuple[dict[Any, int], dict[Any, dict[str, int]]]
             known = vars(tracker)["_peak_mem"], vars(tracker)["_peak_mem_snap"]
@@ -202,9 +202,9 @@ def _peak_bytes(
 
         def follows(_module: Any, _given: Any, output: Tensor) -> None:
             if output.requires_grad:  # embeddings beside an adapter do not
-                output.register_hook(ends)
+                output.register_hook(phase_ends)
 
-        model.register_forward_hook(ends)
+        model.register_forward_hook(phase_ends)
         model.register_forward_hook(follows)
         model.model.embed_tokens.register_forward_hook(follows)
         with tracker:
@@ -212,7 +212,7 @@ def _peak_bytes(
                 if parameter.requires_grad:
                     parameter.grad = torch.zeros_like(parameter)  # of the micro-batches before
             trainer.forward(model, numbers, numbers, attention, numbers[:-1], numbers[1:])[0].sum().backward()
-            ends()
+            phase_ends()
         state = sum(p.numel() * p.element_size() * (4 if p.requires_grad else 1) for p in model.parameters())
     forward, head, backward, after = (max(0, peak - state) for peak in (*peaks, 0)[:4])
     return forward, head, backward, after
