@@ -7,16 +7,19 @@ import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from pekoe.agents.answers import Delta
 from pekoe.agents.openai_chat import pieces
 from pekoe.agents.session import Reply
 from pekoe.agents.tools import check_tools
-from pekoe.agents.wire import Api, Asked, Event, Fields, read_messages, shown, text_of
+from pekoe.agents.wire import Api, Asked, Event, Fields, Sent, Stream, read_messages, shown, text_of
 from pekoe.core.errors import UserError
 
 _ERRORS = {
     **{400: "invalid_request_error", 401: "authentication_error", 403: "permission_error"},
     **{413: "request_too_large", 429: "rate_limit_error", 503: "overloaded_error"},
 }
+
+_UNENDED = {"stop_reason": None, "stop_sequence": None}
 
 
 def _error(status: int, message: str, code: str | None) -> Mapping[str, Any]:
@@ -116,50 +119,86 @@ def _user(role: Any, blocks: list[Any], where: str) -> list[dict[str, Any]]:
 def _blocks(reply: Reply) -> list[dict[str, Any]]:
     blocks: list[dict[str, Any]] = []
     if reply.reasoning:
-        blocks.append({"type": "thinking", "thinking": reply.reasoning, "signature": ""})
+        blocks.append(_text_block("thinking", reply.reasoning))
     if reply.content or not reply.tool_calls:
-        blocks.append({"type": "text", "text": reply.content})
+        blocks.append(_text_block("text", reply.content))
     for call in reply.tool_calls:
         blocks.append({"type": "tool_use", "id": call.id, "name": call.name, "input": json.loads(call.arguments)})
     return blocks
 
 
+def _text_block(kind: str, text: str) -> dict[str, Any]:
+    return {"type": kind, kind: text} | ({"signature": ""} if kind == "thinking" else {})
+
+
+def _head(asked: Asked) -> dict[str, Any]:
+    return {"id": f"msg_{uuid.uuid4().hex}", "type": "message", "role": "assistant", "model": asked.model}
+
+
+def _ids(asked: Asked, reply: Reply) -> dict[str, Any]:
+    return {"prompt_token_ids": reply.context.tolist(), "token_ids": reply.tokens.tolist()} if asked.with_ids else {}
+
+
 def _answer(asked: Asked, replies: Sequence[Reply]) -> Mapping[str, Any]:
     (reply,) = replies
     reason = "tool_use" if reply.tool_calls else {"length": "max_tokens"}.get(reply.finish, "end_turn")
-    head = {"id": f"msg_{uuid.uuid4().hex}", "type": "message", "role": "assistant", "model": asked.model}
-    ids = {"prompt_token_ids": reply.context.tolist(), "token_ids": reply.tokens.tolist()} if asked.with_ids else {}
     usage = {"input_tokens": len(reply.context), "output_tokens": len(reply.tokens)}
-    return head | {"content": _blocks(reply), "stop_reason": reason, "stop_sequence": None, "usage": usage} | ids
+    ends = {"stop_reason": reason, "stop_sequence": None}
+    return _head(asked) | {"content": _blocks(reply), "usage": usage} | ends | _ids(asked, reply)
 
 
-def _events(asked: Asked, replies: Sequence[Reply]) -> Iterator[Event]:
-    whole = _answer(asked, replies)
+class _Stream(Stream):
+    """Its events: blocks one after another, each begun, filled and ended."""
 
-    def event(kind: str, **data: Any) -> Event:
-        return kind, {"type": kind} | data
+    def __init__(self, asked: Asked) -> None:
+        self._asked, self._sent = asked, Sent()
+        self._head = _head(asked)
+        self._num_blocks, self._open = 0, ""  # the type of the block that is filled
 
-    begun = {"content": [], "stop_reason": None, "usage": whole["usage"] | {"output_tokens": 0}}
-    yield event("message_start", message={**whole, **begun})
-    for index, block in enumerate(whole["content"]):
-        empty = {"text": {"text": ""}, "thinking": {"thinking": ""}, "tool_use": {"input": {}}}[block["type"]]
-        yield event("content_block_start", index=index, content_block=block | empty)
-        for delta in _deltas(block):
-            yield event("content_block_delta", index=index, delta=delta)
-        yield event("content_block_stop", index=index)
-    ends = {"stop_reason": whole["stop_reason"], "stop_sequence": None}
-    yield event("message_delta", delta=ends, usage={"output_tokens": whole["usage"]["output_tokens"]})
-    yield event("message_stop")
+    def more(self, index: int, delta: Delta) -> Iterator[Event]:
+        if not self._sent.whole.num_context:
+            usage = {"input_tokens": delta.num_context, "output_tokens": 0}
+            yield _event("message_start", message=self._head | _UNENDED | {"content": [], "usage": usage})
+        self._sent.add(delta)
+        for kind, text in (("thinking", delta.reasoning), ("text", delta.content)):
+            if text and self._open != kind:
+                yield from self._begin(_text_block(kind, ""))
+            for piece in pieces(text):
+                yield self._filled({"type": f"{kind}_delta", kind: piece})
+
+    def end(self, replies: Sequence[Reply]) -> Iterator[Event]:
+        (reply,) = replies
+        yield from self.more(0, self._sent.rest(reply))
+        for block in _blocks(reply)[self._num_blocks :]:  # calls, or a text that is empty
+            is_call = block["type"] == "tool_use"
+            yield from self._begin(block | ({"input": {}} if is_call else {}))
+            if is_call:
+                yield self._filled({"type": "input_json_delta", "partial_json": json.dumps(block["input"])})
+        yield from self._close()
+        whole = _answer(self._asked, replies)
+        usage = {"output_tokens": whole["usage"]["output_tokens"]}
+        ends = {name: whole[name] for name in _UNENDED}
+        yield _event("message_delta", delta=ends, usage=usage, **_ids(self._asked, reply))
+        yield _event("message_stop")
+
+    def _begin(self, block: Mapping[str, Any]) -> Iterator[Event]:
+        yield from self._close()
+        self._open = block["type"]
+        self._num_blocks += 1
+        yield _event("content_block_start", index=self._num_blocks - 1, content_block=block)
+
+    def _close(self) -> Iterator[Event]:
+        if self._open:
+            self._open = ""
+            yield _event("content_block_stop", index=self._num_blocks - 1)
+
+    def _filled(self, delta: Mapping[str, Any]) -> Event:
+        return _event("content_block_delta", index=self._num_blocks - 1, delta=delta)
 
 
-def _deltas(block: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-    if block["type"] == "tool_use":
-        yield {"type": "input_json_delta", "partial_json": json.dumps(block["input"])}
-        return
-    name = block["type"]
-    for piece in pieces(block[name]):
-        yield {"type": f"{name}_delta", name: piece}
+def _event(kind: str, **data: Any) -> Event:
+    return kind, {"type": kind} | data
 
 
-MESSAGES = Api(_read, _answer, _events, _error)
+MESSAGES = Api(_read, _answer, _Stream, _error, error_event="error")
 """/v1/messages"""

@@ -10,19 +10,22 @@ from __future__ import annotations
 import asyncio
 import json
 import socket
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
-from contextlib import suppress
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Mapping
+from contextlib import aclosing, suppress
 from dataclasses import dataclass, replace
+from functools import partial
+from itertools import count
 from typing import Any, TypeVar
 
 import uvicorn
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import Response, StreamingResponse
+from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import Message, Receive, Scope, Send
 
+from pekoe.agents.answers import Delta
 from pekoe.agents.anthropic_messages import MESSAGES
 from pekoe.agents.openai_chat import OpenAIChat, openai_error
 from pekoe.agents.openai_responses import RESPONSES
@@ -157,24 +160,32 @@ class Endpoint:
         async def answer(request: Request) -> Response:
             try:
                 return await self._answer(api, request)
-            except Refused as error:
-                return _json(api.error(error.status, str(error), error.code), error.status, _later(error.status))
-            except UserError as error:
-                return _json(api.error(400, str(error), None), 400)
-            except EpisodeLimit as error:
-                return _json(api.error(400, str(error), "context_length_exceeded"), 400)
-            except EpisodeOver as error:
-                return _json(api.error(403, str(error), "episode_over"), 403)
-            except RunError as error:
-                self._report(f"endpoint: {error}")
-                return _json(api.error(503, f"the engines failed: {error}", None), 503, _later(503))
             except (ClientDisconnect, _Gone):
                 return Response(status_code=499)
             except Exception as error:
-                self._report(f"endpoint: {error!r}")
-                return _json(api.error(500, f"the endpoint failed: {type(error).__name__}", None), 500)
+                failure = self._failure(error)
+                body = api.error(failure.status, str(failure), failure.code)
+                return _json(body, failure.status, _later(failure.status))
 
         return answer
+
+    def _failure(self, error: Exception) -> Refused:
+        """As a client is told of it; what fails on our side is reported."""
+        match error:
+            case Refused():
+                return error
+            case UserError():
+                return Refused(400, str(error))
+            case EpisodeLimit():
+                return Refused(400, str(error), "context_length_exceeded")
+            case EpisodeOver():
+                return Refused(403, str(error), "episode_over")
+            case RunError():
+                self._report(f"endpoint: {error}")
+                return Refused(503, f"the engines failed: {error}")
+            case _:
+                self._report(f"endpoint: {error!r}")
+                return Refused(500, f"the endpoint failed: {type(error).__name__}")
 
     async def _answer(self, api: Api, request: Request) -> Response:
         session = self._session(request)
@@ -183,14 +194,42 @@ class Endpoint:
         if asked.tools and not self._calls_tools:
             why = "the model's chat template shows it none, or has it call them in a form that is not known here"
             raise UserError(f"tools: expected none, got {len(asked.tools)}: {why}")
-        replies = await _unless_gone(request, self._sampled(session, asked))
         headers = {"x-pekoe-ignored": ", ".join(asked.ignored)[:1000]} if asked.ignored else {}
         headers = {name: value.encode("ascii", "replace").decode() for name, value in headers.items()}
         if not asked.stream:
+            replies = await _unless_gone(request.receive, self._sampled(session, asked))
             return _json(api.answer(asked, replies), headers=headers)
-        return StreamingResponse(_events(api, asked, replies), media_type="text/event-stream", headers=headers)
+        deltas = _Deltas()
+        work = asyncio.ensure_future(self._sampled(session, asked, deltas.put))
+        work.add_done_callback(deltas.wake)
+        try:
+            await _unless_gone(request.receive, deltas.begun(work))  # what fails before has a status
+        except BaseException:
+            await _drop(work)
+            raise
+        return _EventResponse(self._events(api, asked, work, deltas), work, headers)
 
-    async def _sampled(self, session: Session, asked: Asked) -> list[Reply]:
+    async def _events(
+        self, api: Api, asked: Asked, work: asyncio.Future[list[Reply]], deltas: _Deltas
+    ) -> AsyncGenerator[str]:
+        """Of answers that are sampled."""
+        stream = api.stream(asked)
+        try:
+            async for index, delta in deltas.until(work):
+                for event in stream.more(index, delta):
+                    yield _event(event)
+            for event in stream.end(work.result()):
+                yield _event(event)
+        except Exception as error:
+            failure = self._failure(error)
+            yield _event((api.error_event, api.error(failure.status, str(failure), failure.code)))
+        else:
+            if api.end:
+                yield f"data: {api.end}\n\n"
+
+    async def _sampled(
+        self, session: Session, asked: Asked, on_delta: Callable[[int, Delta], None] | None = None
+    ) -> list[Reply]:
         """The answers of all conversations, those of one together."""
         most = self._bounds.at_once
         if asked.num_answers > most:
@@ -213,9 +252,10 @@ class Endpoint:
                             top_p=asked.top_p,
                             seed=asked.seed,
                             number=number,
+                            on_delta=None if on_delta is None else partial(on_delta, first + number),
                         )
                     )
-                    for conversation in asked.conversations
+                    for first, conversation in zip(count(0, asked.n), asked.conversations, strict=False)
                     for number in range(asked.n)
                 ]
         except BaseExceptionGroup as errors:
@@ -286,32 +326,86 @@ def _record_of(session: Session) -> Mapping[str, Any]:
     }
 
 
-async def _unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
+async def _unless_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
     """What the work returns; it is cancelled, and _Gone raised, where the client goes away before."""
-
-    async def disconnected() -> None:
-        while (await request.receive())["type"] != "http.disconnect":
-            pass
-
-    task, gone = asyncio.ensure_future(work), asyncio.ensure_future(disconnected())
+    task, gone = asyncio.ensure_future(work), asyncio.ensure_future(_disconnected(receive))
     try:
         await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
             raise _Gone
         return task.result()
     finally:
-        gone.cancel()
+        await _drop(task, gone)
+
+
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _drop(*tasks: asyncio.Future[Any]) -> None:
+    """Cancel what is not done, and wait for it."""
+    for task in tasks:
         task.cancel()
-        await asyncio.wait({task, gone})
+    await asyncio.wait(tasks)
+    for task in tasks:
         if not task.cancelled():
             task.exception()  # nobody else asks for it
 
 
-async def _events(api: Api, asked: Asked, replies: list[Reply]) -> AsyncIterator[str]:
-    for name, data in api.events(asked, replies):
-        yield _event((name, data))
-    if api.end:
-        yield f"data: {api.end}\n\n"
+class _Deltas:
+    """What is new of answers that are sampled, until it is sent: a slow client gets more at once."""
+
+    def __init__(self) -> None:
+        self._new: dict[int, Delta] = {}
+        self._any = asyncio.Event()
+
+    def put(self, index: int, delta: Delta) -> None:
+        self._new[index] = self._new.get(index, Delta()) + delta
+        self._any.set()
+
+    def wake(self, _: Any) -> None:
+        self._any.set()
+
+    async def begun(self, work: asyncio.Future[Any]) -> None:
+        """Until there is something to send. Raises what the work raises, where that comes first."""
+        await self._any.wait()
+        if work.done():
+            work.result()
+
+    async def until(self, work: asyncio.Future[Any]) -> AsyncIterator[tuple[int, Delta]]:
+        """What is new of answer `index`, until the work is done."""
+        while not work.done():
+            self._any.clear()
+            new, self._new = self._new, {}
+            for index, delta in new.items():
+                yield index, delta
+            if not work.done():
+                await self._any.wait()
+
+
+class _EventResponse(Response):
+    """Server-sent events as they come; the work that they tell of is dropped when the client goes away."""
+
+    media_type = "text/event-stream"
+
+    def __init__(self, events: AsyncGenerator[str], work: asyncio.Future[Any], headers: Mapping[str, str]) -> None:
+        super().__init__(None, 200, headers)
+        del self.headers["content-length"]
+        self._events, self._work = events, work
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await _unless_gone(receive, self._send(send))
+        finally:
+            await _drop(self._work)
+
+    async def _send(self, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+        async with aclosing(self._events) as events:
+            async for event in events:
+                await send({"type": "http.response.body", "body": event.encode(), "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
 def _event(event: Event) -> str:

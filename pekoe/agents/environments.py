@@ -10,7 +10,8 @@ import types
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from pekoe.agents.session import Session, ToolCall
+from pekoe.agents.answers import ToolCall
+from pekoe.agents.session import Session
 from pekoe.core.errors import UserError
 from pekoe.core.types import Problem
 

@@ -12,7 +12,8 @@ from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from typing import Any
 
-from pekoe.agents.session import Dispatcher, EpisodeLimit, Limits, Parser, Session, plain
+from pekoe.agents.answers import Parser
+from pekoe.agents.session import Dispatcher, EpisodeLimit, Limits, Session
 from pekoe.config.recipes import RolloutSection, VerifySection
 from pekoe.core.errors import RunError, UserError
 from pekoe.core.functions import load_function
@@ -67,11 +68,11 @@ class Episodes:
         verify: VerifySection,
         sampler: Sampler,
         tokenizer: Tokenizer,
-        parse: Parser = plain,
+        parser: Parser | None = None,
     ) -> None:
         assert rollout.episode is not None
         self._name, self._function = rollout.episode, check_episode(rollout.episode)
-        self._rollout, self._tokenizer, self._parse = rollout, tokenizer, parse
+        self._rollout, self._tokenizer, self._parser = rollout, tokenizer, parser
         self._random = verify.random  # a control: the judge tosses a coin, whatever the episode says
         self._options = Options({}, *verify.score_range, verify.correct_from)
         self._dispatcher, self._thread = Dispatcher(sampler, rollout.lockstep), AsyncThread("episodes")
@@ -116,7 +117,7 @@ class Episodes:
             *(self._dispatcher, self._tokenizer, params, problem.uid, draw.number, sample),
             limits=limits,
             prompt=problem.messages,
-            parse=self._parse,
+            parser=self._parser,
         )
         session.open_endpoint = self._open_endpoint
         asked: Any = replace(problem, messages=tuple(self._tokenizer.with_directive(problem.messages)))

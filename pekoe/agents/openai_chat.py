@@ -5,11 +5,13 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
+from pekoe.agents.answers import Delta
 from pekoe.agents.session import Reply
 from pekoe.agents.tools import check_tools
-from pekoe.agents.wire import MAX_ANSWERS, Api, Asked, Event, Fields, read_messages, shown
+from pekoe.agents.wire import MAX_ANSWERS, Api, Asked, Event, Fields, Sent, Stream, read_messages, shown
 from pekoe.core.errors import UserError
 from pekoe.core.types import IntArray
 from pekoe.data.tokenizer import Tokenizer
@@ -119,8 +121,8 @@ class OpenAIChat:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer, self._spelt = tokenizer, dict[int, str]()
-        self.chat = Api(read_chat, self.answer, self.events, openai_error, "[DONE]")
-        self.completions = Api(read_completion, self.text_answer, self.text_events, openai_error, "[DONE]")
+        self.chat = Api(read_chat, self.answer, partial(_ChatStream, self), openai_error, "[DONE]")
+        self.completions = Api(read_completion, self.text_answer, partial(_TextStream, self), openai_error, "[DONE]")
 
     def answer(self, asked: Asked, replies: Sequence[Reply]) -> Mapping[str, Any]:
         """The body of an answer to `read_chat`'s request."""
@@ -133,53 +135,28 @@ class OpenAIChat:
                 message["reasoning_content"] = reply.reasoning
             if reply.tool_calls:
                 message["tool_calls"] = reply.message["tool_calls"]
-            choices.append({"index": index, "message": message} | self._end(asked, reply, self._logprobs))
+            choices.append({"index": index, "message": message} | self.end(asked, reply))
         ids = {"prompt_token_ids": replies[0].context.tolist()} if asked.with_ids else {}
         return _head("chatcmpl", "chat.completion", asked) | {"choices": choices, "usage": usage_of(replies)} | ids
 
-    def events(self, asked: Asked, replies: Sequence[Reply]) -> Iterator[Event]:
-        """A stream of chunks, choice by choice."""
-        head = _head("chatcmpl", "chat.completion.chunk", asked)
-
-        def chunk(index: int, delta: Mapping[str, Any], **more: Any) -> Event:
-            return "", head | {"choices": [{"index": index, "delta": delta, "finish_reason": None} | more]}
-
-        for index, reply in enumerate(replies):
-            yield chunk(index, {"role": "assistant", "content": ""})
-            for piece in pieces(reply.reasoning):
-                yield chunk(index, {"reasoning_content": piece})
-            for piece in pieces(reply.content):
-                yield chunk(index, {"content": piece})
-            for number, call in enumerate(reply.message.get("tool_calls", ())):
-                yield chunk(index, {"tool_calls": [{"index": number} | call]})
-            yield chunk(index, {}, **self._end(asked, reply, self._logprobs))
-        if asked.with_usage:
-            yield "", head | {"choices": [], "usage": usage_of(replies)}
-
     def text_answer(self, asked: Asked, replies: Sequence[Reply]) -> Mapping[str, Any]:
         """The body of an answer to `read_completion`'s request."""
-        choices = [{"index": i, "text": reply.text} | self._text_end(asked, reply) for i, reply in enumerate(replies)]
+        choices = [{"index": i, "text": reply.text} | self.text_end(asked, reply) for i, reply in enumerate(replies)]
         return _head("cmpl", "text_completion", asked) | {"choices": choices, "usage": usage_of(replies, asked.n)}
 
-    def text_events(self, asked: Asked, replies: Sequence[Reply]) -> Iterator[Event]:
-        """A stream of them."""
-        head = _head("cmpl", "text_completion", asked)
-        for index, reply in enumerate(replies):
-            for piece in pieces(reply.text):
-                choice = {"index": index, "text": piece, "finish_reason": None, "logprobs": None}
-                yield "", head | {"choices": [choice]}
-            yield "", head | {"choices": [{"index": index, "text": ""} | self._text_end(asked, reply)]}
-        if asked.with_usage:
-            yield "", head | {"choices": [], "usage": usage_of(replies, asked.n)}
+    def end(self, asked: Asked, reply: Reply) -> dict[str, Any]:
+        """Why a chat's answer ended, its log-probs and ids."""
+        return self._end(asked, reply, self._logprobs)
+
+    def text_end(self, asked: Asked, reply: Reply) -> dict[str, Any]:
+        """Those of a text."""
+        ids = {"prompt_token_ids": reply.context.tolist()} if asked.with_ids else {}
+        return self._end(asked, reply, self._text_logprobs) | {"finish_reason": reply.finish} | ids
 
     def _end(self, asked: Asked, reply: Reply, logprobs: Callable[[Reply], Mapping[str, Any]]) -> dict[str, Any]:
         finish = "tool_calls" if reply.tool_calls else reply.finish
         ids = {"token_ids": reply.tokens.tolist(), "versions": reply.versions} if asked.with_ids else {}
         return {"finish_reason": finish, "logprobs": logprobs(reply) if asked.with_logprobs else None} | ids
-
-    def _text_end(self, asked: Asked, reply: Reply) -> dict[str, Any]:
-        ids = {"prompt_token_ids": reply.context.tolist()} if asked.with_ids else {}
-        return self._end(asked, reply, self._text_logprobs) | {"finish_reason": reply.finish} | ids
 
     def _text_logprobs(self, reply: Reply) -> Mapping[str, Any]:
         return {"tokens": self.spell(reply.tokens), "token_logprobs": reply.logprobs.tolist(), "top_logprobs": None}
@@ -197,6 +174,62 @@ class OpenAIChat:
         for token in set(tokens.tolist()) - self._spelt.keys():
             self._spelt[token] = self._tokenizer.decode([token])
         return [self._spelt[token] for token in tokens.tolist()]
+
+
+class _ChatStream(Stream):
+    """Chunks of /v1/chat/completions, those of all choices as they come."""
+
+    def __init__(self, chat: OpenAIChat, asked: Asked) -> None:
+        self._chat, self._asked = chat, asked
+        self._head = _head("chatcmpl", "chat.completion.chunk", asked)
+        self._sent: dict[int, Sent] = {}
+
+    def more(self, index: int, delta: Delta) -> Iterator[Event]:
+        if index not in self._sent:
+            self._sent[index] = Sent()
+            yield self._chunk(index, {"role": "assistant", "content": ""})
+        self._sent[index].add(delta)
+        for piece in pieces(delta.reasoning):
+            yield self._chunk(index, {"reasoning_content": piece})
+        for piece in pieces(delta.content):
+            yield self._chunk(index, {"content": piece})
+
+    def end(self, replies: Sequence[Reply]) -> Iterator[Event]:
+        for index, reply in enumerate(replies):
+            yield from self.more(index, self._sent.get(index, Sent()).rest(reply))
+            for number, call in enumerate(reply.message.get("tool_calls", ())):
+                yield self._chunk(index, {"tool_calls": [{"index": number} | call]})
+            yield self._chunk(index, {}, **self._chat.end(self._asked, reply))
+        if self._asked.with_usage:
+            yield "", self._head | {"choices": [], "usage": usage_of(replies)}
+
+    def _chunk(self, index: int, delta: Mapping[str, Any], **more: Any) -> Event:
+        return "", self._head | {"choices": [{"index": index, "delta": delta, "finish_reason": None} | more]}
+
+
+class _TextStream(Stream):
+    """Those of /v1/completions."""
+
+    def __init__(self, chat: OpenAIChat, asked: Asked) -> None:
+        self._chat, self._asked = chat, asked
+        self._head = _head("cmpl", "text_completion", asked)
+        self._sent = [Sent() for _ in range(asked.num_answers)]
+
+    def more(self, index: int, delta: Delta) -> Iterator[Event]:
+        self._sent[index].add(delta)
+        for piece in pieces(delta.text):
+            yield (
+                "",
+                self._head | {"choices": [{"index": index, "text": piece, "finish_reason": None, "logprobs": None}]},
+            )
+
+    def end(self, replies: Sequence[Reply]) -> Iterator[Event]:
+        for index, reply in enumerate(replies):
+            yield from self.more(index, self._sent[index].rest(reply))
+            end = self._chat.text_end(self._asked, reply)
+            yield "", self._head | {"choices": [{"index": index, "text": ""} | end]}
+        if self._asked.with_usage:
+            yield "", self._head | {"choices": [], "usage": usage_of(replies, self._asked.n)}
 
 
 def pieces(text: str) -> Iterator[str]:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
+from pekoe.agents.answers import Delta
 from pekoe.agents.openai_chat import openai_error, pieces, sampling_of
 from pekoe.agents.session import Reply
 from pekoe.agents.tools import check_tools
-from pekoe.agents.wire import Api, Asked, Event, Fields, read_messages, shown, text_of
+from pekoe.agents.wire import Api, Asked, Event, Fields, Sent, Stream, read_messages, shown, text_of
 from pekoe.core.errors import UserError
 
 _WITHOUT_EFFECT = (
@@ -91,71 +93,146 @@ def _add(message: dict[str, Any], kind: str, item: Mapping[str, Any], where: str
         message["tool_calls"].append({"id": item.get("call_id"), "function": function})
 
 
-def _output(reply: Reply) -> list[dict[str, Any]]:
+@dataclass(frozen=True, slots=True)
+class _Names:
+    """Of one response and what it has."""
+
+    response: str = field(default_factory=lambda: _id("resp"))
+    reasoning: str = field(default_factory=lambda: _id("rs"))
+    message: str = field(default_factory=lambda: _id("msg"))
+
+
+def _part(kind: str, text: str) -> dict[str, Any]:
+    """Of an item of type "reasoning" or "message"."""
+    more = {"annotations": [], "logprobs": []} if kind == "message" else {}
+    return {"type": "output_text" if kind == "message" else "reasoning_text", "text": text} | more
+
+
+def _item(kind: str, names: _Names, parts: list[Any]) -> dict[str, Any]:
+    more = {"role": "assistant"} if kind == "message" else {"summary": []}
+    name = names.message if kind == "message" else names.reasoning
+    return {"id": name, "type": kind, "status": "completed", "content": parts} | more
+
+
+def _output(reply: Reply, names: _Names) -> list[dict[str, Any]]:
     items: list[dict[str, Any]] = []
     if reply.reasoning:
-        thought = [{"type": "reasoning_text", "text": reply.reasoning}]
-        items.append({"id": _id("rs"), "type": "reasoning", "summary": [], "content": thought})
+        items.append(_item("reasoning", names, [_part("reasoning", reply.reasoning)]))
     if reply.content or not reply.tool_calls:
-        part = {"type": "output_text", "text": reply.content, "annotations": [], "logprobs": []}
-        items.append({"id": _id("msg"), "type": "message", "role": "assistant", "content": [part]})
+        items.append(_item("message", names, [_part("message", reply.content)]))
     for call in reply.tool_calls:
         called = {"call_id": call.id, "name": call.name, "arguments": call.arguments}
-        items.append({"id": _id("fc"), "type": "function_call"} | called)
-    return [item | {"status": "completed"} for item in items]
+        items.append({"id": _id("fc"), "type": "function_call", "status": "completed"} | called)
+    return items
 
 
-def _answer(asked: Asked, replies: Sequence[Reply]) -> Mapping[str, Any]:
+def _answer(asked: Asked, replies: Sequence[Reply], names: _Names | None = None) -> Mapping[str, Any]:
     (reply,) = replies
+    names = names or _Names()
     cut = reply.finish == "length"
     prompt, sampled = len(reply.context), len(reply.tokens)
     usage = {"input_tokens": prompt, "output_tokens": sampled, "total_tokens": prompt + sampled}
     usage |= {"input_tokens_details": {"cached_tokens": 0}, "output_tokens_details": {"reasoning_tokens": 0}}
     ids = {"prompt_token_ids": reply.context.tolist(), "token_ids": reply.tokens.tolist()} if asked.with_ids else {}
     return {
-        **{"id": _id("resp"), "object": "response", "created_at": int(time.time()), "model": asked.model},
-        **{"status": "incomplete" if cut else "completed", "output": _output(reply), "usage": usage, "error": None},
-        **{"incomplete_details": {"reason": "max_output_tokens"} if cut else None, "instructions": None},
-        **{"parallel_tool_calls": True, "tool_choice": "auto", "tools": [], "metadata": {}},
-        **{"temperature": asked.temperature, "top_p": asked.top_p},
+        **_head(asked, names),
+        **{"status": "incomplete" if cut else "completed", "output": _output(reply, names), "usage": usage},
+        **{"incomplete_details": {"reason": "max_output_tokens"} if cut else None},
         **ids,
     }
 
 
-def _events(asked: Asked, replies: Sequence[Reply]) -> Iterator[Event]:
-    whole, number = _answer(asked, replies), 0
+def _head(asked: Asked, names: _Names) -> dict[str, Any]:
+    """Of a response that has just begun."""
+    return {
+        **{"id": names.response, "object": "response", "created_at": int(time.time()), "model": asked.model},
+        **{"status": "in_progress", "output": [], "usage": None, "error": None, "incomplete_details": None},
+        **{"instructions": None, "parallel_tool_calls": True, "tool_choice": "auto", "tools": [], "metadata": {}},
+        **{"temperature": asked.temperature, "top_p": asked.top_p},
+    }
 
-    def event(kind: str, **data: Any) -> Event:
-        nonlocal number
-        number += 1
-        return kind, {"type": kind, "sequence_number": number - 1} | data
 
-    begun = {**whole, "status": "in_progress", "output": [], "usage": None, "incomplete_details": None}
-    yield event("response.created", response=begun)
-    yield event("response.in_progress", response=begun)
-    for index, item in enumerate(whole["output"]):
+class _Stream(Stream):
+    """Its events: items one after another, each added, filled and done."""
+
+    def __init__(self, asked: Asked) -> None:
+        self._asked, self._names, self._sent = asked, _Names(), Sent()
+        self._num_events = self._num_items = 0
+        self._open = ""  # the type of the item that is filled
+
+    def more(self, index: int, delta: Delta) -> Iterator[Event]:
+        if not self._num_events:
+            begun = _head(self._asked, self._names)
+            yield self._event("response.created", response=begun)
+            yield self._event("response.in_progress", response=begun)
+        self._sent.add(delta)  # what begins next ends what is open, with its whole text
+        for kind, text in (("reasoning", delta.reasoning), ("message", delta.content)):
+            if text and self._open != kind:
+                yield from self._begin(kind)
+            for piece in pieces(text):
+                yield self._event(
+                    f"response.{_part(kind, '')['type']}.delta", **self._place, delta=piece, **self._logprobs
+                )
+
+    def end(self, replies: Sequence[Reply]) -> Iterator[Event]:
+        (reply,) = replies
+        yield from self.more(0, self._sent.rest(reply))
+        whole = _answer(self._asked, replies, self._names)
+        for item in whole["output"][self._num_items :]:  # calls, or a text that is empty
+            if item["type"] == "function_call":
+                yield from self._call(item)
+            else:
+                yield from self._begin(item["type"])
+        yield from self._close()
+        kind = "response.incomplete" if whole["status"] == "incomplete" else "response.completed"
+        yield self._event(kind, response=whole)
+
+    def _begin(self, kind: str) -> Iterator[Event]:
+        yield from self._close()
+        item = _item(kind, self._names, []) | {"status": "in_progress"}
+        yield self._event("response.output_item.added", output_index=self._num_items, item=item)
+        self._open, self._num_items = kind, self._num_items + 1
+        yield self._event("response.content_part.added", **self._place, part=_part(kind, ""))
+
+    def _close(self) -> Iterator[Event]:
+        kind = self._open
+        if not kind:
+            return
+        part = _part(kind, self._sent.whole.content if kind == "message" else self._sent.whole.reasoning)
+        yield self._event(f"response.{part['type']}.done", **self._place, text=part["text"], **self._logprobs)
+        yield self._event("response.content_part.done", **self._place, part=part)
+        item = _item(kind, self._names, [part])
+        yield self._event("response.output_item.done", output_index=self._num_items - 1, item=item)
+        self._open = ""
+
+    def _call(self, item: Mapping[str, Any]) -> Iterator[Event]:
+        yield from self._close()
+        index, arguments = self._num_items, item["arguments"]
+        self._num_items += 1
         at = {"item_id": item["id"], "output_index": index}
-        empty = {"arguments": ""} if item["type"] == "function_call" else {"content": []}
-        yield event("response.output_item.added", output_index=index, item=item | empty | {"status": "in_progress"})
-        if item["type"] == "function_call":
-            yield event("response.function_call_arguments.delta", **at, delta=item["arguments"])
-            yield event("response.function_call_arguments.done", **at, arguments=item["arguments"], name=item["name"])
-        else:
-            part, name = item["content"][0], item["content"][0]["type"]
-            at |= {"content_index": 0}
-            yield event("response.content_part.added", **at, part=part | {"text": ""})
-            more = {"logprobs": []} if name == "output_text" else {}
-            for piece in pieces(part["text"]):
-                yield event(f"response.{name}.delta", **at, delta=piece, **more)
-            yield event(f"response.{name}.done", **at, text=part["text"], **more)
-            yield event("response.content_part.done", **at, part=part)
-        yield event("response.output_item.done", output_index=index, item=item)
-    yield event("response.incomplete" if whole["status"] == "incomplete" else "response.completed", response=whole)
+        added = {**item, "arguments": "", "status": "in_progress"}
+        yield self._event("response.output_item.added", output_index=index, item=added)
+        yield self._event("response.function_call_arguments.delta", **at, delta=arguments)
+        yield self._event("response.function_call_arguments.done", **at, arguments=arguments, name=item["name"])
+        yield self._event("response.output_item.done", output_index=index, item=item)
+
+    @property
+    def _place(self) -> dict[str, Any]:
+        name = self._names.message if self._open == "message" else self._names.reasoning
+        return {"item_id": name, "output_index": self._num_items - 1, "content_index": 0}
+
+    @property
+    def _logprobs(self) -> dict[str, Any]:
+        return {"logprobs": []} if self._open == "message" else {}
+
+    def _event(self, kind: str, **data: Any) -> Event:
+        self._num_events += 1
+        return kind, {"type": kind, "sequence_number": self._num_events - 1} | data
 
 
 def _id(prefix: str) -> str:
     return f"{prefix}_{uuid.uuid4().hex}"
 
 
-RESPONSES = Api(_read, _answer, _events, openai_error)
+RESPONSES = Api(_read, _answer, _Stream, openai_error, error_event="error")
 """/v1/responses"""

@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 
+from pekoe.agents.answers import Delta, Growing, Message, Parser, Plain, ToolCall, Tools
 from pekoe.agents.turns import NOTHING, branches_of, cut
 from pekoe.core.errors import RunError, UserError
 from pekoe.core.types import (
@@ -40,8 +41,6 @@ from pekoe.data.tokenizer import Tokenizer
 from pekoe.engine.base import Sampler
 
 _LONG = 200_000  # characters of a conversation that takes a tokenizer a tenth of a second and more
-Message = Mapping[str, Any]
-Tools = Sequence[Mapping[str, Any]]
 
 
 class EpisodeLimit(Exception):
@@ -50,38 +49,6 @@ class EpisodeLimit(Exception):
 
 class EpisodeOver(Exception):
     """Something is asked for after the episode's end."""
-
-
-@dataclass(frozen=True, slots=True)
-class ToolCall:
-    """A call that a model wrote. Example: ToolCall("call-0", "calculator", '{"expression": "2+3"}')."""
-
-    id: str
-    name: str
-    arguments: str  # JSON
-
-    def as_message(self) -> dict[str, Any]:
-        """As in a message of the chat completions API."""
-        return {"id": self.id, "type": "function", "function": {"name": self.name, "arguments": self.arguments}}
-
-
-@dataclass(frozen=True, slots=True)
-class Parsed:
-    """What a model's text says. `malformed`: why what looks like a call of a tool is none."""
-
-    content: str
-    reasoning: str = ""
-    tool_calls: tuple[ToolCall, ...] = ()
-    malformed: str = ""
-
-
-Parser = Callable[[str, Tools | None, bool], Parsed]
-"""Reads an answer's text: special tokens spelt out, no stop token. True: it goes on from an open <think>."""
-
-
-def plain(text: str, tools: Tools | None = None, in_thought: bool = False) -> Parsed:
-    """An answer is its text."""
-    return Parsed(text)
 
 
 @dataclass(frozen=True, slots=True)
@@ -245,7 +212,7 @@ class Session:
         params: how to sample; of a run that trains, whatever a caller asks for: `may_choose` lets it choose
             temperature, top_p and seed.
         prompt: the messages of the problem, whose answer has the random numbers of a single answer.
-        parse: reads reasoning and calls of tools from answers.
+        parser: reads reasoning and calls of tools from answers.
         keep: how many turns are remembered, the last ones; None: all.
     """
 
@@ -260,7 +227,7 @@ class Session:
         *,
         limits: Limits | None = None,
         prompt: Sequence[Message] = (),
-        parse: Parser = plain,
+        parser: Parser | None = None,
         may_choose: bool = False,
         keep: int | None = None,
     ) -> None:
@@ -269,7 +236,7 @@ class Session:
         self.refused: EpisodeLimit | None = None  # what a program was told that asks through the endpoint
         self.open_endpoint: Callable[[Session], tuple[str, str]] | None = None
         self._dispatcher, self._tokenizer, self._params = dispatcher, tokenizer, params
-        self._limits, self._parse, self._keep = limits or Limits(), parse, keep
+        self._limits, self._parser, self._keep = limits or Limits(), parser or Plain(), keep
         self._prompt = tokenizer.encode_prompt(prompt) if prompt else None
         self._first = None if self._prompt is None else len(self._prompt)  # tokens of the first context
         self._recorded: list[_Recorded] = []
@@ -309,6 +276,7 @@ class Session:
         top_p: float | None = None,
         seed: int | None = None,
         number: int = 0,
+        on_delta: Callable[[Delta], None] | None = None,
     ) -> Reply:
         """Sample the assistant's answer to a conversation, and record the turn.
 
@@ -319,6 +287,7 @@ class Session:
             variables: of the template (Qwen3's enable_thinking).
             stop: texts; an answer ends before the first that it has, and the tokens after it are dropped.
             seed: of a session that may choose; the same seed and `number` give the same answer again.
+            on_delta: told of the answer while it is sampled, where the engine can (the embedded one in this process).
 
         Raises EpisodeLimit where the episode may take no more, and UserError for messages that the template refuses.
         """
@@ -336,14 +305,23 @@ class Session:
         room = self._room(len(context), max_tokens)
         params = self._sampling(room, temperature, top_p, seed)
         seeded = self.may_choose and seed is not None
-        completion = await self._sample(context, params, number if seeded else None)
+        stops = (stop,) if isinstance(stop, str) else tuple(stop or ())
+        in_thought = text.rstrip().endswith("<think>")
+        begun = partial(self._parser.begun, tools=tools, in_thought=in_thought)
+        growing = None
+        if on_delta is not None:
+            growing = Growing(self._tokenizer, self._stops, stops, begun, len(context), on_delta)
+        try:
+            completion = await self._sample(context, params, number if seeded else None, growing)
+        finally:
+            if growing is not None:
+                growing.close()
         record = completion.handle.resolve() if isinstance(completion.handle, Record) else None
         if record is None:
             record = await asyncio.to_thread(completion.handle.resolve)
         turn = Turn(context, replace(completion, handle=record))
-        stops = (stop,) if isinstance(stop, str) else tuple(stop or ())
         turn, answer = self._until(turn, stops)
-        parsed = self._parse(answer, tools, text.rstrip().endswith("<think>"))
+        parsed = self._parser.whole(answer, tools, in_thought)
         parsed = replace(parsed, tool_calls=_named(parsed.tool_calls, context))
         self._num_tool_calls += len(list(takewhile(lambda m: m["role"] == "tool", reversed(messages))))
         self._num_malformed += bool(parsed.malformed)
@@ -387,7 +365,9 @@ class Session:
         given = {"temperature": temperature, "top_p": top_p, "seed": seed}
         return replace(params, **{name: value for name, value in given.items() if value is not None})
 
-    async def _sample(self, context: IntArray, params: SamplingParams, number: int | None) -> Completion:
+    async def _sample(
+        self, context: IntArray, params: SamplingParams, number: int | None, growing: Growing | None
+    ) -> Completion:
         """RunError, which is kept, where the engines fail or the run stops. With a `number` the answer depends on it,
         the seed and the context alone."""
         later = bool(self._recorded)
@@ -400,7 +380,7 @@ class Session:
         # By what is asked, not by when: turns that run side by side come in any order (I8).
         digest = hashlib.blake2b(key + number.to_bytes(4, "little"), digest_size=7).digest()
         turn = 0 if first else int.from_bytes(digest, "little") + 1
-        request = Request(uid, self.draw, self.sample, context, params, int(later), turn)
+        request = Request(uid, self.draw, self.sample, context, params, int(later), turn, growing)
         future = self._dispatcher.submit(request)
         self._pending.add(future)
         future.add_done_callback(self._finished)

@@ -8,10 +8,9 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterator
-from functools import partial
 from typing import Any, Literal
 
-from pekoe.agents.session import Parsed, Parser, ToolCall, Tools
+from pekoe.agents.answers import Parsed, Parser, ToolCall, Tools, held_back
 from pekoe.core.errors import UserError
 from pekoe.data.tokenizer import Tokenizer
 
@@ -38,9 +37,22 @@ def family_of(tokenizer: Tokenizer) -> Family | None:
     return "llama3" if "<|python_tag|>" in source or "ipython" in source else None
 
 
-def parser_of(tokenizer: Tokenizer) -> Parser:
-    """Reads the answers of a model with this tokenizer and template."""
-    return partial(read_answer, family_of(tokenizer))
+class AnswerParser(Parser):
+    """Reads the answers of models that call tools as `family` does."""
+
+    def __init__(self, family: Family | None) -> None:
+        self._family: Family | None = family
+
+    @classmethod
+    def of(cls, tokenizer: Tokenizer) -> AnswerParser:
+        """For a model with this tokenizer and template."""
+        return cls(family_of(tokenizer))
+
+    def whole(self, text: str, tools: Tools | None, in_thought: bool) -> Parsed:
+        return read_answer(self._family, text, tools, in_thought)
+
+    def begun(self, text: str, tools: Tools | None, in_thought: bool) -> tuple[str, str]:
+        return read_begun(self._family, text, tools, in_thought)
 
 
 def check_tools(tools: Any, where: str = "tools") -> None:
@@ -70,8 +82,8 @@ def read_answer(family: Family | None, text: str, tools: Tools | None = None, in
     reasoning, content = _split(text, in_thought)
     if not tools or family is None:
         return Parsed(content, reasoning)
-    before, find = _READERS[family]
-    head = re.search(before, content)
+    find = _READERS[family]
+    head = _first_call(family, content)
     if head is None:
         return Parsed(content, reasoning)
     try:
@@ -83,7 +95,34 @@ def read_answer(family: Family | None, text: str, tools: Tools | None = None, in
     if not found:  # what looked like the beginning of a call is text
         return Parsed(content, reasoning)
     why = "" if unknown is None else f"expected a tool among {sorted(known)}, got {unknown!r}"
-    return Parsed(content[: head.start()].strip(), reasoning, tuple(found), why)
+    return Parsed(content[:head].rstrip(), reasoning, tuple(found), why)
+
+
+def read_begun(
+    family: Family | None, text: str, tools: Tools | None = None, in_thought: bool = False
+) -> tuple[str, str]:
+    """Reasoning and content with which `read_answer` begins for every text that begins with this one."""
+    if not in_thought and _BEGIN.startswith(text.lstrip()):  # it may become one
+        return "", ""
+    if in_thought or text.lstrip().startswith(_BEGIN):
+        thought, end, content = text.partition(_END)
+        if not end:
+            thought = held_back(thought, [_END])
+            return ("" if _BEGIN.startswith(thought.strip()) else _split(thought, in_thought)[0]), ""
+        reasoning, content = _split(text, in_thought)
+    else:
+        reasoning, content = "", text
+    if not tools or family is None:
+        return reasoning, content
+    head = _first_call(family, content)
+    return reasoning, (held_back(content, _MARKS[family]) if head is None else content[:head]).rstrip()
+
+
+def _first_call(family: Family, content: str) -> int | None:
+    """Where the calls begin, if any do."""
+    if family == "llama3" and content.lstrip().startswith("{"):
+        return 0
+    return min((at for at in map(content.find, _MARKS[family]) if at >= 0), default=None)
 
 
 def _split(text: str, in_thought: bool) -> tuple[str, str]:
@@ -185,13 +224,19 @@ def _between(text: str, begin: str, end: str) -> Iterator[str]:
         yield body
 
 
-_READERS: dict[Family, tuple[str, Callable[[str], Calls]]] = {
-    "hermes": (r"<tool_call>", _hermes),
-    "qwen-xml": (r"<tool_call>", _qwen_xml),
-    "llama3": (r"<\|python_tag\|>|<function=|(?s:\A\s*\{)", _llama3),
-    "deepseek": (r"<｜tool▁calls▁begin｜>|<｜tool▁call▁begin｜>", _deepseek),
+_READERS: dict[Family, Callable[[str], Calls]] = {
+    "hermes": _hermes,
+    "qwen-xml": _qwen_xml,
+    "llama3": _llama3,
+    "deepseek": _deepseek,
 }
-"""Where calls begin in an answer, and what reads them."""
+_MARKS: dict[Family, tuple[str, ...]] = {
+    "hermes": ("<tool_call>",),
+    "qwen-xml": ("<tool_call>",),
+    "llama3": ("<|python_tag|>", "<function="),  # and a "{" at the beginning
+    "deepseek": ("<｜tool▁calls▁begin｜>", "<｜tool▁call▁begin｜>"),
+}
+"""Where calls begin in an answer."""
 
 
 def _shown(value: Any) -> str:

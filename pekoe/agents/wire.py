@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from dataclasses import dataclass, field
+from typing import Any, Protocol, TypeVar
 
-from pekoe.agents.session import Message, Reply
-from pekoe.core.errors import UserError
+from pekoe.agents.answers import Delta, Message
+from pekoe.agents.session import Reply
+from pekoe.core.errors import RunError, UserError
 
 MAX_ANSWERS = 128  # of one request
 _ROLES = ("system", "user", "assistant", "tool")
@@ -52,15 +53,54 @@ Event = tuple[str, Mapping[str, Any]]
 """A server-sent event: its name (empty: it has none), and its data."""
 
 
+class Stream(Protocol):
+    """Writes one request's answers as events."""
+
+    def more(self, index: int, delta: Delta) -> Iterator[Event]:
+        """What is new of answer `index`."""
+        ...
+
+    def end(self, replies: Sequence[Reply]) -> Iterator[Event]:
+        """The answers are whole: what no delta had, and the ends. RunError where they do not begin as the deltas."""
+        ...
+
+
+@dataclass(slots=True)
+class Sent:
+    """What a stream has had of an answer."""
+
+    whole: Delta = field(default_factory=Delta)
+
+    def add(self, delta: Delta) -> None:
+        self.whole += delta
+
+    def rest(self, reply: Reply) -> Delta:
+        """What is left of the answer."""
+
+        def after(sent: str, now: str) -> str:
+            if not now.startswith(sent):
+                raise RunError("the answer is another than its stream began with: an engine was lost; ask again")
+            return now[len(sent) :]
+
+        sent = self.whole
+        return Delta(
+            after(sent.text, reply.text),
+            after(sent.reasoning, reply.reasoning),
+            after(sent.content, reply.content),
+            len(reply.context),
+        )
+
+
 @dataclass(frozen=True, slots=True)
 class Api:
     """How a program's request is read, and how it is answered."""
 
     read: Callable[[Fields], Asked]
     answer: Callable[[Asked, Sequence[Reply]], Mapping[str, Any]]
-    events: Callable[[Asked, Sequence[Reply]], Iterator[Event]]
+    stream: Callable[[Asked], Stream]
     error: Callable[[int, str, str | None], Mapping[str, Any]]
     end: str = ""  # data that ends a stream
+    error_event: str = ""  # name of the event that a failure is told with
 
 
 class Fields:

@@ -8,8 +8,8 @@ Shapes: [P] prompt tokens, [R] response tokens, [L] = [P + R] one whole sequence
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, TypeVar
 
 import numpy as np
@@ -98,6 +98,9 @@ class Request:
     params: SamplingParams  # `params.n` has no meaning here
     priority: int = 0  # among requests that wait, higher ones are sampled first
     turn: int = 0  # keys the random numbers of an agent's later requests; 0: those of a single answer
+    # Called with tokens as they are sampled, and how many came before them, by an engine of this process that can; in
+    # its thread, so not for long. Where the request begins again elsewhere, that begins at 0 again.
+    listener: Callable[[int, IntArray], None] | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True, slots=True)

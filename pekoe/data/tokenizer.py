@@ -170,6 +170,10 @@ class Tokenizer:
         except LibraryFailed as error:
             raise UserError(f"{self._origin}: the tokenizer failed on tokens {list(ids[:8])}...: {error}") from None
 
+    def is_byte(self, token: int) -> bool:
+        """Whether the token is one byte of a character that has none of its own, as in "<0xE2>"."""
+        return re.fullmatch(r"<0x[0-9A-F]{2}>", self._tokenizer.id_to_token(token) or "") is not None
+
     def apply_chat_template(
         self,
         messages: Sequence[Mapping[str, Any]],

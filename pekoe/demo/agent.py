@@ -19,7 +19,8 @@ from typing import Any
 
 import numpy as np
 
-from pekoe.agents.session import Message, Session
+from pekoe.agents.answers import Message
+from pekoe.agents.session import Session
 from pekoe.config.recipes import RLConfig, SFTConfig, load_config
 from pekoe.core.errors import UserError
 from pekoe.core.journal import read_lines

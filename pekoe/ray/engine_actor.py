@@ -158,7 +158,8 @@ class RayEngine(Sampler):
             raise RunError("the engine is closed")
         futures: list[Future[Completion]] = [Future() for _ in requests]
         if requests:
-            stream = self._actor.sample.options(num_returns="streaming").remote(self._passed.pack(list(requests)))
+            packed = self._passed.pack([replace(request, listener=None) for request in requests])
+            stream = self._actor.sample.options(num_returns="streaming").remote(packed)
             self._follower.follow(stream, futures)
         return futures
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from pekoe.agents.episodes import Episodes, check_episode
-from pekoe.agents.tools import parser_of
+from pekoe.agents.tools import AnswerParser
 from pekoe.algo.advantage import find_advantage
 from pekoe.config.data import ProblemSection
 from pekoe.config.recipes import (
@@ -494,7 +494,7 @@ def open_episodes(config: RLConfig, pool: EnginePool, tokenizer: Tokenizer, stac
     """What runs the recipe's episodes; None: single answers."""
     if config.rollout.episode is None:
         return None
-    episodes = Episodes(config.rollout, config.verify, pool, tokenizer, parser_of(tokenizer))
+    episodes = Episodes(config.rollout, config.verify, pool, tokenizer, AnswerParser.of(tokenizer))
     stack.callback(episodes.close)
     return episodes
 

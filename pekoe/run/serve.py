@@ -14,7 +14,7 @@ from hmac import compare_digest
 from pathlib import Path
 
 from pekoe.agents.session import Dispatcher, Limits, Session
-from pekoe.agents.tools import parser_of
+from pekoe.agents.tools import AnswerParser
 from pekoe.config.recipes import EvalConfig
 from pekoe.core.errors import UserError
 from pekoe.core.progress import ProgressReporter
@@ -39,7 +39,7 @@ class KeyedSessions:
         self, sampler: Sampler, tokenizer: Tokenizer, params: SamplingParams, key: str, longest: int | None = None
     ) -> None:
         self._dispatcher, self._tokenizer, self._params = Dispatcher(sampler), tokenizer, params
-        self._key, self._limits, self._parse = key.encode(), Limits(longest=longest), parser_of(tokenizer)
+        self._key, self._limits, self._parser = key.encode(), Limits(longest=longest), AnswerParser.of(tokenizer)
         self._sessions: OrderedDict[str, Session] = OrderedDict()
 
     def __call__(self, key: str) -> Session | None:
@@ -51,7 +51,7 @@ class KeyedSessions:
             self._sessions[key] = Session(
                 *(self._dispatcher, self._tokenizer, self._params, f"serve-{secrets.token_hex(8)}"),
                 limits=self._limits,
-                parse=self._parse,
+                parser=self._parser,
                 may_choose=True,
                 keep=MAX_TURNS,
             )

@@ -85,3 +85,27 @@ def serving(sampler: Sampler, tokenizer: Tokenizer, longest: int | None = None, 
     finally:
         endpoint.stop(thread)
         thread.stop()
+
+
+class SlowSampler(Sampler):
+    """Tells of a text piece by piece, when the test says so; the answer may be another in the end."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self.asked: list[tuple[Request, Future[Completion]]] = []
+
+    def submit(self, requests: Sequence[Request]) -> list[Future[Completion]]:
+        new: list[tuple[Request, Future[Completion]]] = [(request, Future()) for request in requests]
+        self.asked += new
+        return [future for _, future in new]
+
+    def tell(self, number: int, text: str, start: int = 0) -> None:
+        """The tokens of this text, whose first is the answer's token `start`."""
+        listener = self.asked[number][0].listener
+        assert listener is not None
+        listener(start, np.array(self._tokenizer.encode(text), np.int64))
+
+    def end(self, number: int, text: str) -> None:
+        """Of which the whole answer is this text."""
+        request, future = self.asked[number]
+        future.set_result(ScriptedSampler(self._tokenizer, text).submit([request])[0].result())

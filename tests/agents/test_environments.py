@@ -12,7 +12,7 @@ import pytest
 from pekoe.agents.environments import episode_of, schema_of
 from pekoe.agents.episodes import check_episode
 from pekoe.agents.session import Dispatcher, Session
-from pekoe.agents.tools import check_tools, parser_of
+from pekoe.agents.tools import AnswerParser, check_tools
 from pekoe.core.errors import UserError
 from pekoe.core.types import Problem, SamplingParams
 from tests.agents.sampling import text_tokenizer
@@ -67,7 +67,7 @@ def play(*texts: str, problem: Problem = PROBLEM, episode: Any = episode) -> tup
     tokenizer = text_tokenizer()
     params = SamplingParams(max_new_tokens=2000)
     sampler = ScriptedSampler(tokenizer, *texts)
-    session = Session(Dispatcher(sampler), tokenizer, params, "a", parse=parser_of(tokenizer))
+    session = Session(Dispatcher(sampler), tokenizer, params, "a", parser=AnswerParser.of(tokenizer))
     result = asyncio.run(episode(problem, session))
     (branch,) = session.trajectory().branches
     record = branch.handle.resolve()

@@ -13,7 +13,7 @@ import time
 from collections import abc
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cached_property, partial
 from itertools import count, groupby
 from pathlib import Path
@@ -121,6 +121,7 @@ class EmbeddedEngine(Engine):
         self._num_waiting = 0  # for a turn, ahead of the driver
         self._inbox: list[Work] = []
         self._unfinished: set[Sequence] = set()
+        self._listening: set[Sequence] = set()  # unfinished, with a listener
         self._busy_since = 0.0
         self._driver: threading.Thread | None = None
         self._cancelled = threading.Event()  # some future has been
@@ -200,6 +201,7 @@ class EmbeddedEngine(Engine):
                 self._busy_since = time.monotonic()
             self._inbox += works
             self._unfinished.update(*(work.sequences for work in works))
+            self._listening.update(s for work in works for s in work.sequences if s.request.listener is not None)
         return futures
 
     def abort(self, uids: Iterable[str] | None = None) -> None:
@@ -346,7 +348,9 @@ class EmbeddedEngine(Engine):
 
     def _finished(self, sequences: Iterable[Sequence]) -> None:
         before = len(self._unfinished)
-        self._unfinished.difference_update(sequences)
+        ended = set(sequences)
+        self._unfinished -= ended
+        self._listening -= ended
         if before and not self._unfinished:
             self._stats = self._stats.plus(busy_s=time.monotonic() - self._busy_since)
 
@@ -406,8 +410,20 @@ class EmbeddedEngine(Engine):
         finished: list[tuple[Sequence, FinishReason]] = [
             (scheduler.running[i], "stop" if stopped[i] else "length") for i in ended
         ]
+        self._tell()
         scheduler.finish([sequence for sequence, _ in finished])
         return finished
+
+    def _tell(self) -> None:
+        """Tell listeners of new tokens; what they raise is theirs."""
+        with self._condition:
+            listening = [(s, s.request.listener) for s in self._listening if s.row >= 0]
+        for sequence, listener in listening:
+            start, tokens = sequence.num_told, self._scheduler.table.sampled_since(sequence, sequence.num_told)
+            sequence.num_told += len(tokens)
+            if listener is not None:
+                with suppress(Exception):
+                    listener(start, tokens)
 
     def _sample(self, touched: IntArray, logits: torch.Tensor, rows: IntArray) -> BoolArray:
         """Sample a token for each of these rows of the table from its row of logits. Returns which are stop tokens."""

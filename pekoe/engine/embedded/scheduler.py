@@ -40,6 +40,7 @@ class Sequence:
     blocks: list[int] = field(default_factory=list)  # while it runs or its context is being computed
     num_cached: int = 0  # tokens of its prompt found in the prefix tree
     row: int = -1  # in the table, while it runs
+    num_told: int = 0  # tokens that its listener has heard of
 
     def completion(self, finish: FinishReason) -> Completion:
         record = Record.of(self.request.tokens, self.tokens, self.logprobs)
@@ -101,6 +102,10 @@ class RequestTable:
         self.last[rows] = tokens
         self.sampled[rows] += 1
         self.computed[rows] += 1
+
+    def sampled_since(self, sequence: Sequence, start: int) -> IntArray:
+        """The tokens of a sequence that runs, from its token `start` on."""
+        return self._tokens[sequence.row, start : self.sampled[sequence.row]].copy()
 
     def leave(self, sequence: Sequence) -> None:
         """Take a sequence's row away; it keeps what was sampled."""
