@@ -45,7 +45,8 @@ BUDGETS = {
     # checks, keys; requests that their callers cancel, 30
     # layers of unequal shapes, windows, soft caps, sinks, 45
     "engine": 4860,
-    # families of transformers, 20; adamw.py: moments in fewer bytes, 85; precision of sharded weights, 40
+    # families of transformers, 20; adamw.py: moments in fewer bytes, 85; precision of sharded weights, 40;
+    # memory by phases of a step, 45
     "train": 1240,  # checkpoint.py: checksums of shards, and metadata that runs no code, 120; groups apart, 10
     # heads that are no product, servers' checksums of families, 10
     "weights": 1020,  # a publish that is not waited for after a stop request, 30; copies that ranks send, 35
@@ -62,7 +63,8 @@ BUDGETS = {
     # lag.py: who waits for whom, what a lag gave, 150; learning.py, 115; the time left, 20; page.js; what is damaged or
     # not finite, 50
     "report": 1490,
-    # ranks that train on while they send, 30; engines in bfloat16, 6; streams.py: many answers by one call, 100; who may connect, 20
+    # ranks that train on while they send, 30; streams.py: many answers by one call, 100; who may connect, 20;
+    # engines in bfloat16, 6
     "ray": 1545,
     # wire.py, endpoint.py and three files of APIs: an HTTP endpoint as programs expect it, 1,080; tools.py, 200;
     # conformance.py, 265; environments.py, 125; answers as they are sampled, in four APIs, 500
