@@ -115,6 +115,9 @@ class FamilySpec(ModelSpec):
     shapes: tuple[LayerShape, ...] = field(default=(), repr=False)
     linears: tuple[tuple[str, int], ...] = field(default=(), repr=False)
     """Names of linear layers but the head, with the sum of their two dimensions."""
+    plan: tuple[tuple[str, str], ...] = field(default=(), repr=False)
+    """How transformers splits it over processes: names of modules, and a style for each. Example:
+    (("layers.*.self_attn.q_proj", "colwise"),)."""
 
     def __post_init__(self) -> None:
         """Heads are as the family has them."""

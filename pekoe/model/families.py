@@ -302,7 +302,7 @@ class FamilyModel(LanguageModel):
         self.assets: dict[str, bytes] = {}
         self.lora: LoRA | None = None
         self._base_name: str = causal.base_model_prefix
-        self._blocks_name, _ = find_blocks(causal, spec.family)
+        self.blocks_name, _ = find_blocks(causal, spec.family)
         for name, child in causal.named_children():
             self.add_module(name, child)
         for name, site in sites.items():
@@ -345,7 +345,7 @@ class FamilyModel(LanguageModel):
 
     @property
     def blocks(self) -> list[nn.Module]:
-        return list(self.get_submodule(self._blocks_name).children())
+        return list(self.get_submodule(self.blocks_name).children())
 
     def take_expert_loads(self) -> Tensor | None:
         loads = [vars(module).pop("pekoe_load") for module in self.modules() if "pekoe_load" in vars(module)]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Generator, Iterable, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,12 +16,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from pekoe.core.errors import UserError, nearest
 from pekoe.core.spec import FamilySpec
 from pekoe.model import families
 from pekoe.model.attention import PackedAttention
 from pekoe.model.families import NAME, FamilyModel, Site
+from pekoe.model.protocol import LanguageModel
 
 _MOST_LAYERS = 1_000
 _TOLERANCE, _TOLERANCE_HALF = 1e-3, 0.5  # of log-probs, between documents packed and alone
@@ -118,13 +120,38 @@ def _unfit(causal: Any, stored: Mapping[str, tuple[int, ...]]) -> list[str]:
 
 
 def file_state(model: FamilyModel, weights: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
-    """What is written to a checkpoint: parameters and fixed tensors (`weights` in place of the model's own) by their
-    names in files, tied ones once."""
-    own = dict(model.named_parameters()) | {
-        name: tensor for name, tensor in model.state_dict().items() if name not in _aliases(model)
-    }
-    given = weights or {}
-    return model.file_tensors({name: given.get(name, tensor) for name, tensor in own.items()})
+    """What is written to a checkpoint: parameters (all of `weights` in place of the model's own) and fixed tensors, by
+    their names in files, tied ones once."""
+    return model.file_tensors(_whole_state(model, weights))
+
+
+def _whole_state(model: FamilyModel, weights: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+    own, tied = dict(model.named_parameters()), _aliases(model)
+    fixed = {name: t for name, t in model.state_dict().items() if name not in tied and name not in own}
+    return {**(weights or own), **fixed}
+
+
+@torch.no_grad()
+def file_stream(model: LanguageModel) -> Iterator[tuple[str, Tensor]]:
+    """Tensors by their names in files, one by one. A family's are gathered and converted a layer at a time: all
+    processes that share a sharded model go through it together. On the meta device: names and shapes."""
+    if not isinstance(model, FamilyModel):
+        yield from model.named_parameters()
+        return
+    groups: dict[str, dict[str, Tensor]] = {}
+    blocks = f"{model.blocks_name}."
+    for name, tensor in _whole_state(model).items():
+        number = name.removeprefix(blocks).partition(".")[0] if name.startswith(blocks) else name
+        groups.setdefault(number, {})[name] = tensor
+    for group in groups.values():
+        whole = {name: t.full_tensor() if isinstance(t, DTensor) else t for name, t in group.items()}
+        yield from sorted(model.file_tensors(whole).items())  # the same order, whatever a model was read from
+
+
+def family_on_meta(config: dict[str, Any], where: str) -> FamilyModel:
+    """The model that a config.json describes, without values."""
+    described = _describe(config, where)
+    return FamilyModel(described.causal, described.spec, described.sites)
 
 
 def _aliases(model: nn.Module) -> set[str]:
@@ -259,6 +286,7 @@ def _spec(causal: Any, family: str, shapes: tuple[Any, ...], experts: tuple[int,
             for name, module in causal.named_modules()
             if type(module) is nn.Linear and name.rpartition(".")[2] != "lm_head"
         ),
+        plan=tuple(sorted((getattr(text, "base_model_tp_plan", None) or {}).items())),
     )
 
 

@@ -26,7 +26,7 @@ from pekoe.core.io import TOKENIZER_FILES, fsync
 from pekoe.core.spec import Family, FamilySpec, ModelSpec
 from pekoe.model.decoder import Decoder
 from pekoe.model.families import FamilyModel
-from pekoe.model.family_files import check_packing, file_state, load_family, read_family_spec
+from pekoe.model.family_files import check_packing, family_on_meta, file_state, load_family, read_family_spec
 from pekoe.model.hf_config import hf_config_to_spec, spec_to_hf_config
 from pekoe.model.lora import LoRA, add_lora, fold, is_factor
 from pekoe.model.peft import (
@@ -207,6 +207,20 @@ def read_spec(
     if implementation == "transformers" or not ours:
         return read_family_spec(config, str(directory / _CONFIG)), config
     return hf_config_to_spec(config, str(directory / _CONFIG)), config
+
+
+def model_on_meta(directory: Path, spec: ModelSpec) -> LanguageModel:
+    """A checkpoint directory's model of this shape without values: the names of its parameters, and their shapes."""
+    if not isinstance(spec, FamilySpec):
+        with torch.device("meta"):
+            return Decoder(spec)
+    base = Path(read_lora(directory).base) if is_adapter(directory) else directory
+    return family_on_meta(_read_json(base / _CONFIG), str(base / _CONFIG))
+
+
+def file_weights(model: LanguageModel, weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """Whole parameters by their names in memory -> what of a model is in files, by its names there."""
+    return file_state(model, weights) if isinstance(model, FamilyModel) else weights
 
 
 def save_model(

@@ -65,12 +65,12 @@ class _Ulysses:
         self._whole, self._group, self._size = whole, group, group.size()
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scores: Scores | None = None) -> Tensor:
-        """q [t, H, D], k and v [t, K, D] -> [t, H, D]."""
-        assert scores is None, "refused by the layout: sinks are of heads, which are exchanged here"
+        """q [t, H, D], k [t, K, D], v [t, K, E] -> [t, H, E]."""
+        assert scores is None or scores.sinks is None, "sinks are of heads, which are exchanged here"
         if k.shape[1] % self._size:  # fewer key/value heads than processes: each has a copy of the one it needs
             times = self._size // k.shape[1]
             k, v = k.repeat_interleave(times, dim=1), v.repeat_interleave(times, dim=1)
-        out = self._whole(layer, self._to_heads(q), self._to_heads(k), self._to_heads(v))
+        out = self._whole(layer, self._to_heads(q), self._to_heads(k), self._to_heads(v), scores)
         return self._to_tokens(out)
 
     def _to_heads(self, x: Tensor) -> Tensor:

@@ -27,6 +27,15 @@ _COLUMNS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gat
 _ROWS = ("self_attn.o_proj", "mlp.down_proj")
 _NORMS_OF_HEADS = ("q_norm.weight", "k_norm.weight")
 
+# Of plans of transformers: what is split by columns, by rows, or whole with gradients that are summed in `clip`.
+_STYLES = ("colwise", "rowwise", "replicated_with_grad_allreduce")
+_LAYER = "layers.*."
+_SPLIT = """arcee cohere2 cwm ernie4_5 exaone exaone4 gemma gemma2 gemma3_text gpt_neox granite helium internlm3
+iquestcoder llama ministral ministral3 mistral nanochat nemotron phi qwen2 qwen3 seed_oss smollm3 starcoder2
+vaultgemma youtu"""
+SPLIT = frozenset(_SPLIT.split())
+"""Families whose plan gives the numbers of one process, in tests/families/test_parallel.py."""
+
 
 class Layout:
     """A mesh of the processes of this `torch.distributed` group, [replicas, shards, cp, tp].
@@ -52,20 +61,9 @@ class Layout:
             raise UserError(
                 f"parallel: expected tp x cp x replicas to divide {world} processes, got {tp} x {cp} x {replicas}"
             )
-        if isinstance(spec, FamilySpec) and (tp > 1 or cp > 1):
-            raise UserError(
-                f"parallel: expected tp and cp = 1 for {spec.family}, got {tp} and {cp}: only our own decoder's layers "
-                "are split; a family of transformers is sharded whole (FSDP)"
-            )
-        for name, size in (("num_key_value_heads", spec.num_kv_heads), ("intermediate_size", spec.intermediate_size)):
-            if size % tp:
-                raise UserError(f"parallel.tp: expected a divisor of the model's {name} = {size}, got {tp}")
-        heads, kv_heads = spec.num_heads // tp, spec.num_kv_heads // tp
-        if heads % cp or (kv_heads % cp and cp % kv_heads):
-            raise UserError(
-                f"parallel.cp: expected a divisor of the {heads} attention heads that each process has, and a divisor "
-                f"or multiple of its {kv_heads} key/value heads, got {cp}"
-            )
+        if isinstance(spec, FamilySpec):
+            _check_family(spec, tp, cp)
+        _check_sizes(spec, tp, cp)
         shards = world // (tp * cp * replicas)
         # Weights are also sharded over the processes that share a micro-batch: gradients of its shards are summed, too.
         weights, work = (replicas, shards * cp, tp), (replicas * shards, cp, tp)
@@ -97,7 +95,7 @@ class Layout:
         data = self._weights[replicas, shards] if replicated else self._weights[shards]
         for layer in model.blocks:
             if tp.size() > 1:
-                parallelize_module(layer, tp, _plan(layer))
+                parallelize_module(layer, tp, _plan(layer, model.spec))
             fully_shard(layer, mesh=data, mp_policy=policy)
         fully_shard(model, mesh=data, mp_policy=policy)
         for module in model.modules():
@@ -151,14 +149,59 @@ class Layout:
                 yield parameter.grad, int("tp" in names and parameter.placements[names.index("tp")].is_shard())
 
 
-def _plan(layer: nn.Module) -> dict[str, ParallelStyle]:
+def _check_family(spec: FamilySpec, tp: int, cp: int) -> None:
+    """UserError for a layout that changes the numbers of a family of transformers, or may."""
+    if cp > 1 and spec.num_experts:
+        raise UserError(
+            f"parallel.cp: expected 1 for {spec.family}, got {cp}: how evenly experts are used is counted over all "
+            "tokens of a micro-batch, of which each process would have a part"
+        )
+    layers = {name: style for name, style in spec.plan if name.startswith(_LAYER)}
+    other = next((name for name, style in layers.items() if style not in _STYLES), None)
+    if other is not None:
+        why = f"its plan splits {other} as {layers[other]!r}, which is not done here"
+    elif not layers:
+        why = "transformers has no plan to split its layers"
+    else:
+        why = "" if spec.family in SPLIT else "its plan was not shown to give the numbers of one process"
+    if tp > 1 and why:
+        raise UserError(f"parallel.tp: expected 1 for {spec.family}, got {tp}: {why}; it is sharded whole (FSDP)")
+
+
+def _check_sizes(spec: ModelSpec, tp: int, cp: int) -> None:
+    """UserError for heads or channels that cannot be dealt out."""
+    if spec.intermediate_size % tp:
+        raise UserError(
+            f"parallel.tp: expected a divisor of the model's intermediate_size = {spec.intermediate_size}, got {tp}"
+        )
+    for shape in dict.fromkeys(spec.attention_layers):
+        if shape.num_kv_heads % tp:
+            raise UserError(
+                f"parallel.tp: expected a divisor of the model's num_key_value_heads = {shape.num_kv_heads}, got {tp}"
+            )
+        heads, kv_heads = shape.num_heads // tp, shape.num_kv_heads // tp
+        if heads % cp or (kv_heads % cp and cp % kv_heads):
+            raise UserError(
+                f"parallel.cp: expected a divisor of the {heads} attention heads that each process has, and a divisor "
+                f"or multiple of its {kv_heads} key/value heads, got {cp}"
+            )
+
+
+def _plan(layer: nn.Module, spec: ModelSpec) -> dict[str, ParallelStyle]:
     """How a layer's linear layers are split. Of an adapter, B is split with its base's rows, or A with its columns, and
     the other factor is whole: its gradient is the same at every process."""
+    styles = dict.fromkeys(_COLUMNS, "colwise") | dict.fromkeys(_ROWS, "rowwise")
+    if isinstance(spec, FamilySpec):
+        there = {name for name, _ in layer.named_modules()}
+        styles = {name.removeprefix(_LAYER): style for name, style in spec.plan if name.startswith(_LAYER)}
+        styles = {name: style for name, style in styles.items() if name in there}
     plan: dict[str, ParallelStyle] = {}
-    for names, style, factor in ((_COLUMNS, ColwiseParallel(), B), (_ROWS, RowwiseParallel(), A)):
-        for name in names:
-            adapted = isinstance(layer.get_submodule(name), LoRALinear)
-            plan |= {f"{name}.{BASE}": style, f"{name}.{factor}": style} if adapted else {name: style}
+    for name, kind in styles.items():
+        if kind not in ("colwise", "rowwise"):
+            continue
+        style, factor = (ColwiseParallel(), B) if kind == "colwise" else (RowwiseParallel(), A)
+        adapted = isinstance(layer.get_submodule(name), LoRALinear)
+        plan |= {f"{name}.{BASE}": style, f"{name}.{factor}": style} if adapted else {name: style}
     return plan
 
 

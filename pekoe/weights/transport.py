@@ -25,7 +25,7 @@ from pekoe.core.errors import RunError
 from pekoe.core.types import FloatArray, Sample
 from pekoe.engine.base import Broadcast, BroadcastGroup, Checksums, EngineKind
 from pekoe.engine.buckets import buckets
-from pekoe.model import LanguageModel, save_adapter, save_model
+from pekoe.model import LanguageModel, file_weights, save_adapter, save_model
 from pekoe.model.lora import is_factor, merged
 from pekoe.train import Layout
 from pekoe.train.checkpoint import whole_weights
@@ -185,7 +185,8 @@ class LocalSender:
         self._builders = {kind: self._builder(kind)} if checksum else {}
         builder = self._builders.get(kind)
         embedded = kind == "embedded"
-        parts = buckets(self.model, bucket_bytes, self._engine_dtype if embedded else self.compute_dtype)
+        dtype = self._engine_dtype if embedded else self.compute_dtype
+        parts = buckets(self.model, bucket_bytes, dtype, files=not embedded)
         return send(handle, parts, limit_s, builder.add if builder else None, one_by_one=not embedded)
 
     def write(self, place: Path, kinds: Sequence[EngineKind], checksum: bool) -> int:
@@ -210,7 +211,7 @@ class LocalSender:
             raise RunError(f"weight update: cannot write {place}: {error}") from error
         self._builders = {kind: self._builder(kind) for kind in kinds if checksum}
         for builder in filter(None, self._builders.values()):
-            for name, tensor in whole.items():
+            for name, tensor in (file_weights(self.model, whole) if builder.files else whole).items():
                 builder.add(name, tensor)
         return sum(file.stat().st_size for file in place.glob("*.safetensors"))
 

@@ -16,14 +16,14 @@ import torch
 from pekoe.core.types import Completion, Request
 from pekoe.engine.base import Broadcast
 from pekoe.engine.servers import ServerEngine
-from pekoe.model import Decoder, PackedAttention
+from pekoe.model import LanguageModel, PackedAttention
 from pekoe.weights.checksums import checksum_builder_for, checksums_of, differing
 from pekoe.weights.groups import new_group
 from pekoe.weights.transport import SHARED_MEMORY, LocalSender, directory
 
 
 @torch.no_grad()
-def reference(model: Decoder, completion: Completion, temperature: float = 1.0) -> np.ndarray:
+def reference(model: LanguageModel, completion: Completion, temperature: float = 1.0) -> np.ndarray:
     """Log-probs [R] by one packed forward over prompt and response."""
     record = completion.handle.resolve()
     tokens = torch.from_numpy(record.tokens)
@@ -33,11 +33,11 @@ def reference(model: Decoder, completion: Completion, temperature: float = 1.0) 
     return logprobs[torch.arange(start, len(tokens)) - 1, tokens[start:]].numpy()
 
 
-def off(model: Decoder, completion: Completion, temperature: float = 1.0) -> float:
+def off(model: LanguageModel, completion: Completion, temperature: float = 1.0) -> float:
     return float(np.abs(completion.logprobs - reference(model, completion, temperature)).max(initial=0.0))
 
 
-def off_by_version(models: dict[int, Decoder], completion: Completion) -> float:
+def off_by_version(models: dict[int, LanguageModel], completion: Completion) -> float:
     """Each token against the model of its own version."""
     ends = [*[start for _, start in completion.versions[1:]], completion.num_tokens]
     worst = 0.0
@@ -61,7 +61,7 @@ def sample(engine: ServerEngine, requests: Sequence[Request]) -> list[Completion
     return results(engine.submit(requests))
 
 
-def update(engine: ServerEngine, model: Decoder, version: int, route: str, folder: Path) -> None:
+def update(engine: ServerEngine, model: LanguageModel, version: int, route: str, folder: Path) -> None:
     """Bring the model's weights to the engine."""
     sender = LocalSender(model, torch.float32, lambda _: [])
     if route != "broadcast":
@@ -78,7 +78,7 @@ def update(engine: ServerEngine, model: Decoder, version: int, route: str, folde
         receiving.result(60)
 
 
-def wrong_parameters(engine: ServerEngine, model: Decoder) -> list[str]:
+def wrong_parameters(engine: ServerEngine, model: LanguageModel) -> list[str]:
     """Names of parameters of which the server's checksums are not the model's."""
     builder = checksum_builder_for(engine.kind, model.spec, torch.float32, "cpu")
     held = engine.checksums()

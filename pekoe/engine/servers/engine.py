@@ -30,7 +30,7 @@ import torch
 from pekoe.config.engine import EngineSection, ServerSection
 from pekoe.config.secrets import without_secrets
 from pekoe.core.errors import RunError, UserError
-from pekoe.core.spec import FamilySpec, ModelSpec
+from pekoe.core.spec import ModelSpec
 from pekoe.core.types import Completion, Record, Request, SamplingParams
 from pekoe.engine.async_thread import AsyncThread
 from pekoe.engine.base import (
@@ -58,7 +58,7 @@ from pekoe.engine.servers.client import (
     shown,
 )
 from pekoe.engine.servers.process import ServerProcess, allow_open_files, check_python, free_port, wait_ready
-from pekoe.model import Decoder, LanguageModel, is_adapter, save_model
+from pekoe.model import LanguageModel, is_adapter, model_on_meta, save_model
 
 _BACKOFF_S = 0.2  # before the first retry; each further one waits twice as long
 _BUSY_S, _MOST_BUSY_S = 1.0, 30.0  # likewise, where the server answered 429 or 5xx and did not say when
@@ -153,11 +153,6 @@ class ServerEngine(Engine):
             raise UserError(
                 f"engine.server.sync: expected servers on this host (a loopback address) for 'shm', got "
                 f"{without_secrets(url)}; nearest: 'disk', 'broadcast'"
-            )
-        if server.sync == "broadcast" and isinstance(spec, FamilySpec):
-            raise UserError(
-                f"engine.server.sync: expected 'disk' or 'shm' for {spec.family}, which transformers computes: its "
-                "parameters have other names in memory than in files; got 'broadcast'"
             )
         allow_open_files(len(server.urls) or server.count, server.max_requests)
         port = free_port()
@@ -413,9 +408,16 @@ class ServerEngine(Engine):
 
     # Weights
 
+    @cached_property
+    def _shapes(self) -> LanguageModel:
+        """The model without values: names in files, and shapes."""
+        return model_on_meta(self._model_dir, self._spec)
+
     def update_weights(self, source: WeightSource, version: int) -> None:
         """See `Engine.update_weights`. After a failure of a living server, requests wait for another update."""
         self._check_open()
+        if isinstance(source, Broadcast):
+            _ = self._shapes  # before the server is paused: reading a family takes seconds
         if isinstance(source, LanguageModel):
             if source.spec != self._spec:
                 raise UserError(f"weight update: expected a model of shape {self._spec}, got {source.spec}")
@@ -440,9 +442,7 @@ class ServerEngine(Engine):
                     if isinstance(source, Path):
                         await client.load(source, version)
                     else:
-                        with torch.device("meta"):
-                            shapes = Decoder(self._spec)
-                        parts = buckets(shapes, source.bucket_bytes, getattr(torch, self._dtype))
+                        parts = buckets(self._shapes, source.bucket_bytes, getattr(torch, self._dtype), files=True)
                         await client.receive(source.group, parts, version)
                     await client.flush()
                     tag = await client.version()

@@ -1,7 +1,7 @@
 # pyright: basic, reportMissingImports=false, reportPrivateImportUsage=false, reportArgumentType=false, reportReturnType=false
 """What Pekoe adds to a vLLM server's workers. Runs in vLLM's environment: needs vLLM and torch, never Pekoe.
 
-Loaded through PYTHONPATH and `--worker-extension-cls pekoe_vllm_gloo.Extension`. Four things that vLLM lacks:
+Loaded through PYTHONPATH and `--worker-extension-cls pekoe_vllm_gloo.Extension`. Five things that vLLM lacks:
 
 1. A weight-transfer backend ("pekoe") over a `torch.distributed` group, gloo or NCCL. vLLM's own NCCL engine speaks
    raw NCCL with a handshake of its own, so that a trainer without vLLM could not join; and it has none for the CPU.
@@ -9,6 +9,7 @@ Loaded through PYTHONPATH and `--worker-extension-cls pekoe_vllm_gloo.Extension`
    load, so that an update leaves it packed from the old ones. Every update here packs it again.
 3. A checksum of each parameter as it acts, unpacked by letting the layer work on the identity.
 4. An adapter (LoRA) that is loaded again in place, while requests use it.
+5. On CPU experts' weights are packed at the first loading alone, and an update would leave them as they were sent.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import distributed_c10d
+from vllm._custom_ops import cpu_prepack_moe_weight
 from vllm.config import set_current_vllm_config
 from vllm.distributed.weight_transfer.base import (
     WeightTransferEngine,
@@ -33,6 +35,15 @@ from vllm.lora.request import LoRARequest
 from vllm.model_executor.layers.linear import LinearBase
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+
+try:
+    from vllm.model_executor.layers.fused_moe.oracle.unquantized import UnquantizedMoeBackend
+    from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
+    from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
+except ImportError:  # a vLLM whose mixtures are built otherwise: what is said of them here does not hold
+    UnquantizedMoeBackend: Any = None
+    UnquantizedFusedMoEMethod: Any = None
+    RoutedExperts: Any = ()
 
 BACKEND = "pekoe"
 PART_NUMBERS = 2**24  # summed at once: bounds the memory that it takes
@@ -146,12 +157,61 @@ def effective_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
                 value = _unpacked(module, parameter)
             if name == "weight" and isinstance(module, VocabParallelEmbedding):
                 value = value[: module.org_vocab_size]  # without padding
+            if isinstance(module, RoutedExperts) and name in ("w13_weight", "w2_weight"):
+                yield from _each_expert(path.removesuffix("routed_experts"), module, name, parameter)
+                continue
             if isinstance(module, LinearBase) and leaf in parts_of:
                 pieces = value.split(list(module.output_partition_sizes))
                 for part, piece in zip(parts_of[leaf], pieces, strict=True):
                     yield f"{parent}.{part}.{name}", piece
             else:
                 yield f"{path}.{name}", value
+
+
+def _each_expert(prefix: str, module: Any, name: str, weight: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """The matrices of each expert, by their names in a checkpoint; of other kernels than these, what they hold."""
+    backend = getattr(module.quant_method, "unquantized_backend", None)
+    if backend == UnquantizedMoeBackend.CPU:
+        weight = _unpacked_experts(module, weight)
+    elif backend != UnquantizedMoeBackend.TRITON:
+        yield f"{prefix}{name}", weight
+        return
+    size, hidden = module.moe_config.intermediate_size_per_partition_unpadded, module.moe_config.hidden_dim_unpadded
+    down, gate, up = module.ckpt_down_proj_name, module.ckpt_gate_proj_name, module.ckpt_up_proj_name
+    parts = {down: weight} if name == "w2_weight" else dict(zip((gate, up), weight.chunk(2, dim=1), strict=True))
+    for part, values in parts.items():
+        whole = values[:, :hidden, :size] if part == down else values[:, :size, :hidden]  # without padding
+        for expert, matrix in enumerate(whole):
+            yield f"{prefix}{expert}.{part}.weight", matrix
+
+
+def _unpacked_experts(module: Any, packed: Tensor) -> Tensor:
+    """Experts' weights [E, out, in] as they were packed. Where each value went is found by packing numbers in its
+    place, a byte of them at a time: bfloat16 holds no larger ones."""
+    kernel = module.quant_method.moe_kernel.fused_experts
+    if kernel._use_zentorch:  # it packs nothing
+        return packed
+    numbers = torch.arange(packed[0].numel())
+    origin = torch.zeros_like(numbers)
+    for shift in range(0, len(numbers).bit_length(), 8):
+        digits = (numbers >> shift & 255).to(packed.dtype).view(1, *packed.shape[1:])
+        origin += cpu_prepack_moe_weight(digits, kernel.isa).flatten().long() << shift
+    plain = torch.empty_like(packed).flatten(1)
+    plain[:, origin] = packed.flatten(1)
+    return plain.view_as(packed)
+
+
+def pack_experts_again(method: Any) -> None:
+    """Let `_setup_kernel` of vLLM's experts pack their weights at each loading, not at the first alone."""
+    plain = method._setup_kernel
+
+    def setup(self: Any, layer: nn.Module, w13: Tensor, w2: Tensor) -> None:
+        again = self.moe_kernel is not None
+        plain(self, layer, w13, w2)
+        if again and self.unquantized_backend == UnquantizedMoeBackend.CPU:
+            self.moe_kernel.fused_experts.process_weights_after_loading(layer)
+
+    method._setup_kernel = setup
 
 
 def _unpacked(module: Any, weight: Tensor) -> Tensor:
@@ -191,4 +251,6 @@ class Extension:
 
 
 if BACKEND not in WeightTransferEngineFactory._registry:
+    if UnquantizedFusedMoEMethod is not None:
+        pack_experts_again(UnquantizedFusedMoEMethod)
     WeightTransferEngineFactory.register_engine(BACKEND, __name__, BroadcastEngine.__name__)
