@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -20,6 +19,7 @@ from pekoe.core.errors import UserError, nearest
 from pekoe.core.hardware import DEVICES, Device
 from pekoe.core.records import read_records, record_files
 from pekoe.core.words import counted
+from pekoe.plan.configs import shape_of
 from pekoe.plan.costs import (
     LOCAL,
     NAMES,
@@ -38,7 +38,6 @@ from pekoe.plan.step import Pace, Setup, steady_seconds
 
 PROMPT = 128  # tokens of a problem with its template, where nothing is said
 MEAN_SHARE = 0.3  # of rollout.max_new_tokens: the mean response, where nothing is said (the release: 8,000 of 27,648)
-EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")  # Qwen's, Mixtral's and DeepSeek's key
 SEEN_STEPS = 20  # of a run's last ones, whose lengths are taken
 # Of a judge process for a token: make bench-verify (8,192 responses of 32,768 characters each, 39 s on 2 cores), at 4
 # characters a token.
@@ -110,32 +109,8 @@ def read_shape(folder: str) -> tuple[Shape, str]:
             )
         source = f"{folder} is not here: the shape is {shape.name}'s, by its name"
     else:
-        shape, source = _shape_of(file, name), str(file)
+        shape, source = shape_of(file, name), str(file)
     return shape, source
-
-
-def _shape_of(file: Path, name: str) -> Shape:
-    try:
-        values: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        hidden, heads = int(values["hidden_size"]), int(values["num_attention_heads"])
-        head_dim = values.get("head_dim") or (128 if values.get("model_type") == "qwen3" else hidden // heads)
-        kv_heads = int(values.get("num_key_value_heads") or heads)
-        sizes = int(values["num_hidden_layers"]), hidden, heads, kv_heads, int(head_dim)
-        tied, experts = bool(values.get("tie_word_embeddings")), max(int(values.get(key) or 0) for key in EXPERTS)
-        width = int(values["intermediate_size"])
-        shape = Shape(name, *sizes, width, int(values["vocab_size"]), tied)
-        return replace(shape, num_experts=experts, **_experts(values, width)) if experts else shape
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{file}: expected the config.json of a model, got {type(error).__name__}: {error}") from None
-
-
-def _experts(values: Mapping[str, Any], width: int) -> dict[str, int]:
-    """What a config.json says of its experts. KeyError where it does not say how many a token uses."""
-    each = int(values.get("moe_intermediate_size") or width)  # Mixtral's experts have the model's own width
-    shared = int(values.get("shared_expert_intermediate_size") or each * int(values.get("n_shared_experts") or 0))
-    dense = int(values.get("first_k_dense_replace") or len(values.get("mlp_only_layers") or ()))
-    found = {"top_k": int(values["num_experts_per_tok"]), "expert_width": each, "shared_width": shared}
-    return found | {"dense_layers": dense, "dense_width": width if dense else 0}
 
 
 @dataclass(frozen=True, slots=True)
@@ -315,8 +290,8 @@ def read_plan(asked: Asked) -> Plan:
     if shape.num_experts:
         active = (shape.layer_active + shape.head_parameters) / 1e9
         assumed.append(
-            f"a mixture of experts, {active:.2f}B parameters of which a token uses: planned, though Pekoe trains dense "
-            "models alone; the memory of a training rank is by formulas of dense ones"
+            f"a mixture of experts, {active:.2f}B parameters of which a token uses; the memory "
+            "of a training rank is by formulas of dense ones, experts are sharded whole (FSDP)"
         )
     if not half and not measured:
         assumed.append("model.dtype = float32: timed at the device's stated rate, which is bfloat16's in the table")

@@ -170,3 +170,29 @@ def save(family: str, place: Path, seed: int = 0, **overrides: Any) -> Path:
     """The directory that transformers writes of such a model."""
     make(family, seed, **overrides).save_pretrained(place)
     return place
+
+
+QWEN3_30B_A3B: dict[str, Any] = {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "attention_bias": False,
+    "decoder_sparse_step": 1,
+    "head_dim": 128,
+    "hidden_act": "silu",
+    "hidden_size": 2048,
+    "intermediate_size": 6144,
+    "max_position_embeddings": 40960,
+    "mlp_only_layers": [],
+    "model_type": "qwen3_moe",
+    "moe_intermediate_size": 768,
+    "norm_topk_prob": True,
+    "num_attention_heads": 32,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "num_hidden_layers": 48,
+    "num_key_value_heads": 4,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1_000_000.0,
+    "tie_word_embeddings": False,
+    "vocab_size": 151_936,
+}
+"""Of https://huggingface.co/Qwen/Qwen3-30B-A3B: its sizes."""
