@@ -1,10 +1,13 @@
-"""Qwen2 through both implementations of a model, engine and trainer side by side in one process.
+"""Speed of families of transformers, engine and trainer, side by side in one process.
 
-    python benchmarks/families_speed.py [--sizes 0.85M 26M] [--rounds 5] [--out FILE.json]
+    python benchmarks/families_speed.py [--sizes 0.85M 26M mixture] [--rounds 5] [--out FILE.json]
 
-The same weights are loaded by our decoder ("pekoe") and as transformers' module with our attention ("transformers").
-Engine: samples of prompts of 64 tokens, 64 new tokens each. Trainer: optimizer steps on sequences of 128 tokens. They
-take turns, round by round; ratios are of transformers' rate to ours in the same round, and the median is shown.
+0.85M and 26M: a Qwen2 by our decoder ("pekoe") and as transformers' module with our attention ("transformers"), of the
+same weights. mixture: a Qwen3 whose MLPs are 16 experts of a quarter of its width, 4 for a token ("mixture"), beside
+the dense Qwen3 of its active size by transformers ("dense") and by our decoder ("pekoe").
+
+Engine: samples of prompts of 64 tokens, 64 new tokens each. Trainer: optimizer steps on sequences of 128 tokens. Models
+take turns, round by round; ratios are of rates in the same round to the first model's, and the median is shown.
 """
 
 from __future__ import annotations
@@ -23,7 +26,7 @@ import torch
 
 from pekoe.algo.loss import cross_entropy
 from pekoe.config.recipes import OptimSection
-from pekoe.core.spec import ModelSpec
+from pekoe.core.spec import FamilySpec, ModelSpec
 from pekoe.core.types import Sample, SamplingParams
 from pekoe.engine import EmbeddedEngine
 from pekoe.model import Decoder, LanguageModel, load_model, save_model
@@ -31,7 +34,9 @@ from pekoe.train import Trainer
 
 PROMPT, NEW, LENGTH, BUDGET = 64, 64, 128, 2048
 FIELDS = ("hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "intermediate_size")
-SIZES = {"0.85M": (128, 4, 4, 2, 32, 384), "26M": (512, 8, 8, 4, 64, 1536)}
+SHAPES = {"0.85M": (128, 4, 4, 2, 32, 384), "26M": (512, 8, 8, 4, 64, 1536)}
+EXPERTS, CHOSEN = 16, 4
+SIZES = (*SHAPES, "mixture")
 
 
 def sampled(model: LanguageModel, engine: EmbeddedEngine, prompts: int) -> float:
@@ -55,22 +60,59 @@ def trained(trainer: Trainer, sequences: int) -> float:
     return sequences * LENGTH / (time.perf_counter() - start)
 
 
-def compare(size: str, rounds: int) -> dict[str, Any]:
+def models_of(size: str, place: Path) -> dict[str, LanguageModel]:
+    """The one that others are compared with comes first."""
+    qwen3 = size == "mixture"
     spec = ModelSpec(
-        "qwen2",
+        "qwen3" if qwen3 else "qwen2",
         512 if size == "0.85M" else 4096,
         max_positions=512,
-        qkv_bias=True,
+        qkv_bias=not qwen3,
+        qk_norm=qwen3,
         tied_embeddings=True,
-        **dict(zip(FIELDS, SIZES[size], strict=True)),
+        **dict(zip(FIELDS, SHAPES["26M" if qwen3 else size], strict=True)),
     )
+    model = Decoder(spec)
+    model.init_weights(0)
+    save_model(model, place / "dense")
+    ours, theirs = (load_model(place / "dense", implementation=i) for i in ("pekoe", "transformers"))
+    if not qwen3:
+        return {"pekoe": ours, "transformers": theirs}
+    return {"dense": theirs, "mixture": mixture_of(spec, place / "mixture"), "pekoe": ours}
+
+
+def mixture_of(spec: ModelSpec, place: Path) -> LanguageModel:
+    """Experts in place of MLPs, of which a token uses as many channels as an MLP has."""
+    import transformers
+
+    config = transformers.AutoConfig.for_model(
+        "qwen3_moe",
+        vocab_size=spec.vocab_size,
+        hidden_size=spec.hidden_size,
+        intermediate_size=spec.intermediate_size,
+        moe_intermediate_size=spec.intermediate_size // CHOSEN,
+        num_experts=EXPERTS,
+        num_experts_per_tok=CHOSEN,
+        num_hidden_layers=spec.num_layers,
+        num_attention_heads=spec.num_heads,
+        num_key_value_heads=spec.num_kv_heads,
+        head_dim=spec.head_dim,
+        max_position_embeddings=spec.max_positions,
+        tie_word_embeddings=True,
+    )
+    torch.manual_seed(0)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(place)
+    model = load_model(place)
+    assert isinstance(model.spec, FamilySpec)
+    routers = spec.num_layers * EXPERTS * spec.hidden_size
+    assert model.spec.active == spec.num_parameters + routers, "the two are of one active size"
+    return model
+
+
+def compare(size: str, rounds: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as place:
-        model = Decoder(spec)
-        model.init_weights(0)
-        save_model(model, Path(place) / "model")
-        ours, theirs = (load_model(Path(place) / "model", implementation=i) for i in ("pekoe", "transformers"))
-    models = {"pekoe": ours, "transformers": theirs}
-    few = 8 if size == "26M" else 16
+        models = models_of(size, Path(place))
+    few = 16 if size == "0.85M" else 8
     rates: dict[str, dict[str, list[float]]] = {"engine": {n: [] for n in models}, "trainer": {n: [] for n in models}}
     for _ in range(rounds + 1):  # the first warms
         for name, each in models.items():
@@ -81,16 +123,33 @@ def compare(size: str, rounds: int) -> dict[str, Any]:
     for _ in range(rounds + 1):
         for name, trainer in trainers.items():
             rates["trainer"][name].append(trained(trainer, 2 * few))
-    found: dict[str, Any] = {"size": size, "num_parameters": spec.num_parameters}
+    sizes = {name: each.spec for name, each in models.items()}
+    found: dict[str, Any] = {
+        "size": size,
+        "num_parameters": {name: spec.num_parameters for name, spec in sizes.items()},
+        "active_parameters": {n: s.active if isinstance(s, FamilySpec) else s.num_parameters for n, s in sizes.items()},
+    }
+    first, *others = models
     for part, by_name in rates.items():
-        pairs = list(zip(by_name["pekoe"][1:], by_name["transformers"][1:], strict=True))
-        found[part] = {
-            "pekoe_tokens_per_s": statistics.median(a for a, _ in pairs),
-            "transformers_tokens_per_s": statistics.median(b for _, b in pairs),
-            "ratio": statistics.median(b / a for a, b in pairs),
-            "ratios": sorted(b / a for a, b in pairs),
-        }
+        found[part] = {f"{name}_tokens_per_s": statistics.median(values[1:]) for name, values in by_name.items()}
+        for name in others:
+            ratios = [b / a for a, b in zip(by_name[first][1:], by_name[name][1:], strict=True)]
+            found[part] |= {f"{name}_ratio": statistics.median(ratios), f"{name}_ratios": sorted(ratios)}
     return found
+
+
+def shown(found: dict[str, Any]) -> list[str]:
+    first, *others = found["num_parameters"]
+    lines: list[str] = []
+    for part in ("engine", "trainer"):
+        row = found[part]
+        rates = ", ".join(f"{name} {row[f'{name}_tokens_per_s']:,.0f}" for name in (first, *others))
+        ratios = ", ".join(
+            f"{name} {row[f'{name}_ratio']:.2f} ({row[f'{name}_ratios'][0]:.2f} to {row[f'{name}_ratios'][-1]:.2f})"
+            for name in others
+        )
+        lines.append(f"{found['size']} {part}, tokens/s: {rates}; of {first}'s: {ratios}")
+    return lines
 
 
 def main() -> None:
@@ -101,13 +160,7 @@ def main() -> None:
     args = parser.parse_args()
     results = [compare(size, args.rounds) for size in args.sizes]
     for found in results:
-        for part in ("engine", "trainer"):
-            row = found[part]
-            print(
-                f"{found['size']} {part}: pekoe {row['pekoe_tokens_per_s']:,.0f} tokens/s, transformers "
-                f"{row['transformers_tokens_per_s']:,.0f}, ratio {row['ratio']:.2f} "
-                f"({row['ratios'][0]:.2f} to {row['ratios'][-1]:.2f})"
-            )
+        print("\n".join(shown(found)))
     if args.out:
         import transformers
 

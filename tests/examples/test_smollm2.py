@@ -296,8 +296,13 @@ def reference(smollm2: Path) -> Any:
 
 
 @torch.no_grad()
-def test_logits_on_real_text_are_those_of_transformers(smollm2: Path, reference: Any, repository: Path):
-    tokenizer, model = Tokenizer.load(smollm2), load_model(smollm2)
+@pytest.mark.parametrize("implementation", ["pekoe", "transformers"])
+def test_logits_on_real_text_are_those_of_transformers(
+    smollm2: Path, reference: Any, repository: Path, implementation: Any
+):
+    """Of documents one by one, by its own attention; ours are packed."""
+    tokenizer, model = Tokenizer.load(smollm2), load_model(smollm2, implementation=implementation)
+    assert model.implementation == implementation
     texts = [(repository / name).read_text(encoding="utf-8") for name in ("LICENSE", "README.md")]
     documents = [torch.tensor(tokenizer.encode(text)[:size]) for text, size in zip(texts, (700, 300), strict=True)]
     bounds = np.cumsum([0, *map(len, documents)]).tolist()
@@ -328,9 +333,10 @@ def test_greedy_decoding_of_200_tokens_is_that_of_transformers(smollm2: Path, re
     assert question != "What is the capital of France?" or "Paris" in text  # the weights are what they should be
 
 
-def test_sampled_logprobs_are_the_models(smollm2: Path):
+@pytest.mark.parametrize("implementation", ["pekoe", "transformers"])
+def test_sampled_logprobs_are_the_models(smollm2: Path, implementation: Any):
     """I1, on the model's own chat: 4 responses of 64 tokens to a prompt."""
-    tokenizer, model = Tokenizer.load(smollm2), load_model(smollm2)
+    tokenizer, model = Tokenizer.load(smollm2), load_model(smollm2, implementation=implementation)
     prompt = tokenizer.encode_chat([{"role": "user", "content": "Tell me about tea."}])
     engine = EmbeddedEngine(model)
     (row,) = engine.generate([prompt.tolist()], SamplingParams(n=4, max_new_tokens=64))
