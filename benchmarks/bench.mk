@@ -4,7 +4,7 @@
 VENV_VLLM ?= .venv-vllm
 VENV_SGLANG ?= .venv-sglang
 
-.PHONY: bench-endpoint bench-plan bench-rollout bench-train bench-verify bench-sync kill-matrix hosts chain bench-async learn-async
+.PHONY: bench-endpoint bench-plan bench-rollout bench-train bench-verify bench-sync kill-matrix hosts chain bench-async learn-async families-rl
 
 bench-rollout: $(VENV)/.stamp-test ## Measure rollouts beside vLLM and transformers: make bench-rollout ARGS=--quick
 	@[ -x $(VENV_VLLM)/bin/python ] || echo "Without vLLM: $(VENV_VLLM) is not there (make $(VENV_VLLM)/.stamp builds it)"
@@ -69,6 +69,9 @@ bench-async: $(VENV)/.stamp-test ## Measure training while sampling, by schedule
 
 learn-async: $(VENV)/.stamp-test ## Whether RL learns with lag: the demo's RL stage at lags 0, 1, 2, 4 (an hour; needs a finished demo)
 	$(PY) benchmarks/learn_async.py $(ARGS)
+
+families-rl: $(VENV)/.stamp-test ## Whether RL teaches families of transformers: the demo's task from nothing (half an hour on one core)
+	$(PY) benchmarks/families_rl.py $(ARGS)
 
 # The planner against published figures, which a file of yours has: --fit fits its constants; beside each error stands that
 # with the constants of the other groups alone.

@@ -19,19 +19,21 @@ BUDGETS = {
     # JudgedGroup.of, stop tokens, 30; hardware.py 105; statistics.py, 75; Verdict.score, 10; names of the hub, 11;
     # functions.py, 40; what is timed of a machine, 18; checksums, and messages on
     # files that are damaged, 95
-    # the shape of a family that transformers computes, 75
-    "core": 1505,
+    # the shape of a family that transformers computes, 75; experts in records, 35
+    "core": 1540,
     # keys.py, which lists every key, 205; names.py, what TRL and verl call them, 85; secrets.py, 40; the bounds of
     # settings, 70; rewards of the user's own, scores and lengths, 50; columns, 26; unread settings, 40; recipes that
     # are listed, copied and refused as data, 35; depth of values, 15; names by their last parts, 14;
     # model.template.variables, 14; settings of theirs without a key here, 25; an algorithm alone, recipes' commands, 12
-    "config": 1620,
+    # rollout.py, a file of its own; replay of routing, 30
+    "config": 1650,
     "kernels": 740,
-    # heads that are no product, 12
-    "algo": 600,  # own advantages, 20; by sequence, 25; log-prob differences by lag, 33; rewards by a formula, 19
+    # heads that are no product, 12; experts of packed tokens, 12
+    "algo": 612,  # own advantages, 20; by sequence, 25; log-prob differences by lag, 33; rewards by a formula, 19
     # protocol.py, families.py, family_files.py: what transformers computes, on packed rows, 700; other scores, 75
     # names in files a layer at a time, 27
-    "model": 2210,  # lora.py, 165; peft.py, their files, and what a model directory of theirs is, 235
+    # routing of experts, recorded and replayed, and its loss, 230
+    "model": 2440,  # lora.py, 165; peft.py, their files, and what a model directory of theirs is, 235
     # template_process.py and its caller: limits of chat templates, 145; tokenizers that fail or multiply, 60;
     # references that are refused, 55; sources.py: CSV, arrays, compression and its bounds, 180; columns by name, 90;
     # layouts of demonstrations, 60; values of Parquet, directories of `datasets`, 70; bad rows in a message, 40;
@@ -46,10 +48,12 @@ BUDGETS = {
     # checks, keys; requests that their callers cancel, 30
     # layers of unequal shapes, windows, soft caps, sinks, 45
     # experts at vLLM: packed again, checksums, 50
-    "engine": 4920,
+    # routing.py, experts beside KV, 80; blocks out of every window, 35
+    "engine": 5035,
     # families of transformers, 20; adamw.py: moments in fewer bytes, 85; precision of sharded weights, 40;
     # memory by phases of a step, 45; plans of families, 35
-    "train": 1275,  # checkpoint.py: checksums of shards, and metadata that runs no code, 120; groups apart, 10
+    # the loss for even experts, 45
+    "train": 1320,  # checkpoint.py: checksums of shards, and metadata that runs no code, 120; groups apart, 10
     # heads that are no product, servers' checksums of families, 35
     "weights": 1050,  # a publish that is not waited for after a stop request, 30; copies that ranks send, 35
     # references.py, 80; signals, 15; inputs.py: what a run that goes on must have the same, 125; users' rewards, 95;
@@ -70,7 +74,7 @@ BUDGETS = {
     "ray": 1545,
     # wire.py, endpoint.py and three files of APIs: an HTTP endpoint as programs expect it, 1,080; tools.py, 200;
     # conformance.py, 265; environments.py, 125; answers as they are sampled, in four APIs, 500
-    "agents": 3020,
+    "agents": 3032,
     "demo": 716,  # on a GPU, 10; what the quick form is, 1
     # keys, recipe, keys in --help, 52; plan, 45; data, 26; verify --references, 20; sample, 35; sys.path of -m, 4;
     # doctor --gpu, and --device, 13; serve, 17; verify's kind of one function, 1

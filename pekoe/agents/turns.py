@@ -6,7 +6,17 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from pekoe.core.types import BoolArray, Branch, Completion, FinishReason, FloatArray, IntArray, Record, Turn
+from pekoe.core.types import (
+    BoolArray,
+    Branch,
+    Completion,
+    FinishReason,
+    FloatArray,
+    IntArray,
+    Record,
+    RoutingArray,
+    Turn,
+)
 
 NOTHING = Branch(0, 0, (), Record(np.empty(0, np.int64), np.empty(0, np.bool_), np.empty(0, np.float32)))
 """Of an episode that asked for no answer."""
@@ -39,6 +49,7 @@ class _Sequence:
         self._tokens, self._masks, self._logprobs = list[IntArray](), list[BoolArray](), list[FloatArray]()
         self._versions: list[tuple[int, int]] = []
         self._whole = np.empty(0, np.int64)
+        self._routing: RoutingArray | None = None
         self.extend(turn)
 
     def begins(self, context: IntArray) -> bool:
@@ -46,6 +57,11 @@ class _Sequence:
 
     def extend(self, turn: Turn) -> None:
         completion = turn.completion
+        routing = completion.handle.resolve().routing
+        if self.size and routing is not None:  # what was sampled went where it went then; its last token goes now
+            before = None if self._routing is None else self._routing[: self.size - 1]
+            routing = None if before is None else np.concatenate([before, routing[self.size - 1 :]])
+        self._routing = routing
         self._add(turn.context[self.size :], False, np.zeros(len(turn.context) - self.size, np.float32))
         self._add(completion.tokens, True, completion.logprobs)
         for version, start in completion.versions:
@@ -61,7 +77,7 @@ class _Sequence:
         self.size += len(tokens)
 
     def branch(self) -> Branch:
-        record = Record(self._whole, np.concatenate(self._masks), np.concatenate(self._logprobs))
+        record = Record(self._whole, np.concatenate(self._masks), np.concatenate(self._logprobs), self._routing)
         return Branch(self.size - self._num_sampled, self._num_sampled, tuple(self._versions), record)
 
 
@@ -69,5 +85,7 @@ def cut(turn: Turn, num_tokens: int, finish: FinishReason) -> Turn:
     """The turn without what was sampled after its first `num_tokens` tokens."""
     completion = turn.completion
     versions = tuple((version, start) for version, start in completion.versions if start < num_tokens)
-    record = Record.of(turn.context, completion.tokens[:num_tokens], completion.logprobs[:num_tokens])
+    routing = completion.handle.resolve().routing
+    routing = None if routing is None else routing[: len(turn.context) + num_tokens]
+    record = Record.of(turn.context, completion.tokens[:num_tokens], completion.logprobs[:num_tokens], routing)
     return Turn(turn.context, Completion(num_tokens, finish, versions, record, completion.num_cached_tokens))

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from pekoe.core.errors import UserError
-from pekoe.core.types import AnySample, Sample
+from pekoe.core.types import AnySample, Sample, missing_expert
 
 S = TypeVar("S", bound=AnySample)
 Bins = list[list[int]]
@@ -157,6 +157,7 @@ class MicroBatch:
     proximal_logprobs: Tensor | None = None  # [N]
     reference_logprobs: Tensor | None = None  # [N]
     lags: Tensor | None = None  # [N] int64
+    routing: Tensor | None = None  # [T, layers, k] the experts that tokens go to, where recorded (`RoutingArray`)
 
     @property
     def bounds(self) -> list[int]:
@@ -199,7 +200,19 @@ def pack(samples: Sequence[Sample]) -> MicroBatch:
         proximal_logprobs=pick(proximal) if proximal else None,
         reference_logprobs=pick(reference) if reference else None,
         lags=pick(lags) if lags else None,
+        routing=_routing_of(samples),
     )
+
+
+def _routing_of(samples: Sequence[Sample]) -> Tensor | None:
+    known = next((s.routing for s in samples if s.routing is not None), None)
+    if known is None:
+        return None
+    missing = missing_expert(known.itemsize)
+    parts = [
+        np.full((len(s), *known.shape[1:]), missing, known.dtype) if s.routing is None else s.routing for s in samples
+    ]
+    return torch.from_numpy(np.concatenate(parts))
 
 
 def split_minibatches(samples: Sequence[S], num: int, rng: np.random.Generator) -> list[list[S]]:

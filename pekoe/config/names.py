@@ -47,6 +47,7 @@ NAMES = (
     Names("rollout.top_p", "top_p", "rollout.top_p"),
     Names("rollout.top_k", "top_k", "rollout.top_k", "0 is off; verl: -1"),
     Names("rollout.dynamic_rounds", "", "algorithm.filter_groups.enable, max_num_gen_batches"),
+    Names("rollout.replay_routing", "", "rollout.enable_rollout_routing_replay, actor.router_replay.mode"),
     Names("rollout.max_lag", "", "async_training.staleness_threshold", "steps; verl: a share of a batch"),
     Names("engine.backend", "use_vllm, vllm_mode", "rollout.name"),
     Names("engine.server.urls", "vllm_server_base_url, vllm_server_host"),

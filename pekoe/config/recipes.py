@@ -29,6 +29,7 @@ from pekoe.config.data import Columns, DataSection, ProblemSection, ReferenceChe
 from pekoe.config.engine import EngineSection
 from pekoe.config.keys import explain
 from pekoe.config.model import LORA_RATE, ModelSection, TrainedModelSection
+from pekoe.config.rollout import RolloutSection
 from pekoe.core.errors import UserError, nearest
 
 
@@ -42,52 +43,6 @@ class Process(ConfigSection):
 class RunSection(Process):
     dir: FileName
     """The run directory. Made if absent; a run found there is resumed."""
-
-
-class RolloutSection(ConfigSection):
-    prompts_per_step: int = Field(default=512, ge=1)
-    """Problems drawn at each step."""
-    samples_per_prompt: Samples = 16
-    """Responses sampled for each problem (a group)."""
-    max_new_tokens: int = Field(default=1024, ge=1)
-    """A response is cut at this length."""
-    min_new_tokens: int = Field(default=0, ge=0)
-    """Stop tokens cannot be sampled before this many tokens."""
-    temperature: float = Field(default=1.0, gt=0)
-    """Sampling temperature. Log-probs are of the distribution at this temperature."""
-    top_p: float = Field(default=1.0, gt=0, le=1)
-    """Nucleus truncation; 1 is off."""
-    top_k: int = Field(default=0, ge=0)
-    """Keep the k likeliest tokens; 0 is off."""
-    dynamic_rounds: int = Field(default=0, ge=0)
-    """DAPO's dynamic sampling: groups all right or all wrong are dropped, and the missing ones drawn again, in at
-    most this many further rounds; 0 is off."""
-    max_lag: int = Field(default=0, ge=0)
-    """Asynchronous training: steps that sampling may be ahead of training. 0: the two take turns."""
-    during_update: Literal["wait", "go_on"] = "wait"
-    """With max_lag: responses that run when new weights come are finished first (the batch of step t is sampled wholly
-    by version max(0, t - 1 - max_lag), and the run repeats to the bit), or go on under the new weights (faster)."""
-    window: int = Field(default=1, ge=1)
-    """With during_update = "go_on": a finished group may overtake unfinished ones, within so many groups from the
-    oldest; the lag is at most max_lag + ceil((window - 1) / prompts_per_step) then. 1: in the order of their draws."""
-    episode: FunctionName | None = None
-    """A program of your own, "MODULE:NAME", that talks with the model over many turns, calls tools, and says what came
-    of it: async def episode(problem, client) -> Verdict | float | bool | None. Absent: a single answer. With it,
-    max_new_tokens is what a conversation may have beyond its prompt, tools' results among it."""
-    max_turns: int = Field(default=16, ge=1)
-    """Answers that an episode may ask for; one more ends it, UNPARSED where the program does not catch EpisodeLimit."""
-    turn_tokens: int | None = Field(default=None, ge=1)
-    """Tokens of one answer of an episode. Absent: what max_new_tokens leaves."""
-    episode_limit_s: Seconds = 600.0
-    """Seconds that an episode may take outside of engines (its tools' time); beyond, it is FAULT."""
-    lockstep: bool = False
-    """Answers are sampled in rounds, each when every episode has asked for one or ended: with during_update = "wait" a
-    run on a CPU repeats to the bit, however long tools take. Off: as they are asked for, which is faster."""
-
-    @property
-    def lag_bound(self) -> int:
-        """The largest lag that a token trained on may have."""
-        return self.max_lag + -(-(self.window - 1) // self.prompts_per_step)
 
 
 GROUP_ADVANTAGES = ("grpo", "dr_grpo", "rloo")  # which compare a reward with its group's
@@ -181,6 +136,9 @@ class TrainSection(ConfigSection):
     """Dtype of AdamW's two moments: 8 bytes a trained parameter, or 4."""
     moments_on_host: bool = False
     """Keep the moments in the host's memory, from where they come at each optimizer step; in one process."""
+    balance_loss: float = Field(default=0.0, ge=0)
+    """Mixtures of experts: weight of a loss beside the objective that grows as a sequence's tokens go to few experts
+    (Switch Transformer's, by sequence; often 0.001); 0 is off."""
     max_not_finite: int = Field(default=3, ge=1)
     """The run stops after so many optimizer steps in a row whose loss or gradient was not finite; each is skipped."""
     save_every: int = Field(default=10, ge=1)
@@ -376,6 +334,7 @@ class RLConfig(TrainingConfig):
                 f"(a reward is compared with its group's), got {rollout.samples_per_prompt}"
             )
         self._check_schedule()
+        self._check_routing(cp)
         if self.cluster is not None:
             self._check_engines(self.cluster)
         if self.cluster is None or self.cluster.generation.num_servers == self.cluster.generation.engines:
@@ -414,6 +373,18 @@ class RLConfig(TrainingConfig):
                     f"rollout.window: expected 1 with rollout.during_update = 'wait', whose batches are fixed, got "
                     f"{rollout.window}; nearest: 1, or rollout.during_update = 'go_on'"
                 )
+
+    def _check_routing(self, cp: int) -> None:
+        if self.rollout.replay_routing and self.engine.backend != "embedded":
+            raise ValueError(
+                f"rollout.replay_routing: expected false with engine.backend = {self.engine.backend!r}, whose servers "
+                "are not asked for the experts of tokens, got true; nearest: engine.backend = 'embedded'"
+            )
+        if self.rollout.replay_routing and cp > 1:
+            raise ValueError(
+                f"rollout.replay_routing: expected false with cluster.training.cp = {cp}, whose ranks have pieces of "
+                "sequences, got true; nearest: cluster.training.cp = 1"
+            )
 
     def _check_engines(self, cluster: ClusterSection) -> None:
         generation, server = cluster.generation, self.engine.server

@@ -1,7 +1,8 @@
 """Records of rollouts on disk: a line a branch of a trajectory, and beside it the arrays, float32 exact.
 
     rollouts/step-000042.jsonl.zst   JSON lines: uid, verdict, reward, texts ...
-    rollouts/step-000042.npz.zst     prompt_tokens, tokens, logprobs, end to end in the order of the lines, and offsets
+    rollouts/step-000042.npz.zst     prompt_tokens, tokens, logprobs, end to end in the order of the lines, and offsets;
+                                     with rollout.replay_routing the experts of all tokens [.., layers, k]
 
 A single answer is its prompt and its response. Where several turns are one sequence, `spans` in the line says how the
 two interleave: [[tokens of a context, tokens sampled after it], ...].
@@ -44,6 +45,12 @@ def write_records(stem: Path, lines: Sequence[Mapping[str, Any]], records: Seque
         "tokens": [record.tokens[mask] for record, mask in zip(records, responses, strict=True)],
         "logprobs": [record.logprobs[mask] for record, mask in zip(records, responses, strict=True)],
     }
+    routings = [record.routing for record in records if record.routing is not None]
+    parts = [np.empty((0, *routings[0].shape[1:])) if r.routing is None else r.routing for r in records if routings]
+    routing: dict[str, Any] = {}
+    if routings:
+        routing["routing"] = np.concatenate(parts).astype(routings[0].dtype)
+        routing["routing_offsets"] = np.cumsum([0, *map(len, parts)], dtype=np.int64)
     buffer = io.BytesIO()
     arrays = {name: np.concatenate([*parts, np.empty(0)]) for name, parts in columns.items()}
     np.savez(
@@ -53,6 +60,7 @@ def write_records(stem: Path, lines: Sequence[Mapping[str, Any]], records: Seque
         logprobs=arrays["logprobs"].astype(np.float32),
         prompt_offsets=np.cumsum([0, *map(len, columns["prompt_tokens"])], dtype=np.int64),
         offsets=np.cumsum([0, *map(len, columns["tokens"])], dtype=np.int64),
+        **routing,
     )
     _write(stem.with_name(stem.name + ARRAYS), buffer.getbuffer())
     spans = [spans_of(record) for record in records]
@@ -72,7 +80,7 @@ def spans_of(record: Record) -> list[tuple[int, int]]:
 
 
 def read_records(run_dir: Path, step: int) -> list[dict[str, Any]]:
-    """The lines of a step, group by group, each with its arrays `prompt_tokens`, `tokens` and `logprobs`.
+    """The lines of a step, group by group, each with its arrays `prompt_tokens`, `tokens` and `logprobs` (`routing`).
 
     Empty where the step has no records. UserError, with the file's name, where they cannot be read.
     """
@@ -100,6 +108,9 @@ def _read(stem: Path) -> list[dict[str, Any]]:
         with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
             prompts = np.split(arrays["prompt_tokens"], arrays["prompt_offsets"][1:-1])
             tokens, logprobs = (np.split(arrays[name], arrays["offsets"][1:-1]) for name in ("tokens", "logprobs"))
+            if "routing" in arrays.files:
+                routings = np.split(arrays["routing"], arrays["routing_offsets"][1:-1])
+                rows = [row | {"routing": r} if len(r) else row for row, r in zip(rows, routings, strict=True)]
         return [
             line | {"prompt_tokens": prompt, "tokens": response, "logprobs": values}
             for line, prompt, response, values in zip(rows, prompts, tokens, logprobs, strict=bool(rows))
@@ -113,11 +124,11 @@ def record_of(line: Mapping[str, Any]) -> Record:
     """The tokens of a line that was read."""
     contexts, sampled = line["prompt_tokens"].astype(np.int64), line["tokens"].astype(np.int64)
     if "spans" not in line:
-        return Record.of(contexts, sampled, line["logprobs"])
+        return Record.of(contexts, sampled, line["logprobs"], line.get("routing"))
     mask = np.concatenate([np.arange(context + own) >= context for context, own in line["spans"]])
     tokens, logprobs = np.empty(len(mask), np.int64), np.zeros(len(mask), np.float32)
     tokens[~mask], tokens[mask], logprobs[mask] = contexts, sampled, line["logprobs"]
-    return Record(tokens, mask, logprobs)
+    return Record(tokens, mask, logprobs, line.get("routing"))
 
 
 def write_groups(stem: Path, groups: Sequence[JudgedGroup]) -> None:

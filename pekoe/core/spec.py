@@ -112,6 +112,10 @@ class FamilySpec(ModelSpec):
     active: int = 0  # of them, what a token meets: experts that its router leaves out are not among them
     num_experts: int = 0
     experts_per_token: int = 0
+    mixtures: tuple[str, ...] = field(default=(), repr=False)
+    """Names of the modules that have a router and its experts, one for each layer that has some."""
+    routers: tuple[tuple[str, int], ...] = field(default=(), repr=False)
+    """Names of their routers, with the place of the logits in what these return; empty where that is not known."""
     shapes: tuple[LayerShape, ...] = field(default=(), repr=False)
     linears: tuple[tuple[str, int], ...] = field(default=(), repr=False)
     """Names of linear layers but the head, with the sum of their two dimensions."""

@@ -18,11 +18,18 @@ from numpy.typing import NDArray
 IntArray = NDArray[np.int64]
 FloatArray = NDArray[np.float32]
 BoolArray = NDArray[np.bool_]
+RoutingArray = NDArray[np.uint8 | np.int16]
+"""[L, layers, k] the experts of each token, in layers that have some; `missing_expert` for a token that has none."""
 
 FinishReason = Literal["stop", "length", "abort"]
 Label = Literal["correct", "wrong", "unparsed", "fault"]
 Stream = Literal["train", "eval"]
 T_co = TypeVar("T_co", covariant=True)
+
+
+def missing_expert(itemsize: int) -> int:
+    """What stands in a `RoutingArray` of this many bytes a number for a token that no engine computed."""
+    return 255 if itemsize == 1 else -1
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +70,7 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] | None = None
     seed: int = 0
     stream: Stream = "train"
+    routing: bool = False  # whether completions have the experts that their tokens went to
 
     @property
     def stops(self) -> tuple[int, ...]:
@@ -114,14 +122,20 @@ class Record:
     tokens: IntArray
     loss_mask: BoolArray  # true where an engine sampled the token
     logprobs: FloatArray  # of each sampled token, at the sampling temperature; 0 elsewhere
+    routing: RoutingArray | None = None  # where the request asked for it
 
     @classmethod
-    def of(cls, prompt: IntArray, response: IntArray, logprobs: FloatArray) -> Record:
-        """Lay a prompt [P] and a response [R] with its log-probs [R] end to end."""
+    def of(
+        cls, prompt: IntArray, response: IntArray, logprobs: FloatArray, routing: RoutingArray | None = None
+    ) -> Record:
+        """Lay a prompt [P] and a response [R] with its log-probs [R] end to end. `routing`: of the first tokens."""
         mask = np.arange(len(prompt) + len(response)) >= len(prompt)
         placed = np.zeros(len(mask), np.float32)
         placed[mask] = logprobs
-        return cls(np.concatenate([prompt, response]), mask, placed)
+        if routing is not None:
+            rest = (len(mask) - len(routing), *routing.shape[1:])
+            routing = np.concatenate([routing, np.full(rest, missing_expert(routing.itemsize), routing.dtype)])
+        return cls(np.concatenate([prompt, response]), mask, placed, routing)
 
     def resolve(self) -> Record:
         return self
@@ -278,6 +292,7 @@ class Sample:
     proximal_logprobs: FloatArray | None = None  # [L] the trainer's at the step's start, where recomputed
     reference_logprobs: FloatArray | None = None  # [L] the reference model's, where the objective wants them
     lags: IntArray | None = None  # [L] versions that the weights behind each token are older than the trainer's
+    routing: RoutingArray | None = None  # the experts that its tokens go to in training, where they were recorded
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -320,11 +335,11 @@ class SampleRef:
         )
         common = record.tokens, record.loss_mask, record.logprobs, advantages, self.group, proximal, reference
         if not self.lags:
-            return Sample(*common)
+            return Sample(*common, routing=record.routing)
         numbers, starts = zip(*self.lags, strict=True)
         lags = np.zeros(len(record.tokens), np.int64)
         lags[record.loss_mask] = np.repeat(numbers, np.diff([*starts, self.num_targets]))
-        return Sample(*common, lags)
+        return Sample(*common, lags, record.routing)
 
 
 AnySample = Sample | SampleRef

@@ -14,16 +14,23 @@ from pekoe.model.hf import (
 )
 from pekoe.model.lora import LoRA
 from pekoe.model.peft import is_adapter
-from pekoe.model.protocol import Attention, LanguageModel, Scores
+from pekoe.model.protocol import Attention, LanguageModel, Routing, Scores
+from pekoe.model.routing import Balance, OwnRouting, Replay, check_balance, check_routing
 
 __all__ = [
     "Attention",
+    "Balance",
     "Decoder",
     "LanguageModel",
     "LoRA",
+    "OwnRouting",
     "PackedAttention",
+    "Replay",
+    "Routing",
     "Scores",
+    "check_balance",
     "check_model",
+    "check_routing",
     "file_stream",
     "file_weights",
     "is_adapter",

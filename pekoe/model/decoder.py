@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from pekoe.core.spec import ModelSpec
 from pekoe.kernels import decoder_ops
 from pekoe.model.lora import LoRA
-from pekoe.model.protocol import Attention, Implementation, LanguageModel
+from pekoe.model.protocol import Attention, Implementation, LanguageModel, Routing
 from pekoe.model.rope import apply_rope, cos_sin, inverse_frequencies
 
 _INIT_STD = 0.02
@@ -124,7 +124,9 @@ class Decoder(LanguageModel):
         # Plain attributes, not buffers: `.to(torch.bfloat16)` must not round the frequencies.
         self._inv_freq, self._rope_scaling = inverse_frequencies(spec.rope, spec.head_dim, spec.max_positions)
 
-    def forward(self, tokens: Tensor, positions: Tensor, attention: Attention) -> Tensor:
+    def forward(
+        self, tokens: Tensor, positions: Tensor, attention: Attention, routing: Routing | None = None
+    ) -> Tensor:
         """Hidden states [T, C] after the final norm, of int64 tokens [T] at positions [T] in their documents.
 
         Raises ValueError for a position at or beyond `spec.max_positions`, on CPU: on CUDA the check would wait for
@@ -133,6 +135,7 @@ class Decoder(LanguageModel):
         on_host = positions.device.type == "cpu" and type(positions) is Tensor  # fake tensors have no values
         if on_host and len(positions) and int(positions.max()) >= self.spec.max_positions:
             raise ValueError(f"position: expected < {self.spec.max_positions}, got {int(positions.max())}")
+        assert routing is None, "a dense decoder has no experts"
         x = self.model.embed_tokens(tokens)
         self._inv_freq = self._inv_freq.to(x.device)
         cos, sin = cos_sin(positions, self._inv_freq, self._rope_scaling, x.dtype)  # once, for all layers

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import math
+import sys
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -21,11 +22,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from pekoe.core.errors import UserError
 from pekoe.core.spec import FamilySpec, LayerShape
 from pekoe.model.lora import LoRA
-from pekoe.model.protocol import Attention, Head, Implementation, LanguageModel, Scores
+from pekoe.model.protocol import Attention, Head, Implementation, LanguageModel, Routing, Scores
 
 NAME = "pekoe"  # of our functions, in the registries
 _FAR = 1 << 19  # a query at this place shows how long a window is
@@ -43,6 +45,8 @@ class _Forward:
     """One forward: handed to every layer in place of a mask, so that a layer that is computed again has it too."""
 
     attention: Attention
+    routing: Routing | None = None
+    logits: Tensor | None = None  # of the router that was computed last
     calls: dict[int, int] = field(default_factory=dict)  # of layers that attend more than once: calls until now
 
 
@@ -70,6 +74,7 @@ class _Probe:
     shapes: list[LayerShape] = field(default_factory=list)
     modules: list[nn.Module] = field(default_factory=list)
     experts: tuple[int, int] = (0, 0)  # of a layer, and of a token
+    mixtures: list[nn.Module] = field(default_factory=list)  # the experts of each layer that has some
 
 
 _current: ContextVar[_Forward | _Probe] = ContextVar("pekoe_forward")
@@ -170,6 +175,7 @@ def _experts(module: Any, hidden: Tensor, chosen: Tensor, weights: Tensor) -> Te
     current, device = _current.get(None), hidden.device.type
     if isinstance(current, _Probe):
         current.experts = (module.num_experts, chosen.shape[-1])
+        current.mixtures.append(module)
         return torch.zeros_like(hidden)
     if torch.is_grad_enabled():
         load: Tensor = vars(module).setdefault("pekoe_load", hidden.new_zeros(module.num_experts, dtype=torch.float64))
@@ -180,6 +186,60 @@ def _experts(module: Any, hidden: Tensor, chosen: Tensor, weights: Tensor) -> Te
     return grouped_mm_experts_forward(module, hidden, chosen, weights)
 
 
+class _TopK(TorchFunctionMode):
+    """Within a layer's mixture: the router's top k of its scores [T, E] are those that `routing` chooses."""
+
+    def __init__(self, routing: Routing, layer: int, experts: tuple[int, int]) -> None:
+        super().__init__()
+        self._routing, self._layer, self._shape = routing, layer, experts
+        self.experts: Tensor | None = None
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func is not torch.topk and func is not Tensor.topk:
+            return out
+        scores, indices = args[0], out[1]
+        if scores.ndim != 2 or (scores.shape[-1], indices.shape[-1]) != self._shape:  # of groups of experts
+            return out
+        experts = self.experts = self._routing.choose(self._layer, indices)
+        return out if experts is indices else torch.return_types.topk((scores.gather(-1, experts), experts))
+
+
+def _routed(plain: Callable[..., Any], layer: int, spec: FamilySpec, *args: Any, **kwargs: Any) -> Any:
+    """The forward of a layer's mixture: its router, and its experts."""
+    current = _current.get(None)
+    if not isinstance(current, _Forward) or current.routing is None:
+        return plain(*args, **kwargs)
+    current.logits = None
+    with _TopK(current.routing, layer, (spec.num_experts, spec.experts_per_token)) as mode:
+        out = plain(*args, **kwargs)
+    if mode.experts is None:
+        raise UserError(
+            f"{spec.family}: its routers do not choose experts by the largest of their scores: their choice cannot be "
+            "recorded and replayed (rollout.replay_routing)"
+        )
+    current.routing.routed(layer, current.logits, mode.experts)
+    return out
+
+
+def _note_logits(index: int, module: nn.Module, args: Any, output: Any) -> None:
+    """A hook of routers."""
+    if isinstance(current := _current.get(None), _Forward) and current.routing is not None:
+        current.logits = output[index]
+
+
+def _within(plain: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """A layer's forward, in the forward that its mask is of, also where backward computes it again."""
+    forward = next((each for each in (*kwargs.values(), *args) if isinstance(each, _Forward)), None)
+    if forward is None or forward.routing is None:
+        return plain(*args, **kwargs)
+    token = _current.set(forward)
+    try:
+        return plain(*args, **kwargs)
+    finally:
+        _current.reset(token)
+
+
 def _check(family: str, module: nn.Module, dropout: float, others: Mapping[str, Any]) -> None:
     unknown = {name: value for name, value in others.items() if name not in _WITHOUT_MEANING and value is not None}
     if unknown or dropout:
@@ -187,9 +247,34 @@ def _check(family: str, module: nn.Module, dropout: float, others: Mapping[str, 
         raise UserError(f"{family}: {type(module).__name__} asks attention for {named}, which is not supported")
 
 
-def probe(causal: Any, family: str) -> tuple[tuple[LayerShape, ...], dict[str, Site], tuple[int, int]]:
+@dataclass(frozen=True, slots=True)
+class Mixtures:
+    """The mixtures of experts of a model: modules that have a router, and `experts`."""
+
+    num_experts: int
+    experts_per_token: int
+    names: tuple[str, ...]
+    routers: tuple[tuple[str, int], ...]  # with the place of the logits in what they return
+
+
+def _routers(causal: Any, mixtures: tuple[str, ...]) -> tuple[tuple[str, int], ...]:
+    """The routers of a family for which transformers has the loss that balances experts; empty for any other."""
+    recorded = (causal._can_record_outputs or {}).get("router_logits")
+    if not hasattr(sys.modules[type(causal).__module__], "load_balancing_loss_func"):
+        return ()
+    kind, index = getattr(recorded, "target_class", None), getattr(recorded, "index", 0)
+    found = [
+        f"{name}.{child}"
+        for name in mixtures
+        for child, m in causal.get_submodule(name).named_children()
+        if kind is not None and type(m) is kind
+    ]
+    return tuple((name, index) for name in found) if len(found) == len(mixtures) else ()
+
+
+def probe(causal: Any, family: str) -> tuple[tuple[LayerShape, ...], dict[str, Site], Mixtures]:
     """What each call of attention in a forward of `causal` (on the meta device) has; the module that makes it, by name;
-    experts of a layer, and of a token. UserError for a family whose layers do not all attend through the seam."""
+    mixtures of experts. UserError for a family whose layers do not all attend through the seam."""
     found = _Probe(family)
     causal.eval()
     token = _current.set(found)
@@ -221,7 +306,8 @@ def probe(causal: Any, family: str) -> tuple[tuple[LayerShape, ...], dict[str, S
         if len(windows) > 1 or places != list(range(places[0], places[-1] + 1)):
             raise UserError(f"{family}: {name} attends in several ways: it is not supported")
         sites[name] = Site(places[0], len(places), windows.pop())
-    return tuple(found.shapes), sites, found.experts
+    mixtures = tuple(names[id(module)].rpartition(".")[0] for module in found.mixtures)
+    return tuple(found.shapes), sites, Mixtures(*found.experts, mixtures, _routers(causal, mixtures))
 
 
 def _check_blocks(causal: nn.Module, family: str, attending: list[str]) -> None:
@@ -307,6 +393,11 @@ class FamilyModel(LanguageModel):
             self.add_module(name, child)
         for name, site in sites.items():
             causal.get_submodule(name).__dict__["pekoe_site"] = site
+        for layer, name in enumerate(spec.mixtures):
+            mixture = causal.get_submodule(name)
+            mixture.forward = partial(_routed, mixture.forward, layer, spec)
+        for name, index in spec.routers:
+            causal.get_submodule(name).register_forward_hook(partial(_note_logits, index))
         causal.eval()
         outer = copy.copy(causal)
         vars(outer)["_modules"] = {**causal._modules, self._base_name: _Given()}
@@ -316,13 +407,15 @@ class FamilyModel(LanguageModel):
         self.training = mode
         return self
 
-    def forward(self, tokens: Tensor, positions: Tensor, attention: Attention) -> Tensor:
+    def forward(
+        self, tokens: Tensor, positions: Tensor, attention: Attention, routing: Routing | None = None
+    ) -> Tensor:
         """See `LanguageModel`. Raises ValueError for a position at or beyond `spec.max_positions`, on CPU."""
         on_host = positions.device.type == "cpu" and type(positions) is Tensor
         if on_host and len(positions) and int(positions.max()) >= self.spec.max_positions:
             raise ValueError(f"position: expected < {self.spec.max_positions}, got {int(positions.max())}")
         places = positions[None]
-        token = _current.set(_Forward(attention))
+        token = _current.set(_Forward(attention, routing))
         try:
             # A mask of ones: without one transformers would look for documents in the positions, a wait for the device.
             out = self.get_submodule(self._base_name)(
@@ -354,7 +447,7 @@ class FamilyModel(LanguageModel):
     def wrap_blocks(self, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
         for block in self.blocks:
             plain = block.forward
-            block.forward = partial(_choose, wrap(plain), plain)
+            block.forward = partial(_choose, wrap(partial(_within, plain)), plain)
 
     @contextmanager
     def own_attention(self) -> Generator[None]:

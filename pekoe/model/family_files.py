@@ -53,8 +53,8 @@ def _describe(config: Mapping[str, Any], where: str) -> _Described:
             raise
         except Exception as error:  # whatever the family's own code says of its config
             raise UserError(f"{where}: no {family} can be made of it: {error!s:.300}") from None
-        shapes, sites, experts = families.probe(causal, family)
-    return _Described(_spec(causal, family, shapes, experts), sites, settings, causal)
+        shapes, sites, mixtures = families.probe(causal, family)
+    return _Described(_spec(causal, family, shapes, mixtures), sites, settings, causal)
 
 
 def read_family_spec(config: Mapping[str, Any], where: str) -> FamilySpec:
@@ -256,12 +256,12 @@ def _class_of(config: Mapping[str, Any], family: str, where: str) -> Any:
     return made
 
 
-def _spec(causal: Any, family: str, shapes: tuple[Any, ...], experts: tuple[int, int]) -> FamilySpec:
+def _spec(causal: Any, family: str, shapes: tuple[Any, ...], mixtures: families.Mixtures) -> FamilySpec:
     text = causal.config.get_text_config()
     sizes = {name: p.numel() for name, p in causal.named_parameters()}
     total = sum(sizes.values())
     routed = sum(size for name, size in sizes.items() if ".experts." in name)
-    number, chosen = experts
+    number, chosen = mixtures.num_experts, mixtures.experts_per_token
     active = total - routed + (routed * chosen // number if number else 0)
     tied = causal.get_output_embeddings().weight is causal.get_input_embeddings().weight
     heads = shapes[0].num_heads
@@ -280,6 +280,8 @@ def _spec(causal: Any, family: str, shapes: tuple[Any, ...], experts: tuple[int,
         active=active,
         num_experts=number,
         experts_per_token=chosen,
+        mixtures=mixtures.names,
+        routers=mixtures.routers,
         shapes=shapes,
         linears=tuple(
             (name, module.in_features + module.out_features)

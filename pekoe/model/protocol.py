@@ -38,6 +38,18 @@ class Attention(Protocol):
         ...
 
 
+class Routing(Protocol):
+    """Which experts the tokens of one forward go to. `layer` counts the layers that have experts."""
+
+    def choose(self, layer: int, chosen: Tensor) -> Tensor:
+        """The experts [T, k] that tokens go to, where the router chose `chosen` [T, k]."""
+        ...
+
+    def routed(self, layer: int, logits: Tensor | None, experts: Tensor) -> None:
+        """Told that tokens went to `experts` [T, k], by the router's `logits` [T, E]; None: it is not known which."""
+        ...
+
+
 class LanguageModel(nn.Module, ABC):
     """A decoder-only language model on packed rows of tokens.
 
@@ -52,8 +64,14 @@ class LanguageModel(nn.Module, ABC):
     lora: LoRA | None  # where layers have adapters (`model.lora`)
 
     @abstractmethod
-    def forward(self, tokens: Tensor, positions: Tensor, attention: Attention) -> Tensor:
-        """Hidden states [T, C] after the final norm, of int64 tokens [T] at positions [T] in their documents."""
+    def forward(
+        self, tokens: Tensor, positions: Tensor, attention: Attention, routing: Routing | None = None
+    ) -> Tensor:
+        """Hidden states [T, C] after the final norm, of int64 tokens [T] at positions [T] in their documents.
+
+        `routing` of a mixture of experts may choose other experts than its routers do. The weights by which experts'
+        outputs are summed are the routers' own for those experts, and gradients flow through them.
+        """
 
     @abstractmethod
     def logits(self, hidden: Tensor) -> Tensor:

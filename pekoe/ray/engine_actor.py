@@ -96,6 +96,7 @@ class EngineActor:
             max_requests=most,
             receive=Receiver(),
             reserve_bytes=None if colocate else 0,  # ranks that take turns with it may not be there yet
+            routing=config.rollout.replay_routing,
         )
 
     async def info(self) -> EngineInfo:

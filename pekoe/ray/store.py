@@ -308,4 +308,5 @@ def ref_of(value: object) -> StoreRef[Record]:
 def bytes_of(value: Record | FloatArray) -> int:
     if isinstance(value, np.ndarray):
         return value.nbytes
-    return value.tokens.nbytes + value.loss_mask.nbytes + value.logprobs.nbytes
+    routing = 0 if value.routing is None else value.routing.nbytes
+    return value.tokens.nbytes + value.loss_mask.nbytes + value.logprobs.nbytes + routing

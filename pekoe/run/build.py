@@ -186,6 +186,7 @@ def sampling(rollout: RolloutSection, stop_token_ids: tuple[int, ...], seed: int
         stop_token_ids=stop_token_ids,
         seed=seed,
         stream="train",
+        routing=rollout.replay_routing,
     )
 
 
@@ -235,8 +236,9 @@ class EmbeddedStarter:
 
     def start(self) -> EmbeddedEngine:
         dtype: torch.dtype = getattr(torch, self.config.model.dtype)
-        reserve = self.reserve_bytes
-        engine = EmbeddedEngine(self.model, self.config.engine, self.longest, dtype, reserve_bytes=reserve)
+        routing = isinstance(self.config, RLConfig) and self.config.rollout.replay_routing
+        common = self.model, self.config.engine, self.longest, dtype
+        engine = EmbeddedEngine(*common, reserve_bytes=self.reserve_bytes, routing=routing)
         self.view.say(f"KV cache: {engine.kv_bytes / 2**20:.0f} MiB for {engine.num_kv_tokens:,} tokens")
         return engine
 
@@ -387,6 +389,7 @@ def make_trainer(config: RLConfig, model: LanguageModel, dtype: torch.dtype, lay
         compile=train.compile,
         moments=getattr(torch, train.moments),
         moments_on_host=train.moments_on_host,
+        balance_loss=train.balance_loss,
         layout=layout,
         reference=reference,
     )

@@ -103,7 +103,7 @@ def step_metrics(
     if lagged:  # proximal log-probs are of the step's start, those of an optimizer step of what the ones before made
         metrics |= logprob_diffs_by_lag(stats if config.algo.proximal == "recompute" else stats[:1])
     optional = ("reference_kl", "correction_weight", "correction_fraction")
-    optional += ("expert_entropy", "expert_load_min", "expert_load_max")
+    optional += ("expert_entropy", "expert_load_min", "expert_load_max", "balance_loss")
     metrics |= {name: per_token(name) for name in optional if name in first}
     if "correction_weight_max" in first:
         metrics["correction_weight_max"] = max(s.means["correction_weight_max"] for s in stats)

@@ -193,7 +193,10 @@ def _largest_diff(trainer: Trainer, lines: list[dict[str, Any]], version: int) -
     if not lines:
         return None
     records = [record_of(line) for line in lines]
-    samples = [Sample(r.tokens, r.loss_mask, r.logprobs, np.zeros(len(r.tokens), np.float32)) for r in records]
+    samples = [
+        Sample(r.tokens, r.loss_mask, r.logprobs, np.zeros(len(r.tokens), np.float32), routing=r.routing)
+        for r in records
+    ]
     largest = 0.0
     for line, sample, logprobs in zip(lines, samples, trainer.logprobs(samples), strict=True):
         ends = [start for _, start in line["versions"][1:]] + [len(line["tokens"])]
@@ -214,5 +217,6 @@ def samples_of(lines: list[dict[str, Any]]) -> list[Sample]:
             continue
         record = record_of(line)
         advantages = np.where(record.loss_mask, np.float32(line["advantage"]), np.float32(0))
-        samples.append(Sample(record.tokens, record.loss_mask, record.logprobs, advantages, group))
+        common = record.tokens, record.loss_mask, record.logprobs, advantages, group
+        samples.append(Sample(*common, routing=record.routing))
     return samples

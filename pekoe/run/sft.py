@@ -63,6 +63,7 @@ def _run(config: SFTConfig, view: ProgressReporter, leader: bool, from_step: int
         compile=config.train.compile,
         moments=getattr(torch, config.train.moments),
         moments_on_host=config.train.moments_on_host,
+        balance_loss=config.train.balance_loss,
     )
     if saved := checkpoints(Path(config.run.dir), from_step):
         epochs = -(-step_of(saved[-1]) // per_epoch)

@@ -26,7 +26,17 @@ from pekoe.core.errors import UserError
 from pekoe.core.loop import StepStats
 from pekoe.core.spec import ModelSpec
 from pekoe.core.types import AnySample, FloatArray
-from pekoe.model import Attention, Decoder, LanguageModel, PackedAttention
+from pekoe.model import (
+    Attention,
+    Balance,
+    Decoder,
+    LanguageModel,
+    OwnRouting,
+    PackedAttention,
+    Replay,
+    Routing,
+    check_balance,
+)
 from pekoe.model.lora import adapters_off
 from pekoe.model.peft import check_base
 from pekoe.train import checkpoint
@@ -88,6 +98,7 @@ class Trainer:
             own: itself without them.
         moments: dtype of AdamW's two moments; `moments_on_host`: whether they are in the host's memory, which one
             process can have.
+        balance_loss: weight of `model.Balance`, the mean over trained tokens of their sequence's, beside the objective.
     """
 
     def __init__(
@@ -104,7 +115,13 @@ class Trainer:
         reference: LanguageModel | None = None,
         moments: torch.dtype = torch.float32,
         moments_on_host: bool = False,
+        balance_loss: float = 0.0,
     ) -> None:
+        if balance_loss:
+            check_balance(model)
+            if layout is not None and layout.context is not None:
+                raise UserError(f"train.balance_loss: expected 0 with cp = {layout.cp}, got {balance_loss:g}")
+        self._balance_loss = balance_loss
         self.reference = reference
         self.model, self._layout, self._compile = model, layout, compile
         if compile and model.implementation == "transformers":
@@ -173,8 +190,15 @@ class Trainer:
         loss_sum, sums = torch.zeros((), dtype=torch.float64, device=self.device), {}
         for members in rank_batch.bins:
             batch = pack([sample.resolve() for sample in members]).to(self.device)
-            loss, parts = objective(*self._logprobs(batch), batch)
-            (loss / divisor).backward()
+            routing = self._routing(batch)
+            balance = Balance(routing or OwnRouting(), *_sequences(batch)) if self._balance_loss else None
+            loss, parts = objective(*self._logprobs(batch, balance or routing), batch)
+            total = loss / divisor
+            if balance is not None:
+                uneven = balance.losses() @ _num_targets(batch)
+                total = total + self._balance_loss * uneven / rank_batch.num_targets
+                parts = parts | {"balance_loss": uneven.detach()}
+            total.backward()
             loss_sum += loss.detach().double()
             for name, value in parts.items():
                 combine = torch.maximum if name.endswith("_max") else torch.add
@@ -230,7 +254,9 @@ class Trainer:
             batch = pack([sample.resolve() for sample in members])
             flat = np.zeros(len(batch.tokens), np.float32)
             with adapters_off(self.model) if reference and adapted else nullcontext():
-                logprobs = self._logprobs(batch.to(self.device), self.reference if reference else None)[0]
+                placed = batch.to(self.device)
+                routing = None if reference else self._routing(placed)  # of the reference its routers choose
+                logprobs = self._logprobs(placed, routing, self.reference if reference else None)[0]
             flat[batch.targets.numpy()] = logprobs.float().cpu().numpy()
             out.append(np.split(flat, batch.bounds[1:-1]) if members else [])
         if reference and isinstance(self.reference, FSDPModule):
@@ -253,13 +279,21 @@ class Trainer:
             return float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), self._optim.grad_clip))
         return self._layout.clip(self.model, self._optim.grad_clip)
 
-    def _logprobs(self, batch: MicroBatch, model: LanguageModel | None = None) -> tuple[Tensor, Tensor]:
+    def _routing(self, batch: MicroBatch) -> Routing | None:
+        """The experts that were recorded."""
+        return None if batch.routing is None else Replay(batch.routing)
+
+    def _logprobs(
+        self, batch: MicroBatch, routing: Routing | None, model: LanguageModel | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Log-probs and entropies [N] of the batch's targets."""
         group = self._layout.context if self._layout is not None else None
         model = model or self.model
         if group is None:
             rows, targets = batch.targets - 1, batch.tokens[batch.targets]
-            return self.forward(model, batch.tokens, batch.positions, PackedAttention(batch.bounds), rows, targets)
+            attention = PackedAttention(batch.bounds)
+            return self.forward(model, batch.tokens, batch.positions, attention, rows, targets, routing)
+        assert routing is None, "refused by the recipe"
         part = CPShard.of(batch, group)
         logprobs, entropy = self.forward(model, part.tokens, part.positions, part.attention, part.rows, part.targets)
         return part.gather(logprobs), part.gather(entropy)
@@ -272,13 +306,14 @@ class Trainer:
         attention: Attention,
         rows: Tensor,
         targets: Tensor,
+        routing: Routing | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Log-probs and entropies [N] of `targets` [N], predicted at `rows` [N] of the tokens [T]."""
         # A weight's copy in the lower dtype goes with its product: autocast's cache would hold those of all layers.
         with torch.autocast(self.device.type, self.compute_dtype, enabled=self._autocast, cache_enabled=False):
             # Attention differs by micro-batch, and would be compiled again for each.
             plain = torch.compiler.disable(attention) if self._compile else attention
-            hidden = model(tokens, positions, plain)
+            hidden = model(tokens, positions, plain, routing)
             return chosen_logprobs(hidden[rows], model.head, targets, self.temperature, model.spec.vocab_size)
 
     def snapshot(self) -> checkpoint.Snapshot:
@@ -323,6 +358,19 @@ def expert_balance(loads: Tensor) -> dict[str, float]:
     entropy = torch.special.entr(shares).sum(-1) / math.log(max(2, number))
     least, most = (shares.amin(-1) * number).mean(), (shares.amax(-1) * number).mean()
     return {"expert_entropy": float(entropy.mean()), "expert_load_min": float(least), "expert_load_max": float(most)}
+
+
+def _sequences(batch: MicroBatch) -> tuple[Tensor, Tensor]:
+    """Of each token the sequence that it is of [T], and the tokens of each sequence [B]."""
+    sizes = torch.tensor(batch.lengths, device=batch.tokens.device)
+    number = torch.arange(len(sizes), device=sizes.device)
+    return number.repeat_interleave(sizes, output_size=len(batch.tokens)), sizes
+
+
+def _num_targets(batch: MicroBatch) -> Tensor:
+    """Trained tokens of each sequence [B], in float32."""
+    sequence, sizes = _sequences(batch)
+    return torch.bincount(sequence[batch.targets], minlength=len(sizes)).float()
 
 
 def _recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:

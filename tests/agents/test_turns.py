@@ -11,9 +11,11 @@ from pekoe.core.records import read_groups, read_records, record_of, spans_of, w
 from pekoe.core.types import Completion, EpisodeStats, JudgedGroup, Problem, Record, Trajectory, Turn, Verdict
 
 
-def turn(context: list[int], own: list[int], version: int = 0) -> Turn:
+def turn(context: list[int], own: list[int], version: int = 0, expert: int | None = None) -> Turn:
+    """`expert`: of every token that the engine computed, the last left out."""
     tokens, logprobs = np.array(own), -np.arange(1, len(own) + 1, dtype=np.float32)
-    record = Record.of(np.array(context), tokens, logprobs)
+    routing = None if expert is None else np.full((len(context) + len(own) - 1, 1, 2), expert, np.uint8)
+    record = Record.of(np.array(context), tokens, logprobs, routing)
     return Turn(np.array(context), Completion(len(own), "stop", ((version, 0),), record))
 
 
@@ -33,6 +35,19 @@ def test_a_turn_that_is_cut_keeps_what_was_sampled_first():
     both = Turn(np.arange(2), Completion(3, "length", ((0, 0), (1, 2)), turn([0, 1], [4, 5, 6]).completion.handle))
     short = cut(both, 2, "stop").completion
     assert (short.tokens.tolist(), short.logprobs.tolist(), short.versions) == ([4, 5], [-1, -2], ((0, 0),))
+
+
+def test_tokens_keep_the_experts_with_which_they_were_sampled():
+    """The last token of an answer, which no engine had computed by then, has those of the next turn's context."""
+    turns = [turn([1, 2], [3, 4], expert=7), turn([1, 2, 3, 4, 5], [6, 9], 1, 8), turn([9], [3], expert=6)]
+    found = [branch.handle.resolve().routing for branch in branches_of(turns)]
+    expected = [[6, 255], [7, 7, 7, 8, 8, 8, 255]]
+    assert sorted(r[:, 0, 1].tolist() for r in found if r is not None) == expected
+    mixed = branches_of([turns[0], turn([1, 2, 3, 4, 5], [6])])
+    assert mixed[0].handle.resolve().routing is None
+    short = cut(turns[1], 1, "stop").completion.handle.resolve()
+    assert short.routing is not None
+    assert len(short.routing) == len(short.tokens) == 6
 
 
 def test_records_of_several_turns_come_back_from_disk(tmp_path: Path):

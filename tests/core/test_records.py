@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from pekoe.core.errors import UserError
-from pekoe.core.records import read_records, steps_recorded, write_records
+from pekoe.core.records import read_records, record_of, steps_recorded, write_records
 from pekoe.core.types import Record
 
 
@@ -50,3 +51,20 @@ def test_lines_without_their_arrays_are_an_error(tmp_path: Path):
     stem.with_name("step-000001.jsonl.zst").write_bytes(lines)
     with pytest.raises(UserError, match=r"step-000001\.npz\.zst: cannot be read: .*(shorter|longer)"):
         read_records(tmp_path, 1)
+
+
+def test_experts_come_back_with_the_records_that_have_them(tmp_path: Path):
+    rng = np.random.default_rng(0)
+    for dtype, most in ((np.uint8, 255), (np.int16, 400)):
+        plain = [record(3, 4, 0), record(2, 0, 1), record(1, 2, 2)]
+        known = replace(plain[0], routing=rng.integers(0, most, (7, 2, 3)).astype(dtype))
+        known = [known, plain[1], replace(plain[2], routing=rng.integers(0, most, (3, 2, 3)).astype(dtype))]
+        lines = [{"group": i, "sample": 0} for i in range(3)]
+        write_records(tmp_path / "rollouts" / "step-000001", lines, known)
+        found = [record_of(line).routing for line in read_records(tmp_path, 1)]
+        assert found[1] is None
+        for mine, theirs in zip(found, known, strict=True):
+            if mine is not None:
+                assert theirs.routing is not None
+                assert mine.dtype == dtype
+                assert np.array_equal(mine, theirs.routing)

@@ -53,3 +53,24 @@ def test_it_samples_what_the_forward_says(family: str, tmp_path: Path):
             theirs = own(torch.from_numpy(whole)[None], use_cache=False).logits[0, len(request.tokens) - 1 : -1]
             best = theirs.max(-1).values - theirs[torch.arange(14), torch.from_numpy(completion.tokens)]
             assert best.max() <= 1e-4  # the largest, or a tie
+
+
+def test_blocks_out_of_every_window_are_given_back(tmp_path: Path):
+    """Three responses that need 36 blocks have 16; the tokens are those of an engine that keeps everything."""
+    model = load_model(save("mistral", tmp_path / "model"), implementation="transformers")
+    config = EngineSection(block_tokens=4, kv_tokens=64, max_running=3)
+    params = SamplingParams(3, 0.9, max_new_tokens=42, stop_token_ids=())
+    requests = requests_of("a", 0, np.arange(5), params)
+    with closing(EmbeddedEngine(model, config)) as engine:
+        sampled = collect(engine, requests)
+        assert engine.stats().num_preemptions == 0
+        assert engine.num_kv_tokens == 64
+        again = collect(engine, requests)  # whose prompt is in the tree
+    with closing(EmbeddedEngine(model, config)) as engine:
+        engine._scheduler._window = None
+        kept = collect(engine, requests)
+        assert engine.stats().num_preemptions > 0
+    for name, (_, completion) in kept.items():
+        for other in (sampled, again):
+            assert np.array_equal(other[name][1].tokens, completion.tokens)
+            assert np.abs(other[name][1].logprobs - completion.logprobs).max() <= 1e-5

@@ -26,6 +26,7 @@ import torch
 from pekoe.config.engine import EngineSection
 from pekoe.core.errors import RunError, UserError
 from pekoe.core.hardware import USABLE
+from pekoe.core.spec import ModelSpec
 from pekoe.core.types import BoolArray, Completion, FinishReason, IntArray, Request, SamplingParams
 from pekoe.engine.base import (
     Broadcast,
@@ -44,7 +45,7 @@ from pekoe.engine.embedded.scheduler import Scheduler, Sequence, Work
 from pekoe.engine.sampling import key_of, sample, uniforms
 from pekoe.kernels.jit import adopt_num_threads
 from pekoe.kernels.packed_linear import intact
-from pekoe.model import LanguageModel, is_adapter, load_model
+from pekoe.model import LanguageModel, check_routing, is_adapter, load_model
 from pekoe.model.hf import with_adapter
 
 Receive = Callable[[LanguageModel, Broadcast], None]
@@ -71,6 +72,7 @@ class EmbeddedEngine(Engine):
         receive: how to take a `Broadcast`.
         reserve_bytes: of a GPU, for others while KV is held. With it, where the config has no size, KV takes what else
             is left; None: 2 GiB.
+        routing: record the experts of each token, for requests that ask for them.
     """
 
     kind: EngineKind = "embedded"
@@ -86,7 +88,10 @@ class EmbeddedEngine(Engine):
         max_requests: int | None = None,
         receive: Receive | None = None,
         reserve_bytes: int | None = None,
+        routing: bool = False,
     ) -> None:
+        if routing:
+            check_routing(model)
         config, spec = config or EngineSection(), model.spec
         self._longest = min(max_sequence_tokens or spec.max_positions, spec.max_positions)
         weights = next(model.parameters()).dtype
@@ -106,11 +111,14 @@ class EmbeddedEngine(Engine):
         kv_bytes = self.num_kv_tokens * spec.kv_values_per_token * kv_dtype.itemsize
         _check_memory("kv_tokens" if config.kv_tokens else "kv_gib", kv_bytes, next(model.parameters()).device)
         self._make_scheduler = partial(
-            Scheduler, num_blocks, size, config.max_running, config.prefill_tokens, self._longest
+            Scheduler,
+            *(num_blocks, size, config.max_running, config.prefill_tokens, self._longest),
+            None if routing else _widest(spec),  # experts are read from the blocks of a whole sequence
         )
         self._scheduler = self._make_scheduler()
-        self._runner = ModelRunner(model, num_blocks, size, kv_dtype, compute_dtype)
+        self._runner = ModelRunner(model, num_blocks, size, kv_dtype, compute_dtype, routing)
         self._owns_model, self._max_requests, self._receive = owns_model, max_requests, receive
+        self._routing = routing
         self._version = 0
         self._group_numbers = count()
         self._stats = EngineStats()
@@ -157,7 +165,9 @@ class EmbeddedEngine(Engine):
         return self._runner.cache.num_bytes if self._runner.cache is not None else 0
 
     def check(self, params: SamplingParams) -> None:
-        """It can do all sampling that `SamplingParams` can ask for."""
+        """UserError where the experts of tokens are asked for, and it was not made to record them."""
+        if params.routing and not self._routing:
+            raise UserError("sampling routing: expected False of an engine that was made without it, got True")
 
     def health(self) -> bool:
         return self._state != "closed"
@@ -181,6 +191,8 @@ class EmbeddedEngine(Engine):
         requests = with_stops(requests, lambda: self._end_tokens)
         source = "engine.kv_tokens, engine.kv_gib" if self.num_kv_tokens < self._longest else "the context"
         validate(requests, self.model.spec.vocab_size, self.max_sequence_tokens, source)
+        for params in {request.params for request in requests}:
+            self.check(params)
         works: list[Work] = []
         for _, group in groupby(requests, lambda r: (r.uid, r.draw, r.priority, r.tokens.tobytes())):
             number = next(self._group_numbers)
@@ -411,6 +423,11 @@ class EmbeddedEngine(Engine):
             (scheduler.running[i], "stop" if stopped[i] else "length") for i in ended
         ]
         self._tell()
+        if self._runner.routing is not None:
+            for sequence, _ in finished:
+                if sequence.request.params.routing:
+                    num_computed = int(table.computed[sequence.row])
+                    sequence.routing = self._runner.routing.read(sequence.blocks, num_computed)
         scheduler.finish([sequence for sequence, _ in finished])
         return finished
 
@@ -477,6 +494,12 @@ def _left(device: torch.device, reserve: int | None, copies: int) -> int | None:
     free, total = torch.cuda.mem_get_info(device)
     idle = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # that torch keeps for later
     return int(free + idle - (1 - USABLE) * total) - copies - reserve
+
+
+def _widest(spec: ModelSpec) -> int | None:
+    """The widest window of a model's layers; None where one sees everything."""
+    windows = [shape.window for shape in spec.attention_layers]
+    return None if None in windows else max(window for window in windows if window is not None)
 
 
 def _check_memory(key: str, num_bytes: int, device: torch.device) -> None:

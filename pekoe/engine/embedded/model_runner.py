@@ -10,6 +10,7 @@ from pekoe.engine.embedded.attention import ForwardBatch, KVCache
 from pekoe.engine.embedded.attention_cpu import CPUCache
 from pekoe.engine.embedded.attention_cuda import CUDACache
 from pekoe.engine.embedded.graphs import DecodeGraphs
+from pekoe.engine.embedded.routing import RoutingMemory
 from pekoe.engine.embedded.scheduler import Chunk, RequestTable
 from pekoe.kernels.jit import each
 from pekoe.kernels.packed_linear import available, cast_once, intact, pack, refresh
@@ -26,7 +27,8 @@ class ModelRunner:
     """Computes logits. Its caller excludes forwards while weights or memory change.
 
     The model is not copied, but for linear layers where a copy is faster: on CPUs, and where `compute_dtype` (of the
-    matrix products, by autocast) is lower. `use` makes these copies anew (see `kernels.packed_linear`).
+    matrix products, by autocast) is lower. `use` makes these copies anew (see `kernels.packed_linear`). `routing`:
+    whether the experts of tokens are recorded.
     """
 
     def __init__(
@@ -36,8 +38,10 @@ class ModelRunner:
         block_tokens: int,
         kv_dtype: torch.dtype,
         compute_dtype: torch.dtype,
+        routing: bool = False,
     ) -> None:
         self._num_blocks, self._block_tokens, self._kv_dtype = num_blocks, block_tokens, kv_dtype
+        self._records_routing = routing
         self._dtype, self.device = compute_dtype, next(model.parameters()).device
         self.model = self.sampled = model
         self.take_memory()
@@ -47,6 +51,7 @@ class ModelRunner:
         """Allocate KV. `use` must follow."""
         spec, size, dtype, device = self.model.spec, self._block_tokens, self._kv_dtype, self.device
         self._graphs: DecodeGraphs | None = None  # of decoding forwards, on a GPU
+        self.routing = RoutingMemory(spec, self._num_blocks, size, device) if self._records_routing else None
         if CPUCache.takes(spec, size, dtype, device):
             self.cache: CPUCache | KVCache | None = CPUCache(spec, self._num_blocks, size)
         elif CUDACache.takes(spec, size, dtype, device):
@@ -58,7 +63,7 @@ class ModelRunner:
 
     def free_memory(self) -> None:
         """Give up KV, graphs and copies of weights."""
-        self._graphs, self.sampled, self.cache = None, self.model, None
+        self._graphs, self.sampled, self.cache, self.routing = None, self.model, None, None
 
     def use(self, model: LanguageModel) -> None:
         """Compute with this model from now on, whose parameters may have changed."""
@@ -87,6 +92,8 @@ class ModelRunner:
         assert self.cache is not None
         for source, target in copies:
             self.cache.copy_block(source, target)
+            if self.routing is not None:
+                self.routing.copy_block(source, target)
 
     def forward(self, table: RequestTable, decoding: IntArray, chunks: list[Chunk]) -> list[tuple[Share, torch.Tensor]]:
         """Logits [R, V] of each share of the work: after its decoding rows' last tokens, then after those of its
@@ -130,7 +137,8 @@ class ModelRunner:
                 return self.sampled.logits(self._graphs.hidden(tokens, batch))
             assert self.cache is not None
             on_device = (torch.from_numpy(a).to(self.device) for a in (tokens, batch.positions))
-            hidden = self.sampled(*on_device, self.cache.attention(batch))
+            routing = None if self.routing is None else self.routing.recorder(batch)
+            hidden = self.sampled(*on_device, self.cache.attention(batch), routing)
             if chunks:
                 hidden = hidden[torch.from_numpy(np.append(np.arange(len(decoding)), lasts)).to(self.device)]
             return self.sampled.logits(hidden)

@@ -7,6 +7,8 @@ computed once. They share the full blocks of the context; the last, partly fille
 A forward takes one token of every running sequence and, with the rest of its token budget, chunks of contexts. Work
 whose context is not complete yet is in `prefilling`.
 
+Where every layer of the model has a window, a block of a response that fell out of the widest is given back.
+
 When KV blocks run out, the work admitted last is preempted: it gives up its blocks and waits again, first of its
 priority, keeping the tokens sampled so far; its KV is recomputed when it is admitted again.
 """
@@ -22,7 +24,16 @@ from itertools import chain
 
 import numpy as np
 
-from pekoe.core.types import Completion, FinishReason, FloatArray, IntArray, Record, Request, SamplingParams
+from pekoe.core.types import (
+    Completion,
+    FinishReason,
+    FloatArray,
+    IntArray,
+    Record,
+    Request,
+    RoutingArray,
+    SamplingParams,
+)
 from pekoe.engine.embedded.cache_manager import KVCacheManager
 
 
@@ -38,12 +49,15 @@ class Sequence:
     logprobs: FloatArray = field(default_factory=lambda: np.empty(0, np.float32))
     versions: list[tuple[int, int]] = field(default_factory=list)
     blocks: list[int] = field(default_factory=list)  # while it runs or its context is being computed
+    num_kept: int = 0  # the first of these, of its context: the prefix tree may hold them
+    num_given_back: int = 0  # of the blocks after them
     num_cached: int = 0  # tokens of its prompt found in the prefix tree
     row: int = -1  # in the table, while it runs
     num_told: int = 0  # tokens that its listener has heard of
+    routing: RoutingArray | None = None  # of all its tokens but the last, when it is finished
 
     def completion(self, finish: FinishReason) -> Completion:
-        record = Record.of(self.request.tokens, self.tokens, self.logprobs)
+        record = Record.of(self.request.tokens, self.tokens, self.logprobs, self.routing)
         return Completion(len(self.tokens), finish, tuple(self.versions), record, self.num_cached)
 
 
@@ -154,8 +168,16 @@ class Scheduler:
     """Admission by free blocks, sharing by prefix, preemption of the latest."""
 
     def __init__(
-        self, num_blocks: int, block_tokens: int, max_running: int, prefill_tokens: int, max_sequence_tokens: int
+        self,
+        num_blocks: int,
+        block_tokens: int,
+        max_running: int,
+        prefill_tokens: int,
+        max_sequence_tokens: int,
+        window: int | None = None,
     ) -> None:
+        """`window`: tokens that a token sees in the layer that sees most, itself the last of them; None: all."""
+        self._window = window
         self.cache = KVCacheManager(num_blocks, block_tokens)
         self.waiting: deque[Work] = deque()
         self.prefilling: list[Work] = []  # in order of admission
@@ -244,6 +266,7 @@ class Scheduler:
                 last = work.blocks[-1]
                 copies += [(last, s.blocks[-1]) for s in work.sequences if s.blocks[-1] != last]
                 for sequence in work.sequences:
+                    sequence.num_kept, sequence.num_given_back = len(sequence.blocks), 0
                     self.table.join(sequence, version)
                 self.running += work.sequences
                 self.prefilling.remove(work)
@@ -252,6 +275,8 @@ class Scheduler:
 
     def _reserve(self) -> None:
         """Give every running sequence room for the KV of its next token, preempting the latest where it must."""
+        if self._window is not None:
+            self._give_back(self._window)
         table, order = self.table, self.order
         short = table.computed[order] >= table.num_blocks[order] * self._block_tokens
         for sequence in [self.running[i] for i in np.flatnonzero(short)]:
@@ -262,6 +287,17 @@ class Scheduler:
                 block = self.cache.allocate(1)
                 sequence.blocks += block
                 table.extend(sequence, block)
+
+    def _give_back(self, window: int) -> None:
+        """Free the blocks of responses that no later token sees."""
+        for sequence in self.running:
+            unseen = max(0, int(self.table.computed[sequence.row]) + 1 - window) // self._block_tokens
+            first = sequence.num_kept
+            number = unseen - first - sequence.num_given_back
+            if number > 0:
+                self.cache.release(sequence.blocks[first : first + number])
+                del sequence.blocks[first : first + number]
+                sequence.num_given_back += number
 
     def _preempt_latest(self) -> None:
         """What was admitted last gives up its blocks, and waits before all of its priority and below."""

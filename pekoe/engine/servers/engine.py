@@ -222,6 +222,11 @@ class ServerEngine(Engine):
     @classmethod
     def check_params(cls, params: SamplingParams) -> None:
         """As `check`, without a server."""
+        if params.routing:
+            raise UserError(
+                f"sampling routing: expected False of {cls.kind} servers, which are not asked for the experts of "
+                "tokens, got True"
+            )
         cls.client_class.check_params(params)
 
     def check(self, params: SamplingParams) -> None:
