@@ -1,119 +1,116 @@
-"""Load on the HTTP endpoint: many sessions at once, of which some break off, read slowly, or send nonsense.
+"""The HTTP endpoint beside the engine alone, and under load that a server has to bear.
 
-    python benchmarks/bench_endpoint.py --sessions 256 --seconds 600
+    python benchmarks/bench_endpoint.py --sessions 256 --rounds 5 --round-seconds 30 --seconds 600
 
-A small model of random weights on the embedded engine, in this process, with its clients, who take a share of its
-time. Prints a JSON object: tokens a second of orderly sessions beside `Engine.generate` with as many sequences at once,
-what became of the others, and what was left when all had gone. Exit status 1 where something was left, or an orderly
-request failed.
+A small model of random weights on the embedded engine in this process; the clients are a process of their own. First,
+in turn, rounds of the same conversations of three turns: by `Engine.generate`, whose answers are laid end to end here,
+and by as many sessions of the endpoint. Tokens are those that the engine sampled; the ratio is of the medians. Then,
+for `--seconds`, sessions of which a share `--odd` break off, read slowly, or send nonsense: what became of requests,
+and what was left when all had gone. Prints a JSON object, with the processor time that a token takes in the engine's
+threads, and an answer in the endpoint's thread and the clients: it depends little on what else runs. Exit status 1
+where something was left, or an orderly request failed.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import itertools
 import json
 import random
+import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import httpx
+import numpy as np
 import psutil
-import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from pekoe.agents.endpoint import Bounds, Endpoint
-from pekoe.core.spec import ModelSpec
-from pekoe.core.types import SamplingParams
-from pekoe.data.tokenizer import Tokenizer
-from pekoe.demo.char_tokenizer import make_char_tokenizer
-from pekoe.engine.async_thread import AsyncThread
-from pekoe.engine.embedded import EmbeddedEngine
-from pekoe.model import Decoder
-from pekoe.run.serve import KeyedSessions
-
 KEY, BODY_BYTES = "key-of-the-benchmark", 100_000
 ODD = ("breaks off", "reads slowly", "malformed", "oversized")
-
-
-def make_engine(tokenizer: Tokenizer, hidden: int, layers: int) -> EmbeddedEngine:
-    """On random weights, which never end an answer early on average."""
-    spec = ModelSpec(
-        family="qwen2",
-        vocab_size=tokenizer.vocab_size,
-        hidden_size=hidden,
-        num_layers=layers,
-        num_heads=4,
-        num_kv_heads=2,
-        head_dim=hidden // 4,
-        intermediate_size=3 * hidden,
-        max_positions=512,
-        qkv_bias=True,
-        tied_embeddings=True,
-    )
-    model = Decoder(spec)
-    model.init_weights(0)
-    return EmbeddedEngine(model.requires_grad_(False))
+TURNS = 3  # of a conversation
 
 
 class Load:
     """Sessions that ask for `seconds`, a share `odd` of them in a way that a server has to bear."""
 
-    def __init__(self, url: str, sessions: int, seconds: float, odd: float, new_tokens: int, seed: int = 0) -> None:
-        self._url, self._sessions, self._end = url, sessions, time.monotonic() + seconds
-        self._odd, self._most, self._random = odd, new_tokens, random.Random(seed)
+    def __init__(self, host: str, port: int, sessions: int, seconds: float, odd: float, stream: bool) -> None:
+        self._host, self._port, self._sessions, self._odd = host, port, sessions, odd
+        self._end, self._stream, self._random = time.monotonic() + seconds, stream, random.Random(0)
         self.counts: Counter[str] = Counter()
-        self.tokens = 0
 
     async def run(self) -> None:
         limits = httpx.Limits(max_connections=None)
-        async with httpx.AsyncClient(base_url=self._url, limits=limits, timeout=120) as client:
+        async with httpx.AsyncClient(base_url=f"http://{self._host}:{self._port}/v1/", limits=limits) as client:
             await asyncio.gather(*(self._session(client, number) for number in range(self._sessions)))
 
     async def _session(self, client: httpx.AsyncClient, number: int) -> None:
-        odd = ODD[number % len(ODD)] if self._random.random() < self._odd else ""
-        headers = {"authorization": f"Bearer {KEY}.{number}"}
+        if self._random.random() < self._odd:
+            headers = {"authorization": f"Bearer {KEY}.{number}"}
+            while time.monotonic() < self._end:
+                body = {"messages": [self._question(number)], "stream": number % len(ODD) == 1}
+                await self._one_odd(client, ODD[number % len(ODD)], json.dumps(body).encode(), headers)
+            return
+        reader, writer = await asyncio.open_connection(self._host, self._port)
         messages: list[Any] = []
         while time.monotonic() < self._end:
-            if len(messages) > 6:
-                messages = []
-            messages.append({"role": "user", "content": f"{number}+{self._random.randrange(100)}="})
-            body = {"messages": messages, "max_tokens": self._most}
-            if odd:
-                await self._one_odd(client, odd, body, headers)
-                messages = []
-                continue
-            answer = await client.post("chat/completions", json=body, headers=headers)
-            self.counts[f"orderly: {answer.status_code}"] += 1
-            if answer.status_code == 200:
-                self.tokens += answer.json()["usage"]["completion_tokens"]
-                messages.append(answer.json()["choices"][0]["message"])
-            else:
+            messages = [*(messages if len(messages) < 2 * TURNS else ()), self._question(number)]
+            status, answer = await self._post(reader, writer, number, {"messages": messages, "stream": self._stream})
+            self.counts[f"orderly: {status}"] += 1
+            if status != 200:
                 await asyncio.sleep(0.1)
+                messages = []
+            elif self._stream:
+                messages.append({"role": "assistant", "content": said_in(answer)})
+            else:
+                messages.append(json.loads(answer)["choices"][0]["message"])
+        writer.close()
 
-    async def _one_odd(self, client: httpx.AsyncClient, odd: str, body: Any, headers: Any) -> None:
+    def _question(self, number: int) -> dict[str, str]:
+        return {"role": "user", "content": f"{number}+{self._random.randrange(100)}="}
+
+    async def _post(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, number: int, body: Any
+    ) -> tuple[int, bytes]:
+        """As lean as a client can be: what clients take is not the endpoint's."""
         content = json.dumps(body).encode()
+        head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {KEY}.{number}\r\n"
+        writer.write(f"{head}content-length: {len(content)}\r\n\r\n".encode() + content)
+        answer = (await reader.readuntil(b"\r\n\r\n")).lower()
+        status = int(answer.split(b" ", 2)[1])
+        if b"chunked" not in answer:
+            size = int(answer.partition(b"content-length:")[2].split(b"\r\n", 1)[0])
+            return status, await reader.readexactly(size)
+        whole = b""
+        while size := int(await reader.readline(), 16):
+            whole += await reader.readexactly(size)
+            await reader.readexactly(2)
+        await reader.readexactly(2)
+        return status, whole
+
+    async def _one_odd(self, client: httpx.AsyncClient, odd: str, content: bytes, headers: Any) -> None:
         if odd == "malformed":
             content = content[: self._random.randrange(len(content))]
         elif odd == "oversized":
             content = b"x" * (2 * BODY_BYTES)
         try:
             if odd == "breaks off":
-                await client.post(
-                    "chat/completions", content=content, headers=headers, timeout=self._random.random() / 5
-                )
+                limit = self._random.random() / 5
+                await client.post("chat/completions", content=content, headers=headers, timeout=limit)
             elif odd == "reads slowly":
-                stream = json.dumps(body | {"stream": True})
-                async with client.stream("POST", "chat/completions", content=stream, headers=headers) as answer:
+                async with client.stream("POST", "chat/completions", content=content, headers=headers) as answer:
                     async for _ in answer.aiter_bytes(64):
                         await asyncio.sleep(0.01)
             else:
-                answer = await client.post("chat/completions", content=content, headers=headers)
+                answer = await client.post("chat/completions", content=content, headers=headers, timeout=120)
                 self.counts[f"{odd}: {answer.status_code}"] += 1
                 await asyncio.sleep(0.02)
                 return
@@ -122,62 +119,182 @@ class Load:
             self.counts[f"{odd}: gone"] += 1
 
 
-def measure(sessions: int, seconds: float, odd: float, new_tokens: int, hidden: int, layers: int) -> dict[str, Any]:
-    """See the module."""
-    tokenizer = Tokenizer(make_char_tokenizer("0123456789+=\n abcdefghijklmnopqrstuvwxyz"))
-    engine, process = make_engine(tokenizer, hidden, layers), psutil.Process()
-    params = SamplingParams(max_new_tokens=new_tokens, stop_token_ids=tokenizer.stop_token_ids)
-    prompts = [tokenizer.encode_prompt([{"role": "user", "content": f"{i}+1="}]).tolist() for i in range(sessions)]
-    engine.generate(prompts, params)  # kernels are compiled
-    began, sampled = time.monotonic(), 0
-    while time.monotonic() - began < min(seconds, 30):
-        sampled += sum(len(group[0].tokens) for group in engine.generate(prompts, params))
-    alone = sampled / (time.monotonic() - began)
-    lines: list[str] = []
-    keyed = KeyedSessions(engine, tokenizer, params, KEY, 512)
-    endpoint = Endpoint(tokenizer, keyed, "bench", Bounds(body_bytes=BODY_BYTES, read_s=10), lines.append)
-    thread = AsyncThread("endpoint")
-    endpoint.start(thread)
-    before, load = (
-        process.memory_info().rss,
-        Load(f"http://127.0.0.1:{endpoint.port}/v1/", sessions, seconds, odd, new_tokens),
-    )
-    began = time.monotonic()
+def said_in(stream: bytes) -> str:
+    """The text of a stream of chunks."""
+    lines = [line[6:] for line in stream.split(b"\n") if line.startswith(b"data: {")]
+    choices = [choice for line in lines for choice in json.loads(line)["choices"]]
+    return "".join(choice["delta"].get("content") or "" for choice in choices)
+
+
+def clients(given: Any) -> None:
+    """The process of the clients: begins at a line on stdin, and prints what it counted."""
+    print("ready", flush=True)
+    sys.stdin.readline()
+    load = Load("127.0.0.1", given.port, given.sessions, given.seconds, given.odd, given.stream)
     asyncio.run(load.run())
-    took, end = time.monotonic() - began, time.monotonic() + 30
-    while endpoint.num_sampling and time.monotonic() < end:
+    print(json.dumps({"requests": load.counts, "cpu_s": time.process_time()}))
+
+
+class Bench:
+    """An endpoint on an engine, and what is measured of it."""
+
+    def __init__(self, given: Any) -> None:
+        from pekoe.agents.endpoint import Bounds, Endpoint
+        from pekoe.core.spec import ModelSpec
+        from pekoe.core.types import SamplingParams
+        from pekoe.data.tokenizer import Tokenizer
+        from pekoe.demo.char_tokenizer import make_char_tokenizer
+        from pekoe.engine.async_thread import AsyncThread
+        from pekoe.engine.embedded import EmbeddedEngine
+        from pekoe.model import Decoder
+        from pekoe.run.serve import KeyedSessions
+
+        self._given = given
+        self._tokenizer = Tokenizer(make_char_tokenizer("0123456789+=\n abcdefghijklmnopqrstuvwxyz"))
+        shape: dict[str, Any] = {"vocab_size": self._tokenizer.vocab_size, "hidden_size": given.hidden}
+        shape |= {"num_layers": given.layers, "num_heads": 4, "num_kv_heads": 2, "head_dim": given.hidden // 4}
+        shape |= {"intermediate_size": 3 * given.hidden, "max_positions": 512}
+        spec = ModelSpec(family="qwen2", qkv_bias=True, tied_embeddings=True, **shape)
+        model = Decoder(spec)
+        model.init_weights(0)
+        self.engine = EmbeddedEngine(model.requires_grad_(False))
+        # Answers that random weights do not end: as many tokens of each, here and there.
+        self._params = SamplingParams(max_new_tokens=given.new_tokens, stop_token_ids=())
+        self.lines: list[str] = []
+        keyed = KeyedSessions(self.engine, self._tokenizer, self._params, KEY, 512)
+        bounds = Bounds(body_bytes=BODY_BYTES, read_s=10)
+        self.endpoint = Endpoint(self._tokenizer, keyed, "bench", bounds, self.lines.append)
+        self.thread = AsyncThread("endpoint")
+        self.endpoint.start(self.thread)
+
+    def alone(self, seconds: float) -> tuple[float, float]:
+        """By `generate`: tokens a second, and microseconds of processor time that a token takes."""
+        size, end = self._given.sessions, time.monotonic() + seconds
+        began, before, used = time.monotonic(), self.engine.stats().num_decode_tokens, self._cpu()[1]
+        contexts: list[np.ndarray] = []
+        for turn in itertools.count():
+            if turn % TURNS == 0:
+                contexts = [np.empty(0, np.int64)] * size
+            asked = [self._question(number) for number in range(size)]
+            contexts = [np.concatenate(pair) for pair in zip(contexts, asked, strict=True)]
+            groups = self.engine.generate([context.tolist() for context in contexts], self._params)
+            contexts = [np.concatenate([c, g[0].tokens]) for c, g in zip(contexts, groups, strict=True)]
+            if time.monotonic() > end:
+                break
+        tokens = self.engine.stats().num_decode_tokens - before
+        return tokens / (time.monotonic() - began), 1e6 * (self._cpu()[1] - used) / tokens
+
+    def _question(self, number: int) -> np.ndarray:
+        return self._tokenizer.encode_prompt([{"role": "user", "content": f"{number}+{random.randrange(100)}="}])
+
+    def through(self, seconds: float, odd: float) -> dict[str, Any]:
+        """Tokens a second through the endpoint, what became of requests, and processor time for each second."""
+        given = self._given
+        command = [sys.executable, __file__, "--clients", "--port", str(self.endpoint.port), "--odd", str(odd)]
+        command += ["--sessions", str(given.sessions), "--seconds", str(seconds)] + ["--stream"] * given.stream
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdin is not None
+            assert process.stdout is not None
+            process.stdout.readline()
+            process.stdin.write("\n")
+            process.stdin.flush()
+            began, before, used = time.monotonic(), self.engine.stats(), self._cpu()
+            time.sleep(seconds)
+            took, after = time.monotonic() - began, self.engine.stats()
+            endpoint_s, others_s = (now - then for now, then in zip(self._cpu(), used, strict=True))
+            counted = json.loads(process.stdout.read())
+        tokens = max(1, after.num_decode_tokens - before.num_decode_tokens)
+        answers = max(1, sum(counted["requests"].values()))
+        return {
+            "tokens_per_s": tokens / took,
+            "tokens_per_forward": tokens / max(1, after.num_forwards - before.num_forwards),
+            "requests": dict(sorted(counted["requests"].items())),
+            "engine_us_per_token": 1e6 * others_s / tokens,
+            "endpoint_ms_per_answer": 1000 * endpoint_s / answers,
+            "clients_ms_per_answer": 1000 * counted["cpu_s"] / answers,
+        }
+
+    def _cpu(self) -> tuple[float, float]:
+        """Seconds of the endpoint's thread, and of all others."""
+        (own,) = [thread.native_id or 0 for thread in threading.enumerate() if thread.name == "endpoint"]
+        times = {one.id: one.user_time + one.system_time for one in psutil.Process().threads()}
+        return times[own], time.process_time() - times[own]  # also of threads that have ended
+
+
+def measure(given: Any) -> dict[str, Any]:
+    """See the module."""
+    import torch
+
+    torch.set_num_threads(given.threads or torch.get_num_threads())
+    bench, process = Bench(given), psutil.Process()
+    bench.alone(0.1)  # kernels are compiled
+    bench.through(0.5, 0.0)  # and the template's process is started
+    alone: list[tuple[float, float]] = []
+    rounds: list[dict[str, Any]] = []
+    for _ in range(given.rounds):
+        alone.append(bench.alone(given.round_seconds))
+        rounds.append(bench.through(given.round_seconds, 0.0))
+    before = process.memory_info().rss
+    soak = bench.through(given.seconds, given.odd) if given.seconds else {}
+    end = time.monotonic() + 30
+    while bench.endpoint.num_sampling and time.monotonic() < end:
         time.sleep(0.05)
-    engine.check_integrity()
-    left = endpoint.num_sampling
-    through = load.tokens / took
-    endpoint.stop(thread)
-    thread.stop()
-    engine.close()
-    return {
-        **{"sessions": sessions, "seconds": round(took, 1), "odd": odd, "new_tokens": new_tokens, "hidden": hidden},
-        **{"layers": layers, "torch": torch.__version__, "threads": torch.get_num_threads()},
-        "generate_tokens_per_s": round(alone),
-        "endpoint_tokens_per_s": round(through),
-        "share": round(through / alone, 3),
-        "requests": dict(sorted(load.counts.items())),
-        "left_sampling": left,
-        "memory_growth_mib": round((process.memory_info().rss - before) / 2**20, 1),
-        "failures": lines[:5],
-    }
+    bench.engine.check_integrity()
+    left = bench.endpoint.num_sampling
+    grown = (process.memory_info().rss - before) / 2**20
+    bench.endpoint.stop(bench.thread)
+    bench.thread.stop()
+    bench.engine.close()
+    through = [one["tokens_per_s"] for one in rounds]
+    own = ("engine_us_per_token", "endpoint_ms_per_answer", "clients_ms_per_answer", "tokens_per_forward", "requests")
+    names = ("sessions", "rounds", "round_seconds", "seconds", "odd", "new_tokens", "hidden", "layers", "stream")
+    return rounded(
+        {
+            **{name: getattr(given, name) for name in names},
+            **{"torch": torch.__version__, "threads": torch.get_num_threads(), "cores": psutil.cpu_count()},
+            "generate_tokens_per_s": [speed for speed, _ in alone],
+            "endpoint_tokens_per_s": through,
+            "ratio_of_medians": median(through) / median([speed for speed, _ in alone]) if alone else None,
+            "generate_us_per_token": [used for _, used in alone],
+            **{name: [one[name] for one in rounds] for name in own},
+            **{"soak": soak, "left_sampling": left, "memory_growth_mib": grown, "failures": bench.lines[:5]},
+        }
+    )
+
+
+def rounded(value: Any) -> Any:
+    """Numbers as one reads them."""
+    if isinstance(value, dict):
+        return {name: rounded(one) for name, one in value.items()}
+    if isinstance(value, list):
+        return [rounded(one) for one in value]
+    return (round(value) if value > 100 else round(value, 3)) if isinstance(value, float) else value
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print the result; 1 where something was left or an orderly request failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, default in (("sessions", 256), ("new-tokens", 64), ("hidden", 128), ("layers", 4)):
+    for name, default in (("sessions", 256), ("new-tokens", 64), ("hidden", 128), ("layers", 4), ("rounds", 5)):
         parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--seconds", type=float, default=600)
+    parser.add_argument("--round-seconds", type=float, default=30)
+    parser.add_argument("--seconds", type=float, default=600, help="of the load with odd sessions; 0: none")
     parser.add_argument("--odd", type=float, default=0.25, help="the share of sessions that are not orderly")
+    parser.add_argument("--threads", type=int, default=0, help="of the engine; 0: as many as torch takes")
+    parser.add_argument("--stream", action="store_true", help="answers are streamed")
+    parser.add_argument("--json", type=Path, help="also write the result here")
+    parser.add_argument("--clients", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--port", type=int, help=argparse.SUPPRESS)
     given = parser.parse_args(arguments)
-    result = measure(given.sessions, given.seconds, given.odd, given.new_tokens, given.hidden, given.layers)
-    print(json.dumps(result, indent=2))
-    orderly = {name for name in result["requests"] if name.startswith("orderly")}
-    return int(bool(result["left_sampling"] or result["failures"] or orderly != {"orderly: 200"}))
+    if given.clients:
+        clients(given)
+        return 0
+    result = measure(given)
+    print(text := json.dumps(result, indent=2))
+    if given.json:
+        given.json.write_text(f"{text}\n")
+    requests = [*result["requests"], result["soak"].get("requests", {})]
+    failed = any(name.startswith("orderly") and name != "orderly: 200" for counts in requests for name in counts)
+    return int(bool(result["left_sampling"] or result["failures"] or failed))
 
 
 if __name__ == "__main__":

@@ -19,15 +19,24 @@ def bench(repository: Path, monkeypatch: pytest.MonkeyPatch):
     return importlib.import_module("bench_endpoint")
 
 
-def test_sessions_that_break_off_read_slowly_or_send_nonsense_harm_nobody(bench, capsys: pytest.CaptureFixture[str]):
-    assert bench.main([*TINY, "--sessions=24", "--seconds=4", "--odd=0.5"]) == 0
+@pytest.mark.parametrize("stream", [(), ("--stream",)])
+def test_it_measures_and_what_is_odd_harms_nobody(bench, capsys: pytest.CaptureFixture[str], stream: tuple[str, ...]):
+    given = ["--sessions=24", "--rounds=1", "--round-seconds=4", "--seconds=4", "--odd=0.5"]
+    assert bench.main([*TINY, *given, *stream]) == 0
     result = json.loads(capsys.readouterr().out)
-    assert result["requests"]["orderly: 200"] > 10
-    assert result["requests"]["oversized: 413"] > 0
+    (requests,) = result["requests"]
+    assert set(requests) == {"orderly: 200"}
+    assert result["soak"]["requests"]["orderly: 200"] > 10
+    assert result["soak"]["requests"]["oversized: 413"] > 0
     assert result["left_sampling"] == 0
-    assert result["endpoint_tokens_per_s"] > 0
+    (alone,), (through,) = result["generate_tokens_per_s"], result["endpoint_tokens_per_s"]
+    assert result["ratio_of_medians"] == pytest.approx(through / alone, abs=0.01)
+    for name in ("generate_us_per_token", "engine_us_per_token", "endpoint_ms_per_answer", "clients_ms_per_answer"):
+        assert result[name][0] > 0
 
 
 def test_a_request_that_fails_is_seen(bench, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(bench, "KeyedSessions", lambda *_: lambda key: None)  # no key is right
-    assert bench.main([*TINY, "--sessions=2", "--seconds=1", "--odd=0"]) == 1
+    from pekoe.run import serve
+
+    monkeypatch.setattr(serve, "KeyedSessions", lambda *_: lambda key: None)  # no key is right
+    assert bench.main([*TINY, "--sessions=2", "--rounds=0", "--seconds=1", "--odd=0"]) == 1
