@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from pekoe.core.types import Completion, Request
+from pekoe.core.types import Completion, IntArray, Request
 from pekoe.engine.base import Broadcast
 from pekoe.engine.servers import ServerEngine
 from pekoe.model import LanguageModel, PackedAttention
@@ -31,6 +31,19 @@ def reference(model: LanguageModel, completion: Completion, temperature: float =
     start = len(tokens) - completion.num_tokens
     logprobs = torch.log_softmax(logits / temperature, -1)
     return logprobs[torch.arange(start, len(tokens)) - 1, tokens[start:]].numpy()
+
+
+def logprobs_by(model: LanguageModel) -> Callable[[IntArray], torch.Tensor]:
+    """The log-probs [L] that the model gives each token after those before it; the first has 0."""
+
+    @torch.no_grad()
+    def compute(tokens: IntArray) -> torch.Tensor:
+        ids = torch.from_numpy(tokens)
+        logits = model.logits(model(ids, torch.arange(len(ids)), PackedAttention([0, len(ids)])))
+        logprobs = torch.log_softmax(logits, -1)
+        return torch.cat([torch.zeros(1), logprobs[:-1].gather(1, ids[1:, None])[:, 0]])
+
+    return compute
 
 
 def off(model: LanguageModel, completion: Completion, temperature: float = 1.0) -> float:
