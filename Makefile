@@ -18,10 +18,10 @@ export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 export PYRIGHT_PYTHON_GLOBAL_NODE := 0
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-agent demo-cluster test test-cluster test-kernels test-slow test-servers test-tokenizers test-frameworks test-smollm2 example-smollm2 gpu check docs pages format clean FORCE
+.PHONY: help demo demo-agent demo-cluster test test-cluster test-kernels test-slow test-servers test-tokenizers test-verifiers test-frameworks test-smollm2 example-smollm2 gpu check docs pages format clean FORCE
 
 # Environments of the servers that tests and benchmarks start, and what else has a target of its own.
--include tests/servers/sglang.mk tests/servers/vllm.mk benchmarks/bench.mk
+-include tests/servers/sglang.mk tests/servers/vllm.mk tests/agents/verifiers.mk benchmarks/bench.mk
 
 help: ## Show this list
 	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/  make \1|\2/p' $(wildcard $(MAKEFILE_LIST)) | column -t -s '|'
@@ -89,7 +89,7 @@ format: $(VENV)/.stamp-dev ## Format the code and mend what lint can mend
 	$(BIN)/ruff check --fix .
 
 clean: ## Remove the virtual environments and every cache; runs/ stays
-	rm -rf $(VENV) $(VENV_SGLANG) $(VENV_VLLM) $(VENV_TRL) $(VENV_GRADERS) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(VENV_SGLANG) $(VENV_VLLM) $(VENV_TRL) $(VENV_GRADERS) $(VENV_VERIFIERS) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache
 	find pekoe tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # An environment is sound when its stamp names this directory and its own Python still runs, and is new enough.

@@ -14,6 +14,7 @@ from typing import Any
 
 from pekoe.agents.answers import Parser
 from pekoe.agents.session import Dispatcher, EpisodeLimit, Limits, Session
+from pekoe.agents.verifiers_env import episode_of
 from pekoe.config.recipes import RolloutSection, VerifySection
 from pekoe.core.errors import RunError, UserError
 from pekoe.core.functions import load_function
@@ -42,7 +43,9 @@ class _TooSlow(Exception):
 
 
 def check_episode(name: str) -> Any:
-    """The function "MODULE:NAME". UserError where there is none that can be awaited."""
+    """The function "MODULE:NAME", or the environment "verifiers:NAME". UserError where there is none to be awaited."""
+    if name.startswith("verifiers:"):
+        return episode_of(name.removeprefix("verifiers:"))
     function = load_function(name, "rollout.episode")
     if not inspect.iscoroutinefunction(function):
         raise UserError(

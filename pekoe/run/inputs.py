@@ -41,8 +41,17 @@ def inputs_of(config: RLConfig, tokenizer: Tokenizer, problems: Sequence[Problem
         "problems": {problem.uid: digest(problem)[:8] for problem in problems},
         "prompts": hashlib.sha256(json.dumps(tokens).encode()).hexdigest()[:16],
         "rewards": reward_sources(config.verify, [problem.kind for problem in problems])
-        | {name: source_digest(name) for name in (config.algo.advantage, config.rollout.episode or "") if ":" in name},
+        | {
+            name: source_digest(_module_of(name))
+            for name in (config.algo.advantage, config.rollout.episode or "")
+            if ":" in name
+        },
     }
+
+
+def _module_of(function: str) -> str:
+    """Of an environment "verifiers:NAME" the module NAME."""
+    return function.removeprefix("verifiers:")
 
 
 def difference(before: Inputs, now: Inputs) -> str:
