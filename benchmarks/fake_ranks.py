@@ -25,6 +25,7 @@ from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
 from torch.distributed._tools.mem_tracker import MemTracker
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from pekoe.algo.loss import GPU_CHUNK_VALUES
 from pekoe.config.recipes import OptimSection
 from pekoe.core.spec import ModelSpec, RopeSpec
 from pekoe.engine.buckets import buckets
@@ -56,6 +57,7 @@ def one_rank(name: str, ranks: int, layers: int | None, tokens: int, dtype: torc
         trainer = Trainer(
             model, OptimSection(), tokens, 1, compute_dtype=dtype, layout=layout, activation_checkpointing=True
         )
+        trainer.chunk_values = GPU_CHUNK_VALUES
         numbers = torch.arange(tokens)
         tracker = MemTracker() if layout is None else FSDPMemTracker(model, trainer.optimizer)
         if layout is None:

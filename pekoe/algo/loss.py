@@ -21,6 +21,7 @@ from pekoe.core.loop import StepStats
 Sums = dict[str, Tensor]  # statistic -> its sum over the N tokens (`*_max`: its maximum), detached scalars
 
 CHUNK_VALUES = 1 << 24  # logits held at once: 64 MiB in float32
+GPU_CHUNK_VALUES = 1 << 26  # each chunk reads the head anew, and adds to its gradient: docs/log.md counts the bytes
 
 
 def chosen_logprobs(
@@ -29,6 +30,7 @@ def chosen_logprobs(
     targets: Tensor,
     temperature: float,
     vocab_size: int | None = None,
+    chunk_values: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Log-probability of each target at the sampling temperature, as engines return it (I1), and the entropy.
 
@@ -39,6 +41,7 @@ def chosen_logprobs(
         head: [V, C] the output embedding, or a function from hidden states to logits [N, V].
         targets: [N].
         vocab_size: V, where the head is a function.
+        chunk_values: logits held at once; None: as many as suit the device.
 
     Returns:
         log-probs [N] in the head's dtype or float32, whichever is wider; entropies [N], without gradient.
@@ -53,7 +56,8 @@ def chosen_logprobs(
             entropy = -(logprobs.exp() * logprobs).sum(-1)
         return logprobs.gather(-1, targets[:, None])[:, 0], entropy
 
-    chunk = max(1, CHUNK_VALUES // (head.shape[0] if isinstance(head, Tensor) else vocab_size or 1))
+    values = chunk_values or (GPU_CHUNK_VALUES if hidden.device.type == "cuda" else CHUNK_VALUES)
+    chunk = max(1, values // (head.shape[0] if isinstance(head, Tensor) else vocab_size or 1))
     if len(targets) <= chunk:
         return piece(hidden, targets)
     parts = [

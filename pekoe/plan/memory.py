@@ -14,7 +14,9 @@ from dataclasses import dataclass
 from pekoe.core.hardware import PROCESS, USABLE
 from pekoe.plan.costs import Engine, Training
 
-LOGIT_VALUES = 1 << 24  # logits that the trainer holds at once (`pekoe.algo.loss`), 16 bytes each with their gradients
+LOGIT_VALUES = (
+    1 << 26
+)  # logits that the trainer holds at once on a GPU (`pekoe.algo.loss`), 16 bytes each with gradients
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,6 +19,7 @@ from torch.distributed._tools.mem_tracker import MemTracker
 from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
+from pekoe.algo.loss import GPU_CHUNK_VALUES
 from pekoe.config.recipes import OptimSection
 from pekoe.core.roofline import adapter_parameters
 from pekoe.core.spec import FamilySpec, ModelSpec
@@ -183,6 +184,7 @@ def _peak_bytes(
         trainer = Trainer(
             model, OptimSection(), tokens, 1, compute_dtype=autocast, activation_checkpointing=checkpointing
         )
+        trainer.chunk_values = GPU_CHUNK_VALUES if cuda else None
         numbers = torch.arange(tokens)
         tracker = MemTracker()
         handles: Any = vars(tracker)["_param_to_grad_hook_handles"]

@@ -147,6 +147,8 @@ class Trainer:
         self._optim, self._total = optim, total_updates
         self._token_budget, self.temperature, self.compute_dtype = token_budget, temperature, compute_dtype
         self._busy_s, self._num_tokens = 0.0, 0
+        self.chunk_values: int | None = None
+        """Logits held at once; None: as many as suit the device."""
 
     def skip(self, num_updates: int) -> None:
         self.num_updates += num_updates
@@ -314,7 +316,8 @@ class Trainer:
             # Attention differs by micro-batch, and would be compiled again for each.
             plain = torch.compiler.disable(attention) if self._compile else attention
             hidden = model(tokens, positions, plain, routing)
-            return chosen_logprobs(hidden[rows], model.head, targets, self.temperature, model.spec.vocab_size)
+            vocab = model.spec.vocab_size
+            return chosen_logprobs(hidden[rows], model.head, targets, self.temperature, vocab, self.chunk_values)
 
     def snapshot(self) -> checkpoint.Snapshot:
         return checkpoint.snapshot(self.model, self.state_dict(), self.group)
