@@ -54,7 +54,7 @@ BUDGETS = {
     # families of transformers, 20; adamw.py: moments in fewer bytes, 85; precision of sharded weights, 40;
     # memory by phases of a step, 45; plans of families, 35
     # the loss for even experts, 45
-    "train": 1320,  # checkpoint.py: checksums of shards, and metadata that runs no code, 120; groups apart, 10
+    "train": 1325,  # checkpoint.py: checksums of shards, and metadata that runs no code, 120; groups apart, 10
     # heads that are no product, servers' checksums of families, 35
     "weights": 1050,  # a publish that is not waited for after a stop request, 30; copies that ranks send, 35
     # references.py, 80; signals, 15; inputs.py: what a run that goes on must have the same, 125; users' rewards, 95;
