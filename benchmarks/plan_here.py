@@ -17,11 +17,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import tomllib
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -96,19 +94,16 @@ def run_all(folder: Path, demo: Path, steps: int) -> list[tuple[Path, str, str]]
 
 
 def _profile_of_one(folder: Path, number: int) -> str:
-    """The profile that one of `number` processes measures, on a thread each, while the others measure theirs."""
-    files = [folder / f"one-of-{number}-{i}.toml" for i in range(number)]
-    if not files[0].exists():
-        with ThreadPoolExecutor(number) as threads:
-            measures = [threads.submit(_pekoe, "doctor", "--measure", str(file), OMP_NUM_THREADS="1") for file in files]
-        for measure in measures:
-            measure.result()
-    return str(files[0])
+    """The profile of one of `number` processes while all of them work."""
+    file = folder / f"one-of-{number}.toml"
+    if not file.exists():
+        _pekoe("doctor", "--measure", str(file), "--processes", str(number))
+    return str(file)
 
 
-def _pekoe(*arguments: str, **env: str) -> None:
+def _pekoe(*arguments: str) -> None:
     print("pekoe", *arguments, file=sys.stderr)
-    subprocess.run([sys.executable, "-m", "pekoe.cli", *arguments], check=True, env=os.environ | env, stdout=sys.stderr)
+    subprocess.run([sys.executable, "-m", "pekoe.cli", *arguments], check=True, stdout=sys.stderr)
 
 
 def main() -> None:

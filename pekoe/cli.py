@@ -389,11 +389,9 @@ def doctor(
     recipe: Annotated[str | None, typer.Argument(metavar="[RECIPE.toml]", help="of rl or sft")] = None,
     overrides: Overrides = None,
     memory_gib: Annotated[float | None, typer.Option(min=0.1, max=1e6, help="memory of another machine or GPU")] = None,
-    processes: Annotated[int, typer.Option(min=1, max=1e6, help="how many will train together (torchrun)")] = 1,
+    processes: Annotated[int, typer.Option(min=1, max=1e6, help="how many train, or are measured, together")] = 1,
     measure: Annotated[str | None, typer.Option(metavar="FILE.toml", help="a profile for plan --hardware")] = None,
-    gpu: Annotated[
-        bool, typer.Option("--gpu", help="prove and measure what runs on a GPU: minutes, no network")
-    ] = False,
+    gpu: Annotated[bool, typer.Option("--gpu", help="prove and measure what runs on a GPU: minutes, offline")] = False,
     device: Annotated[str | None, typer.Option(help="a GPU that need not be here: h100; of --gpu: cpu")] = None,
     parts: Annotated[str | None, typer.Option(metavar="A,B", help="of --gpu: some of its parts")] = None,
     json_file: Annotated[str | None, typer.Option("--json", metavar="FILE", help="of --gpu: what was found")] = None,
@@ -415,8 +413,10 @@ def doctor(
     if measure is not None:
         from pekoe.plan.calibrate import write_profile
         from pekoe.run.profile import measure_machine
+        from pekoe.run.profile_processes import measure_together
 
-        return typer.echo(write_profile(Path(measure), *measure_machine()))
+        found = measure_together(processes) if processes > 1 else measure_machine()
+        return typer.echo(write_profile(Path(measure), *found))
     fault: str | None = None
     memory_bytes = int(memory_gib * 2**30) if memory_gib else None
     if recipe is None:

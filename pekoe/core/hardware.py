@@ -96,12 +96,17 @@ def device_named(name: str, who: str) -> Device:
 class Timing:
     """A measurement of this machine: how long `sequences` sequences of a model took to be sampled, or to be trained on.
 
+    Kinds: "sample"; "train", in one process; "recompute", the same with activation checkpointing; "shard", by two
+    processes that share the weights (FSDP); "gather", all weights from these two, for a publish.
+
     Example: Timing("sample", spec, 64, 32, 32, 0.41): 64 responses of 32 tokens to prompts of 32, by groups of 8.
     """
 
-    kind: Literal["sample", "train"]
+    kind: Literal["sample", "train", "recompute", "shard", "gather"]
     spec: ModelSpec
-    sequences: int
+    sequences: int  # of both processes, where there are two
     prompt: int  # tokens of each
     response: int
     seconds: float
+    lengths: tuple[int, ...] = ()  # of the responses, where they differ
+    micro_batches: int = 1  # of a process

@@ -12,15 +12,21 @@ import tomli_w
 
 from pekoe.core.hardware import SAMPLES, Device, Timing
 from pekoe.core.spec import ModelSpec
-from pekoe.plan.costs import LOCAL, Constants, Engine, Training, fitted
+from pekoe.plan.costs import LOCAL, TENSORS, Constants, Engine, Training, fitted
 from pekoe.plan.shapes import Shape
 
 FITTED = {
     "sample": ("layer_s", "step_s", "sequence_s", "weight_share", "decode_flops", "kv_share", "prefill_flops"),
     "train": ("train_flops", "train_passes", "train_layer_s", "batch_s"),
+    "recompute": ("train_recompute",),
+    "shard": ("shard_layer_s", "update_layer_s", "train_link"),
+    "gather": ("gather_tensor_s",),
 }
 _START = {"weight_share": 0.5, "decode_flops": 0.3, "kv_share": 0.3, "prefill_flops": 0.3, "train_flops": 0.3,
-          "layer_s": 1e-4, "step_s": 1e-3, "sequence_s": 1e-5, "batch_s": 1e-2}  # fmt: skip
+          "layer_s": 1e-4, "step_s": 1e-3, "sequence_s": 1e-5, "batch_s": 1e-2, "train_link": 0.3,
+          "shard_layer_s": 1e-3, "update_layer_s": 1e-3, "gather_tensor_s": 1e-3}  # fmt: skip
+# Of processes that share cores: who waits for a message computes nothing meanwhile.
+_SHARED = {"overlap": 0.0}
 
 
 def shape_of(spec: ModelSpec) -> Shape:
@@ -31,13 +37,26 @@ def shape_of(spec: ModelSpec) -> Shape:
 def predicted(timing: Timing, device: Device, constants: Constants, size: float) -> float:
     """Seconds of what was timed. `size`: bytes of a number of the weights that are sampled from."""
     shape = shape_of(timing.spec)
-    if timing.kind == "train":
-        length = timing.prompt + timing.response
-        training = Training(shape, device, recompute=0.0, sharded=False, constants=constants)
-        return training.step(timing.sequences * length, length, 1)
-    engine = Engine(shape, device, 1, size, size, constants)
-    decode = engine.decode(timing.sequences, timing.prompt + timing.response / 2)
-    return timing.response * decode + timing.sequences / SAMPLES * engine.prefill(timing.prompt)
+    if timing.kind == "sample":
+        return _sampling(timing, Engine(shape, device, 1, size, size, constants))
+    if timing.kind == "gather":
+        return shape.num_layers * TENSORS * constants.gather_tensor_s
+    length, again = timing.prompt + timing.response, float(timing.kind == "recompute")
+    number = 2 if timing.kind == "shard" else 1
+    training = Training(shape, device, number, recompute=again, sharded=number > 1, constants=constants)
+    return training.step(timing.sequences * length, length, timing.micro_batches)
+
+
+def _sampling(timing: Timing, engine: Engine) -> float:
+    """From the end of one response to that of the next the same sequences run."""
+    lengths = sorted(timing.lengths or [timing.response] * timing.sequences)
+    seconds, before = len(lengths) / SAMPLES * engine.prefill(timing.prompt), 0
+    for ended, length in enumerate(lengths):
+        if length > before:
+            context = timing.prompt + (before + length) / 2
+            seconds += (length - before) * engine.decode(len(lengths) - ended, context)
+            before = length
+    return seconds
 
 
 def descend(
@@ -57,10 +76,21 @@ def descend(
     return constants
 
 
+def names_of(timings: Sequence[Timing]) -> list[str]:
+    """The constants that are fitted to these measurements."""
+    kinds = {timing.kind for timing in timings}
+    return [name for kind, names in FITTED.items() if kind in kinds for name in names]
+
+
 def calibrate(device: Device, timings: Sequence[Timing], size: float) -> tuple[Constants, float]:
     """Constants fitted to `timings`, and the median error that is left. `size`: see `predicted`."""
-    constants = replace(fitted(), **(LOCAL | _START))
+    start = {name: _START[name] for name in names_of(timings) if name in _START}
+    constants = replace(fitted(), **(LOCAL | start))
+    if any(timing.kind == "shard" for timing in timings):
+        constants = replace(constants, **_SHARED)
     for kind, names in FITTED.items():
+        if kind not in {timing.kind for timing in timings}:
+            continue
         chosen = [timing for timing in timings if timing.kind == kind]
 
         def loss(tried: Constants, chosen: Sequence[Timing] = chosen, names: Sequence[str] = names) -> float:
@@ -76,7 +106,7 @@ def calibrate(device: Device, timings: Sequence[Timing], size: float) -> tuple[C
 def write_profile(path: Path, device: Device, timings: Sequence[Timing], size: float) -> str:
     """Write what `pekoe plan --hardware` reads; returns a sentence on it. `size`: see `predicted`."""
     constants, error = calibrate(device, timings, size)
-    names = [*FITTED["sample"], *FITTED["train"], *LOCAL]
+    names = [*names_of(timings), *LOCAL, *(_SHARED if "shard_layer_s" in names_of(timings) else ())]
     own = {
         "name": device.name,
         "measured": True,

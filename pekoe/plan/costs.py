@@ -47,17 +47,22 @@ class Constants:
     train_eager: float = 0.87  # without torch.compile
     train_foreign: float = 0.4  # of all products on Blackwell, with kernels written for earlier devices
     train_adapter: float = 1.15  # LoRA: its small products against the frozen weights' gradients, which it spares
+    train_recompute: float = 1.0  # of a forward, what computing it again takes, with memory that comes and goes
     train_experts: float = 0.25
     train_passes: float = 20.0  # reads or writes of a layer's activations (C numbers a token) outside products
     train_layer_s: float = 1e-4  # of a layer, for each micro-batch
     train_link: float = 0.6  # of the link's rate, gathering and reducing
     overlap: float = 0.7  # of the arithmetic that hides communication
+    shard_layer_s: float = 0.0  # of a layer that FSDP gathers or reduces once, beside its bytes; 0: in `train_link`
+    update_layer_s: float = 0.0  # of a sharded layer, for each update: its tensors one by one
     batch_s: float = 0.05  # of a micro-batch: its data, its loss
     sync_share: float = 0.8  # of a device's network, in buckets; above 1: over several links
     sync_tensors: float = 0.1  # the same, tensor by tensor
     sync_peers: float = 0.05  # the same, from every device
     disk_byte_s: float = 1.7e9  # through a shared directory
     sync_tensor_s: float = 5e-4  # of a tensor, gathered and named
+    gather_tensor_s: float = 0.0  # of a tensor, gathered for a bucket; 0: in `sync_share`
+    canary: float = 0.0  # tokens that each engine samples to prove a publish; 0: in `sync_s`
     sync_s: float = 0.3  # of a publish
     step_overhead: float = 5.0  # of a step: data, rewards, what a controller does
     rollout_share: float = 0.9  # of what an engine does alone, in a loop: requests travel, groups are spread unevenly
@@ -74,8 +79,8 @@ NAMES = tuple(field.name for field in fields(Constants))
 # Where one process samples and trains no controller stands between, and no weights are moved in and out.
 ONE_PROCESS = {"step_overhead": 0.0, "reload_s": 0.0, "rollout_share": 1.0}
 # Of one machine that was measured: nothing is sent, and eager products are what was measured.
-LOCAL = ONE_PROCESS | {"train_eager": 1.0, "train_foreign": 1.0, "sync_s": 0.01, "prefill_s": 0.0}
-_TIMES = ("step_overhead", "mixed", "train_passes", "train_adapter", "overlap")  # and whatever ends in _s
+LOCAL = ONE_PROCESS | {"train_eager": 1.0, "train_foreign": 1.0, "sync_s": 0.01, "prefill_s": 0.0, "canary": 8.0}
+_TIMES = ("step_overhead", "mixed", "train_passes", "train_adapter", "train_recompute", "overlap", "canary")  # and *_s
 
 
 def check_constants(values: Mapping[str, float]) -> str | None:
@@ -90,6 +95,7 @@ def check_constants(values: Mapping[str, float]) -> str | None:
 
 AMPERE_KERNELS = 620e12  # operations a second: the most that instructions of that generation give on later devices
 ACTIVATION_BYTES = 2  # bfloat16, of what is sent between devices
+TENSORS = 9.0  # of a layer
 
 
 @dataclass(frozen=True, slots=True)
@@ -278,7 +284,19 @@ class Training:
         hidden = min(gathered, c.overlap * compute)
         layers = self.shape.num_layers / self.pp * c.train_layer_s * forwards * micro_batches
         bubble = 1 + (self.pp - 1) / (self.interleave * max(1.0, micro_batches))
-        return (compute + layers) * bubble + gathered - hidden + c.batch_s * micro_batches
+        started = self._start_messages(passes) * micro_batches
+        return (compute + layers) * bubble + gathered - hidden + started + c.batch_s * micro_batches
+
+    def _start_messages(self, passes: int) -> float:
+        """Seconds to start FSDP's messages of a micro-batch: each layer, and what is in none, is gathered in each pass,
+        and its gradients are reduced after backward (Zhao et al. 2023, section 3)."""
+        if not self.sharded or self.replicas * self.cp == 1:
+            return 0.0
+        return (self.shape.num_layers / self.pp + 1) * (passes + (passes > 1)) * self.constants.shard_layer_s
+
+    def start_forward(self) -> float:
+        """Seconds of a forward of a few tokens: starting its kernels, and its messages."""
+        return self.shape.num_layers / self.pp * self.constants.train_layer_s + self._start_messages(1)
 
     def step_parts(self, tokens: float, context: float, micro_batches: float, updates: int = 1) -> dict[str, float]:
         """The seconds of `step` by what they go to."""
@@ -295,7 +313,7 @@ class Training:
             "attention": attention,
             "moving activations": moved,
             "exchanges of TP and CP": exchanged,
-            "FSDP's gathers and reductions": gathered - hidden,
+            "FSDP's gathers and reductions": gathered - hidden + self._start_messages(2) * micro_batches,
             "starting kernels": layers + c.batch_s * micro_batches,
             "pipeline bubbles": bubble * (products + attention + moved + exchanged + layers),
             "the optimizer": updates * self.update(),
@@ -304,7 +322,8 @@ class Training:
     @property
     def _forwards(self) -> float:
         """Of a forward's work: itself, backward, and what is computed again."""
-        return (3 + self.recompute) * (self.constants.train_adapter if self.lora else 1)
+        again = self.recompute * self.constants.train_recompute
+        return (3 + again) * (self.constants.train_adapter if self.lora else 1)
 
     def step(self, tokens: float, context: float, micro_batches: float, updates: int = 1) -> float:
         """Seconds to train on `tokens` tokens (all replicas), in sequences of `context`, and to update `updates` times.
@@ -320,7 +339,8 @@ class Training:
         if self.lora:
             return 0.0
         held = self.shape.num_parameters / (self.devices if self.sharded else self.tp * self.pp)
-        return held * 28 / (0.7 * self.device.byte_s)
+        split = self.shape.num_layers / self.pp + 1 if self.sharded and self.devices > 1 else 0
+        return held * 28 / (0.7 * self.device.byte_s) + split * self.constants.update_layer_s
 
     def logprobs(self, tokens: float, context: float, micro_batches: float) -> float:
         """Seconds of a forward over `tokens` tokens (all replicas)."""
@@ -352,7 +372,8 @@ def publish(num_bytes: float, tensors: float, route: Transport, sources: float, 
         return k.sync_s + num_bytes / k.disk_byte_s
     if route == "peers":
         return k.sync_s + num_bytes / sources / (k.sync_peers * device.network_byte_s)
-    return k.sync_s + num_bytes / (k.sync_share * device.network_byte_s)
+    gathered = tensors * k.gather_tensor_s if sources > 1 else 0.0
+    return k.sync_s + gathered + num_bytes / (k.sync_share * device.network_byte_s)
 
 
 def memory_of_training(training: Training, tokens: float, logit_bytes: float = 0, beside: float = 2e9) -> float:

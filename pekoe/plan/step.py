@@ -7,7 +7,7 @@ from functools import cached_property
 
 import numpy as np
 
-from pekoe.plan.costs import Constants, Engine, Training, Transport, publish
+from pekoe.plan.costs import TENSORS, Constants, Engine, Training, Transport, publish
 from pekoe.plan.rollout import Lengths, sampling_seconds
 
 MOST = 256  # sequences that an engine runs together at most, where nothing else is said
@@ -132,11 +132,21 @@ def times_beside(setup: Setup) -> tuple[float, float, float, float]:
     passes = setup.forwards * training.logprobs(setup.tokens, setup.context, setup.micro_batches)
     trained = training.step(setup.tokens, setup.context, setup.micro_batches, setup.updates)
     shape = training.shape
-    tensors = shape.num_layers * 9.0 + 3.0 * shape.expert_layers * shape.num_experts
+    tensors = shape.num_layers * TENSORS + 3.0 * shape.expert_layers * shape.num_experts
     num_bytes = shape.num_parameters * setup.engine.weight_bytes
-    published = publish(num_bytes, tensors, setup.route, training.devices, training.device, k)
+    published = publish(num_bytes, tensors, setup.route, training.devices, training.device, k) + proof_s(setup)
     overhead = k.step_overhead + (2 * k.reload_s * num_bytes / training.devices / 1e9 if setup.colocated else 0.0)
     return passes * pace.training, trained * pace.training, published * pace.publishing, overhead
+
+
+def proof_s(setup: Setup) -> float:
+    """Seconds in which a publish is proven: each engine samples `canary` tokens alone, and the trainer computes a
+    forward of them, which is small: its kernels' starts. With lag nobody waits for it."""
+    k, engine = setup.constants, setup.engine
+    if not k.canary or (setup.lag and not setup.colocated):
+        return 0.0
+    sampled = engine.prefill(setup.prompt) + k.canary * engine.decode(1, setup.prompt + k.canary / 2)
+    return sampled + setup.training.start_forward()
 
 
 def step_time(setup: Setup, sampling: tuple[float, float] | None = None) -> StepTime:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,10 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pekoe.core.hardware import DEVICES, recognise
-from pekoe.plan.costs import Engine, Training, fitted, publish
+from pekoe.plan.costs import LOCAL, Constants, Engine, Training, fitted, publish
 from pekoe.plan.rollout import EngineModel, Lengths
 from pekoe.plan.shapes import SHAPES, recognise_model
-from pekoe.plan.step import Setup, step_time
+from pekoe.plan.step import Setup, proof_s, step_time
+from pekoe.weights.proof import CANARY_TOKENS
 
 devices = st.sampled_from(sorted(DEVICES))
 shapes = st.sampled_from(sorted(SHAPES))
@@ -84,3 +86,38 @@ def test_names_of_devices_and_models():
     shape = recognise_model("deepseek-ai/DeepSeek-R1-Distill-Qwen-7B")
     assert shape is not None
     assert shape.num_parameters == pytest.approx(7.6e9, rel=0.01)
+
+
+def test_what_a_publish_is_proven_with_is_counted_where_it_is_measured():
+    h100, shape = DEVICES["h100"], SHAPES["qwen2.5-7b"]
+    published, local = fitted(), replace(fitted(), **LOCAL)
+
+    def seconds(k: Constants, **changes: Any) -> float:
+        two = Training(shape, h100, 2, constants=k)
+        lengths = Lengths.of_mean(1000, 8192)
+        return proof_s(replace(Setup(Engine(shape, h100, constants=k), 1, two, 64, 8, 100.0, lengths), **changes))
+
+    assert LOCAL["canary"] == CANARY_TOKENS
+    assert seconds(published) == 0  # it is in what publishes took
+    alone = 8 * Engine(shape, h100, constants=local).decode(1, 104)
+    assert alone < seconds(local) < 2 * alone
+    assert seconds(local, lag=1) == 0  # nobody waits for it
+
+
+def test_messages_of_shards_are_counted_for_each_micro_batch():
+    shape, k = SHAPES["qwen2.5-7b"], replace(fitted(), shard_layer_s=1e-3, update_layer_s=1e-2)
+    plain, two = (Training(shape, DEVICES["h100"], 2, constants=each) for each in (fitted(), k))
+    pieces = shape.num_layers + 1
+    more = [two.step(1e5, 1000, n, 3) - plain.step(1e5, 1000, n, 3) for n in (4, 8)]
+    assert more == pytest.approx([pieces * (3 * n * 1e-3 + 3 * 1e-2) for n in (4, 8)])
+    assert two.logprobs(1e5, 1000, 4) - plain.logprobs(1e5, 1000, 4) == pytest.approx(4e-3 * pieces)
+    assert sum(two.step_parts(1e5, 1000, 4, 3).values()) == pytest.approx(two.step(1e5, 1000, 4, 3))
+    whole = replace(two, sharded=False)
+    assert whole.step(1e5, 1000, 4) == replace(whole, constants=fitted()).step(1e5, 1000, 4)
+
+
+def test_gathering_tensors_is_of_sharded_weights_alone():
+    k = replace(fitted(), gather_tensor_s=1e-3)
+    one, two = (publish(1e9, 100, "buckets", ranks, DEVICES["h100"], k) for ranks in (1, 2))
+    assert two - one == pytest.approx(0.1)
+    assert one == publish(1e9, 100, "buckets", 2, DEVICES["h100"], fitted())
