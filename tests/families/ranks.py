@@ -17,7 +17,8 @@ from torch.distributed.tensor import DTensor
 
 from pekoe.config.recipes import OptimSection
 from pekoe.core.errors import UserError
-from pekoe.model import file_stream, load_model
+from pekoe.core.spec import FamilySpec
+from pekoe.model import file_stream, load_model, read_spec
 from pekoe.train import Layout, Trainer, parallel
 from tests.forked import spawn
 from tests.train.ranks import STEPS, train
@@ -52,8 +53,12 @@ def fsdp_main(rank: int, folder: str, families: list[str]) -> None:
 
 
 def gradients_and_more(place: str, layout: dict[str, int] | None) -> dict[str, Any]:
-    """What three steps in float64 say, and the gradients of each by name. `Layout` may refuse."""
-    model = load_model(place, torch.float64, implementation="transformers")
+    """What three steps say, and the gradients of each by name, in float64; of mixtures in float32, as grouped products
+    have no other. `Layout` may refuse."""
+    spec, _ = read_spec(Path(place), "transformers")
+    assert isinstance(spec, FamilySpec)
+    dtype = torch.float32 if spec.num_experts else torch.float64
+    model = load_model(place, dtype, implementation="transformers")
     trainer = Trainer(model, OPTIM, 40, STEPS, layout=None if layout is None else Layout(model.spec, **layout))
     names = {id(p): name for name, p in trainer.model.named_parameters()}
     gradients: list[dict[str, torch.Tensor]] = []

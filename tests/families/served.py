@@ -63,7 +63,7 @@ SIZES = {family: BASE | OWN.get(family, {}) for family in TRIED}
 def engine_of(kind: str, model: Path, spec: Any, logs: Path) -> ServerEngine:
     server: dict[str, Any] = {
         "python": os.environ[f"PEKOE_{kind.upper()}_PYTHON"],
-        "start_limit_s": 300.0,
+        "start_limit_s": 600.0,
         "update_limit_s": 60.0,
         "request_limit_s": 60.0,
     }
