@@ -128,7 +128,8 @@ def file_state(model: FamilyModel, weights: Mapping[str, Tensor] | None) -> dict
 def _whole_state(model: FamilyModel, weights: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
     own, tied = dict(model.named_parameters()), _aliases(model)
     fixed = {name: t for name, t in model.state_dict().items() if name not in tied and name not in own}
-    return {**(weights or own), **fixed}
+    kept = {name: t for name, t in (weights or own).items() if name not in tied}  # a state dict names those twice
+    return {**kept, **fixed}
 
 
 @torch.no_grad()

@@ -23,7 +23,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import distributed_c10d
-from vllm._custom_ops import cpu_prepack_moe_weight
 from vllm.config import set_current_vllm_config
 from vllm.distributed.weight_transfer.base import (
     WeightTransferEngine,
@@ -37,10 +36,12 @@ from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmb
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
 try:
+    from vllm._custom_ops import cpu_prepack_moe_weight
     from vllm.model_executor.layers.fused_moe.oracle.unquantized import UnquantizedMoeBackend
     from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
     from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
 except ImportError:  # a vLLM whose mixtures are built otherwise: what is said of them here does not hold
+    cpu_prepack_moe_weight: Any = None
     UnquantizedMoeBackend: Any = None
     UnquantizedFusedMoEMethod: Any = None
     RoutedExperts: Any = ()
@@ -218,7 +219,8 @@ def _unpacked(module: Any, weight: Tensor) -> Tensor:
     """A linear layer's weight [out, in]; where it was packed away, from what the layer makes of the identity."""
     if not hasattr(module, "cpu_linear"):
         return weight
-    size = getattr(module, "input_size_per_partition", None) or module.embedding_dim
+    names = "input_size_per_partition", "input_size", "embedding_dim"  # the second: of a layer that is not split
+    size = next(int(getattr(module, name)) for name in names if hasattr(module, name))
     rows: list[Tensor] = []
     for start in range(0, size, PROBE_ROWS):
         eye = torch.zeros(min(PROBE_ROWS, size - start), size, dtype=weight.dtype, device=weight.device)
