@@ -42,11 +42,11 @@ test: $(VENV)/.stamp-test ## Run the tests: make test ARGS="tests/data -x"
 	$(PY) -m pytest -n 2 $(ARGS)
 
 test-slow: $(VENV)/.stamp-test ## Run the tests that take long
-	$(PY) -m pytest -m slow -n 2 --timeout 3600 --durations 20 --durations-min 20 $(ARGS)
+	$(PY) -m pytest -m "slow and not server" -n 2 --timeout 3600 --durations 20 --durations-min 20 $(ARGS)
 
 test-servers: $(VENV)/.stamp-test $(VENV_SGLANG)/.stamp $(VENV_VLLM)/.stamp ## Run the tests with real SGLang and vLLM servers (6 GB more)
 	PEKOE_SGLANG_PYTHON=$(abspath $(VENV_SGLANG))/bin/python PEKOE_VLLM_PYTHON=$(abspath $(VENV_VLLM))/bin/python \
-	  PEKOE_SMOLLM2=$(wildcard $(abspath $(SMOLLM2))/model) $(PY) -m pytest -m server --timeout 900 $(ARGS)
+	  PEKOE_SMOLLM2=$(wildcard $(abspath $(SMOLLM2))/model) $(PY) -m pytest -m "server and not slow" --timeout 900 $(ARGS)
 
 test-cluster: $(VENV)/.stamp-test ## Run the tests that start Ray
 	$(PY) -m pytest -m "cluster and not server" --timeout 600 $(ARGS)

@@ -22,7 +22,9 @@ from tests.servers.test_rl_step import assert_nothing_left, pekoe
 from tests.servers.vllm_fixture import START_LIMIT_S, vllm_python
 
 pytestmark = [pytest.mark.server, pytest.mark.timeout(600)]
-FAMILIES = ["qwen3_moe", "gemma3_text"]
+# Of each server a mixture by broadcast is in CI; the others are slow, too:
+#   make test-servers ARGS="-m server tests/servers/test_families.py"
+SLOW = pytest.mark.slow
 
 
 @pytest.fixture
@@ -66,8 +68,15 @@ def assert_published(recipe: Path, route: str) -> None:
     assert not torch.equal(before, after)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("sync", ["broadcast", "shm"])
+@pytest.mark.parametrize(
+    ("sync", "family"),
+    [
+        ("broadcast", "qwen3_moe"),
+        pytest.param("broadcast", "gemma3_text", marks=SLOW),
+        pytest.param("shm", "qwen3_moe", marks=SLOW),
+        pytest.param("shm", "gemma3_text", marks=SLOW),
+    ],
+)
 def test_vllm(family: str, sync: str, lay_out: Callable[[str, EngineSection], Path]):
     server = {"python": vllm_python(), "start_limit_s": START_LIMIT_S, "sync": sync}
     recipe = lay_out(family, EngineSection.model_validate({"backend": "vllm", "server": server, "kv_tokens": 4096}))
@@ -76,8 +85,15 @@ def test_vllm(family: str, sync: str, lay_out: Callable[[str, EngineSection], Pa
     assert_nothing_left()
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("sync", ["broadcast", "disk"])
+@pytest.mark.parametrize(
+    ("sync", "family"),
+    [
+        ("broadcast", "qwen3_moe"),
+        pytest.param("broadcast", "gemma3_text", marks=SLOW),
+        pytest.param("disk", "qwen3_moe", marks=SLOW),
+        pytest.param("disk", "gemma3_text", marks=SLOW),
+    ],
+)
 def test_sglang(
     family: str,
     sync: str,
