@@ -112,7 +112,7 @@ def reached(trainer: Trainer, objective: Objective, samples: Sequence[Sample], r
     products: list[float] = []
     for _ in range(rounds + 1):
         losses: list[Any] = []
-        forward = lambda losses=losses: losses.append(objective(*trainer._logprobs(batch), batch)[0])  # noqa: E731
+        forward = lambda losses=losses: losses.append(objective(*trainer._logprobs(batch, None), batch)[0])  # noqa: E731
         forwards.append(seconds(forward, trainer.device))
         backwards.append(seconds(losses[0].backward, trainer.device))
         trainer.optimizer.zero_grad(set_to_none=True)
