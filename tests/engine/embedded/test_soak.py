@@ -23,6 +23,10 @@ GROWTH_LIMIT_BYTES = 8 * 2**20
 kept would be 0.1 MB; the allocator's own noise, for threads that come and go, is below 4 MB."""
 GROWTH_LIMIT_OBJECTS = 500
 """Of objects that the collector knows. One kept a step would be 100, one kept a response 1,000."""
+LOGPROB_LIMIT = 1e-3
+"""Weights this steep magnify rounding: of 10,000 tokens, the engine's log-probs and those of one packed forward each lie
+up to 5e-5 from a float64 forward's, with long tails (1.2e-4 between them was met). Keys of another response, or weights
+of another version, differ by 0.1 and more."""
 VOCAB = 48
 SHAPE: dict[str, Any] = {"vocab_size": VOCAB, "hidden_size": 64, "num_heads": 2, "num_kv_heads": 1, "head_dim": 32}
 STOPS = (21, 36)
@@ -91,7 +95,7 @@ class Soak:
             engine.check_integrity()
         engine.check_integrity()
         if step % 8 == 0:
-            assert worst_difference(models, [pair for pair in pairs if pair[1].num_tokens]) <= 1e-4
+            assert worst_difference(models, [pair for pair in pairs if pair[1].num_tokens]) <= LOGPROB_LIMIT
         self.num["responses"] += len(pairs)
         self.num["aborted"] += sum(completion.finish == "abort" for _, completion in pairs)
         after = engine.stats()
