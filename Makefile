@@ -42,14 +42,14 @@ test: $(VENV)/.stamp-test ## Run the tests: make test ARGS="tests/data -x"
 	$(PY) -m pytest -n 2 $(ARGS)
 
 test-slow: $(VENV)/.stamp-test ## Run the tests that take long
-	$(PY) -m pytest -m "slow and not server" -n 2 --timeout 3600 --durations 20 --durations-min 20 $(ARGS)
+	$(PY) -m pytest -m "slow and not long and not server" -n 2 --timeout 3600 --durations 20 --durations-min 20 $(ARGS)
 
 test-servers: $(VENV)/.stamp-test $(VENV_SGLANG)/.stamp $(VENV_VLLM)/.stamp ## Run the tests with real SGLang and vLLM servers (6 GB more)
 	PEKOE_SGLANG_PYTHON=$(abspath $(VENV_SGLANG))/bin/python PEKOE_VLLM_PYTHON=$(abspath $(VENV_VLLM))/bin/python \
-	  PEKOE_SMOLLM2=$(wildcard $(abspath $(SMOLLM2))/model) $(PY) -m pytest -m "server and not slow" --timeout 900 $(ARGS)
+	  PEKOE_SMOLLM2=$(wildcard $(abspath $(SMOLLM2))/model) $(PY) -m pytest -m "server and not slow and not long" --timeout 900 $(ARGS)
 
 test-cluster: $(VENV)/.stamp-test ## Run the tests that start Ray
-	$(PY) -m pytest -m "cluster and not server" --timeout 600 $(ARGS)
+	$(PY) -m pytest -m "cluster and not long and not server" --timeout 600 $(ARGS)
 
 # CPU builds of torch come without triton, whose interpreter needs no GPU. In a place of its own: torch would use it.
 test-kernels: $(VENV)/.stamp-test $(TRITON)/.stamp ## Run the GPU's kernels in Triton's interpreter, and compile them for each generation of devices

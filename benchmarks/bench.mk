@@ -73,10 +73,11 @@ learn-async: $(VENV)/.stamp-test ## Whether RL learns with lag: the demo's RL st
 families-rl: $(VENV)/.stamp-test ## Whether RL teaches families of transformers: the demo's task from nothing (half an hour on one core)
 	$(PY) benchmarks/families_rl.py $(ARGS)
 
+# vLLM's own server stands beside it where its environment is.
+bench-endpoint: $(VENV)/.stamp-test ## Load on the HTTP endpoint: 256 sessions for ten minutes: make bench-endpoint ARGS="--seconds 40"
+	$(PY) benchmarks/bench_endpoint.py $(if $(wildcard $(VENV_VLLM)/bin/python),--vllm $(abspath $(VENV_VLLM))/bin/python) $(ARGS)
+
 # The planner against published figures, which a file of yours has: --fit fits its constants; beside each error stands that
 # with the constants of the other groups alone.
-bench-endpoint: $(VENV)/.stamp-test ## Load on the HTTP endpoint: 256 sessions for ten minutes: make bench-endpoint ARGS="--seconds 40"
-	$(PY) benchmarks/bench_endpoint.py $(ARGS)
-
 bench-plan: $(VENV)/.stamp-test ## Score the planner: make bench-plan ARGS="--figures FILE.json --json OUT.json"
 	$(PY) benchmarks/bench_plan.py --leave-out $(ARGS)

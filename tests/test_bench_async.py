@@ -117,7 +117,7 @@ def test_no_more_run_than_there_is_room_for(engines: ModuleType, clock: Any):
     assert engine.due == math.inf
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_it_measures_each_schedule(repository: Path, tmp_path: Path):
     script, out = str(repository / "benchmarks/bench_async.py"), tmp_path / "out.json"
     words = [sys.executable, script, "--quick", "--out", str(out)]

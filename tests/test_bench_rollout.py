@@ -73,7 +73,7 @@ def test_unrelated_sequences_share_no_first_token(cases: ModuleType):
     assert [length for each in apart["lengths"] for length in each] == [x for each in case.lengths() for x in each]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(240)
 def test_a_run_measures_and_reports(repository: Path, tmp_path: Path):
     """The smallest run there is, with the embedded engine alone: its report has what the large one's has."""

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_it_measures_each_arrangement(repository: Path, tmp_path: Path):
     script, out = str(repository / "benchmarks/bench_sync.py"), tmp_path / "out.json"
     words = ["--mib", "60", "--bucket-mib", "16", "--rounds", "2", "--out", str(out)]

@@ -76,7 +76,7 @@ def test_systems_are_given_the_same(module: Any):
     assert sum(map(len, rows[0])) <= case.budget  # one micro-batch, as trl's
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(240)
 def test_a_run_measures_and_reports(repository: Path, tmp_path: Path):
     argv = ("--quick", "--sections", "packed", "flops", "memory")

@@ -100,7 +100,7 @@ def test_engines_hold_weights_in_bfloat16(cluster: MakeConfig, run: Run):
     assert events(config, "step")[0]["sync_checksum"] == "equal"
 
 
-@pytest.mark.parametrize("sync", ["broadcast", "disk"])
+@pytest.mark.parametrize("sync", ["broadcast", pytest.param("disk", marks=pytest.mark.long)])
 def test_engines_are_sent_an_adapter_alone(cluster: MakeConfig, run: Run, sync: str):
     config = cluster(f"cluster.sync={sync}", "model.lora.rank=4", "algo.kl=0.01", "num_steps=2", "optim.lr=1e-2")
     run(config)
@@ -141,7 +141,10 @@ def test_an_engine_that_is_killed_while_sampling(cluster: MakeConfig, monkeypatc
     assert len(set(ledger(config))) == len(ledger(config)) == 16
 
 
-@pytest.mark.parametrize(("minibatch", "goes_on_from"), [(3, 0), (7, 1)])  # of steps 1, before any checkpoint, and 2
+@pytest.mark.parametrize(
+    ("minibatch", "goes_on_from"),  # of steps 1, before any checkpoint, and 2
+    [pytest.param(3, 0, marks=pytest.mark.long), (7, 1)],
+)
 def test_a_rank_that_is_killed_while_training(
     cluster: MakeConfig, run: Run, monkeypatch: pytest.MonkeyPatch, minibatch: int, goes_on_from: int
 ):

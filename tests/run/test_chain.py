@@ -12,7 +12,7 @@ import pytest
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "chain.py"
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(1200)
 def test_curate_sft_rl_eval_each_killed_and_gone_on_with(tmp_path: Path):
     command = [sys.executable, str(SCRIPT), "--task", "sums", "--size", "64", "--first", "1024"]

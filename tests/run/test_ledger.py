@@ -412,7 +412,7 @@ def test_every_prompt_drawn_is_accounted_for(run: dict[str, Any]):
         prove(run, monkeypatch)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @settings(max_examples=1000, deadline=None)
 @given(run=RUNS)
 def test_every_prompt_drawn_is_accounted_for_in_many_runs(run: dict[str, Any]):
@@ -461,7 +461,7 @@ def test_the_window_bounds_who_overtakes_whom_and_the_lag(run: dict[str, Any]):
         prove_bound(run, monkeypatch)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @settings(max_examples=600, deadline=None)
 @given(run=WINDOWS)
 def test_the_window_bounds_who_overtakes_whom_and_the_lag_in_many_runs(run: dict[str, Any]):

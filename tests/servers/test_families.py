@@ -22,7 +22,7 @@ from tests.servers.test_rl_step import assert_nothing_left, pekoe
 from tests.servers.vllm_fixture import START_LIMIT_S, vllm_python
 
 pytestmark = [pytest.mark.server, pytest.mark.timeout(600)]
-# Of each server a mixture by broadcast is in CI; the others are slow, too:
+# A mixture by vLLM and broadcast is in CI; the others are slow, too:
 #   make test-servers ARGS="-m server tests/servers/test_families.py"
 SLOW = pytest.mark.slow
 
@@ -88,7 +88,7 @@ def test_vllm(family: str, sync: str, lay_out: Callable[[str, EngineSection], Pa
 @pytest.mark.parametrize(
     ("sync", "family"),
     [
-        ("broadcast", "qwen3_moe"),
+        pytest.param("broadcast", "qwen3_moe", marks=SLOW),
         pytest.param("broadcast", "gemma3_text", marks=SLOW),
         pytest.param("disk", "qwen3_moe", marks=SLOW),
         pytest.param("disk", "gemma3_text", marks=SLOW),

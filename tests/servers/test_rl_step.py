@@ -191,7 +191,7 @@ LAGGING: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("lag", [0, 1])
+@pytest.mark.parametrize("lag", [pytest.param(0, marks=pytest.mark.long), 1])
 def test_vllm_takes_the_adapter_alone(lay_out: Callable[..., Path], lag: int):
     """At each step, from a file; while responses are under way, too, where sampling is ahead."""
     server = {"python": vllm_python(), "start_limit_s": START_LIMIT_S, "sync": "shm", "max_requests": 4}
@@ -295,7 +295,9 @@ def test_vllm_beside_an_embedded_engine_in_a_cluster(lay_out: Callable[..., Path
 
 
 @pytest.mark.cluster
-@pytest.mark.parametrize(("sync", "colocate"), [("broadcast", True), ("disk", False)])
+@pytest.mark.parametrize(
+    ("sync", "colocate"), [("broadcast", True), pytest.param("disk", False, marks=pytest.mark.long)]
+)
 def test_sglang_beside_an_embedded_engine_in_a_cluster(
     lay_out: Callable[..., Path], sglang_section: Callable[..., EngineSection], sync: str, colocate: bool
 ):

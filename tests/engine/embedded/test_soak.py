@@ -24,9 +24,9 @@ kept would be 0.1 MB; the allocator's own noise, for threads that come and go, i
 GROWTH_LIMIT_OBJECTS = 500
 """Of objects that the collector knows. One kept a step would be 100, one kept a response 1,000."""
 LOGPROB_LIMIT = 1e-3
-"""Weights this steep magnify rounding: of 10,000 tokens, the engine's log-probs and those of one packed forward each lie
-up to 5e-5 from a float64 forward's, with long tails (1.2e-4 between them was met). Keys of another response, or weights
-of another version, differ by 0.1 and more."""
+"""Weights this steep magnify rounding: of 10,000 tokens, log-probs of the engine and of one packed forward each lie up
+to 5e-5 from a float64 forward's, with long tails (1.2e-4 between them was met). Keys of another response, or weights of
+another version, differ by 0.1 and more."""
 VOCAB = 48
 SHAPE: dict[str, Any] = {"vocab_size": VOCAB, "hidden_size": 64, "num_heads": 2, "num_kv_heads": 1, "head_dim": 32}
 STOPS = (21, 36)
