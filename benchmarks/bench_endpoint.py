@@ -192,9 +192,10 @@ class VLLM:
             try:
                 if httpx.get(f"http://127.0.0.1:{self._port}/health", timeout=5).status_code == 200:
                     return
-            except httpx.TransportError:
-                if time.monotonic() > end or self._process.exit_code is not None:
-                    raise SystemExit(self._process.describe()) from None
+            except httpx.TransportError:  # it does not listen yet
+                pass
+            if time.monotonic() > end or self._process.exit_code is not None:
+                raise SystemExit(f"expected vLLM's server within {limit_s:g} s: {self._process.describe()}")
             time.sleep(0.5)
 
     def through(self, seconds: float) -> dict[str, Any]:
