@@ -67,7 +67,13 @@ READ = [Page.read(path) for path in PAGES]
 COMMANDS = [
     pytest.param(line, id=f"{page.path.name}: {line.split('  ')[0]}") for page in READ for line in page.commands
 ]
-SCRIPTS = [pytest.param(page, id=str(page.path.relative_to(ROOT))) for page in READ if page.commands]
+# Pages whose commands are, nearly all, other pages' or other tests' too.
+LONG = {"docs/index.md", "docs/training.md", "docs/data.md", "docs/how-to/evaluate.md", "docs/how-to/own-model.md"}
+SCRIPTS = [
+    pytest.param(page, id=name, marks=pytest.mark.long if name in LONG else ())
+    for page in READ
+    if page.commands and (name := str(page.path.relative_to(ROOT)))
+]
 ENVIRONMENT = {
     **os.environ,
     "NO_COLOR": "1",

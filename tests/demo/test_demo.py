@@ -60,7 +60,7 @@ def test_every_stage_runs_and_a_finished_demo_is_not_run_again(tmp_path: Path):
         run_demo(out, 1, control=False, fresh=False, quick=True, view=NoProgress())
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(600)
 def test_the_rl_model_loads_in_transformers_and_decodes_the_same_tokens(tmp_path: Path):
     """`pekoe rl` leaves a `model/` that transformers reads; greedy decoding agrees token for token."""

@@ -239,7 +239,7 @@ def run(repository: Path, out: Path, *words: str) -> subprocess.Popen[str]:
     return subprocess.Popen(program, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(900)
 def test_every_stage_runs_and_one_that_was_stopped_goes_on(
     load: Any, reader: SimpleNamespace, repository: Path, tmp_path: Path

@@ -69,6 +69,7 @@ def kill_engines(cluster: Cluster) -> None:
             os.kill(member.engine.info.pid, signal.SIGKILL)
 
 
+@pytest.mark.long
 def test_a_pinned_batch_is_sampled_by_one_version_also_after_an_interrupt(
     cluster: MakeConfig, run: Run, monkeypatch: pytest.MonkeyPatch
 ):

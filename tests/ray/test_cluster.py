@@ -65,6 +65,7 @@ def test_on_the_same_rollouts_it_loses_what_one_process_loses(cluster: MakeConfi
     assert steps[0]["sync_checksum"] == "equal"
 
 
+@pytest.mark.long
 def test_engines_and_ranks_may_take_turns(cluster: MakeConfig, run: Run):
     """The same losses as side by side, but for the last bits: nothing else is another."""
     beside = cluster("run.dir=" + str(Path(cluster().run.dir).with_name("beside")))
@@ -189,6 +190,7 @@ def test_a_store_that_is_killed_loses_the_step_alone(cluster: MakeConfig, monkey
     assert len(set(ledger(config))) == len(ledger(config)) == 12
 
 
+@pytest.mark.long
 def test_a_cluster_goes_back_from_a_damaged_checkpoint(cluster: MakeConfig, run: Run):
     config = cluster("cluster.generation.engines=1", "train.save_every=1", "train.keep_checkpoints=9", "num_steps=2")
     run(config)

@@ -47,7 +47,7 @@ def test_parts_pass_on_a_cpu_but_those_that_need_a_gpu(tmp_path: Path):
     assert table[-1].endswith("9 PASS, 1 SKIP")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(900)
 def test_all_parts_pass_on_a_cpu(tmp_path: Path):
     done, found = doctor(tmp_path / "gpu.json")

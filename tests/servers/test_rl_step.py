@@ -129,6 +129,7 @@ def test_sglang_launched_by_shared_memory(lay_out: Callable[..., Path], sglang_s
     assert_nothing_left()
 
 
+@pytest.mark.long
 def test_sglang_attached_by_disk_and_evaluated(
     lay_out: Callable[..., Path],
     make_model: Callable[..., Decoder],
@@ -191,7 +192,7 @@ LAGGING: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("lag", [pytest.param(0, marks=pytest.mark.long), 1])
+@pytest.mark.parametrize("lag", [0, pytest.param(1, marks=pytest.mark.long)])
 def test_vllm_takes_the_adapter_alone(lay_out: Callable[..., Path], lag: int):
     """At each step, from a file; while responses are under way, too, where sampling is ahead."""
     server = {"python": vllm_python(), "start_limit_s": START_LIMIT_S, "sync": "shm", "max_requests": 4}
@@ -215,6 +216,7 @@ def test_vllm_takes_the_adapter_alone(lay_out: Callable[..., Path], lag: int):
     assert_nothing_left()
 
 
+@pytest.mark.long
 def test_sglang_takes_an_adapters_sum(lay_out: Callable[..., Path], sglang_section: Callable[..., EngineSection]):
     recipe = lay_out(sglang_section(sync="shm"), SHAPE)
     pekoe("rl", str(recipe), "model.lora.rank=4", "model.lora.alpha=8.0")
@@ -249,6 +251,7 @@ def assert_swapped_in_flight(recipe: Path, num_steps: int) -> None:
 AT_A_TIME = 4  # requests, in the order of their steps: when a step has been trained on, the next is half sampled
 
 
+@pytest.mark.long
 def test_sglang_goes_on_sampling_while_the_weights_change(
     lay_out: Callable[..., Path], sglang_section: Callable[..., EngineSection]
 ):

@@ -145,8 +145,15 @@ def test_i4_after_an_update_the_new_weights_answer(
         assert wrong_parameters(engine, models[0])
 
 
-@pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("route", ["disk", "broadcast"])
+@pytest.mark.parametrize(
+    ("route", "tied"),
+    [
+        ("broadcast", True),
+        ("disk", False),
+        pytest.param("broadcast", False, marks=pytest.mark.long),
+        pytest.param("disk", True, marks=pytest.mark.long),
+    ],
+)
 def test_an_update_in_mid_flight_recomputes_kv_and_tags_tokens(
     sglang_engine_factory: Make,
     make_model: Callable[..., Decoder],

@@ -27,7 +27,7 @@ ADAPTER = LoRA(16, 16.0, ())
 CASES = [
     (SPEC, "float32", False, None),
     (SPEC, "float32", True, None),
-    pytest.param(SPEC, "bfloat16", True, None, marks=pytest.mark.slow),
+    pytest.param(SPEC, "bfloat16", True, None, marks=pytest.mark.long),
     pytest.param(LARGE_VOCAB, "float32", False, None, marks=pytest.mark.slow),
     pytest.param(SPEC, "float32", False, ADAPTER, marks=pytest.mark.slow),
     pytest.param(SPEC, "bfloat16", True, ADAPTER, marks=pytest.mark.slow),
