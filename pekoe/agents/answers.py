@@ -133,7 +133,7 @@ class Growing:
         self._sent = Delta()
 
     def __call__(self, start: int, tokens: IntArray) -> None:
-        """As `Request.listener`: in an engine's thread."""
+        """As `Request.listener`."""
         self._news.append((start, tokens))
         if not self._called:
             self._called = True
@@ -169,6 +169,33 @@ class Growing:
         """Without the first stop text and what follows it, and without what may become one."""
         found = [at for at in map(text.find, self._stops) if at >= 0]
         return text[: min(found)] if found else held_back(text, self._stops)
+
+
+class Ending:
+    """Ends an answer that has a stop text, as `Request.listener`.
+
+    It reads in the engine's thread, not when the event loop comes to it: an answer always ends at the same token (I8).
+    """
+
+    def __init__(
+        self, tokenizer: Tokenizer, stop_token_ids: Collection[int], stops: Sequence[str], then: Growing | None
+    ) -> None:
+        self._tokenizer, self._stop_token_ids, self._stops, self._then = tokenizer, stop_token_ids, stops, then
+        self._longest = max(map(len, stops))
+        self._tokens: list[int] = []
+        self._growing = GrowingText(tokenizer)
+
+    def __call__(self, start: int, tokens: IntArray) -> bool:
+        if self._then is not None:
+            self._then(start, tokens)
+        if start < len(self._tokens):  # another engine begins again
+            self._tokens, self._growing = self._tokens[:start], GrowingText(self._tokenizer)
+        self._tokens += tokens.tolist()
+        if not self._tokens or self._tokens[-1] in self._stop_token_ids:  # whose text is not the answer's
+            return False
+        read = max(0, len(self._growing.text) - self._longest)
+        text = self._growing.update(self._tokens)
+        return any(text.find(stop, read) >= 0 for stop in self._stops)
 
 
 def _more(sent: str, now: str) -> str:

@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from pekoe.agents.answers import Delta, Growing, Message, Parser, Plain, ToolCall, Tools
+from pekoe.agents.answers import Delta, Ending, Growing, Message, Parser, Plain, ToolCall, Tools
 from pekoe.agents.turns import NOTHING, branches_of, cut
 from pekoe.core.errors import RunError, UserError
 from pekoe.core.types import (
@@ -285,7 +285,8 @@ class Session:
                 no template writes is one message of role "raw", whose content may be token ids.
             tools: functions that the model may call, as of the chat completions API.
             variables: of the template (Qwen3's enable_thinking).
-            stop: texts; an answer ends before the first that it has, and the tokens after it are dropped.
+            stop: texts; an answer ends before the first that it has, and the tokens after it are dropped. An embedded
+                engine in this process samples no more of them.
             seed: of a session that may choose; the same seed and `number` give the same answer again.
             on_delta: told of the answer while it is sampled, where the engine can (the embedded one in this process).
 
@@ -305,14 +306,15 @@ class Session:
         room = self._room(len(context), max_tokens)
         params = self._sampling(room, temperature, top_p, seed)
         seeded = self.may_choose and seed is not None
-        stops = (stop,) if isinstance(stop, str) else tuple(stop or ())
+        stops = tuple(one for one in ([stop] if isinstance(stop, str) else stop or ()) if one)
         in_thought = text.rstrip().endswith("<think>")
         begun = partial(self._parser.begun, tools=tools, in_thought=in_thought)
         growing = None
         if on_delta is not None:
             growing = Growing(self._tokenizer, self._stops, stops, begun, len(context), on_delta)
+        listener = Ending(self._tokenizer, self._stops, stops, growing) if stops else growing
         try:
-            completion = await self._sample(context, params, number if seeded else None, growing)
+            completion = await self._sample(context, params, number if seeded else None, listener)
         finally:
             if growing is not None:
                 growing.close()
@@ -366,7 +368,7 @@ class Session:
         return replace(params, **{name: value for name, value in given.items() if value is not None})
 
     async def _sample(
-        self, context: IntArray, params: SamplingParams, number: int | None, growing: Growing | None
+        self, context: IntArray, params: SamplingParams, number: int | None, listener: Ending | Growing | None
     ) -> Completion:
         """RunError, which is kept, where the engines fail or the run stops. With a `number` the answer depends on it,
         the seed and the context alone."""
@@ -380,7 +382,7 @@ class Session:
         # By what is asked, not by when: turns that run side by side come in any order (I8).
         digest = hashlib.blake2b(key + number.to_bytes(4, "little"), digest_size=7).digest()
         turn = 0 if first else int.from_bytes(digest, "little") + 1
-        request = Request(uid, self.draw, self.sample, context, params, int(later), turn, growing)
+        request = Request(uid, self.draw, self.sample, context, params, int(later), turn, listener)
         future = self._dispatcher.submit(request)
         self._pending.add(future)
         future.add_done_callback(self._finished)
@@ -409,7 +411,7 @@ class Session:
     def _until(self, turn: Turn, stops: tuple[str, ...]) -> tuple[Turn, str]:
         """The turn up to the first of the stop texts, and its text, without it and without a stop token."""
         tokens, text = turn.completion.tokens, self._text(turn.completion)
-        found = [at for at in (text.find(one) for one in stops if one) if at >= 0]
+        found = [at for at in (text.find(one) for one in stops) if at >= 0]
         if not found:
             return turn, text
         end = min(found)
@@ -418,7 +420,7 @@ class Session:
 
     def _has(self, tokens: IntArray, stops: tuple[str, ...], at: int) -> bool:
         text = self._tokenizer.decode(tokens)
-        return any(text.startswith(one, at) for one in stops if one)
+        return any(text.startswith(one, at) for one in stops)
 
     def _text(self, completion: Completion) -> str:
         """Special tokens spelt out, the stop token left out."""

@@ -107,8 +107,9 @@ class Request:
     priority: int = 0  # among requests that wait, higher ones are sampled first
     turn: int = 0  # keys the random numbers of an agent's later requests; 0: those of a single answer
     # Called with tokens as they are sampled, and how many came before them, by an engine of this process that can; in
-    # its thread, so not for long. Where the request begins again elsewhere, that begins at 0 again.
-    listener: Callable[[int, IntArray], None] | None = field(default=None, compare=False, repr=False)
+    # its thread, so not for long. Where the request begins again elsewhere, that begins at 0 again. True: the response
+    # ends with these tokens.
+    listener: Callable[[int, IntArray], bool | None] | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True, slots=True)

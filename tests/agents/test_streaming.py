@@ -12,7 +12,10 @@ import numpy as np
 import openai
 import pytest
 
+from pekoe.agents.answers import Ending
+from pekoe.config.recipes import EngineSection
 from pekoe.core.errors import RunError
+from pekoe.core.types import Request, SamplingParams
 from pekoe.engine.embedded import EmbeddedEngine
 from tests.agents.sampling import text_tokenizer
 from tests.agents.scripted import KEY, Serving, SlowSampler, serving
@@ -149,10 +152,74 @@ def test_of_an_engine_that_samples(engine, tokenizers):
         assert not engine._listening
 
 
-def test_tokens_are_told_of_through_preemption_and_a_publish(make_model, tokenizers):
-    from pekoe.config.recipes import EngineSection
-    from pekoe.core.types import Request, SamplingParams
+def test_an_answer_is_sampled_to_its_stop_text_and_no_further(engine, tokenizers, monkeypatch):
+    with serving(engine, tokenizers["append"], engine.max_sequence_tokens) as one, to(one) as client:
+        given: Any = {"model": "m", "messages": [QUESTION], "max_tokens": 200, "seed": 3, "n": 3, "temperature": 1.0}
 
+        def ask(**more: Any) -> tuple[list[tuple[str, str, list[int]]], int]:
+            before = engine.stats().num_decode_tokens
+            choices = client.chat.completions.create(**given, **more, extra_body={"return_token_ids": True}).choices
+            answers = [(c.message.content or "", c.finish_reason, (c.model_extra or {})["token_ids"]) for c in choices]
+            return answers, engine.stats().num_decode_tokens - before
+
+        free, _ = ask()
+        stops = [
+            next(text[at : at + 2] for at in range(first, len(text)) if text[at : at + 2].isalnum())
+            for (text, _, _), first in zip(free, (10, 20, 30), strict=True)
+        ]
+        short, num_short = ask(stop=stops)
+        monkeypatch.setattr(Ending, "__call__", lambda *_: False)
+        dropped, num_dropped = ask(stop=stops)
+    assert short == dropped
+    assert all(reason == "stop" and len(ids) < 60 for _, reason, ids in short)
+    assert all(ids == whole[: len(ids)] for (_, _, ids), (_, _, whole) in zip(short, free, strict=True))
+    sampled = sum(len(ids) for _, _, ids in short)
+    assert sampled <= num_short <= sampled + len(short)  # one more, where the stop text is that of a stop token
+    assert num_dropped == sum(len(ids) for _, _, ids in free) > 2 * num_short
+    engine.check_integrity()
+    assert not engine._listening
+
+
+@pytest.mark.parametrize("chars", [1, 3])
+def test_a_stop_text_is_seen_wherever_tokens_begin(chars):
+    """Also over two pieces, and where another engine begins the answer again."""
+    tokenizer = text_tokenizer()
+    ids = np.array(tokenizer.encode("one, twé, three"), np.int64)
+    ending = Ending(tokenizer, (), ["zzz", "é, t"], None)
+    heard = [ending(at, ids[at : at + chars]) for at in range(0, len(ids), chars)]
+    first = heard.index(True)
+    assert "é, t" in tokenizer.decode(ids[: (first + 1) * chars])
+    assert "é, t" not in tokenizer.decode(ids[: first * chars])
+    again = Ending(tokenizer, (), ["é, t"], None)
+    assert [again(0, ids[:5]), again(5, ids[5:8]), again(0, ids[:8]), again(8, ids[8:])] == [False, False, False, True]
+
+
+def test_a_listener_ends_its_response_and_no_other(make_model, tokenizers):
+    model = make_model(vocab_size=tokenizers["none"].vocab_size, max_positions=512)
+    engine = EmbeddedEngine(model, EngineSection(block_tokens=4, kv_tokens=160))  # with preemption
+    params = SamplingParams(max_new_tokens=60, stop_token_ids=())
+    try:
+        whole, ended = (
+            [
+                future.result()
+                for future in engine.submit(
+                    [Request("a", 0, i, np.array([5, 6, 7]), params, listener=ends.get(i)) for i in range(4)]
+                )
+            ]
+            for ends in ({}, {1: lambda start, _: start >= 20, 2: lambda start, _: start >= 59})
+        )
+        assert [len(one.tokens) for one in ended] == [60, 21, 60, 60]
+        assert [one.finish for one in ended] == ["length", "stop", "length", "length"]
+        for one, other in zip(whole, ended, strict=True):
+            assert other.tokens.tolist() == one.tokens[: len(other.tokens)].tolist()
+        engine.check_integrity()
+        assert not engine._unfinished
+        assert not engine._listening
+    finally:
+        engine.close()
+
+
+def test_tokens_are_told_of_through_preemption_and_a_publish(make_model, tokenizers):
     models = [make_model(seed=i, vocab_size=tokenizers["none"].vocab_size, max_positions=512) for i in (0, 1)]
     engine = EmbeddedEngine(models[0], EngineSection(block_tokens=4, kv_tokens=160))
     heard: dict[int, list[int]] = {i: [] for i in range(4)}

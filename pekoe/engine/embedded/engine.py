@@ -422,7 +422,9 @@ class EmbeddedEngine(Engine):
         finished: list[tuple[Sequence, FinishReason]] = [
             (scheduler.running[i], "stop" if stopped[i] else "length") for i in ended
         ]
-        self._tell()
+        if ending := self._tell():
+            ending -= {sequence for sequence, _ in finished}
+            finished.extend((sequence, "stop") for sequence in scheduler.running if sequence in ending)
         if self._runner.routing is not None:
             for sequence, _ in finished:
                 if sequence.request.params.routing:
@@ -431,16 +433,19 @@ class EmbeddedEngine(Engine):
         scheduler.finish([sequence for sequence, _ in finished])
         return finished
 
-    def _tell(self) -> None:
-        """Tell listeners of new tokens; what they raise is theirs."""
+    def _tell(self) -> set[Sequence]:
+        """Tell listeners of new tokens; what they raise is theirs. Returns the sequences that they end."""
         with self._condition:
             listening = [(s, s.request.listener) for s in self._listening if s.row >= 0]
+        ending: set[Sequence] = set()
         for sequence, listener in listening:
             start, tokens = sequence.num_told, self._scheduler.table.sampled_since(sequence, sequence.num_told)
             sequence.num_told += len(tokens)
             if listener is not None:
                 with suppress(Exception):
-                    listener(start, tokens)
+                    if listener(start, tokens):
+                        ending.add(sequence)
+        return ending
 
     def _sample(self, touched: IntArray, logits: torch.Tensor, rows: IntArray) -> BoolArray:
         """Sample a token for each of these rows of the table from its row of logits. Returns which are stop tokens."""
