@@ -67,7 +67,7 @@ READ = [Page.read(path) for path in PAGES]
 COMMANDS = [
     pytest.param(line, id=f"{page.path.name}: {line.split('  ')[0]}") for page in READ for line in page.commands
 ]
-# Pages whose commands are, nearly all, other pages' or other tests' too.
+# The five that take longest: 80 to 135 s each.
 LONG = {"docs/index.md", "docs/training.md", "docs/data.md", "docs/how-to/evaluate.md", "docs/how-to/own-model.md"}
 SCRIPTS = [
     pytest.param(page, id=name, marks=pytest.mark.long if name in LONG else ())
