@@ -68,7 +68,9 @@ COMMANDS = [
     pytest.param(line, id=f"{page.path.name}: {line.split('  ')[0]}") for page in READ for line in page.commands
 ]
 # The five that take longest: 80 to 135 s each.
-LONG = {"docs/index.md", "docs/training.md", "docs/data.md", "docs/how-to/evaluate.md", "docs/how-to/own-model.md"}
+LONG = {f"docs/{name}.md" for name in ("index", "training", "algorithm", "data")} | {
+    f"docs/how-to/{name}.md" for name in ("evaluate", "own-model", "lora", "asynchronous")
+}
 SCRIPTS = [
     pytest.param(page, id=name, marks=pytest.mark.long if name in LONG else ())
     for page in READ

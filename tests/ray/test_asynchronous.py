@@ -163,6 +163,7 @@ def test_an_engine_that_is_killed_while_sampling_ahead(cluster: MakeConfig, monk
     assert len(set(ledger(config))) == len(ledger(config)) == 20
 
 
+@pytest.mark.long
 def test_all_engines_killed_while_the_ranks_are_a_version_ahead(cluster: MakeConfig, monkeypatch: pytest.MonkeyPatch):
     """Nobody has the weights that are to sample the rest: training begins again from the last checkpoint, which has the
     groups that were in flight."""

@@ -18,15 +18,24 @@ from tests.servers.vllm_fixture import vllm_engine_factory, vllm_launch  # noqa:
 
 HERE = Path(__file__).resolve().parent
 MAX_SEQUENCE_TOKENS = 512
+LONG = {
+    *(f"test_tokens_are_drawn_from_the_models_distribution[{form}]" for form in ("T 0.5", "T 1.7", "top-k")),
+    *(f"test_random_numbers_are_independent[{part}]" for part in ("uid", "draw", "stream")),
+}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """httpcore 1.0 forgets expired connections when the request that was to close them is cancelled; they close when
-    they are collected, in whatever test runs then."""
+    """Statistics of sampling that take a server minutes, and that the embedded engine's contract holds in all forms,
+    are long.
+
+    httpcore 1.0 forgets expired connections when the request that was to close them is cancelled; they close when they
+    are collected, in whatever test runs then."""
     for item in items:
         if HERE in item.path.parents:
             item.add_marker(pytest.mark.filterwarnings("ignore:unclosed <socket:ResourceWarning"))
             item.add_marker(pytest.mark.filterwarnings("ignore:unclosed transport:ResourceWarning"))
+            if item.name in LONG:
+                item.add_marker(pytest.mark.long)
 
 
 @pytest.fixture(scope="session")

@@ -297,10 +297,9 @@ def test_vllm_beside_an_embedded_engine_in_a_cluster(lay_out: Callable[..., Path
     assert_nothing_left()
 
 
+@pytest.mark.long
 @pytest.mark.cluster
-@pytest.mark.parametrize(
-    ("sync", "colocate"), [("broadcast", True), pytest.param("disk", False, marks=pytest.mark.long)]
-)
+@pytest.mark.parametrize(("sync", "colocate"), [("broadcast", True), ("disk", False)])
 def test_sglang_beside_an_embedded_engine_in_a_cluster(
     lay_out: Callable[..., Path], sglang_section: Callable[..., EngineSection], sync: str, colocate: bool
 ):

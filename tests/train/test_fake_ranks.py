@@ -26,7 +26,7 @@ def test_a_rank_of_eight(repository: Path):
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("ranks", [1, 8, 64])
-@pytest.mark.parametrize("model", ["1.5b", "7b", "32b"])
+@pytest.mark.parametrize("model", ["1.5b", "7b", pytest.param("32b", marks=pytest.mark.long)])
 def test_memory_of_a_rank_is_predicted(repository: Path, model: str, ranks: int):
     """Of fewer layers than the models have, for time's sake; `benchmarks/fake_ranks.py` has them all."""
     found = rank(repository, "--model", model, "--ranks", str(ranks), "--layers", "4", "--tokens", "2048")
