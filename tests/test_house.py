@@ -21,7 +21,8 @@ BUDGETS = {
     # files that are damaged, 95
     # the shape of a family that transformers computes, 75; experts in records, 35
     # a user's modules, also those of libraries, 9
-    "core": 1549,
+    # the request to stop, 4
+    "core": 1553,
     # keys.py, which lists every key, 205; names.py, what TRL and verl call them, 85; secrets.py, 40; the bounds of
     # settings, 70; rewards of the user's own, scores and lengths, 50; columns, 26; unread settings, 40; recipes that
     # are listed, copied and refused as data, 35; depth of values, 15; names by their last parts, 14;
@@ -55,7 +56,8 @@ BUDGETS = {
     # families of transformers, 20; adamw.py: moments in fewer bytes, 85; precision of sharded weights, 40;
     # memory by phases of a step, 45; plans of families, 35
     # the loss for even experts, 45
-    "train": 1325,  # checkpoint.py: checksums of shards, and metadata that runs no code, 120; groups apart, 10
+    # a stop between the layers of a step, 26
+    "train": 1351,  # checkpoint.py: checksums of shards, and metadata that runs no code, 120; groups apart, 10
     # heads that are no product, servers' checksums of families, 35
     "weights": 1050,  # a publish that is not waited for after a stop request, 30; copies that ranks send, 35
     # references.py, 80; signals, 15; inputs.py: what a run that goes on must have the same, 125; users' rewards, 95;
@@ -68,13 +70,14 @@ BUDGETS = {
     # the check of packed documents, active parameters, 10; directories that hold results, 2
     # settings of moments, 15; the source of an environment of verifiers, 8
     # profile_processes.py: what one of several processes reaches, with FSDP over gloo, 115; profile.py, 50
-    "run": 6412,
+    # a stop in the middle of training, 15
+    "run": 6427,
     # lag.py: who waits for whom, what a lag gave, 150; learning.py, 115; the time left, 20; page.js; what is damaged or
     # not finite, 50
     "report": 1490,
     # ranks that train on while they send, 30; streams.py: many answers by one call, 100; who may connect, 20;
-    # engines in bfloat16, 6
-    "ray": 1545,
+    # engines in bfloat16, 6; a stop while ranks train, 4
+    "ray": 1549,
     # wire.py, endpoint.py and three files of APIs: an HTTP endpoint as programs expect it, 1,080; tools.py, 200;
     # conformance.py, 265; environments.py, 125; answers as they are sampled, in four APIs, 500
     # verifiers_env.py: environments of another library, and their tasks as problems, 190

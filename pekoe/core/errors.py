@@ -26,6 +26,10 @@ class Interrupted(RuntimeError):
     status = 130  # SIGINT, Ctrl-C
 
 
+class StopRequested(Exception):
+    """The user asked to stop, and the work in hand can be dropped without loss."""
+
+
 def nearest(name: str, valid: Iterable[str]) -> str:
     """Return `" Did you mean 'x'?"` for the valid name closest to `name`, or all valid names if none is close."""
     names = sorted(valid)

@@ -106,6 +106,7 @@ def build_cluster(
     connect(section, view, stack)
     stores, timer = StoreRegistry(config), StepTimer(view)
     trainer, pool = _start(config, spec, task.longest, stores, view, stop, stack)
+    trainer.stopping = stop.overdue
     stack.callback(run.forget_writing)  # what the ranks are writing may stand, whatever ends the run
     check_room(pool.max_sequence_tokens, task.longest)
     for params in task.planned:

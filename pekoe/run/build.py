@@ -459,7 +459,8 @@ def build_rl(
     embedded = config.engine.backend == "embedded"
     staged = StagedSender(model, dtype, temperature, embedded) if lag else None  # before the trainer prepares the model
     trainer, timer = make_trainer(config, model, dtype), StepTimer(view)
-    sender = staged or LocalSender(model, dtype, trainer.logprobs)
+    trainer.stopping = stop.overdue
+    sender = staged or LocalSender(model, dtype, trainer.canary_logprobs)
     pool = open_pool(config, sender.model, task.longest, task.planned, logs, view, stop, stack)
     canary = tokenizer.encode_prompt(task.problems[0].messages)
     weights = open_channel(config, pool, sender, canary, temperature, logs, stop)

@@ -9,16 +9,14 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from pekoe.core.errors import Interrupted
+from pekoe.core.errors import Interrupted, StopRequested
 from pekoe.core.progress import NoProgress, ProgressReporter, phase
+
+_PATIENCE_S = 3.0  # that a step under way goes on after a stop request: it may be complete then
 
 
 class StoppedInStep(Exception):
-    """As StopRequested, at a moment when the trainer's weights are of no step that can be gone on from."""
-
-
-class StopRequested(Exception):
-    """Ctrl-C arrived and the work in hand can be dropped without loss."""
+    """As StopRequested, at a moment when the trainer's weights are of no step that can be gone on from. Says which."""
 
 
 class Stop:
@@ -32,12 +30,20 @@ class Stop:
 
     def __init__(self) -> None:
         self.requested = False
+        self._since: float | None = None  # when it was seen first
         self._received: list[int] = []
 
     def check(self) -> None:
         """Raise StopRequested if the user asked to stop. Called only where nothing is half done."""
         if self.requested:
             raise StopRequested
+
+    def overdue(self) -> bool:
+        """Whether so much time has passed since the request that a step under way is to be dropped."""
+        if not self.requested:
+            return False
+        self._since = self._since or time.monotonic()
+        return time.monotonic() - self._since > _PATIENCE_S
 
     @contextmanager
     def listening(self) -> Iterator[Stop]:
@@ -56,6 +62,7 @@ class Stop:
                 raise KeyboardInterrupt
             self._received.append(number)
             self.requested = True
+            self.overdue()
 
         numbers = [signal.SIGINT, signal.SIGTERM]
         if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:

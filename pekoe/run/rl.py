@@ -15,7 +15,7 @@ from pekoe.algo.loss import denominator, ppo
 from pekoe.algo.packing import split_minibatches
 from pekoe.algo.scoring import Scored, score, uninformative
 from pekoe.config.recipes import RLConfig
-from pekoe.core.errors import Interrupted, RunError
+from pekoe.core.errors import Interrupted, RunError, StopRequested
 from pekoe.core.loop import StepStats, SyncReport, Trainer
 from pekoe.core.progress import ProgressReporter, phase
 from pekoe.core.types import AnySample, Draw, JudgedGroup
@@ -23,7 +23,7 @@ from pekoe.plan.own import forecast_sentence
 from pekoe.run.build import RLParts, eval_sampling
 from pekoe.run.checkpoints import Progress
 from pekoe.run.evaluate import evaluate, warn_truncation
-from pekoe.run.interrupt import StepTimer, StoppedInStep, StopRequested
+from pekoe.run.interrupt import StepTimer, StoppedInStep
 from pekoe.run.metrics import collapse_of, looks_well, not_finite, own_metrics, step_metrics, step_work, warnings_of
 from pekoe.run.records import record_lines
 from pekoe.run.rollouts import Batch, check_faults
@@ -32,7 +32,8 @@ WARN_EVERY = 10  # steps: how often a warning is repeated
 
 
 def run_rl(parts: RLParts) -> None:
-    """Train until `num_steps`. Ctrl-C keeps the last complete step and raises Interrupted.
+    """Train until `num_steps`. Ctrl-C keeps the last complete step, or the last checkpoint where the weights of that
+    step are no more, and raises Interrupted.
 
     Version t of the weights is that of step t. With `rollout.max_lag` = S the groups of step t are put when version
     t - 1 - S serves, and sampled while earlier steps are trained on: by that version alone, or with
@@ -75,12 +76,12 @@ def run_rl(parts: RLParts) -> None:
                 if step % config.train.save_every == 0:
                     save(parts, progress)
                 parts.view.advance()
-    except StoppedInStep:
+    except StoppedInStep as stopped:
         run.settle()
         kept = f"step {run.saved} is saved" if run.saved else "nothing is saved yet"
         raise Interrupted(
-            f"stopped in step {progress.step + 1} of {config.num_steps}, before all that the version before it samples "
-            f"was complete (rollout.during_update = 'wait'); {kept}; run {run.same_command} again to go on from there"
+            f"stopped in step {progress.step + 1} of {config.num_steps}, {stopped}; {kept}; "
+            f"run {run.same_command} again to go on from there"
         ) from None
     except StopRequested:
         save(parts, progress)
@@ -173,13 +174,20 @@ def check_verdicts(parts: RLParts, step: int, batch: Batch) -> None:
 def train(parts: RLParts, scored: Scored, step: int) -> tuple[list[StepStats], dict[int, str]]:
     """One optimizer step for each mini-batch, none where there is nothing to learn.
 
-    Returns the steps, and why groups (by position in the batch) were not trained on after all.
+    Returns the steps, and why groups (by position in the batch) were not trained on after all. StopRequested before
+    the first optimizer step, StoppedInStep after it, where the user asked to stop and the rest would take long.
     """
     if not scored.samples or scored.no_signal:
         parts.trainer.skip(parts.config.algo.minibatches)  # the schedule goes on
         return [], {sample.group: scored.no_signal for sample in scored.samples}
     parts.rollouts.offload()
-    return learn(parts.config, parts.trainer, scored.samples, step, parts.timer, parts.view)
+    num_updates = parts.trainer.num_updates
+    try:
+        return learn(parts.config, parts.trainer, scored.samples, step, parts.timer, parts.view)
+    except StopRequested:
+        if parts.trainer.num_updates == num_updates:
+            raise
+        raise StoppedInStep("between its optimizer steps") from None
 
 
 def learn(

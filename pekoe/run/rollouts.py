@@ -23,7 +23,6 @@ from pekoe.run.interrupt import StepTimer, Stop, StoppedInStep
 from pekoe.run.judging import Judge, await_verdicts
 
 _LOOK_S = 0.5  # between looks at the stop request while nothing finishes
-_STOP_S = 5.0  # that `drain` goes on after a stop request: the step is complete then
 _WAITING_S = 1.0  # between calls of `while_waiting`
 
 
@@ -236,14 +235,13 @@ class Rollouts:
 
     def drain(self) -> None:
         """See `core.loop.Rollouts`. StoppedInStep some seconds after the user asked to stop."""
-        asked: float | None = None  # when
         with self._timer("rollout"):
             while not all(group.sampled for group in self._groups):
-                if self._stop.requested:
-                    asked = asked or time.monotonic()
-                    if time.monotonic() - asked > _STOP_S:
-                        self.cancel()
-                        raise StoppedInStep
+                if self._stop.overdue():
+                    self.cancel()
+                    raise StoppedInStep(
+                        "before all that the version before it samples was complete (rollout.during_update = 'wait')"
+                    )
                 self._receive(self._while_draining)
 
     def _next(self) -> Iterator[_Group]:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from pekoe.config.recipes import CurateConfig, EvalConfig, VerifySection
-from pekoe.core.errors import Interrupted, UserError
+from pekoe.core.errors import Interrupted, StopRequested, UserError
 from pekoe.core.journal import JsonLines, read_lines
 from pekoe.core.progress import ProgressReporter
 from pekoe.core.types import Draw, JudgedGroup, Label, Problem, SamplingParams, Verdict
@@ -25,7 +25,7 @@ from pekoe.data.tokenizer import Tokenizer
 from pekoe.model import LanguageModel
 from pekoe.run.build import attach_weights, open_pool
 from pekoe.run.inputs import digest, reward_sources
-from pekoe.run.interrupt import StepTimer, Stop, StopRequested
+from pekoe.run.interrupt import StepTimer, Stop
 from pekoe.run.judging import make_judge, response_text
 from pekoe.run.rollouts import Rollouts, check_faults
 from pekoe.run.run_dir import lock

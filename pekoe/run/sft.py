@@ -13,7 +13,7 @@ import torch
 
 from pekoe.algo.loss import cross_entropy
 from pekoe.config.recipes import SFTConfig
-from pekoe.core.errors import Interrupted, RunError, UserError
+from pekoe.core.errors import Interrupted, RunError, StopRequested, UserError
 from pekoe.core.progress import NoProgress, ProgressReporter, phase
 from pekoe.core.roofline import training_bytes, training_flops
 from pekoe.core.types import Sample
@@ -75,6 +75,7 @@ def _run(config: SFTConfig, view: ProgressReporter, leader: bool, from_step: int
     uids = [f"{i}/{hashlib.blake2b(s.tokens.tobytes(), digest_size=8).hexdigest()}" for i, s in enumerate(samples)]
     order = DataOrder(uids, config.run.seed)  # refuses to go on with other demonstrations
     stop = Stop()
+    trainer.stopping = stop.overdue
     with stop.listening(), RunDir(config, (view.event,), leader, from_step=from_step) as run:
         if isinstance(run.before, SFTConfig):
             say_changes(run, config.optim, view, 1, per_epoch * run.before.sft.epochs, total)
@@ -102,6 +103,8 @@ def _run(config: SFTConfig, view: ProgressReporter, leader: bool, from_step: int
                     run.settle(wait=False)
                     if step % config.train.save_every == 0:
                         run.save(trainer, progress, config.train.keep_checkpoints)
+        except StopRequested:
+            pass  # in a step or a measurement, which is done again
         except Exception:
             if alone and trainer.num_updates == progress.step:  # its weights are those of this step
                 keep = config.train.keep_checkpoints

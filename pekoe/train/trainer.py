@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint as recompute
 from pekoe.algo.loss import Sums, chosen_logprobs
 from pekoe.algo.packing import MicroBatch, allocate, assign, pack
 from pekoe.config.recipes import OptimSection
-from pekoe.core.errors import UserError
+from pekoe.core.errors import StopRequested, UserError
 from pekoe.core.loop import StepStats
 from pekoe.core.spec import ModelSpec
 from pekoe.core.types import AnySample, FloatArray
@@ -149,6 +149,9 @@ class Trainer:
         self._busy_s, self._num_tokens = 0.0, 0
         self.chunk_values: int | None = None
         """Logits held at once; None: as many as suit the device."""
+        self.stopping: Callable[[], bool] | None = None
+        """Where one process trains, asked at every layer whether to drop what is begun: `step` and `logprobs` raise
+        StopRequested then, and the weights are what they were. (Several would have to agree at each.)"""
 
     def skip(self, num_updates: int) -> None:
         self.num_updates += num_updates
@@ -246,6 +249,14 @@ class Trainer:
             out = np.split(whole, np.cumsum([len(sample) for sample in samples])[:-1])
         return out
 
+    def canary_logprobs(self, samples: Sequence[AnySample]) -> list[FloatArray]:
+        """As `logprobs`, to its end in any case: what is published is proven."""
+        stopping, self.stopping = self.stopping, None
+        try:
+            return self.logprobs(samples)
+        finally:
+            self.stopping = stopping
+
     @torch.no_grad()
     def logprobs_packed(self, rank_batch: RankBatch, reference: bool = False) -> list[list[FloatArray]]:
         """As `logprobs`, given this process's part: for each micro-batch, those of its samples."""
@@ -313,6 +324,8 @@ class Trainer:
         """Log-probs and entropies [N] of `targets` [N], predicted at `rows` [N] of the tokens [T]."""
         # A weight's copy in the lower dtype goes with its product: autocast's cache would hold those of all layers.
         with torch.autocast(self.device.type, self.compute_dtype, enabled=self._autocast, cache_enabled=False):
+            if self.stopping is not None and self._layout is None:
+                attention = partial(_or_stop, self.stopping, attention)
             # Attention differs by micro-batch, and would be compiled again for each.
             plain = torch.compiler.disable(attention) if self._compile else attention
             hidden = model(tokens, positions, plain, routing)
@@ -351,6 +364,20 @@ class Trainer:
             options=self._options,
         )
         self.num_updates, self.num_not_finite = state["num_updates"], state["num_not_finite"]
+
+
+def _or_stop(stopping: Callable[[], bool], attention: Attention, *args: Any, **kwargs: Any) -> Tensor:
+    """The attention of a layer, unless the user asked to stop; its backward asks likewise."""
+
+    def check(_: Tensor | None = None) -> None:
+        if stopping():
+            raise StopRequested
+
+    check()
+    out = attention(*args, **kwargs)
+    if out.requires_grad:
+        out.register_hook(check)
+    return out
 
 
 def expert_balance(loads: Tensor) -> dict[str, float]:

@@ -4,6 +4,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ import torch
 
 from pekoe.algo.loss import cross_entropy, ppo
 from pekoe.config.recipes import AlgoSection, OptimSection
+from pekoe.core.errors import StopRequested
 from pekoe.core.types import Sample
 from pekoe.model import Decoder, load_model
 from pekoe.train import Trainer
@@ -271,3 +273,35 @@ def test_compiled_layers_give_the_same_gradients(make_model: MakeModel, recomput
     assert torch._dynamo.utils.counters["stats"]["calls_captured"] > calls, "nothing was compiled"
     for name, expected in plain.items():
         assert (found[name] - expected).norm() <= 1e-5 * expected.norm()
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_stop_is_asked_for_at_each_layer_and_leaves_the_weights(make_model: MakeModel, checkpointing: bool):
+    def new() -> Trainer:
+        return Trainer(make_model(), OPTIM, 64, 1, activation_checkpointing=checkpointing)
+
+    def weights(trainer: Trainer) -> dict[str, torch.Tensor]:
+        return {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+
+    samples, undisturbed, begun, asked = make_samples(), new(), new(), list[int]()
+    undisturbed.step(samples, PPO)
+    begun.stopping = lambda: asked.append(1) is not None  # never
+    num_microbatches = begun.step(samples, PPO).num_microbatches
+    each = 2 * (3 if checkpointing else 2)  # two layers: forward, backward, and forward again where it is recomputed
+    assert len(asked) == each * num_microbatches > each
+    before = weights(trainer := new())
+    for number in range(1, len(asked) + 1):
+        asks = count(1)
+        trainer.stopping = lambda asks=asks, number=number: next(asks) == number
+        with pytest.raises(StopRequested):
+            trainer.step(samples, PPO)
+    trainer.stopping = lambda: True
+    with pytest.raises(StopRequested):
+        trainer.logprobs(samples)
+    assert len(trainer.canary_logprobs(samples)) == len(samples)
+    assert trainer.num_updates == 0
+    assert all(torch.equal(before[name], p) for name, p in weights(trainer).items())
+    trainer.stopping = None
+    trainer.step(samples, PPO)
+    for other in (begun, trainer):
+        assert all(torch.equal(p, weights(other)[name]) for name, p in weights(undisturbed).items())
