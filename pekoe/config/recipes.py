@@ -375,11 +375,6 @@ class RLConfig(TrainingConfig):
                 )
 
     def _check_routing(self, cp: int) -> None:
-        if self.rollout.replay_routing and self.engine.backend != "embedded":
-            raise ValueError(
-                f"rollout.replay_routing: expected false with engine.backend = {self.engine.backend!r}, whose servers "
-                "are not asked for the experts of tokens, got true; nearest: engine.backend = 'embedded'"
-            )
         if self.rollout.replay_routing and cp > 1:
             raise ValueError(
                 f"rollout.replay_routing: expected false with cluster.training.cp = {cp}, whose ranks have pieces of "

@@ -9,12 +9,16 @@ token that no engine computed, as the last of a response, has MISSING there.
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from pekoe.core.errors import UserError
 from pekoe.core.spec import FamilySpec, ModelSpec
-from pekoe.core.types import missing_expert
+from pekoe.core.types import RoutingArray, missing_expert
 from pekoe.model.attention import PackedAttention
 from pekoe.model.protocol import LanguageModel, Routing
 
@@ -26,6 +30,21 @@ def routing_shape(spec: ModelSpec) -> tuple[int, int, torch.dtype]:
     assert isinstance(spec, FamilySpec), "checked by `check_routing`"
     dtype = torch.uint8 if spec.num_experts < 256 else torch.int16
     return len(spec.mixtures), spec.experts_per_token, dtype
+
+
+def routing_of_all_layers(spec: ModelSpec, experts: NDArray[np.integer[Any]], num_tokens: int) -> RoutingArray:
+    """A recorded routing from the experts [num_tokens * all layers * k] that a server gives, those of layers without
+    any included. ValueError where these are not so many, or not k different experts for each token."""
+    _, k, dtype = routing_shape(spec)
+    assert isinstance(spec, FamilySpec)
+    if experts.size != (expected := num_tokens * spec.num_layers * k):
+        raise ValueError(f"expected {expected} experts of {num_tokens} tokens, got {experts.size}")
+    places = [next(int(part) for part in name.split(".") if part.isdecimal()) for name in spec.mixtures]
+    chosen = experts.reshape(num_tokens, spec.num_layers, k)[:, places]
+    ordered = np.sort(chosen.astype(np.int64), -1)
+    if ordered.size and (ordered.min() < 0 or ordered.max() >= spec.num_experts or (np.diff(ordered) == 0).any()):
+        raise ValueError(f"expected {k} different experts of {spec.num_experts} for each token and layer, got others")
+    return chosen.astype(np.uint8 if dtype is torch.uint8 else np.int16)
 
 
 class OwnRouting:

@@ -44,7 +44,7 @@ from pekoe.engine.base import EngineKind
 from pekoe.engine.embedded import EmbeddedEngine
 from pekoe.engine.pool import EnginePool, Starter
 from pekoe.engine.servers import ServerEngine, SGLangEngine, VLLMEngine
-from pekoe.model import LanguageModel, LoRA, check_model, is_adapter, load_model
+from pekoe.model import LanguageModel, LoRA, check_model, check_routing, is_adapter, load_model
 from pekoe.model.hf import base_of
 from pekoe.model.lora import add_lora
 from pekoe.run.checkpoints import checkpoints, step_of
@@ -273,19 +273,14 @@ class ServerStarter:
                 f"model.path: expected a whole model for {_SERVERS[self.config.engine.backend].name}, got an adapter; "
                 f"make one of it first: pekoe merge {model.path} NEW_DIRECTORY"
             )
+        served = Path(model.path), self.config.engine, self.spec, self.longest, self.log_dir
         return _SERVERS[self.config.engine.backend](
-            Path(self.config.model.path),
-            self.config.engine,
-            self.spec,
-            self.longest,
-            self.log_dir,
-            self.config.model.dtype,
-            self.device,
-            self.threads,
+            *(*served, model.dtype, self.device, self.threads),
             number=self.number,
             url=urls[self.number] if urls else None,
             offloads=self.offloads,
             lora_rank=lora.rank if lora else 0,
+            routing=isinstance(self.config, RLConfig) and self.config.rollout.replay_routing,
         )
 
 
@@ -374,6 +369,8 @@ def training_bytes(config: RLConfig, model: LanguageModel, longest: int) -> int:
 def make_trainer(config: RLConfig, model: LanguageModel, dtype: torch.dtype, layout: Layout | None = None) -> Trainer:
     updates, train = config.num_steps * config.algo.minibatches, config.train
     reference = None
+    if config.rollout.replay_routing:
+        check_routing(model)
     if config.algo.kl and model.lora is None:  # a model with an adapter has its reference: itself without it
         # Where processes share it, it goes to the device layer by layer: no device ever holds it whole.
         device = "cpu" if layout is not None else str(next(model.parameters()).device)

@@ -20,6 +20,8 @@ from pekoe.core.types import Record, Sample, SamplingParams
 from pekoe.engine import EmbeddedEngine
 from pekoe.engine.base import requests_of
 from pekoe.model import LanguageModel, OwnRouting, PackedAttention, Replay, check_routing, load_model
+from pekoe.model.hf import read_spec
+from pekoe.model.routing import routing_of_all_layers
 from pekoe.train import Trainer
 from tests.engine.embedded.checks import collect
 from tests.families.configs import FAMILIES, VOCAB, config_of, save
@@ -101,6 +103,17 @@ def test_the_engine_records_the_experts_of_every_token_but_the_last(family: str,
     for routing in (False, True):
         for sample, logprobs in zip(records, trainer.logprobs(samples_of(records, routing)), strict=True):
             assert np.abs(logprobs - sample.logprobs).max() <= 1e-4
+
+
+def test_of_a_servers_layers_those_with_experts_are_kept(tmp_path: Path):
+    spec, _ = read_spec(save("deepseek_v3", tmp_path / "model"), "transformers")  # its first layer has none
+    given = np.array([[[0, 0], [3, 1]], [[0, 0], [0, 2]]])
+    kept = routing_of_all_layers(spec, given.reshape(-1), 2)
+    assert kept.dtype == np.uint8
+    assert kept.tolist() == [[[3, 1]], [[0, 2]]]
+    for wrong in (given[:1], np.zeros_like(given), given + 2, given - 1):
+        with pytest.raises(ValueError, match="expected"):
+            routing_of_all_layers(spec, wrong.reshape(-1), 2)
 
 
 def test_low_precision_chooses_other_experts_and_replay_takes_the_engines(tmp_path: Path):

@@ -18,11 +18,13 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, cast
 
 import httpx
+import numpy as np
+from numpy.typing import NDArray
 
 from pekoe.config.engine import ServerSection
 from pekoe.config.secrets import without_secrets
 from pekoe.core.errors import RunError, UserError
-from pekoe.core.spec import ModelSpec
+from pekoe.core.spec import FamilySpec, ModelSpec
 from pekoe.core.types import FinishReason, Request, SamplingParams
 from pekoe.engine.base import BroadcastGroup, Checksums
 from pekoe.engine.buckets import Tensors
@@ -34,6 +36,7 @@ _HEALTH_LIMIT_S = 10.0
 _KEEP_ALIVE_S = 2.0  # shorter than any server's (uvicorn: 5 s), so that no request meets a closing connection
 MOST_BYTES = 16 << 20  # of a response
 _SAMPLE_BYTES, _TOKEN_BYTES = 1 << 20, 1 << 10  # of a sample's: of all that is no token, and of each token
+_EXPERT_BYTES = 6  # of the number of an expert: 4 bytes in base64
 _MOST_PAUSE_S = 60.0  # that `Retry-After` may ask for
 _SHOWN = 500  # characters of a response that a message has
 # What reading a response raises where something in it is not what it should be.
@@ -70,6 +73,7 @@ class ServerOptions:
     device: str  # "cpu" | "cuda"
     offloads: bool = False  # whether `offload` will be called
     lora_rank: int = 0  # of the adapter that updates bring; 0: they bring whole weights
+    routing: bool = False  # whether experts of tokens will be asked for
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +91,7 @@ class Answer:
     rid: str = ""  # the id of the request that it is for
     num_prompt_tokens: int | None = None  # None: ended before it was looked at
     num_cached_tokens: int = 0  # of the prompt
+    experts: NDArray[np.integer[Any]] | None = None  # of all tokens but the last, in all layers, as one row of numbers
 
 
 ABORTED = Answer([], [], "abort", [])
@@ -154,10 +159,11 @@ class ServerClient(ABC):
 
     async def sample(self, request: Request, rid: str) -> Answer:
         """One response under the request id `rid`, with a seed of its own from `sampling.sequence_key`."""
-        body, most = (
-            self.body(request, rid) | self.adapter,
-            _SAMPLE_BYTES + _TOKEN_BYTES * request.params.max_new_tokens,
-        )
+        params, spec = request.params, self.options.spec
+        body, most = self.body(request, rid) | self.adapter, _SAMPLE_BYTES + _TOKEN_BYTES * params.max_new_tokens
+        if params.routing and isinstance(spec, FamilySpec):
+            num_tokens = len(request.tokens) + params.max_new_tokens
+            most += _EXPERT_BYTES * num_tokens * spec.num_layers * spec.experts_per_token
         content = await self.post(self.sample_path, body, self.options.config.request_limit_s, most)
         size = len(request.tokens)
         try:

@@ -31,7 +31,7 @@ from pekoe.config.engine import EngineSection, ServerSection
 from pekoe.config.secrets import without_secrets
 from pekoe.core.errors import RunError, UserError
 from pekoe.core.spec import ModelSpec
-from pekoe.core.types import Completion, Record, Request, SamplingParams
+from pekoe.core.types import Completion, Record, Request, RoutingArray, SamplingParams
 from pekoe.engine.async_thread import AsyncThread
 from pekoe.engine.base import (
     Broadcast,
@@ -59,6 +59,7 @@ from pekoe.engine.servers.client import (
 )
 from pekoe.engine.servers.process import ServerProcess, allow_open_files, check_python, free_port, wait_ready
 from pekoe.model import LanguageModel, is_adapter, model_on_meta, save_model
+from pekoe.model.routing import routing_of_all_layers
 
 _BACKOFF_S = 0.2  # before the first retry; each further one waits twice as long
 _BUSY_S, _MOST_BUSY_S = 1.0, 30.0  # likewise, where the server answered 429 or 5xx and did not say when
@@ -116,6 +117,7 @@ class ServerEngine(Engine):
         url: of a running server; None: launch one.
         offloads: whether `offload` will be called.
         lora_rank: of the adapter that updates bring; 0: they bring whole weights.
+        routing: whether requests will ask for the experts of their tokens.
 
     Blocks until the server is ready. UserError for settings that cannot work, RunError if the server does not start.
     """
@@ -138,6 +140,7 @@ class ServerEngine(Engine):
         url: str | None = None,
         offloads: bool = False,
         lora_rank: int = 0,
+        routing: bool = False,
     ) -> None:
         server = self._config = config.server
         self._spec, self._limit = spec, min(max_sequence_tokens, spec.max_positions)
@@ -145,7 +148,7 @@ class ServerEngine(Engine):
         kv_tokens = config.server_kv(self._limit, spec.kv_values_per_token, dtype, device)
         self._limit = min(self._limit, kv_tokens or self._limit)
         limits = self._limit, kv_tokens, config.max_running
-        options = ServerOptions(model, server, spec, *limits, dtype, device, offloads, lora_rank)
+        options = ServerOptions(model, server, spec, *limits, dtype, device, offloads, lora_rank, routing)
         self.label = f"{self.name} server {number}" if url is None else f"{self.name} at {without_secrets(url)}"
         if url is None:
             check_python(self.name, server.python)
@@ -222,15 +225,12 @@ class ServerEngine(Engine):
     @classmethod
     def check_params(cls, params: SamplingParams) -> None:
         """As `check`, without a server."""
-        if params.routing:
-            raise UserError(
-                f"sampling routing: expected False of {cls.kind} servers, which are not asked for the experts of "
-                "tokens, got True"
-            )
         cls.client_class.check_params(params)
 
     def check(self, params: SamplingParams) -> None:
         self.check_params(params)
+        if params.routing and not self._client.options.routing:
+            raise UserError("sampling routing: expected False of an engine that was made without it, got True")
 
     @cached_property
     def _end_tokens(self) -> tuple[int, ...]:
@@ -387,8 +387,19 @@ class ServerEngine(Engine):
         first, last, got = flight.version, self._version, [version for version, _ in versions]
         if not all(first <= version <= last for version in got):
             raise EngineLost(f"{self.label}: expected tokens of versions {first} to {last}, got {shown(got)}")
-        record = Record.of(request.tokens, tokens, logprobs)
+        record = Record.of(request.tokens, tokens, logprobs, self._routing(flight, answer))
         return Completion(size, answer.finish, versions, record, answer.num_cached_tokens)
+
+    def _routing(self, flight: _Flight, answer: Answer) -> RoutingArray | None:
+        """The experts of all tokens but the last, where they were asked for. An aborted response may lack them."""
+        request, size = flight.request, len(answer.tokens)
+        if not request.params.routing or (answer.experts is None and answer.finish == "abort"):
+            return None
+        try:
+            given = np.empty(0, np.int64) if answer.experts is None else answer.experts
+            return routing_of_all_layers(self._spec, given, len(request.tokens) + size - 1)
+        except ValueError as error:
+            raise RunError(f"{self._client.url}: prompt {request.uid}, sample {request.sample}: {error}") from None
 
     def abort(self, uids: Iterable[str] | None = None) -> None:
         """See `Engine.abort`. Does not wait."""

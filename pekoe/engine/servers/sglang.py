@@ -17,9 +17,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from base64 import b64decode
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
+
+import numpy as np
 
 from pekoe.core.errors import RunError, UserError
 from pekoe.core.types import FinishReason, Request, SamplingParams
@@ -42,6 +45,7 @@ from pekoe.engine.servers.client import (
 )
 from pekoe.engine.servers.engine import ServerEngine
 
+ROUTES = "enable_return_routed_experts"
 LAUNCH = Path(__file__).with_name("sglang_launch.py")
 _CONTEXT_MARGIN = 8  # a prompt must be shorter than the context by 6, a response's end by 1
 _FLUSH_ATTEMPTS, _FLUSH_AGAIN_S = 25, 0.2
@@ -68,6 +72,8 @@ class SGLangClient(ServerClient):
             argv += ["--max-total-tokens", str(max(options.kv_tokens, context))]
         if options.offloads and options.device == "cuda":
             argv += ["--enable-memory-saver"]
+        if options.routing:
+            argv += [f"--{ROUTES.replace('_', '-')}"]
         env = {"HF_HUB_OFFLINE": "1", KEY_VARIABLE: self.key}
         if options.device == "cpu":
             argv += ["--sleep-on-idle"]
@@ -113,7 +119,8 @@ class SGLangClient(ServerClient):
         }
         if params.stops:
             sampling["stop_token_ids"] = list(params.stops)
-        return {"input_ids": request.tokens.tolist(), "rid": rid, "sampling_params": sampling, "return_logprob": True}
+        body = {"input_ids": request.tokens.tolist(), "rid": rid, "sampling_params": sampling, "return_logprob": True}
+        return body | ({"return_routed_experts": True} if params.routing else {})
 
     @staticmethod
     def parse(content: Any) -> Answer:
@@ -136,11 +143,20 @@ class SGLangClient(ServerClient):
             raise ValueError(f"versions with gaps: {spans}")
         versions = [(version, start) for version, start, end in spans if start < end]
         cached = whole(meta.get("cached_tokens", 0) if reason == "abort" else meta["cached_tokens"])
-        logprobs = [logprob(entry[0]) for entry in entries]
-        return Answer(tokens, logprobs, reason, versions, meta["id"], whole(meta["prompt_tokens"]), cached)
+        logprobs, packed = [logprob(entry[0]) for entry in entries], meta.get("routed_experts")
+        experts = None if packed is None else np.frombuffer(b64decode(packed, validate=True), "<i4")
+        return Answer(tokens, logprobs, reason, versions, meta["id"], whole(meta["prompt_tokens"]), cached, experts)
 
     async def abort(self, rids: Sequence[str]) -> None:
         await asyncio.gather(*(self.post("/abort_request", {"rid": rid}) for rid in rids))
+
+    async def check_attached(self) -> None:
+        if self.options.routing:
+            info = await self.get("/server_info")
+            if not self.field(info, ROUTES, bool):
+                raise UserError(
+                    f"{self.url}: expected an SGLang server with --{ROUTES.replace('_', '-')}, got one without"
+                )
 
     # Weights
 

@@ -19,11 +19,15 @@ How it differs from what Pekoe needs, each found by experiment:
 from __future__ import annotations
 
 import contextlib
+from base64 import b64decode
 from collections.abc import Iterable, Sequence
+from io import BytesIO
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from pekoe.core.errors import RunError, UserError
 from pekoe.core.types import Request, SamplingParams
@@ -132,6 +136,13 @@ class VLLMClient(ServerClient):
             argv += ["--max-num-batched-tokens", str(max(options.max_sequence_tokens, CPU_BATCH_TOKENS))]
         if options.offloads and options.device == "cuda":
             argv += ["--enable-sleep-mode"]
+        if options.routing:
+            if options.device == "cpu":
+                raise UserError(
+                    "rollout.replay_routing: expected false with engine.backend = 'vllm' on a CPU, where vLLM does not "
+                    "return the experts of tokens, got true; nearest: engine.backend = 'embedded'"
+                )
+            argv += ["--enable-return-routed-experts"]
         if options.lora_rank:
             rank = next((rank for rank in LORA_RANKS if rank >= options.lora_rank), None)
             if rank is None:
@@ -209,7 +220,8 @@ class VLLMClient(ServerClient):
         spans = [(whole(span["version"]), whole(span["start"])) for span in choice["weight_versions"] or ()]
         usage, rid = content["usage"], content["request_id"].removeprefix(_RID_PREFIX)
         cached = whole((usage["prompt_tokens_details"] or {}).get("cached_tokens") or 0)
-        return Answer(tokens, logprobs, choice["finish_reason"], spans, rid, whole(usage["prompt_tokens"]), cached)
+        finish, size, packed = choice["finish_reason"], whole(usage["prompt_tokens"]), choice.get("routed_experts")
+        return Answer(tokens, logprobs, finish, spans, rid, size, cached, None if packed is None else _numbers(packed))
 
     async def post(
         self, path: str, body: Any = None, limit_s: float | None = None, most_bytes: int = MOST_BYTES
@@ -247,6 +259,7 @@ class VLLMClient(ServerClient):
             answer = await self.get("/server_info?config_format=json")
             model = answer["vllm_config"]["model_config"]
             size, mode, dtype = whole(model["max_model_len"]), model["logprobs_mode"], model["dtype"]
+            routes = options.routing and answer["vllm_config"]["aux_output_config"]["enable_return_routed_experts"]
         except (RunError, *MISREAD) as error:
             raise UserError(
                 f"{self.url}: expected a vLLM server started with VLLM_SERVER_DEV_MODE=1, got {error}"
@@ -256,6 +269,7 @@ class VLLMClient(ServerClient):
             ("--logprobs-mode", mode == LOGPROBS, LOGPROBS, shown(mode)),
             ("--dtype", dtype == f"torch.{options.dtype}", options.dtype, shown(dtype)),
             ("--max-model-len", size >= longest, f"at least {longest}", size),
+            ("--enable-return-routed-experts", routes is options.routing, options.routing, shown(routes)),
         ):
             if not holds:
                 raise UserError(f"{self.url}: expected a vLLM server with {flag} {expected}, got {got}")
@@ -319,6 +333,17 @@ class VLLMClient(ServerClient):
                 ) from None
             raise
         return self.field(answer, "results", list)
+
+
+def _numbers(packed: str) -> NDArray[np.integer[Any]]:
+    """The whole numbers of a .npy file in base64, as one row. An error of MISREAD for anything else; nothing that the
+    file's header claims is allocated."""
+    file = BytesIO(b64decode(packed, validate=True))
+    read = np.lib.format.read_array_header_1_0
+    _, by_columns, dtype = read(file) if np.lib.format.read_magic(file) == (1, 0) else read(BytesIO())
+    if by_columns or dtype.kind not in "iu":
+        raise ValueError(f"expected whole numbers row by row, got {dtype}")
+    return np.frombuffer(file.read(), dtype)
 
 
 class VLLMEngine(ServerEngine):

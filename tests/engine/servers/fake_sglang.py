@@ -13,6 +13,7 @@ import struct
 import sys
 import threading
 import time
+from base64 import b64encode
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -92,6 +93,7 @@ class FakeSGLang(ThreadingHTTPServer):
     def __init__(self, port: int = 0, token_s: float = 0.0, version: str = "default"):
         super().__init__(("127.0.0.1", port), Handler)
         self.token_s, self.version, self.key = token_s, version, ""
+        self.experts: list[int] | None = None  # of every token, layer by layer
         self.late_s = 0.0  # from a request's arrival to when an abort finds it
         self.dead = self.paused = self.lies_about_version = False
         self.requests: list[tuple[str, object]] = []
@@ -128,7 +130,7 @@ class FakeSGLang(ThreadingHTTPServer):
         return (503 if self.paused else 200), None  # the real one samples a token for it
 
     def on_server_info(self, _):
-        return 200, {"tp_size": 1}
+        return 200, {"tp_size": 1, "enable_return_routed_experts": self.experts is not None}
 
     def on_model_info(self, _):
         return 200, {"weight_version": "a lie" if self.lies_about_version else self.version}
@@ -164,6 +166,11 @@ class FakeSGLang(ThreadingHTTPServer):
             del self.running[rid]
         meta = {"id": rid, "prompt_tokens": len(prompt), "finish_reason": reason, "cached_tokens": len(prompt) - 1}
         meta |= {"output_token_logprobs": logprobs, "weight_versions": versions}
+        if body.get("return_routed_experts") and self.experts is not None:
+            rows = max(0, len(prompt) + len(tokens) - 1)
+            meta["routed_experts"] = b64encode(
+                struct.pack(f"<{rows * len(self.experts)}i", *self.experts * rows)
+            ).decode()
         return 200, {"output_ids": tokens, "meta_info": meta}
 
     def on_abort_request(self, body):

@@ -3,6 +3,8 @@
 On import, torchvision registers shape functions for two operators of its compiled half. That half cannot be loaded
 here, so the operators do not exist, and registering for them fails. They are declared, without a kernel, just before
 torchvision is first imported: calling one is an error, and a server of text models calls none.
+
+SGLang can return the experts of tokens on a CPU but for one call of CUDA, which is left out.
 """
 
 import sys
@@ -26,4 +28,19 @@ class _DeclareOperators(MetaPathFinder):
             _kept.append(library)
 
 
+class _PlainHostMemory(MetaPathFinder):
+    """What keeps the experts of tokens registers its host memory with CUDA. It is made of plain memory here."""
+
+    def find_spec(self, fullname, path=None, target=None):
+        if fullname == "sglang.srt.state_capturer.base":
+            sys.meta_path.remove(self)
+            from sglang.srt.mem_cache.pool_host import common  # pyright: ignore[reportMissingImports]
+
+            def plain(dims, dtype, device, pin_memory, allocator, registration_granularity_bytes=None):
+                return allocator.allocate(dims, dtype=dtype, device=device)
+
+            common.ALLOC_MEMORY_FUNCS["cpu"] = plain
+
+
 sys.meta_path.insert(0, _DeclareOperators())
+sys.meta_path.insert(0, _PlainHostMemory())
