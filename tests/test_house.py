@@ -34,8 +34,8 @@ BUDGETS = {
     "algo": 612,  # own advantages, 20; by sequence, 25; log-prob differences by lag, 33; rewards by a formula, 19
     # protocol.py, families.py, family_files.py: what transformers computes, on packed rows, 700; other scores, 75
     # names in files a layer at a time, 27
-    # routing of experts, recorded and replayed, and its loss, 230; as servers give it, 19
-    "model": 2459,  # lora.py, 165; peft.py, their files, and what a model directory of theirs is, 235
+    # routing of experts, recorded and replayed, and its loss, 230; as servers give it, 21
+    "model": 2461,  # lora.py, 165; peft.py, their files, and what a model directory of theirs is, 235
     # template_process.py and its caller: limits of chat templates, 145; tokenizers that fail or multiply, 60;
     # references that are refused, 55; sources.py: CSV, arrays, compression and its bounds, 180; columns by name, 90;
     # layouts of demonstrations, 60; values of Parquet, directories of `datasets`, 70; bad rows in a message, 40;
@@ -51,13 +51,13 @@ BUDGETS = {
     # layers of unequal shapes, windows, soft caps, sinks, 45
     # experts at vLLM: packed again, checksums, 50
     # routing.py, experts beside KV, 80; blocks out of every window, 35
-    # listeners that end a response, 5; experts that servers return, 58
-    "engine": 5098,
+    # listeners that end a response, 5; experts that servers return, 60
+    "engine": 5100,
     # families of transformers, 20; adamw.py: moments in fewer bytes, 85; precision of sharded weights, 40;
     # memory by phases of a step, 45; plans of families, 35
     # the loss for even experts, 45
-    # a stop between the layers of a step, 26
-    "train": 1351,  # checkpoint.py: checksums of shards, and metadata that runs no code, 120; groups apart, 10
+    # a stop between the layers of a step, 29
+    "train": 1354,  # checkpoint.py: checksums of shards, and metadata that runs no code, 120; groups apart, 10
     # heads that are no product, servers' checksums of families, 35
     "weights": 1050,  # a publish that is not waited for after a stop request, 30; copies that ranks send, 35
     # references.py, 80; signals, 15; inputs.py: what a run that goes on must have the same, 125; users' rewards, 95;
@@ -70,14 +70,14 @@ BUDGETS = {
     # the check of packed documents, active parameters, 10; directories that hold results, 2
     # settings of moments, 15; the source of an environment of verifiers, 8
     # profile_processes.py: what one of several processes reaches, with FSDP over gloo, 115; profile.py, 50
-    # a stop in the middle of training, 15
-    "run": 6427,
+    # a stop in the middle of training, and the state before it, 46
+    "run": 6458,
     # lag.py: who waits for whom, what a lag gave, 150; learning.py, 115; the time left, 20; page.js; what is damaged or
     # not finite, 50
     "report": 1490,
     # ranks that train on while they send, 30; streams.py: many answers by one call, 100; who may connect, 20;
-    # engines in bfloat16, 6; a stop while ranks train, 4
-    "ray": 1549,
+    # engines in bfloat16, 6
+    "ray": 1545,
     # wire.py, endpoint.py and three files of APIs: an HTTP endpoint as programs expect it, 1,080; tools.py, 200;
     # conformance.py, 265; environments.py, 125; answers as they are sampled, in four APIs, 500
     # verifiers_env.py: environments of another library, and their tasks as problems, 190

@@ -41,8 +41,10 @@ def routing_of_all_layers(spec: ModelSpec, experts: NDArray[np.integer[Any]], nu
         raise ValueError(f"expected {expected} experts of {num_tokens} tokens, got {experts.size}")
     places = [next(int(part) for part in name.split(".") if part.isdecimal()) for name in spec.mixtures]
     chosen = experts.reshape(num_tokens, spec.num_layers, k)[:, places]
-    ordered = np.sort(chosen.astype(np.int64), -1)
-    if ordered.size and (ordered.min() < 0 or ordered.max() >= spec.num_experts or (np.diff(ordered) == 0).any()):
+    if spec.num_experts > 1 and not chosen.any():
+        raise ValueError("got expert 0 for every token and layer, as from kernels for experts that record nothing")
+    ordered = np.sort(chosen, -1)
+    if ordered.min() < 0 or ordered.max() >= spec.num_experts or (ordered[..., 1:] == ordered[..., :-1]).any():
         raise ValueError(f"expected {k} different experts of {spec.num_experts} for each token and layer, got others")
     return chosen.astype(np.uint8 if dtype is torch.uint8 else np.int16)
 

@@ -9,7 +9,7 @@ import secrets
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from threading import Lock
 from typing import Any
@@ -24,7 +24,6 @@ from pekoe.config.cluster import ClusterSection
 from pekoe.core.errors import RunError, UserError
 from pekoe.core.loop import Counters
 from pekoe.core.progress import ProgressReporter
-from pekoe.run.interrupt import StoppedInStep
 
 _LOCAL_STORE_BYTES = 512 << 20
 _LOOK_S = 1.0  # between looks at what is lost
@@ -163,19 +162,14 @@ class WorkerLost(RunError):
     retried = True
 
 
-def ray_get(refs: Any, limit_s: float, what: str, stopping: Callable[[], bool] = lambda: False) -> Any:
-    """`ray.get` with a limit; errors as by `translated`. `what` says what the caller waits for. StoppedInStep as soon
-    as `stopping` is true."""
-    end = time.monotonic() + limit_s
-    while not stopping():
-        try:
-            return ray.get(refs, timeout=min(_LOOK_S, max(0.0, end - time.monotonic())))
-        except GetTimeoutError:
-            if time.monotonic() >= end:
-                raise WorkerLost(f"waited {limit_s:g} s for {what}") from None
-        except RayError as error:
-            raise translated(error, what) from error
-    raise StoppedInStep(f"while it waited for {what}")
+def ray_get(refs: Any, limit_s: float, what: str) -> Any:
+    """`ray.get` with a limit; errors as by `translated`. `what` says what the caller waits for."""
+    try:
+        return ray.get(refs, timeout=limit_s)
+    except GetTimeoutError:
+        raise WorkerLost(f"waited {limit_s:g} s for {what}") from None
+    except RayError as error:
+        raise translated(error, what) from error
 
 
 def translated(error: BaseException, what: str) -> Exception:

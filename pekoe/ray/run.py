@@ -21,7 +21,7 @@ from pekoe.ray.placement import WorkerLost, bundles, connect, node_of, place
 from pekoe.ray.store import RayJudge, RayRecords, StoreRegistry
 from pekoe.ray.trainer import RaySender, RayTrainer
 from pekoe.run.build import RLParts, check_room, open_episodes, open_run, open_task, open_tokenizer
-from pekoe.run.interrupt import StepTimer, Stop
+from pekoe.run.interrupt import LastStep, StepTimer, Stop
 from pekoe.run.judging import make_judge
 from pekoe.run.metrics import StepCounters
 from pekoe.run.rl import run_rl
@@ -106,7 +106,6 @@ def build_cluster(
     connect(section, view, stack)
     stores, timer = StoreRegistry(config), StepTimer(view)
     trainer, pool = _start(config, spec, task.longest, stores, view, stop, stack)
-    trainer.stopping = stop.overdue
     stack.callback(run.forget_writing)  # what the ranks are writing may stand, whatever ends the run
     check_room(pool.max_sequence_tokens, task.longest)
     for params in task.planned:
@@ -147,6 +146,7 @@ def build_cluster(
         order=DataOrder([p.uid for p in task.problems], config.run.seed),
         stop_token_ids=tokenizer.stop_token_ids,
         trainer=trainer,
+        last_step=LastStep(trainer, stop, copies=False),
         rollouts=rollouts,
         eval_rollouts=Rollouts(*common, at_once=at_once, episodes=eval_episodes, adopt=adopt),
         weights=channel,

@@ -9,7 +9,7 @@ import os
 import pickle
 import secrets
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
@@ -160,7 +160,6 @@ class RayTrainer:
         self.num_updates = self.num_not_finite = 0
         self._lost: WorkerLost | None = None
         self._traffic = Traffic()
-        self.stopping: Callable[[], bool] = lambda: False  # asked while the ranks train, see `ray_get`
         chunk_tokens = config.train.token_budget * self._section.ranks // self._section.tp
         self.prefetcher = LogprobPrefetcher(partial(self._begin_logprobs, reference=False), chunk_tokens)
         stack.callback(self.stop)
@@ -217,13 +216,11 @@ class RayTrainer:
         call = self.ranks[0].call.options(concurrency_group=thread)
         return self._get(call.remote(method, *args), what, limit_s)
 
-    def _get(
-        self, refs: Any, what: str, limit_s: float | None = None, stopping: Callable[[], bool] = lambda: False
-    ) -> Any:
+    def _get(self, refs: Any, what: str, limit_s: float | None = None) -> Any:
         if self._lost is not None:
             raise self._lost
         try:
-            return ray_get(refs, limit_s or self._cluster.step_limit_s, what, stopping)
+            return ray_get(refs, limit_s or self._cluster.step_limit_s, what)
         except WorkerLost as error:
             self._lost = error
             for rank in self.ranks:  # now, so that engines in a group with the first do not wait for it
@@ -274,7 +271,7 @@ class RayTrainer:
 
     def _receive(self, refs: list[Any], what: str) -> list[tuple[Any, Traffic]]:
         """The answer of each rank."""
-        answers = [self._passed.unpack(answer) for answer in self._get(refs, what, stopping=self.stopping)]
+        answers = [self._passed.unpack(answer) for answer in self._get(refs, what)]
         self._traffic = sum((traffic for _, traffic in answers), self._traffic)
         return answers
 

@@ -51,7 +51,7 @@ from pekoe.run.checkpoints import checkpoints, step_of
 from pekoe.run.distributed import require_single_process
 from pekoe.run.hardware import describe
 from pekoe.run.inputs import inputs_of
-from pekoe.run.interrupt import StepTimer, Stop
+from pekoe.run.interrupt import LastStep, StepTimer, Stop
 from pekoe.run.judging import make_judge
 from pekoe.run.metrics import StepCounters
 from pekoe.run.outlook import Outlook
@@ -76,6 +76,7 @@ class RLParts:
     order: DataOrder
     stop_token_ids: tuple[int, ...]
     trainer: core.Trainer
+    last_step: LastStep
     rollouts: core.Rollouts
     eval_rollouts: core.Rollouts
     """The same engines and judges; its groups do not queue behind those of training."""
@@ -456,8 +457,9 @@ def build_rl(
     embedded = config.engine.backend == "embedded"
     staged = StagedSender(model, dtype, temperature, embedded) if lag else None  # before the trainer prepares the model
     trainer, timer = make_trainer(config, model, dtype), StepTimer(view)
-    trainer.stopping = stop.overdue
-    sender = staged or LocalSender(model, dtype, trainer.canary_logprobs)
+    last_step = LastStep(trainer, stop, copies=trainer.device.type == "cpu")
+    trainer.stopping = last_step.drops
+    sender = staged or LocalSender(model, dtype, trainer.logprobs)
     pool = open_pool(config, sender.model, task.longest, task.planned, logs, view, stop, stack)
     canary = tokenizer.encode_prompt(task.problems[0].messages)
     weights = open_channel(config, pool, sender, canary, temperature, logs, stop)
@@ -478,6 +480,7 @@ def build_rl(
         order=DataOrder([p.uid for p in task.problems], config.run.seed),
         stop_token_ids=tokenizer.stop_token_ids,
         trainer=trainer,
+        last_step=last_step,
         rollouts=rollouts,
         eval_rollouts=Rollouts(*common, catch_up, at_once=at_once, episodes=eval_episodes),
         weights=weights,

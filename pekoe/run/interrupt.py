@@ -10,13 +10,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from pekoe.core.errors import Interrupted, StopRequested
+from pekoe.core.loop import Snapshot, Trainer
 from pekoe.core.progress import NoProgress, ProgressReporter, phase
 
 _PATIENCE_S = 3.0  # that a step under way goes on after a stop request: it may be complete then
+_LONG_S = 10.0  # of training in a step, from which on a copy of the state before it is worth its time
 
 
 class StoppedInStep(Exception):
-    """As StopRequested, at a moment when the trainer's weights are of no step that can be gone on from. Says which."""
+    """As StopRequested, at a moment when the trainer's weights are of no step that can be gone on from."""
 
 
 class Stop:
@@ -79,6 +81,39 @@ class Stop:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+
+class LastStep:
+    """The state of the last complete step, while the next one trains: a stop in its midst drops it and saves this.
+
+    Until the first optimizer step it is the trainer's. Then it is a copy, where `copies` and the step before trained
+    for long; without one the step is trained to its end.
+    """
+
+    def __init__(self, trainer: Trainer, stop: Stop, copies: bool) -> None:
+        self._trainer, self._stop, self._copies = trainer, stop, copies
+        self._seconds = float("inf")  # that the last step trained
+        self._num_updates: int | None = None  # before the step that trains
+        self._copy: Snapshot | None = None
+
+    @contextmanager
+    def kept(self, several: bool) -> Iterator[None]:
+        """Within, a step trains, with `several` optimizer steps."""
+        start, self._num_updates = time.monotonic(), self._trainer.num_updates
+        if several and self._copies and self._seconds > _LONG_S:
+            self._copy = self._trainer.snapshot()
+        yield
+        self._seconds, self._num_updates, self._copy = time.monotonic() - start, None, None
+
+    def drops(self) -> bool:
+        """Whether the user asked to stop, and the step that trains is to be dropped for it."""
+        unchanged = self._trainer.num_updates == self._num_updates
+        return (unchanged or self._copy is not None) and self._stop.overdue()
+
+    def snapshot(self) -> Snapshot:
+        """A copy of the state."""
+        changed = self._num_updates not in (None, self._trainer.num_updates)
+        return self._copy if changed and self._copy is not None else self._trainer.snapshot()
 
 
 class StepTimer:

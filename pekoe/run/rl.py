@@ -32,8 +32,7 @@ WARN_EVERY = 10  # steps: how often a warning is repeated
 
 
 def run_rl(parts: RLParts) -> None:
-    """Train until `num_steps`. Ctrl-C keeps the last complete step, or the last checkpoint where the weights of that
-    step are no more, and raises Interrupted.
+    """Train until `num_steps`. Ctrl-C keeps the last complete step and raises Interrupted.
 
     Version t of the weights is that of step t. With `rollout.max_lag` = S the groups of step t are put when version
     t - 1 - S serves, and sampled while earlier steps are trained on: by that version alone, or with
@@ -76,12 +75,12 @@ def run_rl(parts: RLParts) -> None:
                 if step % config.train.save_every == 0:
                     save(parts, progress)
                 parts.view.advance()
-    except StoppedInStep as stopped:
+    except StoppedInStep:
         run.settle()
         kept = f"step {run.saved} is saved" if run.saved else "nothing is saved yet"
         raise Interrupted(
-            f"stopped in step {progress.step + 1} of {config.num_steps}, {stopped}; {kept}; "
-            f"run {run.same_command} again to go on from there"
+            f"stopped in step {progress.step + 1} of {config.num_steps}, before all that the version before it samples "
+            f"was complete (rollout.during_update = 'wait'); {kept}; run {run.same_command} again to go on from there"
         ) from None
     except StopRequested:
         save(parts, progress)
@@ -174,20 +173,15 @@ def check_verdicts(parts: RLParts, step: int, batch: Batch) -> None:
 def train(parts: RLParts, scored: Scored, step: int) -> tuple[list[StepStats], dict[int, str]]:
     """One optimizer step for each mini-batch, none where there is nothing to learn.
 
-    Returns the steps, and why groups (by position in the batch) were not trained on after all. StopRequested before
-    the first optimizer step, StoppedInStep after it, where the user asked to stop and the rest would take long.
+    Returns the steps, and why groups (by position in the batch) were not trained on after all. StopRequested as
+    `LastStep` has it.
     """
     if not scored.samples or scored.no_signal:
         parts.trainer.skip(parts.config.algo.minibatches)  # the schedule goes on
         return [], {sample.group: scored.no_signal for sample in scored.samples}
     parts.rollouts.offload()
-    num_updates = parts.trainer.num_updates
-    try:
+    with parts.last_step.kept(parts.config.algo.minibatches > 1):
         return learn(parts.config, parts.trainer, scored.samples, step, parts.timer, parts.view)
-    except StopRequested:
-        if parts.trainer.num_updates == num_updates:
-            raise
-        raise StoppedInStep("between its optimizer steps") from None
 
 
 def learn(
@@ -299,4 +293,5 @@ def progress_of(parts: RLParts, step: int, evaluated: bool) -> Progress:
 def save(parts: RLParts, progress: Progress) -> None:
     parts.records.settle()
     sampled = parts.in_flight.sampled() if parts.in_flight is not None else []
-    parts.run.save(parts.trainer, progress, parts.config.train.keep_checkpoints, parts.records.fetch(sampled))
+    keep = parts.config.train.keep_checkpoints
+    parts.run.save(parts.last_step, progress, keep, parts.records.fetch(sampled))

@@ -239,9 +239,7 @@ class Rollouts:
             while not all(group.sampled for group in self._groups):
                 if self._stop.overdue():
                     self.cancel()
-                    raise StoppedInStep(
-                        "before all that the version before it samples was complete (rollout.during_update = 'wait')"
-                    )
+                    raise StoppedInStep
                 self._receive(self._while_draining)
 
     def _next(self) -> Iterator[_Group]:

@@ -56,6 +56,7 @@ from pekoe.run.checkpoints import (
     write_beside,
 )
 from pekoe.run.inputs import INPUTS, Inputs, difference
+from pekoe.run.interrupt import LastStep
 
 C = TypeVar("C", bound=TrainingConfig)
 
@@ -273,7 +274,9 @@ class RunDir:
         """The groups that the newest checkpoint has of its draws in flight; `problems` by their uids."""
         return read_groups(checkpoints(self.path)[-1] / IN_FLIGHT, problems)
 
-    def save(self, trainer: Trainer, progress: Progress, keep: int, in_flight: Sequence[JudgedGroup] = ()) -> None:
+    def save(
+        self, trainer: Trainer | LastStep, progress: Progress, keep: int, in_flight: Sequence[JudgedGroup] = ()
+    ) -> None:
         """Begin a checkpoint of `progress.step`, with the model directory; then remove checkpoints beyond `keep`.
         `in_flight` was sampled and not trained on yet.
 

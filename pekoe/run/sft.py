@@ -85,7 +85,7 @@ def _run(config: SFTConfig, view: ProgressReporter, leader: bool, from_step: int
         except UserError:
             why = "its demonstrations are others, or give other tokens (the data, the chat template, the tokenizer)"
             raise UserError(cannot_go_on(run.path, why)) from None
-        alone = trainer.group is None  # several would measure one another
+        alone, stopped = trainer.group is None, False  # several would measure one another
         run.journal.write("machine", **describe(trainer.device if alone else None, dtype))
         try:
             progress = measure_if_due(trainer, measured, progress, run)
@@ -104,7 +104,7 @@ def _run(config: SFTConfig, view: ProgressReporter, leader: bool, from_step: int
                     if step % config.train.save_every == 0:
                         run.save(trainer, progress, config.train.keep_checkpoints)
         except StopRequested:
-            pass  # in a step or a measurement, which is done again
+            stopped = True  # in a step or a measurement, which is done again
         except Exception:
             if alone and trainer.num_updates == progress.step:  # its weights are those of this step
                 keep = config.train.keep_checkpoints
@@ -112,7 +112,7 @@ def _run(config: SFTConfig, view: ProgressReporter, leader: bool, from_step: int
             raise
         run.save(trainer, progress, config.train.keep_checkpoints)
         run.settle()
-    if progress.step < total:
+    if progress.step < total or stopped:
         raise Interrupted(
             f"stopped after step {progress.step} of {total}, which is saved; "
             f"run {run.same_command} again to go on from there"

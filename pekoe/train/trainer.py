@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -151,7 +151,7 @@ class Trainer:
         """Logits held at once; None: as many as suit the device."""
         self.stopping: Callable[[], bool] | None = None
         """Where one process trains, asked at every layer whether to drop what is begun: `step` and `logprobs` raise
-        StopRequested then, and the weights are what they were. (Several would have to agree at each.)"""
+        StopRequested then, and the weights are what they were. (Several processes would have to agree each time.)"""
 
     def skip(self, num_updates: int) -> None:
         self.num_updates += num_updates
@@ -192,22 +192,13 @@ class Trainer:
         peak = PeakMemory(self.device)
         divisor = float(denominator or rank_batch.num_targets)
         self.optimizer.zero_grad(set_to_none=True)
-        loss_sum, sums = torch.zeros((), dtype=torch.float64, device=self.device), {}
-        for members in rank_batch.bins:
-            batch = pack([sample.resolve() for sample in members]).to(self.device)
-            routing = self._routing(batch)
-            balance = Balance(routing or OwnRouting(), *_sequences(batch)) if self._balance_loss else None
-            loss, parts = objective(*self._logprobs(batch, balance or routing), batch)
-            total = loss / divisor
-            if balance is not None:
-                uneven = balance.losses() @ _num_targets(batch)
-                total = total + self._balance_loss * uneven / rank_batch.num_targets
-                parts = parts | {"balance_loss": uneven.detach()}
-            total.backward()
-            loss_sum += loss.detach().double()
-            for name, value in parts.items():
-                combine = torch.maximum if name.endswith("_max") else torch.add
-                sums[name] = combine(sums[name], value) if name in sums else value
+        added = None
+        with suppress(StopRequested):
+            added = self._add_gradients(rank_batch, objective, divisor)
+        if added is None:
+            self.optimizer.zero_grad(set_to_none=True)
+            raise StopRequested  # anew: the first one holds activations
+        loss_sum, sums = added
         if self._layout is not None:
             loss_sum = self._layout.sum(loss_sum)
             for name in sorted(sums):
@@ -238,6 +229,26 @@ class Trainer:
         num = rank_batch.num_tokens, rank_batch.num_targets, rank_batch.num_bins
         return StepStats(loss_mean, grad_norm, lr, *num, means, skipped, peak_bytes)
 
+    def _add_gradients(self, rank_batch: RankBatch, objective: Objective, divisor: float) -> tuple[Tensor, Sums]:
+        """Forward and backward, micro-batch by micro-batch. Returns the summed loss and the sums of statistics."""
+        loss_sum, sums = torch.zeros((), dtype=torch.float64, device=self.device), dict[str, Tensor]()
+        for members in rank_batch.bins:
+            batch = pack([sample.resolve() for sample in members]).to(self.device)
+            routing = self._routing(batch)
+            balance = Balance(routing or OwnRouting(), *_sequences(batch)) if self._balance_loss else None
+            loss, parts = objective(*self._logprobs(batch, balance or routing), batch)
+            total = loss / divisor
+            if balance is not None:
+                uneven = balance.losses() @ _num_targets(batch)
+                total = total + self._balance_loss * uneven / rank_batch.num_targets
+                parts = parts | {"balance_loss": uneven.detach()}
+            total.backward()
+            loss_sum += loss.detach().double()
+            for name, value in parts.items():
+                combine = torch.maximum if name.endswith("_max") else torch.add
+                sums[name] = combine(sums[name], value) if name in sums else value
+        return loss_sum, sums
+
     def logprobs(self, samples: Sequence[AnySample], reference: bool = False) -> list[FloatArray]:
         rank_batch = self._pack(samples)
         out = [np.zeros(len(sample), np.float32) for sample in samples]
@@ -248,14 +259,6 @@ class Trainer:
             whole = self._layout.sum(torch.from_numpy(np.concatenate(out)).to(self.device)).cpu().numpy()
             out = np.split(whole, np.cumsum([len(sample) for sample in samples])[:-1])
         return out
-
-    def canary_logprobs(self, samples: Sequence[AnySample]) -> list[FloatArray]:
-        """As `logprobs`, to its end in any case: what is published is proven."""
-        stopping, self.stopping = self.stopping, None
-        try:
-            return self.logprobs(samples)
-        finally:
-            self.stopping = stopping
 
     @torch.no_grad()
     def logprobs_packed(self, rank_batch: RankBatch, reference: bool = False) -> list[list[FloatArray]]:

@@ -15,7 +15,7 @@ import pytest
 import ray
 
 from pekoe.config import RLConfig
-from pekoe.core.errors import Interrupted, UserError
+from pekoe.core.errors import UserError
 from pekoe.core.loop import StepStats
 from pekoe.core.progress import NoProgress
 from pekoe.core.records import read_records
@@ -169,19 +169,6 @@ def test_a_rank_that_is_killed_while_training(
     for ours, theirs in zip(events(config, "step"), events(unbroken, "step"), strict=True):
         assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-4)
     assert ledger(config) == ledger(unbroken)
-
-
-def test_a_stop_while_the_ranks_train_does_not_wait_for_them(cluster: MakeConfig, run: Run):
-    config, messages = cluster("num_steps=4", "train.save_every=1"), Messages()
-    stopped = r"stopped in step 3 of 4, while it waited for an optimizer step; step 2 is saved"
-    with ExitStack() as stack:
-        built = build_cluster(config, messages, Stop(), stack)
-        built.trainer.stopping = lambda: built.trainer.num_updates == 9
-        with pytest.raises(Interrupted, match=stopped):
-            run_with_restarts(built)
-    run(config)
-    assert [event["step"] for event in events(config, "step")] == [1, 2, 3, 4]
-    assert len(set(ledger(config))) == len(ledger(config)) == 16
 
 
 def test_a_store_that_is_killed_loses_the_step_alone(cluster: MakeConfig, monkeypatch: pytest.MonkeyPatch):

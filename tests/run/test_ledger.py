@@ -35,7 +35,7 @@ from pekoe.data.order import DataOrder
 from pekoe.engine.base import EngineStats
 from pekoe.run import run_dir
 from pekoe.run.build import RLParts, sampling
-from pekoe.run.interrupt import StepTimer, Stop
+from pekoe.run.interrupt import LastStep, StepTimer, Stop
 from pekoe.run.metrics import StepCounters
 from pekoe.run.records import LocalRecords
 from pekoe.run.rl import run_rl
@@ -298,6 +298,7 @@ def live(config: RLConfig, life: Life, make_pool: Callable[[Life], Pool] = Pool)
                         order=order,
                         stop_token_ids=(1,),
                         trainer=cast(Any, trainer),
+                        last_step=LastStep(cast(Any, trainer), Stop(), copies=False),
                         rollouts=rollouts,
                         eval_rollouts=Rollouts(*common),
                         weights=cast(Any, Weights(life)),

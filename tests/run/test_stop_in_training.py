@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from pekoe.config import RLConfig, SFTConfig, load_config
-from pekoe.core.errors import Interrupted, StopRequested
+from pekoe.core.errors import Interrupted
 from pekoe.core.journal import read_lines
 from pekoe.core.progress import NoProgress
 from pekoe.data.problems import Demonstration, write_demonstrations
@@ -42,83 +42,121 @@ def stop_after(num_updates: int, asks: int) -> Callable[[RLParts], None]:
     """Asks a run to stop after so many optimizer steps, when the trainer has been at so many layers more."""
 
     def meddle(parts: RLParts) -> None:
-        trainer: Any = parts.trainer
-        asked = count(1)
-        trainer.stopping = lambda: trainer.num_updates == num_updates and next(asked) >= asks
+        trainer, last_step, asked = parts.trainer, parts.last_step, count(1)
+
+        class Asked(Stop):
+            def overdue(self) -> bool:
+                return trainer.num_updates == num_updates and next(asked) >= asks
+
+        last_step._stop = Asked()
 
     return meddle
 
 
-WORDS = ["algo.minibatches=2", "train.save_every=100"]
+WORDS = ["algo.minibatches=2", "train.save_every=100", "num_steps=4"]
 
 
-@pytest.mark.parametrize("lag", [0, 1, 2])
-@pytest.mark.parametrize(
-    ("proximal", "asks"),  # at a forward, a backward, another micro-batch; while log-probs are computed, and after it
-    [("engine", 1), ("engine", 4), ("engine", 7), ("recompute", 3), ("recompute", 14)],
-)
-def test_before_the_steps_first_update_the_step_before_is_saved(
-    build: Build, train: Train, tmp_path: Path, lag: int, proximal: str, asks: int
+def assert_goes_on_to_the_same_bits(
+    build: Build, train: Train, folder: Path, words: list[str], meddle: Callable[[RLParts], None]
 ):
-    words = [*WORDS, "num_steps=4", f"rollout.max_lag={lag}", f"algo.proximal={proximal}"]
-    unbroken, broken = (build(*words, f"run.dir={tmp_path / name}") for name in ("unbroken", "broken"))
+    unbroken, broken = (build(*words, f"run.dir={folder / name}") for name in ("unbroken", "broken"))
     train(unbroken)
     with pytest.raises(Interrupted, match="stopped after step 2 of 4, which is saved"):
-        train(broken, stop_after(4, asks))
-    assert saved_in(tmp_path / "broken") == [2]
+        train(broken, meddle)
+    assert saved_in(folder / "broken") == [2]
     train(broken)
-    assert torch.equal(weights_of(tmp_path / "broken"), weights_of(tmp_path / "unbroken"))
+    assert torch.equal(weights_of(folder / "broken"), weights_of(folder / "unbroken"))
     entries = [
-        [(line["step"], line["uid"], line["draw"]) for line in read_lines(tmp_path / name / "ledger.jsonl")]
+        [(line["step"], line["uid"], line["draw"]) for line in read_lines(folder / name / "ledger.jsonl")]
         for name in ("unbroken", "broken")
     ]
     assert entries[0] == entries[1]
 
 
+@pytest.mark.parametrize("lag", [0, 1, 2])
+@pytest.mark.parametrize(
+    ("words", "asks"),  # at a forward, a backward, another micro-batch; while log-probs are computed, and after it
+    [
+        ([], 1),
+        ([], 4),
+        ([], 7),
+        (["algo.proximal=recompute"], 3),
+        (["algo.proximal=recompute"], 14),
+        (["algo.kl=0.1"], 2),
+        (["algo.kl=0.1"], 6),
+        (["model.lora.rank=2"], 4),
+        (["train.activation_checkpointing=true"], 4),
+    ],
+)
+def test_before_the_steps_first_update(
+    build: Build, train: Train, tmp_path: Path, lag: int, words: list[str], asks: int
+):
+    words = [*WORDS, f"rollout.max_lag={lag}", *words]
+    assert_goes_on_to_the_same_bits(build, train, tmp_path, words, stop_after(4, asks))
+
+
 @pytest.mark.parametrize("lag", [0, 1])
-def test_between_a_steps_updates_the_last_checkpoint_stands(build: Build, train: Train, tmp_path: Path, lag: int):
-    words = ["algo.minibatches=2", "train.save_every=2", "num_steps=4", f"rollout.max_lag={lag}"]
-    unbroken, broken = (build(*words, f"run.dir={tmp_path / name}") for name in ("unbroken", "broken"))
-    train(unbroken)
-    with pytest.raises(Interrupted, match="stopped in step 2 of 4, between its optimizer steps; nothing is saved yet"):
-        train(broken, stop_after(3, 4))
-    assert saved_in(tmp_path / "broken") == []
-    with pytest.raises(Interrupted, match="stopped in step 4 of 4, between its optimizer steps; step 2 is saved"):
-        train(broken, stop_after(7, 4))
-    train(broken)
-    assert torch.equal(weights_of(tmp_path / "broken"), weights_of(tmp_path / "unbroken"))
+@pytest.mark.parametrize("words", [[], ["algo.proximal=recompute"], ["model.lora.rank=2"]])
+def test_after_it_the_copy_of_a_long_step_is_saved(
+    build: Build, train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lag: int, words: list[str]
+):
+    monkeypatch.setattr("pekoe.run.interrupt._LONG_S", 0.0)
+    words = [*WORDS, f"rollout.max_lag={lag}", *words]
+    assert_goes_on_to_the_same_bits(build, train, tmp_path, words, stop_after(5, 4))
 
 
-def test_a_run_that_goes_on_sampling_saves_the_step_before(build: Build, train: Train, tmp_path: Path):
-    config = build(*WORDS, "num_steps=4", "rollout.max_lag=1", "rollout.during_update=go_on")
+def test_after_it_a_step_without_a_copy_is_trained_to_its_end(build: Build, train: Train, tmp_path: Path):
+    """Steps that are short, and those that several processes train."""
+    config = build(*WORDS)
+    train(config, stop_after(5, 1))
+    assert saved_in(tmp_path / "run") == [4]
+
+
+def test_a_run_that_goes_on_sampling_keeps_what_was_sampled(build: Build, train: Train, tmp_path: Path):
+    config, adopted = build(*WORDS, "rollout.max_lag=1", "rollout.during_update=go_on"), list[int]()
     with pytest.raises(Interrupted, match="stopped after step 2 of 4, which is saved"):
         train(config, stop_after(4, 4))
-    train(config)
+
+    def count_adopted(parts: RLParts) -> None:
+        records: Any = parts.records
+        adopt = records.adopt
+
+        def counted(groups: Any) -> Any:
+            adopted.append(len(groups))
+            return adopt(groups)
+
+        records.adopt = counted
+
+    train(config, count_adopted)
     drawn = [(line["uid"], line["draw"]) for line in read_lines(tmp_path / "run" / "ledger.jsonl")]
     assert len(drawn) == len(set(drawn)) == 16
+    assert adopted[0] >= 4, "the groups of step 3 were taken, and are not sampled again"
 
 
-def test_a_publish_is_proven_whoever_asks(build: Build, train: Train, tmp_path: Path):
-    """Also where the trainer computes its log-probs, and the request is long overdue."""
-    config, asked = build(*WORDS, "num_steps=2"), count(1)
+def test_nothing_is_dropped_but_a_step_that_trains(build: Build, train: Train, tmp_path: Path):
+    """A publish is proven by log-probs of the trainer, whoever asked to stop."""
+    config, seen = build(*WORDS), list[bool]()
 
     def meddle(parts: RLParts) -> None:
-        trainer, weights = parts.trainer, parts.weights
-        publish = weights.publish
-        assert isinstance(trainer, Trainer)
+        last_step, publish = parts.last_step, parts.weights.publish
+
+        class Asked(Stop):
+            def overdue(self) -> bool:
+                return bool(seen)
 
         def overdue(*args: Any, **kwargs: Any) -> Any:
-            trainer.stopping = lambda: next(asked) > 0
+            seen.append(True)
             report = publish(*args, **kwargs)
-            trainer.stopping = None
+            assert not last_step.drops()
+            seen.clear()
             return report
 
-        weights.publish = overdue  # type: ignore[method-assign]
+        last_step._stop = Asked()
+        parts.weights.publish = overdue  # type: ignore[method-assign]
 
     train(config, meddle)
-    assert next(asked) == 1
     synced = [line for line in read_lines(tmp_path / "run" / "journal.jsonl") if "sync_canary_diff" in line]
-    assert len(synced) == 3
+    assert len(synced) == 5
 
 
 @pytest.fixture
@@ -145,7 +183,7 @@ def sft(tiny_dir: Path, tmp_path: Path) -> Callable[[str], SFTConfig]:
 
 @pytest.mark.parametrize(
     ("step", "asks"),
-    [(5, 1), (5, 4), pytest.param(6, 5, id="while it measures")],
+    [(5, 1), (5, 4), pytest.param(6, 5, id="while it measures"), pytest.param(9, 5, id="while it measures at the end")],
 )
 def test_sft(sft: Callable[[str], SFTConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int, asks: int):
     run_sft(sft("unbroken"), NoProgress())
@@ -177,28 +215,33 @@ def test_sft(sft: Callable[[str], SFTConfig], tmp_path: Path, monkeypatch: pytes
     assert losses[2] == losses[3]
 
 
-def test_a_signal_ends_a_step_that_would_take_minutes(build: Build, train: Train, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("num_updates", [2, 3])
+def test_a_signal_ends_a_step_that_would_take_minutes(
+    build: Build, train: Train, monkeypatch: pytest.MonkeyPatch, num_updates: int
+):
     """Each layer is made slow: the step is dropped some time after the signal, which comes in its midst."""
     monkeypatch.setattr("pekoe.run.interrupt._PATIENCE_S", 0.5)
-    config, stop = build(*WORDS, "num_steps=100", "rollout.max_new_tokens=4"), Stop()
+    monkeypatch.setattr("pekoe.run.interrupt._LONG_S", 0.0)
+    config, stop = build("algo.minibatches=2", "train.save_every=100", "num_steps=100"), Stop()
     sent: list[float] = []
 
     def meddle(parts: RLParts) -> None:
         trainer: Any = parts.trainer
+        parts.last_step._stop = stop
+        drops = trainer.stopping
 
         def slow() -> bool:
-            if trainer.num_updates == 2:
+            if trainer.num_updates == num_updates:
                 if not sent:
                     threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM)).start()
                     sent.append(time.monotonic())
                 assert time.monotonic() - sent[0] < 60
                 time.sleep(0.3)
-            return stop.overdue()
+            return drops()
 
         trainer.stopping = slow
 
-    with stop.listening(), pytest.raises(Interrupted, match="stopped after step 1 of 100") as caught:
+    with stop.listening(), pytest.raises(Interrupted, match="stopped after step 1 of 100"):
         train(config, meddle)
     assert time.monotonic() - sent[0] < 60
     assert saved_in(Path(config.run.dir)) == [1]
-    assert isinstance(caught.value.__context__, StopRequested)

@@ -161,7 +161,7 @@ class ServerClient(ABC):
         """One response under the request id `rid`, with a seed of its own from `sampling.sequence_key`."""
         params, spec = request.params, self.options.spec
         body, most = self.body(request, rid) | self.adapter, _SAMPLE_BYTES + _TOKEN_BYTES * params.max_new_tokens
-        if params.routing and isinstance(spec, FamilySpec):
+        if self.options.routing and isinstance(spec, FamilySpec):  # vLLM gives them to whoever asks for anything
             num_tokens = len(request.tokens) + params.max_new_tokens
             most += _EXPERT_BYTES * num_tokens * spec.num_layers * spec.experts_per_token
         content = await self.post(self.sample_path, body, self.options.config.request_limit_s, most)

@@ -393,7 +393,7 @@ class ServerEngine(Engine):
     def _routing(self, flight: _Flight, answer: Answer) -> RoutingArray | None:
         """The experts of all tokens but the last, where they were asked for. An aborted response may lack them."""
         request, size = flight.request, len(answer.tokens)
-        if not request.params.routing or (answer.experts is None and answer.finish == "abort"):
+        if not (request.params.routing and size) or (answer.experts is None and answer.finish == "abort"):
             return None
         try:
             given = np.empty(0, np.int64) if answer.experts is None else answer.experts

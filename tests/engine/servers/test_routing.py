@@ -81,7 +81,8 @@ def test_sglang_is_asked_and_the_experts_are_recorded(server: FakeSGLang, make: 
     [
         ([], "expected 60 experts of 10 tokens, got 0"),
         ([0, 0, 3, 1], "expected 60 experts of 10 tokens, got 40"),
-        ([0, 0, 0, 0, 0, 0], "expected 2 different experts of 4"),
+        ([0, 0, 0, 0, 0, 0], "got expert 0 for every token and layer"),
+        ([0, 0, 3, 1, 2, 2], "expected 2 different experts of 4"),
         ([0, 0, 3, 4, 2, 0], "expected 2 different experts of 4"),
         ([0, 0, 3, -1, 2, 0], "expected 2 different experts of 4"),
     ],
@@ -144,7 +145,7 @@ def test_an_attached_vllm_without_it_is_refused(on: bool):
     if on:
         asyncio.run(check)
     else:
-        with pytest.raises(UserError, match="--enable-return-routed-experts True, got false"):
+        with pytest.raises(UserError, match="--enable-return-routed-experts set, got it unset"):
             asyncio.run(check)
 
 
@@ -188,6 +189,8 @@ def test_vllms_experts_are_read(dtype: type[np.integer[Any]]):
         packed(np.zeros((2, 3), np.uint8, order="F")),
         packed(np.zeros(3, np.uint8), np.savez),
         b64encode(b"\x93NUMPY\x01\x00\xff\xff").decode(),
+        b64encode(b"\x93NUMPY\x01\x00\x0c\x00{'descr': ( \n").decode(),
+        b64encode(b"\x93NUMPY\x01\x00\x00\x23" + b"-" * 0x2300).decode(),
     ],
 )
 def test_what_is_no_array_of_experts_is_an_error(experts: Any):
