@@ -53,7 +53,7 @@ from pekoe.data.order import DataOrder
 from pekoe.engine.pool import EnginePool
 from pekoe.ray.placement import ByteCount
 from pekoe.run.build import RLParts, sampling
-from pekoe.run.interrupt import StepTimer, Stop
+from pekoe.run.interrupt import LastStep, StepTimer, Stop
 from pekoe.run.metrics import StepCounters
 from pekoe.run.rl import run_rl
 from pekoe.run.rollouts import Rollouts
@@ -247,6 +247,7 @@ def gpu_parts(config: RLConfig, clock: Clock, stack: ExitStack) -> RLParts:
         order=DataOrder([p.uid for p in problems], 0),
         stop_token_ids=(),
         trainer=trainer,
+        last_step=LastStep(trainer, stop, copies=False),
         rollouts=rollouts,
         eval_rollouts=rollouts,
         weights=GpuWeights(pool, clock),

@@ -40,12 +40,12 @@ class Stop:
         if self.requested:
             raise StopRequested
 
-    def overdue(self) -> bool:
+    def overdue(self, patience_s: float | None = None) -> bool:
         """Whether so much time has passed since the request that a step under way is to be dropped."""
         if not self.requested:
             return False
         self._since = self._since or time.monotonic()
-        return time.monotonic() - self._since > _PATIENCE_S
+        return time.monotonic() - self._since > (_PATIENCE_S if patience_s is None else patience_s)
 
     @contextmanager
     def listening(self) -> Iterator[Stop]:
@@ -107,8 +107,9 @@ class LastStep:
 
     def drops(self) -> bool:
         """Whether the user asked to stop, and the step that trains is to be dropped for it."""
-        unchanged = self._trainer.num_updates == self._num_updates
-        return (unchanged or self._copy is not None) and self._stop.overdue()
+        if self._copy is not None:  # of a long step, whose end is not waited for
+            return self._stop.overdue(0.0)
+        return self._trainer.num_updates == self._num_updates and self._stop.overdue()
 
     def snapshot(self) -> Snapshot:
         """A copy of the state."""

@@ -111,8 +111,14 @@ def test_of_a_servers_layers_those_with_experts_are_kept(tmp_path: Path):
     kept = routing_of_all_layers(spec, given.reshape(-1), 2)
     assert kept.dtype == np.uint8
     assert kept.tolist() == [[[3, 1]], [[0, 2]]]
-    for wrong in (given[:1], np.zeros_like(given), given + 2, given - 1):
-        with pytest.raises(ValueError, match="expected"):
+    for wrong, why in (
+        (given[:1], "expected 8 experts of 2 tokens, got 4"),
+        (np.zeros_like(given), "got expert 0 for every token"),
+        (given + 2, "expected 2 different experts of 4"),
+        (given - 1, "expected 2 different experts of 4"),
+        (given // 4 + 1, "expected 2 different experts of 4"),
+    ):
+        with pytest.raises(ValueError, match=why):
             routing_of_all_layers(spec, wrong.reshape(-1), 2)
 
 

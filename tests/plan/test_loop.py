@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
@@ -136,7 +137,7 @@ def run_with_costs(config: Any, costs: Costs, monkeypatch: pytest.MonkeyPatch) -
     parts: Any = SimpleNamespace(
         config=config, problems=[Problem("a", (), "1")], held_out=[], order=order, trainer=costs, rollouts=costs,
         weights=costs, records=nothing, run=run, view=NoProgress(), timer=StepTimer(), machine={}, num_admitted=0,
-        in_flight=None, begin_step=lambda: None,
+        in_flight=None, begin_step=lambda: None, last_step=SimpleNamespace(kept=lambda _: nullcontext()),
     )  # fmt: skip
     rl.run_rl(parts)
     return ends, costs.orders

@@ -45,7 +45,7 @@ def stop_after(num_updates: int, asks: int) -> Callable[[RLParts], None]:
         trainer, last_step, asked = parts.trainer, parts.last_step, count(1)
 
         class Asked(Stop):
-            def overdue(self) -> bool:
+            def overdue(self, patience_s: float | None = None) -> bool:
                 return trainer.num_updates == num_updates and next(asked) >= asks
 
         last_step._stop = Asked()
@@ -141,7 +141,7 @@ def test_nothing_is_dropped_but_a_step_that_trains(build: Build, train: Train, t
         last_step, publish = parts.last_step, parts.weights.publish
 
         class Asked(Stop):
-            def overdue(self) -> bool:
+            def overdue(self, patience_s: float | None = None) -> bool:
                 return bool(seen)
 
         def overdue(*args: Any, **kwargs: Any) -> Any:
