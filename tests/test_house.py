@@ -70,8 +70,8 @@ BUDGETS = {
     # the check of packed documents, active parameters, 10; directories that hold results, 2
     # settings of moments, 15; the source of an environment of verifiers, 8
     # profile_processes.py: what one of several processes reaches, with FSDP over gloo, 115; profile.py, 50
-    # a stop in the middle of training, and the state before it, 47
-    "run": 6459,
+    # a stop in the middle of training, and the state before it, 46
+    "run": 6458,
     # lag.py: who waits for whom, what a lag gave, 150; learning.py, 115; the time left, 20; page.js; what is damaged or
     # not finite, 50
     "report": 1490,

@@ -76,7 +76,7 @@ class Stop:
             except StopRequested:
                 raise Interrupted("stopped before anything was done; run the same command again") from None
         except Interrupted as error:
-            error.status = 128 + self._received[0]
+            error.status = 128 + self._received[0] if self._received else error.status
             raise
         finally:
             for number, handler in before.items():
@@ -87,7 +87,7 @@ class LastStep:
     """The state of the last complete step, while the next one trains: a stop in its midst drops it and saves this.
 
     Until the first optimizer step it is the trainer's. Then it is a copy, where `copies` and the step before trained
-    for long; without one the step is trained to its end.
+    for long; without one the step is trained to its end. The end of what may be long is not waited for at all.
     """
 
     def __init__(self, trainer: Trainer, stop: Stop, copies: bool) -> None:
@@ -107,9 +107,8 @@ class LastStep:
 
     def drops(self) -> bool:
         """Whether the user asked to stop, and the step that trains is to be dropped for it."""
-        if self._copy is not None:  # of a long step, whose end is not waited for
-            return self._stop.overdue(0.0)
-        return self._trainer.num_updates == self._num_updates and self._stop.overdue()
+        kept = self._copy is not None or self._trainer.num_updates == self._num_updates
+        return kept and self._stop.overdue(0.0 if self._seconds > _LONG_S else None)
 
     def snapshot(self) -> Snapshot:
         """A copy of the state."""

@@ -75,7 +75,7 @@ def _run(config: SFTConfig, view: ProgressReporter, leader: bool, from_step: int
     uids = [f"{i}/{hashlib.blake2b(s.tokens.tobytes(), digest_size=8).hexdigest()}" for i, s in enumerate(samples)]
     order = DataOrder(uids, config.run.seed)  # refuses to go on with other demonstrations
     stop = Stop()
-    trainer.stopping = stop.overdue
+    trainer.stopping = lambda: stop.requested
     with stop.listening(), RunDir(config, (view.event,), leader, from_step=from_step) as run:
         if isinstance(run.before, SFTConfig):
             say_changes(run, config.optim, view, 1, per_epoch * run.before.sft.epochs, total)
@@ -112,11 +112,11 @@ def _run(config: SFTConfig, view: ProgressReporter, leader: bool, from_step: int
             raise
         run.save(trainer, progress, config.train.keep_checkpoints)
         run.settle()
-    if progress.step < total or stopped:
-        raise Interrupted(
-            f"stopped after step {progress.step} of {total}, which is saved; "
-            f"run {run.same_command} again to go on from there"
-        )
+        if progress.step < total or stopped:
+            raise Interrupted(
+                f"stopped after step {progress.step} of {total}, which is saved; "
+                f"run {run.same_command} again to go on from there"
+            )
 
 
 def train_one(trainer: Trainer, batch: Sequence[Sample], step: int, run: RunDir, view: ProgressReporter) -> None:

@@ -183,7 +183,7 @@ def sft(tiny_dir: Path, tmp_path: Path) -> Callable[[str], SFTConfig]:
 
 @pytest.mark.parametrize(
     ("step", "asks"),
-    [(5, 1), (5, 4), pytest.param(6, 5, id="while it measures"), pytest.param(9, 5, id="while it measures at the end")],
+    [(5, 2), (5, 5), pytest.param(6, 5, id="while it measures"), pytest.param(9, 5, id="while it measures at the end")],
 )
 def test_sft(sft: Callable[[str], SFTConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int, asks: int):
     run_sft(sft("unbroken"), NoProgress())
@@ -194,9 +194,12 @@ def test_sft(sft: Callable[[str], SFTConfig], tmp_path: Path, monkeypatch: pytes
         make(self, *args, **kwargs)
         trainers.append(self)
 
+    def requested(_: Stop) -> bool:
+        return bool(trainers) and trainers[0].num_updates == step and next(asked) >= asks
+
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "__init__", made)
-        patch.setattr(Stop, "overdue", lambda _: trainers[0].num_updates == step and next(asked) >= asks)
+        patch.setattr(Stop, "requested", property(requested, lambda *_: None), raising=False)
         with pytest.raises(Interrupted, match=f"stopped after step {step} of 9, which is saved"):
             run_sft(sft("broken"), NoProgress())
     assert saved_in(tmp_path / "broken") == [step]
@@ -213,6 +216,23 @@ def test_sft(sft: Callable[[str], SFTConfig], tmp_path: Path, monkeypatch: pytes
     ]
     assert losses[0] == losses[1]
     assert losses[2] == losses[3]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_sft_ends_with_the_signals_status(
+    sft: Callable[[str], SFTConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+):
+    step = Trainer.step
+
+    def terminated(self: Trainer, *args: Any) -> Any:
+        if self.num_updates == 2:
+            os.kill(os.getpid(), number)
+        return step(self, *args)
+
+    monkeypatch.setattr(Trainer, "step", terminated)
+    with pytest.raises(Interrupted, match="stopped after step 2 of 9, which is saved") as caught:
+        run_sft(sft("run"), NoProgress())
+    assert caught.value.status == 128 + number
 
 
 @pytest.mark.parametrize("num_updates", [2, 3])
