@@ -67,7 +67,7 @@ READ = [Page.read(path) for path in PAGES]
 COMMANDS = [
     pytest.param(line, id=f"{page.path.name}: {line.split('  ')[0]}") for page in READ for line in page.commands
 ]
-# The five that take longest: 80 to 135 s each.
+# Those that take longest: 70 to 135 s each.
 LONG = {f"docs/{name}.md" for name in ("index", "training", "algorithm", "data")} | {
     f"docs/how-to/{name}.md" for name in ("evaluate", "own-model", "lora", "asynchronous")
 }

@@ -32,7 +32,7 @@ class Stop:
 
     def __init__(self) -> None:
         self.requested = False
-        self._since: float | None = None  # when it was seen first
+        self._since: float | None = None  # when `overdue` saw the request first
         self._received: list[int] = []
 
     def check(self) -> None:
@@ -64,7 +64,6 @@ class Stop:
                 raise KeyboardInterrupt
             self._received.append(number)
             self.requested = True
-            self.overdue()
 
         numbers = [signal.SIGINT, signal.SIGTERM]
         if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
@@ -76,7 +75,8 @@ class Stop:
             except StopRequested:
                 raise Interrupted("stopped before anything was done; run the same command again") from None
         except Interrupted as error:
-            error.status = 128 + self._received[0] if self._received else error.status
+            if self._received:
+                error.status = 128 + self._received[0]
             raise
         finally:
             for number, handler in before.items():

@@ -275,7 +275,7 @@ class RunDir:
         return read_groups(checkpoints(self.path)[-1] / IN_FLIGHT, problems)
 
     def save(
-        self, trainer: Trainer | LastStep, progress: Progress, keep: int, in_flight: Sequence[JudgedGroup] = ()
+        self, state: Trainer | LastStep, progress: Progress, keep: int, in_flight: Sequence[JudgedGroup] = ()
     ) -> None:
         """Begin a checkpoint of `progress.step`, with the model directory; then remove checkpoints beyond `keep`.
         `in_flight` was sampled and not trained on yet.
@@ -289,7 +289,7 @@ class RunDir:
         start = time.perf_counter()
         offsets = {"journal": self.journal.sync(), "ledger": self.ledger.sync()}
         saved = Saved(progress, offsets) if self.saved != progress.step else None
-        future = self._writer.submit(self._write, trainer.snapshot(), progress.step, saved, keep, in_flight)
+        future = self._writer.submit(self._write, state.snapshot(), progress.step, saved, keep, in_flight)
         self._owes_model = False
         stall = time.perf_counter() - start
         self._writing = {"step": progress.step, "stall_s": round(stall, 4)}, start, future

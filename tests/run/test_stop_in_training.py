@@ -235,12 +235,25 @@ def test_sft_ends_with_the_signals_status(
     assert caught.value.status == 128 + number
 
 
+def test_a_short_step_is_given_time_to_end(monkeypatch: pytest.MonkeyPatch):
+    stop = Stop()
+    assert not stop.overdue(0.0)
+    stop.requested = True
+    assert not stop.overdue()  # from now on
+    monkeypatch.setattr("pekoe.run.interrupt._PATIENCE_S", 0.2)
+    assert not stop.overdue()
+    end = time.monotonic() + 10
+    while not stop.overdue():
+        assert time.monotonic() < end
+    assert stop.overdue(0.0)
+    assert not stop.overdue(60.0)
+
+
 @pytest.mark.parametrize("num_updates", [2, 3])
 def test_a_signal_ends_a_step_that_would_take_minutes(
     build: Build, train: Train, monkeypatch: pytest.MonkeyPatch, num_updates: int
 ):
     """Each layer is made slow: the step is dropped some time after the signal, which comes in its midst."""
-    monkeypatch.setattr("pekoe.run.interrupt._PATIENCE_S", 0.5)
     monkeypatch.setattr("pekoe.run.interrupt._LONG_S", 0.0)
     config, stop = build("algo.minibatches=2", "train.save_every=100", "num_steps=100"), Stop()
     sent: list[float] = []

@@ -25,7 +25,7 @@ from tests.servers.test_rl_step import assert_nothing_left, pekoe
 from tests.servers.vllm_fixture import START_LIMIT_S, vllm_python
 
 pytestmark = [pytest.mark.server, pytest.mark.timeout(600)]
-# A mixture by vLLM and broadcast is in CI; the others are slow, too:
+# A mixture at either server, by broadcast, is in CI; the others are slow, too:
 #   make test-servers ARGS="-m server tests/servers/test_families.py"
 SLOW = pytest.mark.slow
 

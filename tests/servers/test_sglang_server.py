@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
-from pekoe.core.errors import RunError
+from pekoe.core.errors import RunError, UserError
 from pekoe.core.types import Request, SamplingParams
 from pekoe.engine.base import EngineLost
 from pekoe.engine.servers import SGLangEngine
 from pekoe.model import Decoder, save_model
-from tests.servers.common import off, off_by_version, results, sample, until, update, wrong_parameters
+from tests.servers.common import attached_to, off, off_by_version, results, sample, until, update, wrong_parameters
 
 pytestmark = [pytest.mark.server, pytest.mark.timeout(400)]
 
@@ -187,6 +187,14 @@ def test_an_update_may_end_what_is_in_flight(sglang_engine_factory: Make, models
     assert max(off_by_version({0: models[0], 1: models[1]}, c) for c in sampled) <= TOLERANCE
     (completion,) = sample(engine, ask(SamplingParams(max_new_tokens=8))[:1])
     assert off(models[1], completion) <= TOLERANCE
+
+
+def test_an_attached_server_that_keeps_no_experts_is_refused(
+    engine: SGLangEngine, sglang_section: Callable[..., Any], models: list[Decoder], tmp_path: Path
+):
+    section = sglang_section(**attached_to(engine))
+    with pytest.raises(UserError, match="expected an SGLang server with --enable-return-routed-experts, got one"):
+        SGLangEngine(tmp_path, section, models[0].spec, 256, tmp_path / "more", url=engine.url, routing=True)
 
 
 def test_a_server_that_cannot_take_weights_says_so_and_recovers(

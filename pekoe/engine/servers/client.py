@@ -30,6 +30,7 @@ from pekoe.engine.base import BroadcastGroup, Checksums
 from pekoe.engine.buckets import Tensors
 
 ADAPTER = "pekoe"  # its name at a server
+GIVES_EXPERTS = "--enable-return-routed-experts"  # of both servers
 KEY_VARIABLE = "PEKOE_SERVER_KEY"  # of the environment of a launched server
 _CONNECT_LIMIT_S = 10.0
 _HEALTH_LIMIT_S = 10.0

@@ -31,6 +31,7 @@ from pekoe.engine.buckets import Tensors
 from pekoe.engine.sampling import key_of
 from pekoe.engine.servers.client import (
     ABORTED,
+    GIVES_EXPERTS,
     KEY_VARIABLE,
     Answer,
     ServerClient,
@@ -45,7 +46,6 @@ from pekoe.engine.servers.client import (
 )
 from pekoe.engine.servers.engine import ServerEngine
 
-ROUTES = "enable_return_routed_experts"
 LAUNCH = Path(__file__).with_name("sglang_launch.py")
 _CONTEXT_MARGIN = 8  # a prompt must be shorter than the context by 6, a response's end by 1
 _FLUSH_ATTEMPTS, _FLUSH_AGAIN_S = 25, 0.2
@@ -73,7 +73,7 @@ class SGLangClient(ServerClient):
         if options.offloads and options.device == "cuda":
             argv += ["--enable-memory-saver"]
         if options.routing:
-            argv += [f"--{ROUTES.replace('_', '-')}"]
+            argv += [GIVES_EXPERTS]
         env = {"HF_HUB_OFFLINE": "1", KEY_VARIABLE: self.key}
         if options.device == "cpu":
             argv += ["--sleep-on-idle"]
@@ -152,11 +152,9 @@ class SGLangClient(ServerClient):
 
     async def check_attached(self) -> None:
         if self.options.routing:
-            info = await self.get("/server_info")
-            if not self.field(info, ROUTES, bool):
-                raise UserError(
-                    f"{self.url}: expected an SGLang server with --{ROUTES.replace('_', '-')}, got one without"
-                )
+            gives = self.field(await self.get("/server_info"), "enable_return_routed_experts", bool)
+            if not gives:
+                raise UserError(f"{self.url}: expected an SGLang server with {GIVES_EXPERTS}, got one without")
 
     # Weights
 

@@ -36,6 +36,7 @@ from pekoe.engine.buckets import Tensors
 from pekoe.engine.sampling import key_of
 from pekoe.engine.servers.client import (
     ADAPTER,
+    GIVES_EXPERTS,
     KEY_VARIABLE,
     MISREAD,
     MOST_BYTES,
@@ -144,7 +145,7 @@ class VLLMClient(ServerClient):
                     "rollout.replay_routing: expected false with engine.backend = 'vllm' on a CPU, where vLLM does not "
                     "return the experts of tokens, got true; nearest: engine.backend = 'embedded'"
                 )
-            argv += ["--enable-return-routed-experts"]
+            argv += [GIVES_EXPERTS]
         if options.lora_rank:
             rank = next((rank for rank in LORA_RANKS if rank >= options.lora_rank), None)
             if rank is None:
@@ -271,7 +272,7 @@ class VLLMClient(ServerClient):
             ("--logprobs-mode", mode == LOGPROBS, LOGPROBS, shown(mode)),
             ("--dtype", dtype == f"torch.{options.dtype}", options.dtype, shown(dtype)),
             ("--max-model-len", size >= longest, f"at least {longest}", size),
-            ("--enable-return-routed-experts", routes is True or not options.routing, "set", "it unset"),
+            (GIVES_EXPERTS, routes is True or not options.routing, "set", "it unset"),
         ):
             if not holds:
                 raise UserError(f"{self.url}: expected a vLLM server with {flag} {expected}, got {got}")
