@@ -49,7 +49,8 @@ def measure(spec: ModelSpec, dtype: str, again: bool, lora: LoRA | None, answer:
     if lora is not None:
         model.lora = add_lora(model.to(getattr(torch, dtype)), lora, 0)
     trainer = Trainer(model, OptimSection(), BUDGET, 2, 1.0, getattr(torch, dtype), activation_checkpointing=again)
-    trainer.step(samples(2, 32), cross_entropy)  # libraries that come at first use
+    # What comes at a first use of these shapes is not a step's: oneDNN keeps 18 MB of kernels in bfloat16 (AVX512-BF16).
+    trainer.step(samples(BUDGET // LONGEST, LONGEST), cross_entropy)
     held = sum(p.nbytes * (3 if p.requires_grad else 1) for p in model.parameters())
     before = min(resident() - held, before + 2**28)
     two_microbatches = samples(2 * BUDGET // LONGEST, LONGEST)
@@ -69,8 +70,7 @@ def test_what_is_predicted_is_measured(spec: ModelSpec, dtype: str, again: bool,
     measured = answer.get(timeout=120)
     process.join()
     predicted = predict(spec, BUDGET, LONGEST, getattr(torch, dtype), again, lora=lora)
-    within = 0.15 if lora is None else 0.1
-    assert (1 - within) * measured < predicted.total < (1 + within) * measured
+    assert 0.9 * measured < predicted.total < 1.1 * measured
 
 
 def test_largest_budget_is_what_fits():
