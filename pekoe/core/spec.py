@@ -40,11 +40,6 @@ class LayerShape:
     plain: bool = True
     """No window, no soft cap, no sinks, and scores divided by sqrt(D)."""
 
-    @property
-    def usual(self) -> bool:
-        """Whether every kernel computes it."""
-        return self.plain and self.key_dim == self.value_dim
-
 
 @dataclass(frozen=True, slots=True)
 class ModelSpec:

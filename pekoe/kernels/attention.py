@@ -5,6 +5,9 @@ tokens of a prompt's chunk) make a group: each block they share is read from mem
 cache while every query of the group meets it (cascade). What a row has for itself follows. The softmax is computed
 chunk by chunk with a running maximum (Milakov and Gimelshein 2018), so no row is padded to another's length.
 
+A layer may have a window (each row sees its last tokens alone; blocks that no row of a group sees are not read), a soft
+cap of its scores (Gemma 2), and a sink for each head: the score of one more key, whose value is 0 (gpt-oss).
+
 T rows; H query heads, K key/value heads, G = H / K; D head dimension; N blocks of S tokens; W blocks a table.
 Arrays are flat where an offset is named "at": offsets count floats. The reference in plain torch is
 `engine.embedded.attention`.
@@ -17,7 +20,7 @@ from __future__ import annotations
 import numpy as np
 
 from pekoe.kernels.jit import kernel
-from pekoe.kernels.simd import add, exp, fma, larger, largest_of, load, mul, splat, spread, store, sum_of
+from pekoe.kernels.simd import add, div, exp, fma, larger, largest_of, load, mul, smaller, splat, spread, store, sum_of
 
 
 @kernel
@@ -35,11 +38,30 @@ def write_kv(first, last, k, v, memory, tables, table_of, positions, num_kv, dim
 
 
 @kernel
-def _softmax(scores, at, count, scale, old):
+def _cap(scores, at, count, scale, cap):
+    """Replace scores[at : at + count], up to the next multiple of 8, by cap * tanh(scale * score / cap)."""
+    inner, most, one = splat(np.float32(2) * scale / cap), splat(np.float32(40)), splat(np.float32(1))
+    for t in range(at, at + count, 8):
+        power = exp(smaller(mul(load(scores, t), inner), most))  # tanh(x) = 1 - 2 / (exp(2 x) + 1)
+        store(scores, t, mul(splat(cap), add(one, div(splat(np.float32(-2)), add(power, one)))))
+
+
+@kernel
+def _softmax(scores, at, unseen, count, scale, cap, old):
     """Replace scores[at : at + count] by exp(scale * score - maximum), the maximum being over them and `old`.
 
-    Returns the maximum and the sum. Room up to the next multiple of 8 is overwritten.
+    The first `unseen` of them count for nothing. cap: where above 0, of scale * score (`_cap`). Returns the maximum and
+    the sum. Room up to the next multiple of 8 is overwritten.
     """
+    if unseen >= count:
+        for t in range(count):
+            scores[at + t] = np.float32(0)
+        return old, np.float32(0)
+    if cap > 0:
+        _cap(scores, at, count, scale, cap)
+        scale = np.float32(1)
+    for t in range(unseen):
+        scores[at + t] = np.float32(-np.inf)
     for t in range(count, (count + 7) // 8 * 8):
         scores[at + t] = np.float32(-np.inf)
     scales, top = splat(scale), splat(old)
@@ -148,13 +170,16 @@ def _values1(weights, at, count, values, block, dim, out, a):
 
 
 @kernel
-def _chunk(q, out, memory, table, low, count, where, first, num, kv, num_kv, dim, size, scores, width, maxima, sums):
+def _chunk(
+    q, out, memory, table, low, count, where, nearest, first, num, kv, num_kv, dim, size, scale, cap, scores, width,
+    maxima, sums,
+):  # fmt: skip
     """Let the queries first..first + num see `count` tokens from block `low` of a table on.
 
-    where [num] the queries' offsets in q and out; scores [num, width], maxima and sums [num] their running softmax.
+    where [num] the queries' offsets in q and out; nearest [num] the first token that each sees; scores [num, width],
+    maxima and sums [num] their running softmax.
     """
     quads = num - num % 4 if dim % 16 == 0 and size % 16 == 0 else 0
-    scale = np.float32(1.0 / np.sqrt(dim))
     blocks = (count + size - 1) // size
     for b in range(blocks):
         at, to = (table[low + b] * 2 * num_kv + kv) * dim * size, b * size
@@ -166,7 +191,7 @@ def _chunk(q, out, memory, table, low, count, where, first, num, kv, num_kv, dim
         for i in range(first + quads, first + num):
             _scores1(q, where[i], memory, at, dim, size, scores, i * width + to)
     for i in range(first, first + num):
-        largest, total = _softmax(scores, i * width, count, scale, maxima[i])
+        largest, total = _softmax(scores, i * width, nearest[i] - low * size, count, scale, cap, maxima[i])
         if largest > maxima[i]:
             shrink = np.exp(maxima[i] - largest)
             sums[i] *= shrink
@@ -188,19 +213,25 @@ def _chunk(q, out, memory, table, low, count, where, first, num, kv, num_kv, dim
 
 
 @kernel
-def attend(first, last, q, memory, tables, table_of, positions, groups, shared, out, heads, num_kv, dim, size):
+def attend(
+    first, last, q, memory, tables, table_of, positions, groups, shared, out, heads, num_kv, dim, size, scale, cap,
+    window, sinks,
+):  # fmt: skip
     """Attention of the groups first..last.
 
     q, out [T, H, D] and memory [N, 2, K, D * S], flat: of a block first each head's keys [D, S], then each head's
     values [S, D]; tables [R, W] blocks; table_of [T] each row's table; positions [T] each row's place in its
     sequence, up to which it sees; groups [number + 1] first row of each group; shared [number] blocks that all of a
-    group's rows begin with and see whole.
+    group's rows begin with and see whole, but for what is out of their window. scale: what scores are multiplied by;
+    cap: of the product, 0 for none; window: tokens that a row sees, itself the last of them, 0 for all; sinks [H], or [0]
+    where there are none.
     """
     per, step = heads // num_kv, max(1, 128 // size)
     width, widest = step * size, 1
     for group in range(first, last):
         widest = max(widest, (groups[group + 1] - groups[group]) * per)
-    scores, where = np.empty(widest * width, np.float32), np.empty(widest, np.int64)
+    scores = np.empty(widest * width, np.float32)
+    where, nearest = np.empty(widest, np.int64), np.empty(widest, np.int64)
     maxima, sums = np.empty(widest, np.float32), np.empty(widest, np.float32)
     for i in range(groups[first] * heads * dim, groups[last] * heads * dim):
         out[i] = np.float32(0)
@@ -210,21 +241,23 @@ def attend(first, last, q, memory, tables, table_of, positions, groups, shared, 
         for kv in range(num_kv):
             for row in range(start, stop):
                 for i in range(per):
-                    where[(row - start) * per + i] = (row * heads + kv * per + i) * dim
-            maxima[:num] = -np.inf
-            sums[:num] = 0
-            for low in range(0, begin, step):
+                    at = (row - start) * per + i
+                    where[at] = (row * heads + kv * per + i) * dim
+                    nearest[at] = max(0, positions[row] - window + 1) if window > 0 else 0
+                    maxima[at] = sinks[kv * per + i] if len(sinks) > 0 else np.float32(-np.inf)
+                    sums[at] = np.float32(1 if len(sinks) > 0 else 0)
+            for low in range(nearest[:num].min() // size, begin, step):
                 count = (min(low + step, begin) - low) * size
                 _chunk(
-                    q, out, memory, tables[table_of[start]], low, count, where, 0, num,
-                    kv, num_kv, dim, size, scores, width, maxima, sums,
+                    q, out, memory, tables[table_of[start]], low, count, where, nearest, 0, num,
+                    kv, num_kv, dim, size, scale, cap, scores, width, maxima, sums,
                 )  # fmt: skip
             for row in range(start, stop):
-                for low in range(begin, positions[row] // size + 1, step):
+                for low in range(max(begin, nearest[(row - start) * per] // size), positions[row] // size + 1, step):
                     count = min(positions[row] + 1 - low * size, width)
                     _chunk(
-                        q, out, memory, tables[table_of[row]], low, count, where, (row - start) * per, per,
-                        kv, num_kv, dim, size, scores, width, maxima, sums,
+                        q, out, memory, tables[table_of[row]], low, count, where, nearest, (row - start) * per, per,
+                        kv, num_kv, dim, size, scale, cap, scores, width, maxima, sums,
                     )  # fmt: skip
             for i in range(num):
                 factor = splat(np.float32(1) / sums[i])

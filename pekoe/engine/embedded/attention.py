@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pekoe.core.spec import ModelSpec
+from pekoe.core.spec import LayerShape, ModelSpec
 from pekoe.core.types import IntArray
 from pekoe.model import Attention, PackedAttention, Scores
 from pekoe.model.attention import masked
@@ -35,6 +35,15 @@ class ForwardBatch:
     group_of: IntArray  # [num_decode] equal for rows that begin with one prompt
     continued: list[int]  # bounds of the continuing chunks; the first is num_decode
     fresh: list[int]  # bounds of the fresh chunks; the last is T
+
+
+def heads_of(spec: ModelSpec) -> LayerShape | None:
+    """The heads that all layers have, if their values are as wide as their keys; None for other models."""
+    layers = {(s.num_heads, s.num_kv_heads, s.key_dim, s.value_dim) for s in spec.attention_layers}
+    if len(layers) != 1:
+        return None
+    heads = LayerShape(*layers.pop())
+    return heads if heads.key_dim == heads.value_dim else None
 
 
 def paged_attention(
@@ -69,7 +78,7 @@ class KVCache:
         self, spec: ModelSpec, num_blocks: int, block_tokens: int, dtype: torch.dtype, device: torch.device
     ) -> None:
         num_slots, shapes = num_blocks * block_tokens, spec.attention_layers
-        if len(set(shapes)) == 1:
+        if len({(s.num_kv_heads, s.key_dim, s.value_dim) for s in shapes}) == 1:
             sizes = (len(shapes), num_slots, shapes[0].num_kv_heads)
             self.keys = torch.zeros(*sizes, shapes[0].key_dim, dtype=dtype, device=device)  # [layers, S, K, D]
             self.values = torch.zeros(*sizes, shapes[0].value_dim, dtype=dtype, device=device)  # [layers, S, K, E]

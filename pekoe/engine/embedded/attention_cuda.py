@@ -25,9 +25,9 @@ from torch import Tensor
 
 from pekoe.core.spec import ModelSpec
 from pekoe.core.types import IntArray
-from pekoe.engine.embedded.attention import ForwardBatch, KVCache, paged_attention
+from pekoe.engine.embedded.attention import ForwardBatch, KVCache, heads_of, paged_attention
 from pekoe.engine.embedded.attention_cpu import groups
-from pekoe.model import Attention
+from pekoe.model import Attention, Scores
 
 _PROGRAMS = 1024  # (item, key/value head) pairs that fill a large device; beyond it, items grow longer
 _SHORTEST, _LONGEST = 64, 512  # tokens of an item; those of prefixes may be longer
@@ -53,19 +53,22 @@ class CUDACache(KVCache):
         self, spec: ModelSpec, num_blocks: int, block_tokens: int, dtype: torch.dtype, device: torch.device
     ) -> None:
         super().__init__(spec, num_blocks, block_tokens, dtype, device)
-        self.spec, self.heads_per_kv = spec, spec.num_heads // spec.num_kv_heads
-        self.tile_queries = tile_queries(spec.head_dim, dtype.itemsize)
+        heads = heads_of(spec)
+        assert heads is not None, "a model of several kinds of heads has another cache"
+        self.heads, self.heads_per_kv = heads, heads.num_heads // heads.num_kv_heads
+        self.tile_queries = tile_queries(heads.key_dim, dtype.itemsize)
         processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
         self.num_programs = 4 * processors
 
     @staticmethod
     def takes(spec: ModelSpec, block_tokens: int, dtype: torch.dtype, device: torch.device) -> bool:
         """Whether the kernels here can serve such a model."""
+        heads = heads_of(spec)
+        if heads is None:
+            return False
         # Larger heads were not compiled for all devices (`make test-kernels`).
-        queries = tile_queries(spec.head_dim, dtype.itemsize)
-        shapes = set(spec.attention_layers)
-        usual = len(shapes) == 1 and shapes.pop().usual
-        fits = usual and spec.head_dim * dtype.itemsize <= 512 and spec.num_heads // spec.num_kv_heads <= queries
+        queries = tile_queries(heads.key_dim, dtype.itemsize)
+        fits = heads.key_dim * dtype.itemsize <= 512 and heads.num_heads // heads.num_kv_heads <= queries
         known = dtype in (torch.bfloat16, torch.float16, torch.float32)
         return device.type == "cuda" and known and fits and importlib.util.find_spec("triton") is not None
 
@@ -76,7 +79,7 @@ class CUDACache(KVCache):
     def plan(self, batch: ForwardBatch) -> AttentionPlan:
         """Cut a forward's attention into items."""
         tile_rows = max(1, self.tile_queries // self.heads_per_kv)
-        return make_plan(batch, self.block_tokens, self.spec.num_kv_heads, tile_rows)
+        return make_plan(batch, self.block_tokens, self.heads.num_kv_heads, tile_rows)
 
     def attention_of(self, shape: PlanShape, buffer: Tensor, fresh: list[int]) -> Attention:
         """Attention by a plan: `buffer` on the device is what `to_buffer` made for `shape`."""
@@ -88,14 +91,18 @@ class CUDACache(KVCache):
             new = (k.contiguous(), v.contiguous())
             _kernels().write[(len(k),)](*new, *memory, *place, size, next_power_of_2(size))
 
-        return paged_attention(fresh, write, lambda layer, q, _: self._attend(shape, array, layer, q.contiguous()))
+        def attend(layer: int, q: Tensor, scores: Scores | None) -> Tensor:
+            return self._attend(shape, array, layer, q.contiguous(), scores or Scores())
 
-    def _attend(self, shape: PlanShape, array: dict[str, Tensor], layer: int, q: Tensor) -> Tensor:
-        kv_heads, dim, per = self.spec.num_kv_heads, self.spec.head_dim, self.heads_per_kv
+        return paged_attention(fresh, write, attend)
+
+    def _attend(self, shape: PlanShape, array: dict[str, Tensor], layer: int, q: Tensor, scores: Scores) -> Tensor:
+        kv_heads, dim, per = self.heads.num_kv_heads, self.heads.key_dim, self.heads_per_kv
         outs = q.new_empty((shape.parts, q.shape[1], dim), dtype=torch.float32)
         maxima, sums = (q.new_empty((shape.parts, q.shape[1]), dtype=torch.float32) for _ in range(2))
         where = (array["positions"], array["table_of"], array["tables"], array["base"])
-        scale = 1 / math.sqrt(dim) / math.log(2)
+        cap, sinks = float(scores.softcap or 0), scores.sinks
+        scale = (1 / math.sqrt(dim) if scores.scale is None else scores.scale) / (1 if cap else math.log(2))
         tiles = {"suffix": max(16, next_power_of_2(per)), "prefix": self.tile_queries}
         for i, (name, queries) in enumerate(tiles.items()):
             num_items = len(array[name])
@@ -103,11 +110,12 @@ class CUDACache(KVCache):
                 _kernels().attend[(min(num_items * kv_heads, self.num_programs),)](
                     q, self.keys[layer], self.values[layer], *where, array[name], array["counts"][i:],
                     outs, maxima, sums, shape.width, scale, kv_heads, self.block_tokens, per, dim,
-                    **launch(queries, dim, q.dtype.itemsize),
+                    **launch(queries, dim, q.dtype.itemsize), WINDOW=scores.window or 0, CAP=cap,
                 )  # fmt: skip
         result = torch.empty_like(q)
         sizes = kv_heads, per, dim, next_power_of_2(per), max(16, next_power_of_2(dim))
-        _kernels().merge[(shape.paged, kv_heads)](outs, maxima, sums, array["base"], result, *sizes)
+        parts = outs, maxima, sums, array["base"], sums if sinks is None else sinks.contiguous()
+        _kernels().merge[(shape.paged, kv_heads)](*parts, result, *sizes, SINKS=sinks is not None)
         return result
 
 

@@ -41,12 +41,14 @@ def write(
 def attend(
     q, keys, values, positions, table_of, tables, base, items, count, outs, maxima, sums,
     width, scale, K, S: tl.constexpr, G: tl.constexpr, D: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
-    ROOM: tl.constexpr,
+    ROOM: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr,
 ):  # fmt: skip
     """The parts outs [P, H, D], maxima and sums [P, H] of items [.., 5]: first row, rows, low, high, part.
 
     count: a pointer to the number of items. Part i of a row goes to base[row] + i. scale: 1 / sqrt(D) / ln 2, for
-    the softmax is in powers of two. Tiles are M queries by N tokens by ROOM >= D. Grid: any number of programs.
+    the softmax is in powers of two; with CAP above 0 without ln 2: scores become CAP * tanh(score / CAP) first. WINDOW:
+    tokens that a row sees, itself the last of them; 0 for all. Tiles are M queries by N tokens by ROOM >= D. Grid: any
+    number of programs.
     """
     m, n, d = tl.arange(0, M), tl.arange(0, N), tl.arange(0, ROOM)
     for work in range(tl.program_id(0), tl.load(count) * K, tl.num_programs(0)):
@@ -61,6 +63,8 @@ def attend(
         top = tl.full([M], float("-inf"), tl.float32)
         total = tl.zeros([M], tl.float32)
         out = tl.zeros([M, ROOM], tl.float32)
+        if WINDOW > 0:  # what no row of the item sees is not read
+            low = tl.maximum(low, tl.min(tl.where(live, seen, 2147483647)) - WINDOW + 1)
         for start in range(low, high, N):
             t = start + n
             inside = t < high
@@ -69,7 +73,12 @@ def attend(
             key = tl.load(keys + at[None, :] + d[:, None], mask=inside[None, :] & (d < D)[:, None], other=0.0)
             value = tl.load(values + at[:, None] + d[None, :], mask=inside[:, None] & (d < D)[None, :], other=0.0)
             scores = tl.dot(query, key.to(query.dtype), input_precision="ieee") * scale
-            scores = tl.where(inside[None, :] & (t[None, :] <= seen[:, None]), scores, float("-inf"))
+            if CAP > 0:  # tanh(x) = 1 - 2 / (exp(2 x) + 1)
+                scores = CAP * 1.4426950408889634 * (1 - 2 / (tl.exp2(scores * (2.8853900817779268 / CAP)) + 1))
+            visible = inside[None, :] & (t[None, :] <= seen[:, None])
+            if WINDOW > 0:
+                visible = visible & (t[None, :] > seen[:, None] - WINDOW)
+            scores = tl.where(visible, scores, float("-inf"))
             larger = tl.maximum(top, tl.max(scores, 1))
             shift = tl.where(larger == float("-inf"), 0.0, larger)  # a row may see nothing of this range
             shrink = tl.exp2(top - shift)
@@ -86,11 +95,13 @@ def attend(
 
 @triton.jit
 def merge(
-    outs, maxima, sums, base, result, K, G: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr, ROOM: tl.constexpr
-):
+    outs, maxima, sums, base, sinks, result, K, G: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr,
+    ROOM: tl.constexpr, SINKS: tl.constexpr,
+):  # fmt: skip
     """Join the parts base[row]..base[row + 1] of each row into result [T, H, D]; a row without parts gets zeros.
 
-    HEADS >= G, ROOM >= D: powers of two. Grid: T rows, K.
+    sinks: with SINKS, the score of one more key for each head [H], whose value is 0. HEADS >= G, ROOM >= D: powers of
+    two. Grid: T rows, K.
     """
     row, kv = tl.program_id(0), tl.program_id(1)
     g, d = tl.arange(0, HEADS), tl.arange(0, ROOM)
@@ -98,6 +109,9 @@ def merge(
     both = live[:, None] & (d < D)[None, :]
     top = tl.full([HEADS], float("-inf"), tl.float32)
     total = tl.zeros([HEADS], tl.float32)
+    if SINKS:
+        top = tl.load(sinks + kv * G + g, mask=live, other=0.0).to(tl.float32) * 1.4426950408889634
+        total += 1.0
     out = tl.zeros([HEADS, ROOM], tl.float32)
     for part in range(tl.load(base + row), tl.load(base + row + 1)):
         at = (part * K + kv).to(tl.int64) * G + g
