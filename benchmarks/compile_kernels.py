@@ -89,9 +89,12 @@ def cases(dtypes: list[str], quick: bool) -> Iterator[tuple[str, str, int, int, 
                 continue
             common = {"S": BLOCK_TOKENS, "G": per, "D": dim}
             for queries in (max(16, next_power_of_2(per)), tile_queries(dim, itemsize)):
-                yield "attend", dtype, dim, per, common | launch(queries, dim, itemsize)
+                for window, cap in ((0, 0), (4096, 50)):  # 4096 and 50: Gemma 2's
+                    special = {"WINDOW": window, "CAP": cap}
+                    yield "attend", dtype, dim, per, common | launch(queries, dim, itemsize, cap > 0) | special
             heads = {"G": per, "D": dim, "HEADS": next_power_of_2(per), "ROOM": max(16, next_power_of_2(dim))}
-            yield "merge", dtype, dim, per, heads
+            for sinks in (0, 1):
+                yield "merge", dtype, dim, per, heads | {"SINKS": sinks}
             width = 4 * dim  # of four key/value heads
             yield "write", dtype, dim, per, {"S": BLOCK_TOKENS, "KD": width, "ROOM": next_power_of_2(width)}
 
@@ -99,7 +102,7 @@ def cases(dtypes: list[str], quick: bool) -> Iterator[tuple[str, str, int, int, 
 def signature(name: str, pointer: str) -> dict[str, str]:
     """Types of a kernel's arguments, as `CUDACache` gives them."""
     integers, wide = ("width", "K"), ("outs", "maxima", "sums")
-    numbers = {"k", "v", "q", "keys", "values", "result"}
+    numbers = {"k", "v", "q", "keys", "values", "result", "sinks"}
     types: dict[str, str] = {}
     for argument in getattr(triton_kernels, name).arg_names:
         if argument.isupper() and argument != "K":
@@ -139,13 +142,14 @@ def compiled(name: str, dtype: str, dim: int, per: int, constants: dict[str, int
 
 def show(rows: list[Compiled]) -> str:
     """A line for each kernel: registers, and KiB of shared memory, on each device."""
-    lines = [f"{'':<38}" + "".join(f"{f'sm_{sm}':>13}" for sm in DEVICES)]
+    lines = [f"{'':<52}" + "".join(f"{f'sm_{sm}':>13}" for sm in DEVICES)]
     lines.append(
-        f"{'shared memory of a block':<38}" + "".join(f"{f'{limit} KiB':>13}" for _, limit in DEVICES.values())
+        f"{'shared memory of a block':<52}" + "".join(f"{f'{limit} KiB':>13}" for _, limit in DEVICES.values())
     )
     by_case: dict[str, list[Compiled]] = {}
     for row in rows:
         tile = f" {row.constants['M']} x {row.constants['N']}" if "M" in row.constants else ""
+        tile += " window, cap" * bool(row.constants.get("CAP")) + " sinks" * bool(row.constants.get("SINKS"))
         case = f"{row.kernel}{tile}, {row.dtype}, D {row.head_dim}, G {row.heads_per_kv}"
         by_case.setdefault(case, []).append(row)
     for case, found in by_case.items():
@@ -153,7 +157,7 @@ def show(rows: list[Compiled]) -> str:
             f"{row.registers} / {row.shared_bytes / 1024:.0f}" + (f" -{row.spilled_bytes}" if row.spilled_bytes else "")
             for row in found
         ]
-        lines.append(f"{case:<38}" + "".join(f"{cell:>13}" for cell in cells))
+        lines.append(f"{case:<52}" + "".join(f"{cell:>13}" for cell in cells))
     bad = sum(not row.good for row in rows)
     lines.append(f"registers / KiB of shared memory; {len(rows)} compiled, {bad} spill or take too much shared memory")
     return "\n".join(lines)

@@ -223,8 +223,8 @@ def attend(
     values [S, D]; tables [R, W] blocks; table_of [T] each row's table; positions [T] each row's place in its
     sequence, up to which it sees; groups [number + 1] first row of each group; shared [number] blocks that all of a
     group's rows begin with and see whole, but for what is out of their window. scale: what scores are multiplied by;
-    cap: of the product, 0 for none; window: tokens that a row sees, itself the last of them, 0 for all; sinks [H], or [0]
-    where there are none.
+    cap: of the product, 0 for none; window: tokens that a row sees, itself the last of them, 0 for all; sinks [H], or
+    [0] where there are none.
     """
     per, step = heads // num_kv, max(1, 128 // size)
     width, widest = step * size, 1

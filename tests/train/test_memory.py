@@ -49,7 +49,7 @@ def measure(spec: ModelSpec, dtype: str, again: bool, lora: LoRA | None, answer:
     if lora is not None:
         model.lora = add_lora(model.to(getattr(torch, dtype)), lora, 0)
     trainer = Trainer(model, OptimSection(), BUDGET, 2, 1.0, getattr(torch, dtype), activation_checkpointing=again)
-    # What comes at a first use of these shapes is not a step's: oneDNN keeps 18 MB of kernels in bfloat16 (AVX512-BF16).
+    # What comes at a first use of these shapes is not a step's: oneDNN keeps 18 MB of kernels in bfloat16.
     trainer.step(samples(BUDGET // LONGEST, LONGEST), cross_entropy)
     held = sum(p.nbytes * (3 if p.requires_grad else 1) for p in model.parameters())
     before = min(resident() - held, before + 2**28)

@@ -16,7 +16,6 @@ from pekoe.kernels import attention as kernels
 from pekoe.kernels.jit import num_threads, run
 from pekoe.model import Attention, Scores
 
-
 _PLAIN = Scores()
 _NO_SINKS = np.zeros(0, np.float32)
 

@@ -38,11 +38,14 @@ def tile_queries(dim: int, itemsize: int) -> int:
     return 64 if itemsize == 2 and dim <= 128 else 32
 
 
-def launch(queries: int, dim: int, itemsize: int) -> dict[str, int]:
-    """What the kernel `attend` is compiled with, for tiles of `queries` queries [D] in numbers of `itemsize` bytes."""
+def launch(queries: int, dim: int, itemsize: int, capped: bool = False) -> dict[str, int]:
+    """What the kernel `attend` is compiled with, for tiles of `queries` queries [D] in numbers of `itemsize` bytes.
+
+    capped: with a soft cap, which takes registers: `benchmarks/compile_kernels.py` says whether they suffice.
+    """
     wide = max(16, next_power_of_2(dim))
     half = itemsize == 2
-    tokens = 64 if half and wide <= 128 else 16 if not half and queries > 16 else 32
+    tokens = 64 if half and wide <= 128 and not (capped and queries > 32) else 16 if not half and queries > 16 else 32
     return {"M": queries, "N": tokens, "ROOM": wide, "num_warps": 8 if queries > 32 else 4}
 
 
@@ -110,7 +113,7 @@ class CUDACache(KVCache):
                 _kernels().attend[(min(num_items * kv_heads, self.num_programs),)](
                     q, self.keys[layer], self.values[layer], *where, array[name], array["counts"][i:],
                     outs, maxima, sums, shape.width, scale, kv_heads, self.block_tokens, per, dim,
-                    **launch(queries, dim, q.dtype.itemsize), WINDOW=scores.window or 0, CAP=cap,
+                    **launch(queries, dim, q.dtype.itemsize, cap > 0), WINDOW=scores.window or 0, CAP=cap,
                 )  # fmt: skip
         result = torch.empty_like(q)
         sizes = kv_heads, per, dim, next_power_of_2(per), max(16, next_power_of_2(dim))

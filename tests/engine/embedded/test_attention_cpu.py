@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +11,7 @@ import torch
 from pekoe.core.spec import ModelSpec
 from pekoe.engine.embedded.attention import ForwardBatch, KVCache
 from pekoe.engine.embedded.attention_cpu import CPUCache, groups
+from pekoe.model import Scores
 
 
 def spec(heads: int, kv_heads: int, dim: int) -> ModelSpec:
@@ -18,8 +21,10 @@ def spec(heads: int, kv_heads: int, dim: int) -> ModelSpec:
 class Script:
     """Forwards over one cache: contexts in chunks, then tokens of several samples that share their prompt's blocks."""
 
-    def __init__(self, model: ModelSpec, size: int, prompts: list[int], n: int, seed: int = 0) -> None:
-        self.rng, self.size, self.model = np.random.default_rng(seed), size, model
+    def __init__(
+        self, model: ModelSpec, size: int, prompts: list[int], n: int, scores: Scores | None = None, seed: int = 0
+    ) -> None:
+        self.rng, self.size, self.model, self.scores = np.random.default_rng(seed), size, model, scores
         num_blocks = sum(-(-p // size) + n * -(-30 // size) for p in prompts) + -(-40 // size)
         device = torch.device("cpu")
         self.fast = CPUCache(model, num_blocks, size)
@@ -58,22 +63,19 @@ class Script:
             torch.from_numpy(self.rng.standard_normal((total, m.num_kv_heads, m.head_dim), np.float32)) for _ in "kv"
         )
         with torch.no_grad():
-            fast, plain = (cache.attention(batch)(0, q, k, v) for cache in (self.fast, self.plain))
+            fast, plain = (cache.attention(batch)(0, q, k, v, self.scores) for cache in (self.fast, self.plain))
         return float((fast - plain).abs().max())
 
 
-@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (4, 2), (8, 2), (7, 1)])
-@pytest.mark.parametrize(("dim", "size"), [(32, 16), (8, 8), (64, 32), (80, 16), (24, 24)])
-@pytest.mark.parametrize("threads", [1, 2])
-def test_the_kernels_equal_plain_torch(heads: int, kv_heads: int, dim: int, size: int, threads: int):
-    torch.set_num_threads(threads)
-    script = Script(spec(heads, kv_heads, dim), size, [5, 37, 150, 64], n=5)
+def worst(heads: int, kv_heads: int, dim: int, size: int, scores: Scores | None = None) -> float:
+    """The largest difference of eight forwards, which have every kind of row."""
+    script = Script(spec(heads, kv_heads, dim), size, [5, 37, 150, 64], 5, scores)
     tables = [script.take(p) for p in script.prompts]
     half = [(t, np.arange(0, p // 2), i) for i, (t, p) in enumerate(zip(tables, script.prompts, strict=True))]
     rest = [(t, np.arange(p // 2, p), i) for i, (t, p) in enumerate(zip(tables, script.prompts, strict=True))]
-    assert script.run(half, 0) < 2e-6
-    assert script.run([*rest[1:], half[0]], 0) < 2e-6  # some continue, one begins
-    assert script.run(rest[:1], 0) < 2e-6
+    found = [script.run(half, 0)]
+    found.append(script.run([*rest[1:], half[0]], 0))  # some continue, one begins
+    found.append(script.run(rest[:1], 0))
     samples: list[tuple[list[int], int, int]] = []  # table, prompt, tokens so far
     for i, (table, p) in enumerate(zip(tables, script.prompts, strict=True)):
         for j in range(script.n):
@@ -86,9 +88,30 @@ def test_the_kernels_equal_plain_torch(heads: int, kv_heads: int, dim: int, size
     for step in range(4):
         decode = [(table, np.array([p + step * 1]), i) for table, i, p in samples]
         extra = [(late, np.arange(10 * step, 10 * step + 10), 9)]  # a prompt's chunk in the same forward
-        assert script.run(decode + extra, len(decode)) < 2e-6
+        found.append(script.run(decode + extra, len(decode)))
     uneven = [(table, np.array([p + 4]), i) for k, (table, i, p) in enumerate(samples) if k % 3]
-    assert script.run(uneven, len(uneven)) < 2e-6
+    found.append(script.run(uneven, len(uneven)))
+    return max(found)
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (4, 2), (8, 2), (7, 1)])
+@pytest.mark.parametrize(("dim", "size"), [(32, 16), (8, 8), (64, 32), (80, 16), (24, 24)])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_the_kernels_equal_plain_torch(heads: int, kv_heads: int, dim: int, size: int, threads: int):
+    torch.set_num_threads(threads)
+    assert worst(heads, kv_heads, dim, size) < 2e-6
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "dim", "size"), [(8, 2, 32, 16), (3, 1, 8, 8), (4, 4, 64, 32)])
+@pytest.mark.parametrize("scores", [
+    Scores(scale=0.3), Scores(softcap=5.0), Scores(window=1), Scores(window=20), Scores(window=64),
+    Scores(sinks=torch.tensor([2.0, -1.0, 0.5, 30.0, 0.0, 0.0, 1.0, -30.0])),
+    Scores(0.2, 37, 8.0, torch.tensor([2.0, -1.0, 0.5, 3.0, 0.0, 0.0, 1.0, -3.0])),
+], ids=["scale", "cap", "window 1", "window 20", "window 64", "sinks", "all"])  # fmt: skip
+def test_scores_that_are_not_plain(scores: Scores, heads: int, kv_heads: int, dim: int, size: int):
+    torch.set_num_threads(2)
+    own = scores if scores.sinks is None else replace(scores, sinks=scores.sinks[:heads])
+    assert worst(heads, kv_heads, dim, size, own) < 1e-5
 
 
 def test_a_groups_shared_blocks_are_found():

