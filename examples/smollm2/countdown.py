@@ -3,14 +3,14 @@ r"""Countdown with three small numbers: held-out problems, demonstrations, and p
     python examples/smollm2/countdown.py runs/smollm2/data
 
 A problem has three numbers from 2 to 13 and a target from 10 to 99 that all three make, each used once, with + - * and
-brackets. A demonstration searches: up to five tries that miss, drawn at random, and the one that hits:
+brackets. One demonstration searches: up to five tries that miss, drawn at random, and the one that hits:
 
     9+2=11, 11*5=55 no
     9-2=7, 7*5=35 yes
     \boxed{(9-2)*5}
 
-It shows how to search, and nothing of where to look first, when to go on after six tries, or how often to be right:
-that is left to RL. Held-out problems share no three numbers with any other, whatever the target; demonstrations and
+The next one has the last line alone: a model that answers at once, too, can only guess. Which of the two pays is left to
+RL, and so is where to look first, when to go on after six tries, or to say `yes`. Held-out problems share no three numbers with any other, whatever the target; demonstrations and
 problems for RL share no problem.
 """
 
@@ -75,10 +75,12 @@ def problem_of(numbers: Numbers, target: int) -> Problem:
     return Problem(f"{a}-{b}-{c}={target}", question(text), gold, kind="countdown")
 
 
-def demonstration_of(numbers: Numbers, target: int, rng: random.Random) -> Demonstration:
-    """A search that ends with a hit; the number of tries is uniform from 1 to MAX_TRIES."""
+def demonstration_of(numbers: Numbers, target: int, rng: random.Random, at_once: bool = False) -> Demonstration:
+    """A search that ends with a hit; the number of tries is uniform from 1 to MAX_TRIES. Or the answer alone."""
     tries = tries_with(numbers)
     hit = rng.choice([each for each in tries if each.value == target])
+    if at_once:
+        return Demonstration(problem_of(numbers, target).messages, f"\\boxed{{{hit.expression}}}")
     misses = [each for each in tries if each.value != target]
     before = rng.sample(misses, min(len(misses), rng.randrange(MAX_TRIES)))
     lines = [*(f"{each.steps} no" for each in before), f"{hit.steps} yes", f"\\boxed{{{hit.expression}}}"]
@@ -101,7 +103,7 @@ def make_data(folder: Path, num_demonstrations: int, num_problems: int, num_held
             f"held-out ones, got {num_demonstrations} + {num_problems} and {num_held_out}"
         )
     shown, rest = others[:num_demonstrations], others[num_demonstrations : num_demonstrations + num_problems]
-    demonstrations = [demonstration_of(*pair, rng) for pair in shown]
+    demonstrations = [demonstration_of(*pair, rng, at_once=bool(i % 2)) for i, pair in enumerate(shown)]
     for (numbers, target), made in zip(shown, demonstrations, strict=True):
         verdict = judge(made.response, problem_of(numbers, target).gold, kind="countdown")
         assert verdict.label == "correct", f"{numbers} {target}: {made.response}: {verdict}"
@@ -120,8 +122,8 @@ def _problems(numbers: Numbers, rng: random.Random) -> list[tuple[Numbers, int]]
 def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("folder", type=Path, help="where the three files are written")
-    made.add_argument("--demonstrations", type=int, default=1152)
-    made.add_argument("--problems", type=int, default=768, help="for RL")
+    made.add_argument("--demonstrations", type=int, default=1280)
+    made.add_argument("--problems", type=int, default=320, help="for RL")
     made.add_argument("--held-out", type=int, default=128)
     made.add_argument("--seed", type=int, default=0)
     return made

@@ -41,36 +41,45 @@ NUM_SHOWN = 4  # held-out problems whose samples go into the summary
 class Sizes:
     """How much of everything. The defaults are those of the recipes beside this file."""
 
-    demonstrations: int = 1152
+    demonstrations: int = 1280
     epochs: int = 2
     batch: int = 16  # demonstrations of an SFT step
-    steps: int = 48  # of RL
+    problems: int = 320  # of RL, in turn
+    steps: int = 20  # of RL
     prompts: int = 16  # problems of an RL step
     samples: int = 8  # responses to each
+    rl_tokens: int = 128  # at which a response of RL is cut
     held_out: int = 128
     eval_samples: int = 4
-    new_tokens: int = 192
+    new_tokens: int = 192  # at which one of an evaluation is
     threads: int = 0  # of each stage; 0: as many as there are cores
-
-    @property
-    def problems(self) -> int:
-        """For RL: each is drawn once where the steps allow, and at most 1,024 are made."""
-        return min(1024, self.steps * self.prompts)
 
 
 QUICK = Sizes(
-    demonstrations=16, epochs=1, batch=8, steps=2, prompts=2, samples=4, held_out=4, eval_samples=2, new_tokens=48
+    demonstrations=16,
+    epochs=1,
+    batch=8,
+    problems=4,
+    steps=2,
+    prompts=2,
+    samples=4,
+    rl_tokens=48,
+    held_out=4,
+    eval_samples=2,
+    new_tokens=48,
 )
 HELP = {
     "demonstrations": "of SFT",
     "epochs": "of SFT",
     "batch": "demonstrations of an SFT step",
+    "problems": "of RL, in turn",
     "steps": "of RL",
     "prompts": "problems of an RL step",
     "samples": "responses to a problem in RL",
+    "rl_tokens": "at which a response is cut in RL",
     "held_out": "problems of the evaluations",
     "eval_samples": "responses to a problem in the evaluations",
-    "new_tokens": "at which a response is cut",
+    "new_tokens": "at which a response is cut in the evaluations",
     "threads": "of each stage; 0: as many as there are cores",
 }
 
@@ -129,7 +138,7 @@ class Example:
             f"num_steps={sizes.steps}",
             f"rollout.prompts_per_step={sizes.prompts}",
             f"rollout.samples_per_prompt={sizes.samples}",
-            f"rollout.max_new_tokens={sizes.new_tokens}",
+            f"rollout.max_new_tokens={sizes.rl_tokens}",
             # After so little SFT no answer is right, and nothing would be trained on.
             *(["verify.random=true"] if self.quick else []),
         ]
