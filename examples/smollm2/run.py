@@ -45,7 +45,7 @@ class Sizes:
     epochs: int = 2
     batch: int = 16  # demonstrations of an SFT step
     problems: int = 320  # of RL, in turn
-    steps: int = 20  # of RL
+    steps: int = 6  # of RL
     prompts: int = 16  # problems of an RL step
     samples: int = 8  # responses to each
     rl_tokens: int = 128  # at which a response of RL is cut
