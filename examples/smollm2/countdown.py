@@ -9,9 +9,9 @@ brackets. One demonstration searches: up to five tries that miss, drawn at rando
     9-2=7, 7*5=35 yes
     \boxed{(9-2)*5}
 
-The next one has the last line alone: a model that answers at once, too, can only guess. Which of the two pays is left to
-RL, and so is where to look first, when to go on after six tries, or to say `yes`. Held-out problems share no three numbers with any other, whatever the target; demonstrations and
-problems for RL share no problem.
+The next one has the last line alone: a model that answers at once, too, can only guess. Which of the two pays is left
+to RL, and so is where to look first, when to go on after six tries, or to say `yes`. Held-out problems share no three
+numbers with any other, whatever the target; demonstrations and problems for RL share no problem.
 """
 
 from __future__ import annotations
