@@ -35,7 +35,7 @@ demo-agent: $(VENV)/.stamp-demo ## A small model learns to use a calculator over
 demo-cluster: $(VENV)/.stamp-cluster ## The demo, and its RL stage again on Ray: 2 engines, 2 training ranks
 	$(BIN)/pekoe demo --cluster $(ARGS)
 
-example-smollm2: $(VENV)/.stamp-demo ## SFT and RL of SmolLM2-135M-Instruct on countdown (an hour; ARGS=--quick: minutes)
+example-smollm2: $(VENV)/.stamp-demo ## SFT and RL of SmolLM2-135M-Instruct on countdown (about an hour; ARGS=--quick: minutes)
 	$(PY) examples/smollm2/run.py $(ARGS)
 
 test: $(VENV)/.stamp-test ## Run the tests: make test ARGS="tests/data -x"

@@ -137,9 +137,8 @@ def predict(
         return Phase(gathered if shards > 1 else 0, round(most - per_token * many), per_token)
 
     layer, whole = sized.num_layer_parameters, compute_dtype.itemsize if low else item
-    root, head = sized.num_parameters - sized.num_layers * layer, sized.vocab_size * sized.hidden_size
-    grown = trained // sized.num_layers if lora else layer  # what has gradients
-    head = 0 if lora or dense.tied_embeddings else head  # a tied head's waits for the embeddings': `full` has it
+    root, grown = sized.num_parameters - sized.num_layers * layer, trained // sized.num_layers if lora else layer
+    head = 0 if lora or dense.tied_embeddings else sized.vocab_size * sized.hidden_size  # gradients; `full` has tied ones
     after = Phase((whole + _FLOAT) * root, 0, 0.0) if shards > 1 and lora is None else phase(0, 3)
     phases = (
         # Embeddings and head stay gathered; of what is gathered last the buffer that it came in is there, too.

@@ -31,3 +31,10 @@ def test_memory_of_a_rank_is_predicted(repository: Path, model: str, ranks: int)
     """Of fewer layers than the models have, for time's sake; `benchmarks/fake_ranks.py` has them all."""
     found = rank(repository, "--model", model, "--ranks", str(ranks), "--layers", "4", "--tokens", "2048")
     assert 0.95 < found["ratio"] < 1.1
+
+
+@pytest.mark.slow
+def test_a_tied_heads_gradient_is_counted_once(repository: Path):
+    """With many tokens the peak is in the layers' backward, which it waits through."""
+    found = rank(repository, "--model", "1.5b", "--ranks", "8", "--layers", "4", "--tokens", "16384")
+    assert 0.97 < found["ratio"] < 1.06
