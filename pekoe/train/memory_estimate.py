@@ -138,7 +138,7 @@ def predict(
 
     layer, whole = sized.num_layer_parameters, compute_dtype.itemsize if low else item
     root, grown = sized.num_parameters - sized.num_layers * layer, trained // sized.num_layers if lora else layer
-    head = 0 if lora or dense.tied_embeddings else sized.vocab_size * sized.hidden_size  # gradients; `full` has tied ones
+    head = 0 if lora or dense.tied_embeddings else sized.vocab_size * sized.hidden_size  # gradients; tied: in `full`
     after = Phase((whole + _FLOAT) * root, 0, 0.0) if shards > 1 and lora is None else phase(0, 3)
     phases = (
         # Embeddings and head stay gathered; of what is gathered last the buffer that it came in is there, too.
