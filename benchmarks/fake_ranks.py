@@ -5,6 +5,8 @@ Errors of devices, dtypes and shapes show for any number of ranks, and torch's o
 beside what `pekoe doctor` predicts.
 
     python benchmarks/fake_ranks.py --out benchmarks/results/fake-ranks_DATE.json
+
+`--device cuda` in an environment of `make test-fake-cuda`: torch's CUDA build says what a GPU would refuse.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ from pekoe.algo.loss import GPU_CHUNK_VALUES
 from pekoe.config.recipes import OptimSection
 from pekoe.core.spec import ModelSpec, RopeSpec
 from pekoe.engine.buckets import buckets
-from pekoe.model import Decoder
+from pekoe.model import Decoder, PackedAttention
 from pekoe.train import Layout, Trainer
 from pekoe.train.memory_estimate import _flash, predict  # pyright: ignore[reportPrivateUsage]
 from pekoe.weights.transport import send
@@ -43,16 +45,18 @@ SPECS = {
 }
 
 
-def one_rank(name: str, ranks: int, layers: int | None, tokens: int, dtype: torch.dtype) -> dict[str, Any]:
+def one_rank(
+    name: str, ranks: int, layers: int | None, tokens: int, dtype: torch.dtype, device: str = "cpu"
+) -> dict[str, Any]:
     """The first of `ranks`: bytes at the peak of forward and backward as torch's tracker counts them, and predicted."""
     spec = SPECS[name] if layers is None else replace(SPECS[name], num_layers=layers)
     layout = None
     if ranks > 1:
         dist.init_process_group("fake", rank=0, world_size=ranks, store=FakeStore())
         dist.new_group = lambda **_: dist.group.WORLD  # of gloo, for checkpoints, which nobody writes here
-        layout = Layout(spec)
+        layout = Layout(spec, device=device)
     start = time.perf_counter()
-    with FakeTensorMode(allow_non_fake_inputs=True):
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.device(device):
         model = Decoder(spec)
         trainer = Trainer(
             model, OptimSection(), tokens, 1, compute_dtype=dtype, layout=layout, activation_checkpointing=True
@@ -65,7 +69,8 @@ def one_rank(name: str, ranks: int, layers: int | None, tokens: int, dtype: torc
         with tracker:
             for parameter in model.parameters():
                 parameter.grad = torch.zeros_like(parameter)  # of the micro-batches before
-            trainer.forward(model, numbers, numbers, _flash, numbers[:-1], numbers[1:])[0].sum().backward()
+            attention = _flash if device == "cpu" else PackedAttention([0, tokens])
+            trainer.forward(model, numbers, numbers, attention, numbers[:-1], numbers[1:])[0].sum().backward()
         measured = sum(kinds["Total"] for kinds in tracker.get_tracker_snapshot("peak").values())
         assert all(p.grad is not None and p.grad.dtype is torch.float32 for p in model.parameters())
         trainer.optimizer.step()
@@ -91,11 +96,12 @@ def main() -> None:
     parser.add_argument("--layers", type=int, help="fewer than the model has")
     parser.add_argument("--tokens", type=int, default=4096)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="bfloat16")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="with --model")
     parser.add_argument("--out", type=Path)
     asked = parser.parse_args()
     if asked.model:
         dtype = getattr(torch, asked.dtype)
-        print(json.dumps(one_rank(asked.model, asked.ranks, asked.layers, asked.tokens, dtype)))
+        print(json.dumps(one_rank(asked.model, asked.ranks, asked.layers, asked.tokens, dtype, asked.device)))
         return
     rows: list[dict[str, Any]] = []
     for model in SPECS:

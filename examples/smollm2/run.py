@@ -45,12 +45,12 @@ class Sizes:
     epochs: int = 2
     batch: int = 16  # demonstrations of an SFT step
     problems: int = 320  # of RL, in turn
-    steps: int = 6  # of RL
+    steps: int = 16  # of RL
     prompts: int = 16  # problems of an RL step
     samples: int = 8  # responses to each
-    rl_tokens: int = 128  # at which a response of RL is cut
+    rl_tokens: int = 192  # at which a response of RL is cut
     held_out: int = 128
-    eval_samples: int = 4
+    eval_samples: int = 8
     new_tokens: int = 192  # at which one of an evaluation is
     threads: int = 0  # of each stage; 0: as many as there are cores
 

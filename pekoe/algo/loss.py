@@ -100,7 +100,8 @@ def importance_weights(batch: MicroBatch, algo: AlgoSection) -> tuple[Tensor, Te
 def _sequences(batch: MicroBatch) -> tuple[Tensor, Tensor]:
     """Of each trained token the sequence that it is of [N], and of each sequence its trained tokens, at least 1."""
     sequence = torch.bucketize(batch.targets, batch.cu_seqlens, right=True) - 1
-    return sequence, torch.bincount(sequence, minlength=len(batch.cu_seqlens) - 1).clamp(min=1)
+    sizes = torch.zeros_like(batch.cu_seqlens[1:], dtype=torch.int64)  # bincount would wait for the device
+    return sequence, sizes.scatter_add_(0, sequence, torch.ones_like(sequence)).clamp(min=1)
 
 
 def denominator(algo: AlgoSection, num_sequences: int, max_new_tokens: int) -> float | None:

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -175,6 +176,6 @@ def _plan_batches(lengths: Sequence[int]) -> tuple[list[tuple[int, int]], Tensor
         batches.append((len(docs), padded))
         offset += len(docs) * padded
 
-    sizes = torch.tensor(lengths)
-    shift = torch.tensor(first_slot) - (sizes.cumsum(0) - sizes)  # [B] from packed place to padded place
-    return batches, torch.arange(int(sizes.sum())) + shift.repeat_interleave(sizes)
+    sizes = np.array(lengths, np.int64)
+    shift = np.array(first_slot, np.int64) - (sizes.cumsum() - sizes)  # [B] from packed place to padded place
+    return batches, torch.from_numpy(np.arange(sizes.sum()) + shift.repeat(sizes))

@@ -74,7 +74,7 @@ def _update(weight: Tensor, grad: Tensor, first: Tensor, second: Tensor, step: i
     root = (square / (1 - beta2**step)).sqrt_().add_(group["eps"])
     weight.addcdiv_(mean, root, value=-group["lr"] / (1 - beta1**step))
     for moment, new in ((first, mean), (second, square)):
-        if new.data_ptr() != moment.data_ptr():
+        if new is not moment:
             moment.copy_(new)
 
 

@@ -15,5 +15,5 @@ $(VENV_VERIFIERS)/.stamp: pyproject.toml $(if $(VERIFIERS_SOUND),,FORCE)
 	  { echo "$(VENV_VERIFIERS) is there and was not made here: name another, or remove it yourself" >&2; exit 1; }
 	@rm -rf $(VENV_VERIFIERS)
 	@$(PYTHON) -m venv $(VENV_VERIFIERS)
-	@$(VENV_VERIFIERS)/bin/python -m pip --disable-pip-version-check install $(VERIFIERS_QUIET) -e ".[test,verifiers]"
+	@$(VENV_VERIFIERS)/bin/python -m pip --disable-pip-version-check install $(VERIFIERS_QUIET) "$(TORCH)" -e ".[test,verifiers]"
 	@printf '%s' "$(CURDIR)" > $@
