@@ -169,13 +169,12 @@ def _plan_batches(lengths: Sequence[int]) -> tuple[list[tuple[int, int]], Tensor
 
     first_slot = [0] * len(lengths)
     batches: list[tuple[int, int]] = []
-    offset = 0
+    sizes, offset = np.array(lengths, np.int64), 0
     for padded, docs in sorted(by_padded.items()):
         for row, doc in enumerate(docs):
             first_slot[doc] = offset + row * padded
         batches.append((len(docs), padded))
         offset += len(docs) * padded
 
-    sizes = np.array(lengths, np.int64)
     shift = np.array(first_slot, np.int64) - (sizes.cumsum() - sizes)  # [B] from packed place to padded place
     return batches, torch.from_numpy(np.arange(sizes.sum()) + shift.repeat(sizes))

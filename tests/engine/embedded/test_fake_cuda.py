@@ -6,21 +6,26 @@ Of the Triton kernels it is checked what they are given; their numbers are `test
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from pekoe.config.engine import EngineSection
 from pekoe.core.spec import ModelSpec, RopeSpec
-from pekoe.core.types import Request, SamplingParams
+from pekoe.core.types import SamplingParams
 from pekoe.engine import EmbeddedEngine
+from pekoe.engine.base import requests_of
 from pekoe.engine.embedded import attention_cuda
 from pekoe.engine.embedded.graphs import DecodeGraphs
+from pekoe.engine.sampling import sample
 from pekoe.model import Decoder
-from tests.fake_cuda import fake_cuda
+from tests.fake_cuda import fake_cuda, missing
 
 # Two layers of Qwen2.5-7B.
 SPEC = ModelSpec("qwen2", 152064, 3584, 2, 28, 4, 128, 18944, 32768, rope=RopeSpec(1e6), qkv_bias=True)
@@ -55,23 +60,7 @@ class Kernels:
     def __init__(self, dtype: torch.dtype) -> None:
         from pekoe.engine.embedded import triton_kernels as real
 
-        self.write, self.attend, self.merge = (
-            Kernel(each, dtype) for each in (real.write, real.attend, real.merge)
-        )  # fmt: skip
-
-
-@pytest.fixture
-def mode(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeTensorMode]:
-    """A replayed graph is the forward, called again. The engine's thread does nothing: the test calls what it would,
-    as fake tensors that pass from thread to thread end in a fault of the process."""
-
-    def record(_: DecodeGraphs, forward: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, Callable[[], object]]:
-        return forward(), forward
-
-    with fake_cuda(monkeypatch) as mode:
-        monkeypatch.setattr("pekoe.engine.embedded.engine.threading.Thread", NoThread)
-        monkeypatch.setattr(DecodeGraphs, "_record", record)
-        yield mode
+        self.write, self.attend, self.merge = (Kernel(each, dtype) for each in (real.write, real.attend, real.merge))
 
 
 class NoThread:
@@ -82,31 +71,55 @@ class NoThread:
     def join(self, *_: Any) -> None: ...
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize(
-    "params",
-    [
-        SamplingParams(n=4, max_new_tokens=5, stop_token_ids=(7,)),
-        SamplingParams(n=2, max_new_tokens=5, stop_token_ids=(7,), temperature=0.0),
-        SamplingParams(n=2, max_new_tokens=5, stop_token_ids=(7,), top_p=0.9, top_k=20, min_new_tokens=2),
-    ],
-)
-def test_requests_are_answered(
-    mode: FakeTensorMode,
-    monkeypatch: pytest.MonkeyPatch,
-    make_requests: Callable[..., list[Request]],
-    dtype: torch.dtype,
-    params: SamplingParams,
-):
-    """Chunks of prompts, decoding by graphs, copied blocks, every way to sample; then other weights, and again."""
+def record(_: DecodeGraphs, forward: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, Callable[[], object]]:
+    """A replayed graph is the forward, called again."""
+    return forward(), forward
+
+
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+PARAMS = {
+    "plain": SamplingParams(n=4, max_new_tokens=5, stop_token_ids=(7,)),
+    "greedy": SamplingParams(n=2, max_new_tokens=5, stop_token_ids=(7,), temperature=0.0),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", PARAMS)
+def test_requests_are_answered(repository: Path, dtype: str, name: str):
+    """In a process of its own: after some hundred forwards of several engines such tensors end in a fault of memory,
+    with or without threads, in torch 2.14.1."""
+    if why := missing():
+        pytest.skip(why)
+    argv = [sys.executable, "-m", __spec__.name, dtype, name]
+    done = subprocess.run(argv, cwd=repository, capture_output=True, text=True, timeout=250)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_truncated_samples(monkeypatch: pytest.MonkeyPatch):
+    """Of which some may not end yet."""
+    params = SamplingParams(stop_token_ids=(7,), top_p=0.9, top_k=20, min_new_tokens=2)
+    ban = np.array([True, False, True])
+    with fake_cuda(monkeypatch):
+        logits = torch.randn((2, SPEC.vocab_size), device="cuda", dtype=torch.bfloat16)
+        tokens, logprobs = sample(logits, np.full(3, 0.5), params, np.array([0, 1, 1]), ban)
+    assert (tokens.shape, tokens.dtype) == ((3,), np.int64)
+    assert (logprobs.shape, logprobs.dtype) == ((3,), np.float32)
+
+
+def answer(dtype: torch.dtype, params: SamplingParams, patch: pytest.MonkeyPatch) -> None:
+    """Chunks of prompts, decoding by graphs, copied blocks, each way to sample; then other weights, and again. The
+    engine's thread does nothing: what it would is called here."""
     kernels = Kernels(dtype)
-    monkeypatch.setattr(attention_cuda, "_kernels", lambda: kernels)
+    patch.setattr(attention_cuda, "_kernels", lambda: kernels)
+    patch.setattr("pekoe.engine.embedded.engine.threading.Thread", NoThread)
+    patch.setattr(DecodeGraphs, "_record", record)
     with torch.device("cuda"):
         model = Decoder(SPEC)
     engine = EmbeddedEngine(
         model, EngineSection(kv_tokens=4096, block_tokens=32, prefill_tokens=128), compute_dtype=dtype
     )
-    requests = [r for i, length in enumerate((1, 33, 300)) for r in make_requests(f"p{i}", length, params, vocab=99)]
+    prompts = {f"p{length}": np.arange(length) for length in (1, 33, 300)}
+    requests = [request for uid, tokens in prompts.items() for request in requests_of(uid, 0, tokens, params)]
     for _ in range(2):
         futures = engine.submit(requests)
         engine._drive()
@@ -118,3 +131,8 @@ def test_requests_are_answered(
     assert kernels.write.num_calls
     assert kernels.attend.num_calls > kernels.merge.num_calls > 0
     engine.close()
+
+
+if __name__ == "__main__":
+    with pytest.MonkeyPatch.context() as patch, fake_cuda(patch):
+        answer(DTYPES[sys.argv[1]], PARAMS[sys.argv[2]], patch)
