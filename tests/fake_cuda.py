@@ -7,6 +7,7 @@ Run as a program it is `make test-fake-cuda`'s check that the environment can do
 from __future__ import annotations
 
 import ctypes
+import os
 import shutil
 import subprocess
 import tempfile
@@ -30,6 +31,8 @@ MEMORY = 80 << 30  # bytes of the GPU that is not there
 @cache
 def missing() -> str | None:
     """Why there are no such tensors here; None where there are."""
+    if os.environ.get("PEKOE_FAKE_CUDA") != "1":
+        return "run by make test-fake-cuda: torch's CUDA build, and backwards of fake tensors before any others"
     if torch.version.cuda is None:
         return "needs a CUDA build of torch: make test-fake-cuda"
     if torch.cuda.is_available():
