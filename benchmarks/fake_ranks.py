@@ -5,8 +5,6 @@ Errors of devices, dtypes and shapes show for any number of ranks, and torch's o
 beside what `pekoe doctor` predicts.
 
     python benchmarks/fake_ranks.py --out benchmarks/results/fake-ranks_DATE.json
-
-`--device cuda` in an environment of `make test-fake-cuda`: torch's CUDA build says what a GPU would refuse.
 """
 
 from __future__ import annotations
@@ -48,7 +46,10 @@ SPECS = {
 def one_rank(
     name: str, ranks: int, layers: int | None, tokens: int, dtype: torch.dtype, device: str = "cpu"
 ) -> dict[str, Any]:
-    """The first of `ranks`: bytes at the peak of forward and backward as torch's tracker counts them, and predicted."""
+    """The first of `ranks`: bytes at the peak of forward and backward as torch's tracker counts them, and predicted.
+
+    device: "cuda" as tests/train/test_fake_cuda.py prepares it, where torch's CUDA build says what a GPU would refuse.
+    """
     spec = SPECS[name] if layers is None else replace(SPECS[name], num_layers=layers)
     layout = None
     if ranks > 1:
@@ -96,12 +97,11 @@ def main() -> None:
     parser.add_argument("--layers", type=int, help="fewer than the model has")
     parser.add_argument("--tokens", type=int, default=4096)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="bfloat16")
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="with --model")
     parser.add_argument("--out", type=Path)
     asked = parser.parse_args()
     if asked.model:
         dtype = getattr(torch, asked.dtype)
-        print(json.dumps(one_rank(asked.model, asked.ranks, asked.layers, asked.tokens, dtype, asked.device)))
+        print(json.dumps(one_rank(asked.model, asked.ranks, asked.layers, asked.tokens, dtype)))
         return
     rows: list[dict[str, Any]] = []
     for model in SPECS:

@@ -1,7 +1,5 @@
 """CUDA tensors without numbers, on a machine without a GPU: the CUDA build of torch says which device, dtype and shape
 each operation takes and gives; nothing is computed. What the host reads of one is a 1.
-
-Run as a program it is `make test-fake-cuda`'s check that the environment can do it: python -m tests.fake_cuda
 """
 
 from __future__ import annotations
@@ -104,7 +102,3 @@ def _numpy(self: Tensor, **options: Any) -> np.ndarray:
     assert self.device.type == "cpu", "numpy reads what is on the host alone"
     dtype = torch.empty(0, dtype=self.dtype, device="meta").dtype
     return np.ones(tuple(self.shape), str(dtype).removeprefix("torch."))
-
-
-if __name__ == "__main__":
-    raise SystemExit(missing())
